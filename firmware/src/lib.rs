@@ -1,0 +1,2 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Bytes in guest memory before the first instruction: ACPI, boot parameters, PVH.

@@ -1,0 +1,21 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The node manager as a library: store, tasks, guests, storage, network, access.
+//!
+//! ```text
+//! api ──► Node ──┬─ store     ConfigStore: the replicated key space (redb, in-memory double)
+//!                ├─ task      UPIDs, step tables with undo, logs
+//!                ├─ access    users, tokens, privileges, realms
+//!                ├─ guest     configs through the key table; VM and container behind one trait
+//!                ├─ storage   volumes; one file a plugin
+//!                ├─ network   bridges, taps, NAT, DHCP
+//!                ├─ metrics   time series per guest and node
+//!                └─ reconcile drives actual towards intended
+//! ```
+//!
+//! Not here: HTTP, JSON names of the public API, tickets (crate `atoll-api`); KVM and libcontainer, which this
+//! crate reaches only as the programs `atoll-vmm` and `atoll-ct`.
+
+pub mod error;
+pub mod id;
+pub mod schema;
+pub mod store;

@@ -1,0 +1,4 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Integration tests that need more than one crate; one module a subject.
+
+mod tidy;

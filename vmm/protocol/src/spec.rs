@@ -1,0 +1,113 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! One virtual machine, resolved on one node: paths, file descriptors and MAC addresses, no names.
+//!
+//! Written by `atoll-manager` (as JSON, `atoll-vmm run --spec FILE`) or by `atoll-vmm run` from its own
+//! arguments; read by the VMM's build table. There is no third shape between a guest's config and its machine.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that the VMM needs to build one machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineSpec {
+    /// Name shown by `info` and in log lines; has no effect on the guest.
+    pub name: String,
+    /// vCPUs, 1 to 255.
+    pub cpu_count: u8,
+    /// Guest RAM in MiB, at least 1.
+    pub memory_mib: u64,
+    /// How the first instruction is reached.
+    pub boot: BootSpec,
+    /// Disks in the order of their PCI slots.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
+    /// Network cards in the order of their PCI slots.
+    #[serde(default)]
+    pub nets: Vec<NetSpec>,
+    /// Where the serial port COM1 ends.
+    #[serde(default)]
+    pub serial: ConsoleSpec,
+    /// Where the virtio console ends; no such device when absent.
+    #[serde(default)]
+    pub console: Option<ConsoleSpec>,
+    /// Whether the guest has a virtio entropy source, fed from the host's getrandom(2).
+    #[serde(default = "yes")]
+    pub rng: bool,
+}
+
+/// A kernel that the VMM loads itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSpec {
+    /// bzImage, or ELF with a PVH note.
+    pub kernel: PathBuf,
+    /// Initial RAM disk, handed over as it is.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// One virtio-blk disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// Image file or block device on the host.
+    pub path: PathBuf,
+    /// Image format: always explicit, never probed, since the guest can write any header into a raw image.
+    pub format: DiskFormat,
+    /// The guest may not write.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Serial number that the guest reads, at most 20 bytes (VIRTIO 1.2 §5.2.6).
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Virtqueues; one a vCPU, at most 16, when absent.
+    #[serde(default)]
+    pub queue_count: Option<u16>,
+}
+
+/// Formats of disk images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// The guest's sectors, byte for byte.
+    Raw,
+}
+
+/// One virtio-net card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// Name of the host's tap interface, created when it does not exist.
+    pub tap: String,
+    /// MAC address, `aa:bb:cc:dd:ee:ff`; a random one of the locally administered range when absent.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// MTU that is offered to the guest.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+}
+
+/// The host's end of a console.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleSpec {
+    /// Output is dropped, nothing is ever typed.
+    #[default]
+    Null,
+    /// The VMM's own standard input and output.
+    Stdio,
+    /// A pseudo-terminal, whose path `info` tells.
+    Pty,
+    /// A Unix stream socket that the VMM listens on: raw bytes both ways, several clients at once, each new
+    /// client first gets the backlog (the last 64 KiB of output).
+    Socket(PathBuf),
+}
+
+fn yes() -> bool {
+    true
+}
