@@ -1,7 +1,110 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Bodies of the control API: HTTP/1.1 and JSON on the Unix socket of one `atoll-vmm`.
+//! Paths and bodies of the control API: HTTP/1.1 and JSON on the Unix socket of one `atoll-vmm`.
+//!
+//! [`ROUTES`] is the one list of what can be asked: the server dispatches on it, `atoll-vmm ctl` takes its
+//! sub-commands from it, and `openapi.json` beside this crate's manifest is compared with it by a test.
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+/// A request that the control API knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Request {
+    /// What the machine is; answered with [`Info`].
+    Info,
+    /// What it has done so far; answered with [`Counters`].
+    Counters,
+    /// Hold the vCPUs and the devices' queues.
+    Pause,
+    /// Let a paused machine go on.
+    Resume,
+    /// Press the ACPI power button: the guest decides what to do about it.
+    PowerButton,
+    /// Start the machine again from its first instruction, as the reset button of a PC does.
+    Reset,
+    /// End the machine now, without asking the guest; completed disk writes are flushed.
+    Shutdown,
+}
+
+/// One row of the control API.
+#[derive(Debug, Clone, Copy)]
+pub struct Route {
+    /// What it asks for.
+    pub request: Request,
+    /// HTTP method.
+    pub method: &'static str,
+    /// HTTP path; without its slash also the name of the `ctl` sub-command.
+    pub path: &'static str,
+    /// One sentence for help and documentation.
+    pub summary: &'static str,
+    /// Name of the answer's type among this module's.
+    pub answer: &'static str,
+}
+
+/// Every request of the control API.
+pub const ROUTES: &[Route] = &[
+    Route {
+        request: Request::Info,
+        method: "GET",
+        path: "/info",
+        summary: "What the machine is and what it is doing",
+        answer: "Info",
+    },
+    Route {
+        request: Request::Counters,
+        method: "GET",
+        path: "/counters",
+        summary: "What vCPUs, disks and network cards have done since the machine was built",
+        answer: "Counters",
+    },
+    Route {
+        request: Request::Pause,
+        method: "PUT",
+        path: "/pause",
+        summary: "Hold the vCPUs and the devices' queues; a paused machine stays paused",
+        answer: "Acted",
+    },
+    Route {
+        request: Request::Resume,
+        method: "PUT",
+        path: "/resume",
+        summary: "Let a paused machine go on; a running machine goes on running",
+        answer: "Acted",
+    },
+    Route {
+        request: Request::PowerButton,
+        method: "PUT",
+        path: "/power-button",
+        summary: "Press the ACPI power button: the guest decides what to do about it",
+        answer: "Acted",
+    },
+    Route {
+        request: Request::Reset,
+        method: "PUT",
+        path: "/reset",
+        summary: "Start the machine again from its first instruction",
+        answer: "Acted",
+    },
+    Route {
+        request: Request::Shutdown,
+        method: "PUT",
+        path: "/shutdown",
+        summary: "End the machine and its process now, without asking the guest",
+        answer: "Acted",
+    },
+];
+
+impl Request {
+    /// The row of [`ROUTES`] that describes this request.
+    #[must_use]
+    pub fn route(self) -> &'static Route {
+        ROUTES
+            .iter()
+            .find(|route| route.request == self)
+            .expect("every request has a row in ROUTES")
+    }
+}
 
 /// What a machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -9,8 +112,109 @@ use serde::{Deserialize, Serialize};
 pub enum MachineState {
     /// vCPUs run.
     Running,
-    /// vCPUs are held; devices finish what they began.
+    /// vCPUs and queues are held.
     Paused,
     /// The guest powered off or was shut down; the process is about to end.
     Stopped,
+}
+
+/// Answer of `GET /info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Info {
+    /// The spec's name.
+    pub name: String,
+    /// Version of `atoll-vmm`.
+    pub version: String,
+    /// Version of the machine's address map and devices, which a migration keeps.
+    pub machine_version: u32,
+    /// Process of the machine.
+    pub pid: u32,
+    /// What it is doing.
+    pub state: MachineState,
+    /// Time since the first vCPU ran, in milliseconds.
+    pub uptime_ms: u64,
+    /// vCPUs.
+    pub cpu_count: u8,
+    /// Guest RAM.
+    pub memory_mib: u64,
+    /// How often the guest, or a caller, has reset the machine.
+    pub reset_count: u64,
+    /// The serial port's terminal or socket, if it has one.
+    pub serial_path: Option<PathBuf>,
+    /// The virtio console's terminal or socket, if it has one.
+    pub console_path: Option<PathBuf>,
+}
+
+/// Answer of `GET /counters`. Everything counts up from zero at the machine's start, resets included.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Counters {
+    /// Time since the first vCPU ran, in milliseconds.
+    pub uptime_ms: u64,
+    /// Memory of the process that is in RAM now, guest RAM included.
+    pub resident_bytes: u64,
+    /// One row a vCPU.
+    pub vcpus: Vec<VcpuCounters>,
+    /// One row a disk, in the spec's order.
+    pub disks: Vec<DiskCounters>,
+    /// One row a network card, in the spec's order.
+    pub nets: Vec<NetCounters>,
+}
+
+/// Work of one vCPU.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VcpuCounters {
+    /// CPU time of its thread, guest and exits together.
+    pub cpu_time_us: u64,
+    /// Port accesses that left the guest.
+    pub port_exits: u64,
+    /// Memory-mapped accesses that left the guest.
+    pub mmio_exits: u64,
+    /// Every other exit.
+    pub other_exits: u64,
+}
+
+/// Work of one disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DiskCounters {
+    /// Bytes that the guest read.
+    pub read_bytes: u64,
+    /// Bytes that the guest wrote.
+    pub written_bytes: u64,
+    /// Read requests.
+    pub read_requests: u64,
+    /// Write requests.
+    pub write_requests: u64,
+    /// Flush requests.
+    pub flush_requests: u64,
+    /// Requests that were answered with an error.
+    pub failed_requests: u64,
+}
+
+/// Work of one network card, as the guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NetCounters {
+    /// Bytes that the guest received.
+    pub received_bytes: u64,
+    /// Frames that the guest received.
+    pub received_packets: u64,
+    /// Frames for the guest that were dropped because it offered no buffer.
+    pub received_drops: u64,
+    /// Bytes that the guest sent.
+    pub sent_bytes: u64,
+    /// Frames that the guest sent.
+    pub sent_packets: u64,
+}
+
+/// Answer of the requests that change what the machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acted {
+    /// What the machine is doing now.
+    pub state: MachineState,
+}
+
+/// Body of every answer whose status is not 200.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// What is wrong, in one sentence.
+    pub error: String,
 }

@@ -1,0 +1,140 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! `openapi.json` says exactly what the types and the route table say. It is written by hand, since it is
+//! documentation; this test is what keeps it true.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+use std::collections::BTreeSet;
+
+use atoll_vmm_protocol::api::*;
+use serde_json::Value;
+
+fn document() -> Value {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json");
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn paths_are_the_route_table() {
+    let document = document();
+    let mut listed = BTreeSet::new();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            listed.insert((
+                path.clone(),
+                method.to_uppercase(),
+                operation["summary"].as_str().unwrap().to_owned(),
+                operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+                    .as_str()
+                    .unwrap()
+                    .to_owned(),
+            ));
+        }
+    }
+    let routes: BTreeSet<_> = ROUTES
+        .iter()
+        .map(|route| {
+            (
+                route.path.to_owned(),
+                route.method.to_owned(),
+                route.summary.to_owned(),
+                format!("#/components/schemas/{}", route.answer),
+            )
+        })
+        .collect();
+    assert_eq!(listed, routes);
+}
+
+/// Compares an instance, all of whose fields are set, with its schema: same names, matching types.
+#[track_caller]
+fn check(name: &str, instance: impl serde::Serialize) {
+    let document = document();
+    compare(
+        &document,
+        name,
+        &document["components"]["schemas"][name],
+        &serde_json::to_value(instance).unwrap(),
+    );
+}
+
+#[track_caller]
+fn compare(document: &Value, at: &str, schema: &Value, value: &Value) {
+    if let Some(reference) = schema["$ref"].as_str() {
+        let pointer = reference.strip_prefix('#').unwrap();
+        let target = document.pointer(pointer);
+        return compare(document, at, target.expect(reference), value);
+    }
+    let kinds: Vec<&str> = match &schema["type"] {
+        Value::String(kind) => vec![kind],
+        Value::Array(kinds) => kinds.iter().map(|kind| kind.as_str().unwrap()).collect(),
+        other => panic!("{at}: type {other}"),
+    };
+    let kind = match value {
+        Value::Object(_) => "object",
+        Value::Array(_) => "array",
+        Value::String(_) => "string",
+        Value::Number(_) => "integer",
+        other => panic!("{at}: {other} in the example; set every field"),
+    };
+    assert!(kinds.contains(&kind), "{at}: {kind} is not in {kinds:?}");
+    match value {
+        Value::Object(fields) => {
+            let properties = schema["properties"].as_object().unwrap();
+            let documented: BTreeSet<_> = properties.keys().collect();
+            assert_eq!(documented, fields.keys().collect(), "{at}: fields differ");
+            for (field, value) in fields {
+                compare(
+                    document,
+                    &format!("{at}.{field}"),
+                    &properties[field],
+                    value,
+                );
+            }
+        }
+        Value::Array(items) => compare(document, at, &schema["items"], &items[0]),
+        Value::String(text) => {
+            if let Some(allowed) = schema["enum"].as_array() {
+                assert!(allowed.iter().any(|one| one == text), "{at}: {text}");
+            }
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn schemas_are_the_types() {
+    for state in [
+        MachineState::Running,
+        MachineState::Paused,
+        MachineState::Stopped,
+    ] {
+        check("Acted", Acted { state });
+    }
+    check(
+        "Info",
+        Info {
+            name: "n".into(),
+            version: "1".into(),
+            machine_version: 1,
+            pid: 1,
+            state: MachineState::Running,
+            uptime_ms: 1,
+            cpu_count: 1,
+            memory_mib: 1,
+            reset_count: 0,
+            serial_path: Some("/p".into()),
+            console_path: Some("/p".into()),
+        },
+    );
+    check(
+        "Counters",
+        Counters {
+            uptime_ms: 1,
+            resident_bytes: 1,
+            vcpus: vec![VcpuCounters::default()],
+            disks: vec![DiskCounters::default()],
+            nets: vec![NetCounters::default()],
+        },
+    );
+    check("Refused", Refused { error: "e".into() });
+}
