@@ -1,0 +1,175 @@
+#!/bin/bash
+# Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+#
+# Builds what a lab host boots from, and prints the directory that holds it:
+#
+#   qemu/        QEMU 10 from the backports suite, unpacked (bookworm's own 7.2 locks up with KVM inside TCG)
+#   vmlinux      Debian's generic kernel as plain ELF: entered by PVH, no decompression under emulation
+#   initrd.img   busybox and the modules for virtio-blk and ext4
+#   root.ext4    Debian with systemd, KVM's user-space needs and the command agent
+#
+# Cached under $ATOLL_CACHE (default /var/cache/atoll), keyed by this file's content.
+set -euo pipefail
+
+suite=bookworm
+key=$(sha256sum "$0" | cut -c1-16)
+cache=${ATOLL_CACHE:-/var/cache/atoll}
+out=$cache/lab-host-$key
+
+if [ -e "$out/root.ext4" ]; then
+    echo "$out"
+    exit 0
+fi
+
+say() { echo "lab image: $*" >&2; }
+
+mkdir -p "$cache"
+exec 9>"$out.lock"
+flock 9
+if [ -e "$out/root.ext4" ]; then
+    echo "$out"
+    exit 0
+fi
+
+work=$(mktemp -d "$cache/lab.XXXXXX")
+trap 'rm -rf --one-file-system "$work"' EXIT
+root=$work/root
+
+fetch_qemu() {
+    local apt=$work/apt deb uri
+    mkdir -p "$apt"/{lists/partial,cache,debs} "$work/qemu"
+    # The mirror that this machine's apt uses, with its backports suite added.
+    uri=$(apt-get indextargets --format '$(SITE) $(SUITE)' | awk -v s="$suite" '$2 == s {print $1; exit}')
+    [ -n "$uri" ] || uri=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources | head -n 1)
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $suite-backports main" > "$apt/sources.list"
+    local options=(-o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=-
+        -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt/cache")
+    apt-get -qq "${options[@]}" update >&2
+    (cd "$apt/debs" && apt-get -qq "${options[@]}" -o APT::Sandbox::User=root download \
+        qemu-system-x86 qemu-system-common qemu-system-data seabios >&2)
+    for deb in "$apt"/debs/*.deb; do
+        dpkg -x "$deb" "$work/qemu"
+    done
+    rm -rf "$apt"
+}
+
+# The compressed payload of a bzImage (Linux boot protocol: setup_sects at 0x1f1, payload_offset at 0x248).
+extract_vmlinux() {
+    local image=$1 sectors offset length
+    sectors=$(od -An -tu1 -j $((0x1f1)) -N1 "$image")
+    offset=$(od -An -tu4 -j $((0x248)) -N4 "$image")
+    length=$(od -An -tu4 -j $((0x24c)) -N4 "$image")
+    dd if="$image" bs=1M iflag=skip_bytes,count_bytes skip=$(((sectors + 1) * 512 + offset)) count="$length" \
+        status=none | xz -dc --single-stream
+}
+
+# Names of kernel modules and all they need, in load order.
+module_files() {
+    local version=$1 name
+    shift
+    for name; do
+        chroot "$root" modprobe --set-version "$version" --show-depends "$name"
+    done | awk '$1 == "insmod" && !seen[$2]++ {print $2}'
+}
+
+make_initrd() {
+    local version=$1 tree=$work/initrd file
+    mkdir -p "$tree"/{bin,modules,proc,sys,dev,new}
+    cp "$root/bin/busybox" "$tree/bin/"
+    : > "$tree/modules/order"
+    while read -r file; do
+        cp "$root$file" "$tree/modules/"
+        basename "$file" >> "$tree/modules/order"
+    done < <(module_files "$version" virtio_pci virtio_blk crc32c_generic ext4)
+    cat > "$tree/init" <<'X'
+#!/bin/busybox sh
+B=/bin/busybox
+$B mount -t proc p /proc
+$B mount -t sysfs s /sys
+$B mount -t devtmpfs d /dev
+while read -r module; do $B insmod "/modules/$module"; done < /modules/order
+tries=0
+while [ ! -e /dev/vda ] && [ $tries -lt 200 ]; do $B sleep 0.05; tries=$((tries + 1)); done
+$B mount -t ext4 -o noatime /dev/vda /new || exec $B sh
+for d in proc sys dev; do $B mount --move /$d /new/$d; done
+exec $B switch_root /new /sbin/init
+X
+    chmod +x "$tree/init"
+    (cd "$tree" && find . | cpio -o -H newc --quiet | gzip -1) > "$work/initrd.img"
+    rm -rf "$tree"
+}
+
+configure_root() {
+    cat > "$root/usr/local/sbin/lab-command" <<'X'
+#!/bin/bash
+# One connection, one command: "LENGTH\n" and the script on the way in; its output, then "\0RC n\n" on the way out.
+read -r length
+script=$(head -c "$length")
+bash -c "$script" 2>&1 </dev/null
+printf '\0RC %d\n' $?
+X
+    cat > "$root/usr/local/sbin/lab-network" <<'X'
+#!/bin/sh
+# eth0 is QEMU's user network, through which the commands come; eth1 joins the lab's hosts.
+modprobe virtio_net
+for i in 1 2 3 4 5 6 7 8 9 10; do [ -e /sys/class/net/eth0 ] && break; sleep 0.2; done
+ip link set lo up
+ip address replace 10.0.2.15/24 dev eth0
+ip link set eth0 up
+ip route replace default via 10.0.2.2
+X
+    chmod +x "$root"/usr/local/sbin/lab-*
+    cat > "$root/etc/systemd/system/lab-agent.service" <<'X'
+[Unit]
+DefaultDependencies=no
+After=sysinit.target
+[Service]
+ExecStartPre=/usr/local/sbin/lab-network
+ExecStart=/usr/bin/socat TCP-LISTEN:7000,fork,reuseaddr EXEC:/usr/local/sbin/lab-command
+Environment=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+KillMode=process
+Delegate=yes
+TasksMax=infinity
+[Install]
+WantedBy=multi-user.target
+X
+    mkdir -p "$root/payload"
+    echo lab > "$root/etc/hostname"
+    printf '127.0.0.1\tlocalhost lab node1 node2 node3\n' > "$root/etc/hosts"
+    echo root:lab | chroot "$root" chpasswd
+    chroot "$root" systemctl --quiet enable lab-agent
+    local unit
+    for unit in apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer fstrim.timer dpkg-db-backup.timer \
+        systemd-timesyncd.service e2scrub_reap.service systemd-pstore.service dnsmasq.service getty@tty1.service; do
+        chroot "$root" systemctl --quiet disable "$unit" 2>/dev/null || true
+    done
+    rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*_*
+}
+
+say "QEMU 10 from backports"
+fetch_qemu
+say "installing $suite from Debian's packages (about four minutes, once)"
+packages=systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,nftables,procps,util-linux,bash,linux-image-amd64
+packages+=,ethtool,tcpdump,curl,ca-certificates,socat,busybox-static,zstd,xz-utils,e2fsprogs,psmisc,strace,dnsmasq-base
+packages+=,libseccomp2,libpam-modules,fdisk,openssl,python3-minimal
+mmdebstrap --variant=minbase --mode=root --format=directory --quiet \
+    --aptopt='APT::Install-Recommends "false"' \
+    --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' \
+    --dpkgopt='path-exclude=/usr/share/doc/*' \
+    --essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d"; echo MODULES=list > "$1/etc/initramfs-tools/conf.d/lab"' \
+    --include="$packages" "$suite" "$root" /etc/apt/sources.list.d/debian.sources >&2
+configure_root
+version=$(basename "$root"/lib/modules/*-amd64)
+say "kernel $version"
+extract_vmlinux "$root/boot/vmlinuz-$version" > "$work/vmlinux"
+make_initrd "$version"
+rm -rf "$root"/boot/*
+mke2fs -q -F -t ext4 -O ^has_journal -d "$root" "$work/root.ext4" 8G
+
+rm -rf --one-file-system "$root"
+rm -rf "$out"
+chmod 755 "$work"
+mv "$work" "$out"
+trap - EXIT
+echo "$out"

@@ -1,0 +1,9 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Tests on emulated Debian hosts with a real KVM; one module a subject.
+//!
+//! Each test resumes hosts of its own from the template and ends them; they run one at a time, since each host
+//! wants both of the machine's cores.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod rig;
