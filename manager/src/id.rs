@@ -51,11 +51,15 @@ impl FromStr for GuestId {
     type Err = InvalidId;
 
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        let number: u32 = text.parse().map_err(|_| InvalidId {
+        let invalid = || InvalidId {
             text: text.to_owned(),
             what: "guest id",
-        })?;
-        Self::try_from(number)
+        };
+        // Only one spelling: `+100` or `0100` would name a second file of the same guest.
+        if !text.bytes().all(|b| b.is_ascii_digit()) || text.starts_with('0') {
+            return Err(invalid());
+        }
+        Self::try_from(text.parse::<u32>().map_err(|_| invalid())?)
     }
 }
 
@@ -72,4 +76,94 @@ pub enum GuestKind {
     Vm,
     /// A container: `lxc` in paths and API.
     Container,
+}
+
+impl GuestKind {
+    /// Both, in the order of listings.
+    pub const ALL: [Self; 2] = [Self::Vm, Self::Container];
+
+    /// PVE's word in paths, resource ids and `type` members: `qemu` or `lxc`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Vm => "qemu",
+            Self::Container => "lxc",
+        }
+    }
+
+    /// Directory of the configs below `nodes/N/`: `qemu-server` or `lxc`.
+    pub fn directory(self) -> &'static str {
+        match self {
+            Self::Vm => "qemu-server",
+            Self::Container => "lxc",
+        }
+    }
+
+    /// What error texts call it: `VM` or `CT`.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Vm => "VM",
+            Self::Container => "CT",
+        }
+    }
+
+    /// Store key of a guest's config.
+    pub fn config_key(self, node: &str, id: GuestId) -> String {
+        format!("nodes/{node}/{}/{id}.conf", self.directory())
+    }
+}
+
+/// Reads a config's store key back: node, kind and number. `None` for any other key.
+pub fn parse_config_key(key: &str) -> Option<(&str, GuestKind, GuestId)> {
+    let (node, rest) = key.strip_prefix("nodes/")?.split_once('/')?;
+    let (directory, file) = rest.split_once('/')?;
+    let kind = GuestKind::ALL
+        .into_iter()
+        .find(|kind| kind.directory() == directory)?;
+    let id = file.strip_suffix(".conf")?.parse().ok()?;
+    Some((node, kind, id))
+}
+
+/// What a node may be called: a host name label, since it becomes part of paths and UPIDs.
+pub fn check_node_name(name: &str) -> Result<(), InvalidId> {
+    let bytes = name.as_bytes();
+    let inner = |b: &u8| b.is_ascii_alphanumeric() || *b == b'-';
+    let fits = !bytes.is_empty()
+        && bytes.len() <= 63
+        && bytes.iter().all(inner)
+        && bytes[0] != b'-'
+        && bytes[bytes.len() - 1] != b'-';
+    if fits {
+        Ok(())
+    } else {
+        Err(InvalidId {
+            text: name.to_owned(),
+            what: "node name",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn config_keys_read_back() {
+        let id: GuestId = "101".parse().unwrap();
+        let key = GuestKind::Container.config_key("n1", id);
+        assert_eq!(key, "nodes/n1/lxc/101.conf");
+        assert_eq!(
+            parse_config_key(&key),
+            Some(("n1", GuestKind::Container, id))
+        );
+        assert_eq!(parse_config_key("nodes/n1/lxc/99.conf"), None);
+        assert_eq!(parse_config_key("nodes/n1/lxc/101.conf.tmp"), None);
+    }
+
+    #[test]
+    fn node_names_are_host_labels() {
+        assert!(check_node_name("pve-1").is_ok());
+        for bad in ["", "-a", "a-", "a.b", "a b", "a:b", "ä"] {
+            assert!(check_node_name(bad).is_err(), "{bad}");
+        }
+    }
 }

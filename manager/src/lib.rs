@@ -15,7 +15,14 @@
 //! Not here: HTTP, JSON names of the public API, tickets (crate `atoll-api`); KVM and libcontainer, which this
 //! crate reaches only as the programs `atoll-vmm` and `atoll-ct`.
 
+pub mod access;
 pub mod error;
 pub mod id;
+mod node;
 pub mod schema;
+mod settings;
 pub mod store;
+pub mod task;
+
+pub use node::Node;
+pub use settings::Settings;

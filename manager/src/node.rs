@@ -1,0 +1,75 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The handle on one node: opens everything in order, and hands out the parts.
+
+use std::sync::Arc;
+
+use crate::error::Error;
+use crate::settings::Settings;
+use crate::store::{ConfigStore, RedbStore};
+use crate::task::Tasks;
+
+/// A node, opened; cheap to clone. The parts keep what they share in here.
+#[derive(Debug, Clone)]
+pub struct Node {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    store: Arc<dyn ConfigStore>,
+    tasks: Tasks,
+}
+
+impl Node {
+    /// Opens the state directory (made if missing) with the embedded store.
+    pub async fn open(settings: Settings) -> Result<Self, Error> {
+        let path = settings.store_path();
+        let state = settings.state.clone();
+        let store = tokio::task::spawn_blocking(move || {
+            std::fs::create_dir_all(&state)
+                .map_err(|e| Error::failed(format!("create {}", state.display()), e))?;
+            RedbStore::open(&path).map_err(|e| Error::failed(format!("open {}", path.display()), e))
+        })
+        .await
+        .map_err(|e| Error::failed("open the store", e))??;
+        Self::with_store(settings, Arc::new(store)).await
+    }
+
+    /// The same on a store of the caller's choice; tests use the one in memory.
+    pub async fn with_store(
+        settings: Settings,
+        store: Arc<dyn ConfigStore>,
+    ) -> Result<Self, Error> {
+        crate::id::check_node_name(&settings.node)
+            .map_err(|e| Error::invalid("node", e.to_string()))?;
+        let tasks = Tasks::open(&settings.node, &settings.tasks_dir(), settings.workers_max)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                settings,
+                store,
+                tasks,
+            }),
+        })
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        &self.shared.settings.node
+    }
+
+    /// What it was started with.
+    pub fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    /// The configuration of the whole cluster.
+    pub fn store(&self) -> &Arc<dyn ConfigStore> {
+        &self.shared.store
+    }
+
+    /// Tasks of this node.
+    pub fn tasks(&self) -> &Tasks {
+        &self.shared.tasks
+    }
+}
