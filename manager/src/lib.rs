@@ -17,10 +17,14 @@
 
 pub mod access;
 pub mod error;
+pub mod exec;
 pub mod id;
+pub mod network;
 mod node;
+pub mod process;
 pub mod schema;
 mod settings;
+pub mod storage;
 pub mod store;
 pub mod task;
 

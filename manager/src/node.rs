@@ -4,7 +4,10 @@
 use std::sync::Arc;
 
 use crate::error::Error;
+use crate::id::InvalidId;
+use crate::network::Network;
 use crate::settings::Settings;
+use crate::storage::Storages;
 use crate::store::{ConfigStore, RedbStore};
 use crate::task::Tasks;
 
@@ -19,6 +22,8 @@ struct Shared {
     settings: Settings,
     store: Arc<dyn ConfigStore>,
     tasks: Tasks,
+    storage: Storages,
+    network: Network,
 }
 
 impl Node {
@@ -44,11 +49,22 @@ impl Node {
         crate::id::check_node_name(&settings.node)
             .map_err(|e| Error::invalid("node", e.to_string()))?;
         let tasks = Tasks::open(&settings.node, &settings.tasks_dir(), settings.workers_max)?;
+        let storage = Storages::new(store.clone(), &settings.node);
+        let network = Network {
+            bridge: settings.bridge.clone(),
+            address: settings
+                .bridge_address
+                .parse()
+                .map_err(|e: InvalidId| Error::invalid("bridge-address", e.to_string()))?,
+            folder: settings.run_dir(),
+        };
         Ok(Self {
             shared: Arc::new(Shared {
                 settings,
                 store,
                 tasks,
+                storage,
+                network,
             }),
         })
     }
@@ -66,6 +82,16 @@ impl Node {
     /// The configuration of the whole cluster.
     pub fn store(&self) -> &Arc<dyn ConfigStore> {
         &self.shared.store
+    }
+
+    /// Places for volumes.
+    pub fn storage(&self) -> &Storages {
+        &self.shared.storage
+    }
+
+    /// The bridge with its NAT and DHCP.
+    pub fn network(&self) -> &Network {
+        &self.shared.network
     }
 
     /// Tasks of this node.

@@ -1,0 +1,154 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The node's interfaces as they are now, for listings. Links of guests are left out.
+
+use serde::Deserialize;
+
+use crate::error::Error;
+use crate::exec::Program;
+
+/// One interface of the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// PVE's word for its kind: `bridge`, `eth`, `bond`, `vlan`.
+    pub kind: String,
+    /// Switched on.
+    pub active: bool,
+    /// MAC address.
+    pub mac: String,
+    /// Largest packet, in bytes.
+    pub mtu: u32,
+    /// Addresses with their prefixes, IPv4 first; link-local ones are left out.
+    pub addresses: Vec<String>,
+    /// Gateway of the default route through it (IPv4).
+    pub gateway: Option<String>,
+    /// Members, when it is a bridge, guests' links left out.
+    pub ports: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Link {
+    ifname: String,
+    #[serde(default)]
+    flags: Vec<String>,
+    #[serde(default)]
+    mtu: u32,
+    #[serde(default)]
+    address: String,
+    #[serde(default)]
+    link_type: String,
+    master: Option<String>,
+    linkinfo: Option<LinkKind>,
+    #[serde(default)]
+    addr_info: Vec<Address>,
+}
+
+#[derive(Debug, Deserialize)]
+struct LinkKind {
+    info_kind: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Address {
+    family: String,
+    local: String,
+    prefixlen: u8,
+    #[serde(default)]
+    scope: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Route {
+    gateway: Option<String>,
+    dev: Option<String>,
+}
+
+/// Reads them from the kernel.
+pub async fn list() -> Result<Vec<Interface>, Error> {
+    let links = Program::new("ip")
+        .args(["-json", "-details", "address", "show"])
+        .run()
+        .await?;
+    let routes = Program::new("ip")
+        .args(["-json", "-4", "route", "show", "default"])
+        .run()
+        .await?;
+    parse(&links, &routes).map_err(|error| Error::failed("read what ip printed", error))
+}
+
+fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error> {
+    let links: Vec<Link> = serde_json::from_str(links)?;
+    let routes: Vec<Route> = serde_json::from_str(if routes.trim().is_empty() {
+        "[]"
+    } else {
+        routes
+    })?;
+    let own: Vec<(&Link, String)> = links
+        .iter()
+        .filter_map(|link| Some((link, kind(link)?)))
+        .collect();
+    let interfaces = own.iter().map(|(link, kind)| {
+        let global = |family: &'static str| {
+            link.addr_info
+                .iter()
+                .filter(move |address| address.family == family && address.scope == "global")
+                .map(|address| format!("{}/{}", address.local, address.prefixlen))
+        };
+        Interface {
+            name: link.ifname.clone(),
+            kind: kind.clone(),
+            active: link.flags.iter().any(|flag| flag == "UP"),
+            mac: link.address.clone(),
+            mtu: link.mtu,
+            addresses: global("inet").chain(global("inet6")).collect(),
+            gateway: routes
+                .iter()
+                .find(|route| route.dev.as_ref() == Some(&link.ifname))
+                .and_then(|route| route.gateway.clone()),
+            ports: own
+                .iter()
+                .filter(|(port, _)| port.master.as_ref() == Some(&link.ifname))
+                .map(|(port, _)| port.ifname.clone())
+                .collect(),
+        }
+    });
+    Ok(interfaces.collect())
+}
+
+/// PVE's word for a link's kind; none for what is not the node's own.
+fn kind(link: &Link) -> Option<String> {
+    let info = link
+        .linkinfo
+        .as_ref()
+        .and_then(|info| info.info_kind.as_deref());
+    match info {
+        None if link.link_type == "ether" => Some("eth".to_owned()),
+        None | Some("veth" | "tun" | "ifb") => None,
+        Some(kind) => Some(kind.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ip_prints_is_understood() {
+        let links = r#"[{"ifname":"lo","link_type":"loopback","flags":["UP"],"mtu":65536},
+          {"ifname":"eth0","link_type":"ether","flags":["UP"],"mtu":1400,"address":"02:fc:00:00:00:01","master":"vmbr1",
+           "addr_info":[{"family":"inet","local":"172.16.0.2","prefixlen":24,"scope":"global"},
+                        {"family":"inet6","local":"fe80::1","prefixlen":64,"scope":"link"}]},
+          {"ifname":"tap100i0","link_type":"ether","master":"vmbr1","linkinfo":{"info_kind":"tun"}},
+          {"ifname":"vmbr1","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge"}}]"#;
+        let routes = r#"[{"dst":"default","gateway":"172.16.0.1","dev":"eth0"}]"#;
+        let found = parse(links, routes).unwrap();
+        assert_eq!(found.len(), 2);
+        assert_eq!((found[0].kind.as_str(), found[0].active), ("eth", true));
+        assert_eq!(found[0].addresses, ["172.16.0.2/24"]);
+        assert_eq!(found[0].gateway.as_deref(), Some("172.16.0.1"));
+        assert_eq!((found[1].kind.as_str(), found[1].active), ("bridge", false));
+        assert_eq!(found[1].ports, ["eth0"]);
+        assert_eq!(parse("[]", "").unwrap(), []);
+    }
+}

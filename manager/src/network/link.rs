@@ -1,0 +1,247 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Links: the bridge, taps for virtual machines, veth pairs for containers. Names as in PVE: `tap100i0`,
+//! `veth101i0`.
+
+use std::path::Path;
+
+use crate::error::Error;
+use crate::exec::{ExecError, Program};
+use crate::id::GuestId;
+
+/// Name of a VM's tap for its network card of that number.
+pub fn tap_name(guest: GuestId, index: u16) -> String {
+    format!("tap{guest}i{index}")
+}
+
+/// Name of the host's end of a container's veth pair.
+pub fn veth_name(guest: GuestId, index: u16) -> String {
+    format!("veth{guest}i{index}")
+}
+
+/// Name of the other end until it is moved into the container.
+fn peer_name(guest: GuestId, index: u16) -> String {
+    format!("{}p", veth_name(guest, index))
+}
+
+/// What a guest's card is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// Name of the bridge; not connected when absent.
+    pub bridge: Option<String>,
+    /// MTU of the host's end; the bridge's when absent.
+    pub mtu: Option<u16>,
+    /// The cable is pulled.
+    pub link_down: bool,
+}
+
+/// The container's end of a pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inside {
+    /// Name in the container, `eth0`.
+    pub name: String,
+    /// MAC address.
+    pub mac: String,
+    /// Addresses that are set from outside; what DHCP gives is the container's own matter.
+    pub addresses: Vec<String>,
+    /// Default routes, one an address family.
+    pub gateways: Vec<String>,
+}
+
+/// Whether there is a link of that name in this network namespace.
+pub fn exists(name: &str) -> bool {
+    Path::new("/sys/class/net").join(name).exists()
+}
+
+/// Names of the links that exist and belong to guests: taps and veth ends named by us.
+pub fn guest_links() -> Vec<(String, GuestId)> {
+    let Ok(entries) = std::fs::read_dir("/sys/class/net") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            Some((name.clone(), owner(&name)?))
+        })
+        .collect()
+}
+
+/// The guest that a link belongs to, by its name.
+fn owner(link: &str) -> Option<GuestId> {
+    let rest = link
+        .strip_prefix("tap")
+        .or_else(|| link.strip_prefix("veth"))?;
+    let (guest, index) = rest.split_once('i')?;
+    index.trim_end_matches('p').parse::<u16>().ok()?;
+    guest.parse().ok()
+}
+
+/// Makes the bridge unless it exists; says whether it did.
+pub async fn ensure_bridge(name: &str) -> Result<bool, Error> {
+    if Path::new("/sys/class/net")
+        .join(name)
+        .join("bridge")
+        .exists()
+    {
+        return Ok(false);
+    }
+    if exists(name) {
+        return Err(Error::Refused(format!(
+            "interface '{name}' exists and is not a bridge"
+        )));
+    }
+    ip(&[
+        "link",
+        "add",
+        "name",
+        name,
+        "type",
+        "bridge",
+        "stp_state",
+        "0",
+        "forward_delay",
+        "0",
+    ])
+    .await?;
+    Ok(true)
+}
+
+/// Switches a link on.
+pub async fn up(name: &str) -> Result<(), Error> {
+    ip(&["link", "set", "dev", name, "up"]).await
+}
+
+/// Removes a link; removing what is not there is no error.
+pub async fn delete(name: &str) -> Result<(), Error> {
+    match ip(&["link", "delete", "dev", name]).await {
+        // The kernel removes a veth's host end together with its container's namespace: gone is gone.
+        Err(_) if !exists(name) => Ok(()),
+        other => other,
+    }
+}
+
+/// Makes a persistent tap for one card of a VM and connects it. What was left of an earlier run is replaced.
+pub async fn create_tap(name: &str, attachment: &Attachment) -> Result<(), Error> {
+    delete_leftover(name).await?;
+    // vnet_hdr: checksums and segments cross the tap unfinished, as the guest's virtio-net offers.
+    ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"]).await?;
+    let connected = connect(name, attachment).await;
+    if connected.is_err() {
+        delete(name).await?;
+    }
+    connected
+}
+
+/// Makes the pair for one card of a container, and connects the host's end.
+pub async fn create_veth(guest: GuestId, index: u16, attachment: &Attachment) -> Result<(), Error> {
+    let (name, peer) = (veth_name(guest, index), peer_name(guest, index));
+    delete_leftover(&name).await?;
+    ip(&[
+        "link", "add", "name", &name, "type", "veth", "peer", "name", &peer,
+    ])
+    .await?;
+    let connected = connect(&name, attachment).await;
+    if connected.is_err() {
+        delete(&name).await?;
+    }
+    connected
+}
+
+/// Moves the container's end into the network namespace of process `pid`, under its name there, and switches it on.
+pub async fn move_veth(guest: GuestId, index: u16, pid: u32, inside: &Inside) -> Result<(), Error> {
+    let peer = peer_name(guest, index);
+    let pid = pid.to_string();
+    ip(&["link", "set", "dev", &peer, "address", &inside.mac]).await?;
+    ip(&[
+        "link",
+        "set",
+        "dev",
+        &peer,
+        "netns",
+        &pid,
+        "name",
+        &inside.name,
+    ])
+    .await?;
+    ip_within(&pid, &["link", "set", "dev", "lo", "up"]).await?;
+    for address in &inside.addresses {
+        ip_within(&pid, &["address", "replace", address, "dev", &inside.name]).await?;
+    }
+    ip_within(&pid, &["link", "set", "dev", &inside.name, "up"]).await?;
+    for gateway in &inside.gateways {
+        let family = if gateway.contains(':') { "-6" } else { "-4" };
+        // onlink: the gateway of a /32 is not in the address's own network.
+        let route = [
+            "route",
+            "replace",
+            "default",
+            "via",
+            gateway,
+            "dev",
+            &inside.name,
+            "onlink",
+        ];
+        let mut args = vec![family];
+        args.extend(route);
+        ip_within(&pid, &args).await?;
+    }
+    Ok(())
+}
+
+async fn connect(name: &str, attachment: &Attachment) -> Result<(), Error> {
+    if let Some(bridge) = &attachment.bridge {
+        if !Path::new("/sys/class/net")
+            .join(bridge)
+            .join("bridge")
+            .exists()
+        {
+            return Err(Error::Refused(format!("bridge '{bridge}' does not exist")));
+        }
+        if let Some(mtu) = attachment.mtu {
+            ip(&["link", "set", "dev", name, "mtu", &mtu.to_string()]).await?;
+        }
+        ip(&["link", "set", "dev", name, "master", bridge]).await?;
+    }
+    if attachment.link_down {
+        return Ok(());
+    }
+    up(name).await
+}
+
+async fn delete_leftover(name: &str) -> Result<(), Error> {
+    if exists(name) {
+        delete(name).await?;
+    }
+    Ok(())
+}
+
+async fn ip(args: &[&str]) -> Result<(), Error> {
+    Program::new("ip").args(args).run().await?;
+    Ok(())
+}
+
+async fn ip_within(pid: &str, args: &[&str]) -> Result<(), ExecError> {
+    Program::new("nsenter")
+        .arg(format!("--net=/proc/{pid}/ns/net"))
+        .args(["--", "ip"])
+        .args(args)
+        .run()
+        .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_tell_their_guest() {
+        let guest: GuestId = "100".parse().unwrap();
+        for name in [tap_name(guest, 0), veth_name(guest, 3), peer_name(guest, 3)] {
+            assert_eq!(owner(&name), Some(guest), "{name}");
+        }
+        for name in ["eth0", "tap", "tap1i0", "tap100", "veth1234abc", "vethi0"] {
+            assert_eq!(owner(name), None, "{name}");
+        }
+    }
+}

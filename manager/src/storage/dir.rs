@@ -1,0 +1,379 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The `dir` plugin: volumes are files below one folder, in PVE's layout.
+//!
+//! ```text
+//! PATH/images/100/vm-100-disk-0.raw    template/cache/*.tar.zst    template/iso/*.iso    snippets/*    dump/*
+//! ```
+//!
+//! Every access is resolved by openat2(2) beneath the folder, with symbolic links refused, so that neither a name
+//! nor something planted in the folder leads elsewhere. All calls run on a blocking thread with a deadline: a
+//! dead network mount below the folder costs that one call.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
+
+use crate::error::Error;
+use crate::id::GuestId;
+use crate::schema::{Kind, Param};
+use crate::storage::incoming::Incoming;
+use crate::storage::name::{Content, VolumeName};
+use crate::storage::section::Section;
+use crate::storage::{Plugin, Space, Storage, Volume};
+
+/// This plugin's row.
+pub const PLUGIN: Plugin = Plugin {
+    kind: "dir",
+    contents: &Content::ALL,
+    keys: &[Param {
+        name: "path",
+        count: 0,
+        description: "Folder on the node.",
+        kind: Kind::Text { length_max: 4096 },
+        required: true,
+        default: None,
+    }],
+    open,
+};
+
+/// Longest wait for one call to the file system below the folder.
+const DEADLINE: Duration = Duration::from_secs(20);
+/// Disks that one guest may have here.
+const DISKS_MAX: u32 = 1024;
+/// Unit of `st_blocks`, whatever the file system's block size: stat(2).
+const STAT_BLOCK_BYTES: u64 = 512;
+
+fn open(section: &Section) -> Result<Arc<dyn Storage>, Error> {
+    let path = section.keys.get("path").map(PathBuf::from);
+    match path {
+        Some(path) if path.is_absolute() => Ok(Arc::new(Dir { path })),
+        _ => Err(Error::Refused(format!(
+            "storage '{}': 'path' is not an absolute path",
+            section.name
+        ))),
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Dir {
+    path: PathBuf,
+}
+
+#[async_trait]
+impl Storage for Dir {
+    async fn path(&self, volume: &VolumeName) -> Result<PathBuf, Error> {
+        let name = volume.clone();
+        self.blocking(volume, move |dir| {
+            let root = dir.root()?;
+            regular(&root, &relative(&name))?;
+            Ok(dir.path.join(relative(&name)))
+        })
+        .await
+    }
+
+    async fn list(&self) -> Result<Vec<Volume>, Error> {
+        self.blocking("listing", |dir| dir.scan()).await
+    }
+
+    async fn space(&self) -> Result<Space, Error> {
+        self.blocking("space", |dir| {
+            let stat = rustix::fs::statvfs(&dir.path)?;
+            let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+            Ok(Space {
+                total_bytes: bytes(stat.f_blocks),
+                used_bytes: bytes(stat.f_blocks.saturating_sub(stat.f_bfree)),
+                available_bytes: bytes(stat.f_bavail),
+            })
+        })
+        .await
+    }
+
+    async fn allocate(&self, guest: GuestId, size_bytes: u64) -> Result<VolumeName, Error> {
+        self.blocking("allocation", move |dir| {
+            let folder = dir.folder(&format!("images/{guest}"))?;
+            for number in 0..DISKS_MAX {
+                let name = VolumeName::image(guest, &format!("disk-{number}"))
+                    .map_err(io::Error::other)?;
+                match create(&folder, file_of(&name)) {
+                    Ok(file) => {
+                        if let Err(error) = rustix::fs::ftruncate(&file, size_bytes) {
+                            rustix::fs::unlinkat(&folder, file_of(&name), AtFlags::empty())?;
+                            return Err(error.into());
+                        }
+                        return Ok(name);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Err(io::Error::other(format!(
+                "guest {guest} has {DISKS_MAX} disks here"
+            )))
+        })
+        .await
+    }
+
+    async fn resize(&self, volume: &VolumeName, size_bytes: u64) -> Result<(), Error> {
+        let name = volume.clone();
+        let shrinks = self
+            .blocking(volume, move |dir| {
+                let file = open_beneath(
+                    dir.root()?.as_fd(),
+                    &relative(&name),
+                    OFlags::RDWR | OFlags::NONBLOCK,
+                    Mode::empty(),
+                )?;
+                let size_now = size_of(&regular_stat(&file)?);
+                if size_bytes < size_now {
+                    return Ok(true);
+                }
+                rustix::fs::ftruncate(&file, size_bytes)?;
+                Ok(false)
+            })
+            .await?;
+        if shrinks {
+            return Err(Error::Refused(
+                "shrinking disks is not supported".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn free(&self, volume: &VolumeName) -> Result<(), Error> {
+        let name = volume.clone();
+        self.blocking(volume, move |dir| {
+            let (root, relative) = (dir.root()?, relative(&name));
+            let parent = relative.parent().unwrap_or(Path::new("."));
+            let folder = match open_folder(root.as_fd(), parent) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                other => other?,
+            };
+            match rustix::fs::unlinkat(&folder, file_of(&name), AtFlags::empty()) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if name.owner().is_some() {
+                // The last disk takes its guest's folder along; a folder with more in it stays.
+                let _ = rustix::fs::unlinkat(&root, parent, AtFlags::REMOVEDIR);
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn receive(&self, volume: &VolumeName) -> Result<Incoming, Error> {
+        let name = volume.clone();
+        self.blocking(volume, move |dir| {
+            let parent = parent_of(&name);
+            let folder = dir.folder(&parent)?;
+            let temporary = format!(".{}.{}", file_of(&name), token());
+            create(&folder, &temporary)?;
+            let parent = dir.path.join(parent);
+            Ok(Incoming::new(
+                parent.join(temporary),
+                parent.join(file_of(&name)),
+            ))
+        })
+        .await
+    }
+}
+
+impl Dir {
+    /// Runs one piece of work on a blocking thread; `subject` names it in errors.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        subject: impl std::fmt::Display,
+        work: impl FnOnce(&Self) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let dir = self.clone();
+        let task = tokio::task::spawn_blocking(move || work(&dir));
+        let subject = format!("directory {}: {subject}", self.path.display());
+        match tokio::time::timeout(DEADLINE, task).await {
+            Ok(Ok(Ok(value))) => Ok(value),
+            Ok(Ok(Err(error))) if error.kind() == io::ErrorKind::NotFound => {
+                Err(Error::Refused(format!("{subject} does not exist")))
+            }
+            Ok(Ok(Err(error))) => Err(Error::failed(subject, error)),
+            Ok(Err(error)) => Err(Error::failed(subject, error)),
+            Err(_) => Err(Error::Refused(format!(
+                "{subject}: no answer within {} s",
+                DEADLINE.as_secs()
+            ))),
+        }
+    }
+
+    fn root(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(CWD, &self.path, flags, Mode::empty())?)
+    }
+
+    /// Opens a folder beneath the root, making what is missing of it.
+    fn folder(&self, relative: &str) -> io::Result<OwnedFd> {
+        std::fs::create_dir_all(&self.path)?;
+        let mut folder = self.root()?;
+        for part in relative.split('/') {
+            match rustix::fs::mkdirat(&folder, part, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            folder = open_folder(folder.as_fd(), Path::new(part))?;
+        }
+        Ok(folder)
+    }
+
+    fn scan(&self) -> io::Result<Vec<Volume>> {
+        let root = self.root()?;
+        let mut volumes = Vec::new();
+        for content in [
+            Content::Vztmpl,
+            Content::Iso,
+            Content::Snippets,
+            Content::Backup,
+        ] {
+            collect(&root, folder_of(content), &mut volumes, |file| {
+                VolumeName::file(content, file).ok()
+            })?;
+        }
+        for guest in entries(&root, Path::new("images"))? {
+            collect(&root, &format!("images/{guest}"), &mut volumes, |file| {
+                format!("{guest}/{file}").parse().ok()
+            })?;
+        }
+        volumes.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(volumes)
+    }
+}
+
+/// Adds the regular files of one folder whose names `parse` accepts.
+fn collect(
+    root: &OwnedFd,
+    folder: &str,
+    volumes: &mut Vec<Volume>,
+    parse: impl Fn(&str) -> Option<VolumeName>,
+) -> io::Result<()> {
+    for file in entries(root, Path::new(folder))? {
+        let Some(name) = parse(&file) else { continue };
+        // What is a link, or went away since it was listed, is not a volume.
+        let Ok(stat) = regular(root, &Path::new(folder).join(&file)) else {
+            continue;
+        };
+        volumes.push(Volume {
+            name,
+            size_bytes: size_of(&stat),
+            used_bytes: u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_BYTES,
+            changed_at: stat.st_ctime,
+        });
+    }
+    Ok(())
+}
+
+/// Names in a folder; none when it is absent or not a plain folder.
+fn entries(root: &OwnedFd, folder: &Path) -> io::Result<Vec<String>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let Ok(fd) = open_beneath(root.as_fd(), folder, flags, Mode::empty()) else {
+        return Ok(Vec::new());
+    };
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::new(fd)? {
+        if let Ok(name) = entry?.file_name().to_str()
+            && name != "."
+            && name != ".."
+        {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+fn open_beneath(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    mode: Mode,
+) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    Ok(rustix::fs::openat2(
+        root,
+        path,
+        flags | OFlags::CLOEXEC,
+        mode,
+        resolve,
+    )?)
+}
+
+fn open_folder(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
+    open_beneath(root, path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
+}
+
+fn create(folder: &OwnedFd, file: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+    open_beneath(
+        folder.as_fd(),
+        Path::new(file),
+        flags,
+        Mode::from_raw_mode(0o640),
+    )
+}
+
+fn regular(root: &OwnedFd, path: &Path) -> io::Result<Stat> {
+    regular_stat(&open_beneath(
+        root.as_fd(),
+        path,
+        OFlags::PATH,
+        Mode::empty(),
+    )?)
+}
+
+fn regular_stat(file: &OwnedFd) -> io::Result<Stat> {
+    let stat = rustix::fs::fstat(file)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(io::Error::other("not a regular file"));
+    }
+    Ok(stat)
+}
+
+fn size_of(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_size).unwrap_or(0)
+}
+
+fn folder_of(content: Content) -> &'static str {
+    match content {
+        Content::Images | Content::Rootdir => "images",
+        Content::Vztmpl => "template/cache",
+        Content::Iso => "template/iso",
+        Content::Snippets => "snippets",
+        Content::Backup => "dump",
+    }
+}
+
+fn parent_of(volume: &VolumeName) -> String {
+    match volume {
+        VolumeName::Image { guest, .. } => format!("images/{guest}"),
+        VolumeName::File { content, .. } => folder_of(*content).to_owned(),
+    }
+}
+
+fn file_of(volume: &VolumeName) -> &str {
+    let (VolumeName::Image { file, .. } | VolumeName::File { file, .. }) = volume;
+    file
+}
+
+fn relative(volume: &VolumeName) -> PathBuf {
+    Path::new(&parent_of(volume)).join(file_of(volume))
+}
+
+/// Distinguishes two uploads of the same name.
+fn token() -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{}-{number}.part", std::process::id())
+}
+
+#[cfg(test)]
+mod tests;
