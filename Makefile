@@ -1,6 +1,60 @@
 # Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-.PHONY: help test
+#
+# make run         one node here, with a container and a VM       LISTEN= PORT= STATE=
+# make lab         one to nine emulated hosts with real KVM       NODES= LISTEN= PORT=
+
+STATE ?= /var/lib/atoll
+LISTEN ?= 127.0.0.1
+PORT ?= 8006
+NODES ?= 1
+export STATE LISTEN PORT
+
+BINARIES = -p atoll-api -p atoll-vmm -p atoll-container-rt
+WEB = api/web/dist/index.html
+WEB_SOURCES = $(shell git ls-files api/web 2>/dev/null || find api/web -type f -not -path '*/node_modules/*')
+
+.PHONY: help build run stop clean lab lab-stop test lint bench soak
+
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
-test: ## every test
-	cargo nextest run --workspace --no-fail-fast
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: $(WEB) ## release binaries in target/release, the web page inside atolld
+	@run/deps.sh build
+	cargo build --release --locked $(BINARIES)
+
+run: ## start a node with a container and a VM; again: changes nothing
+	@run/deps.sh build run
+	@$(MAKE) --no-print-directory build
+	@BIN=$(CURDIR)/target/release run/up.sh
+
+stop: ## end the node and its guests; what they stored stays
+	@BIN=$(CURDIR)/target/release run/down.sh
+
+clean: stop ## remove the node's state
+	@run/down.sh --remove-state
+
+lab: ## the same on NODES emulated Debian hosts with KVM, ports from PORT on
+	@run/deps.sh build run test
+	@$(MAKE) --no-print-directory build
+	cargo build --locked -p atoll-tests --bin atoll-lab
+	@ATOLL_BIN_DIR=target/release target/debug/atoll-lab up --nodes $(NODES) --listen $(LISTEN) --port $(PORT)
+
+lab-stop: ## end the lab
+	@target/debug/atoll-lab down
+
+lint: ## formatting and clippy, as CI does
+	cargo fmt --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+test: ## every test; the table goes to target/test/summary.tsv
+	@run/deps.sh build run test
+	@$(MAKE) --no-print-directory $(WEB)
+	@run/test.sh
+
+bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv
+	@run/deps.sh run test
+	cargo run --release --locked -p atoll-benches
+
+$(WEB): $(WEB_SOURCES)
+	cd api/web && npm ci --no-audit --no-fund --loglevel=error && npm run --silent build
+	@touch $@

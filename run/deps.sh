@@ -1,0 +1,35 @@
+#!/bin/bash
+# Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+#
+# Installs the Debian packages that a purpose needs and are missing: deps.sh build|run|test …
+# Does nothing, and asks no mirror, when all are there.
+set -euo pipefail
+
+declare -A packages=(
+    [build]="build-essential pkg-config libseccomp-dev libpam0g-dev clang libclang-dev libelf-dev zlib1g-dev"
+    [run]="mmdebstrap zstd xz-utils dnsmasq-base nftables iproute2 e2fsprogs procps iputils-ping ca-certificates libseccomp2"
+    [test]="qemu-system-x86 qemu-utils podman crun runc chromium python3-venv busybox-static cpio strace socat"
+)
+
+missing=()
+for purpose in "$@"; do
+    for package in ${packages[$purpose]:?"deps.sh: no such purpose: $purpose"}; do
+        [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            missing+=("$package")
+    done
+done
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+if [ "$(id -u)" != 0 ]; then
+    echo "atoll: these Debian packages are missing, install them as root: ${missing[*]}" >&2
+    exit 1
+fi
+echo "atoll: installing Debian packages: ${missing[*]}" >&2
+export DEBIAN_FRONTEND=noninteractive
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if ! { apt-get -q update && apt-get -q install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
+    tail -n 20 "$log" >&2
+    echo "atoll: apt-get could not install the packages" >&2
+    exit 1
+fi

@@ -1,0 +1,33 @@
+#!/bin/bash
+# Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+#
+# Every test, by one runner. The lab's images are built beside the compiler when they are missing; a failure in
+# one suite does not hide the others; the table comes last, and its verdict is the exit code.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+mkdir -p target/test
+images() {
+    tests/lab/host-image.sh && run/guest-image.sh
+}
+images > target/test/images.log 2>&1 &
+images=$!
+
+cargo fmt --check || exit 1
+cargo build --workspace --bins --locked || exit 1
+(cd api/web && npm run --silent check) > target/test/web-check.log 2>&1
+web=$?
+[ $web = 0 ] || { tail -n 40 target/test/web-check.log; echo "the web page's own checks failed (npm run check)"; }
+
+echo "waiting for the lab's images"
+wait $images || { tail -n 20 target/test/images.log; echo "the lab's images could not be built"; }
+
+rm -f target/nextest/default/junit.xml
+cargo nextest run --workspace --locked --no-fail-fast --status-level fail --final-status-level slow
+tests=$?
+cargo test --workspace --doc --locked --quiet
+docs=$?
+cargo run --quiet --locked -p atoll-tests --bin atoll-test-summary -- \
+    target/nextest/default/junit.xml --output target/test/summary.tsv
+summary=$?
+[ $web = 0 ] && [ $tests = 0 ] && [ $docs = 0 ] && [ $summary = 0 ]
