@@ -6,4 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod node;
+mod payload;
 mod rig;
+mod vmm;
