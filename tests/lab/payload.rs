@@ -1,35 +1,15 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! What the tests bring into a lab host: programs, the stock Debian guest, scripts.
+//! Hosts that have the programs under test, the stock Debian guest and the scripts.
 
-use std::fs;
-use std::path::Path;
-
-use atoll_tests::{lab, tree};
+use atoll_tests::lab;
 use tempfile::TempDir;
 
-/// A directory with `bin/` (the programs under test), `guest/` (the stock guest), `run/` and `lab/` (scripts).
-pub fn assemble() -> TempDir {
-    let payload = tempfile::tempdir_in(cache()).unwrap();
-    let bin = payload.path().join("bin");
-    fs::create_dir(&bin).unwrap();
-    for name in ["atolld", "atoll", "atoll-vmm", "atoll-ct"] {
-        fs::copy(tree::binary(name), bin.join(name)).unwrap();
-    }
-    lab::link_tree(&lab::guest_image().unwrap(), &payload.path().join("guest")).unwrap();
-    lab::link_tree(&tree::root().join("run"), &payload.path().join("run")).unwrap();
-    let scripts = payload.path().join("lab");
-    fs::create_dir(&scripts).unwrap();
-    fs::copy(
-        tree::root().join("tests/lab/console.py"),
-        scripts.join("console.py"),
-    )
-    .unwrap();
-    payload
-}
-
-/// Hosts with the payload, in a temporary directory that goes with the returned guard.
+/// Hosts with the payload, in temporary directories that go with the returned guards.
 pub fn start(host_count: u8) -> (Vec<lab::Host>, [TempDir; 2]) {
-    let payload = assemble();
+    // On the images' file system, so that the guest's disk is linked and not copied.
+    let images = lab::guest_image().unwrap();
+    let payload = tempfile::tempdir_in(images.parent().unwrap()).unwrap();
+    lab::fill_payload(payload.path()).unwrap();
     let work = tempfile::tempdir().unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count,
@@ -39,9 +19,4 @@ pub fn start(host_count: u8) -> (Vec<lab::Host>, [TempDir; 2]) {
     })
     .unwrap();
     (hosts, [payload, work])
-}
-
-/// The images' file system, so that the guest's disk is linked and not copied.
-fn cache() -> impl AsRef<Path> {
-    lab::guest_image().unwrap().parent().unwrap().to_owned()
 }

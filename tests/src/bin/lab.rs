@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use atoll_tests::{lab, tree};
+use atoll_tests::lab;
 use clap::{Parser, Subcommand};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -103,7 +103,7 @@ fn run(arguments: &Arguments) -> Result<i32> {
             let payload = match bare {
                 Some(directory) => directory,
                 None => {
-                    fill_payload(atoll.path())?;
+                    lab::fill_payload(atoll.path())?;
                     atoll.path()
                 }
             };
@@ -169,17 +169,6 @@ fn up(hosts: Vec<lab::Host>, with_atoll: bool, record: &Path) -> Result<()> {
     }
     println!("a shell command on a host: atoll-lab exec 1 COMMAND; the end: make lab-stop");
     Ok(())
-}
-
-/// The programs under test, the stock Debian guest and the scripts, as a host sees them at /payload.
-fn fill_payload(directory: &Path) -> Result<()> {
-    let bin = directory.join("bin");
-    fs::create_dir(&bin)?;
-    for name in ["atolld", "atoll", "atoll-vmm", "atoll-ct"] {
-        fs::copy(tree::binary(name), bin.join(name))?;
-    }
-    lab::link_tree(&lab::guest_image()?, &directory.join("guest"))?;
-    lab::link_tree(&tree::root().join("run"), &directory.join("run"))
 }
 
 /// The hosts of the record whose QEMU still runs.

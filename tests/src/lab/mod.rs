@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::tree;
+
 pub use agent::Output;
 pub use host::{Forward, Host};
 pub use image::{guest_image, host_image};
@@ -87,13 +89,26 @@ pub fn run_at(agent_port: u16, script: &str, timeout: Duration) -> Result<Output
     agent::run(address, script, Instant::now() + timeout)
 }
 
-/// Hard-links (or copies, across file systems) a flat directory's files into a new one.
-pub fn link_tree(from: &Path, to: &Path) -> Result<()> {
-    std::fs::create_dir_all(to)?;
+/// Fills an empty directory with what a host needs to run Atoll: `bin/` (the programs under test), `guest/` (the
+/// stock Debian guest), `run/` and `lab/` (scripts).
+pub fn fill_payload(directory: &Path) -> Result<()> {
+    let bin = directory.join("bin");
+    std::fs::create_dir(&bin)?;
+    for name in ["atolld", "atoll", "atoll-vmm", "atoll-ct"] {
+        std::fs::copy(tree::binary(name), bin.join(name))?;
+    }
+    link_files(&guest_image()?, &directory.join("guest"))?;
+    link_files(&tree::root().join("run"), &directory.join("run"))?;
+    link_files(&tree::root().join("tests/lab"), &directory.join("lab"))
+}
+
+/// Hard-links (or copies, across file systems) a directory's files, without its subdirectories, into a new one.
+fn link_files(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir(to)?;
     for entry in std::fs::read_dir(from)? {
         let entry = entry?;
         let target = to.join(entry.file_name());
-        if std::fs::hard_link(entry.path(), &target).is_err() {
+        if entry.file_type()?.is_file() && std::fs::hard_link(entry.path(), &target).is_err() {
             std::fs::copy(entry.path(), &target)?;
         }
     }
