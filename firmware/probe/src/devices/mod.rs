@@ -1,0 +1,130 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The virtio devices of the machine, each with its check. A kind is a file and a row in `Devices::find`.
+
+mod blk;
+mod console;
+mod net;
+mod rng;
+
+use alloc::vec::Vec;
+
+use virtio_drivers::transport::{DeviceType, Transport};
+
+use crate::acpi::Platform;
+use crate::clock::Clock;
+use crate::interrupts;
+use crate::options::Options;
+use crate::pci::Bus;
+use crate::report::Report;
+use crate::transport::{MsixTransport, Taps};
+
+/// What every kind of device can do.
+pub trait Device {
+    /// Section name in the report.
+    fn name(&self) -> &'static str;
+
+    /// Uses the device and tells the values and failures.
+    fn check(&mut self, report: &mut Report, clock: &Clock, options: &Options);
+
+    /// Does what came in since the last call; called after each interrupt.
+    fn serve(&mut self) {}
+
+    /// The address that this device has on its network.
+    fn address(&self) -> Option<[u8; 4]> {
+        None
+    }
+}
+
+type Open = fn(MsixTransport) -> virtio_drivers::Result<alloc::boxed::Box<dyn Device>>;
+
+const KINDS: &[(DeviceType, Open)] = &[
+    (DeviceType::Block, blk::open),
+    (DeviceType::Network, net::open),
+    (DeviceType::Console, console::open),
+    (DeviceType::EntropySource, rng::open),
+];
+
+struct Found {
+    slot: u8,
+    taps: Taps,
+    device: virtio_drivers::Result<alloc::boxed::Box<dyn Device>>,
+}
+
+/// All that were found, in the order of their slots.
+pub struct Devices(Vec<Found>);
+
+impl Devices {
+    /// Looks at every slot of bus 0 and starts the driver of each virtio device.
+    pub fn find(platform: &Platform) -> Devices {
+        let mut found = Vec::new();
+        for function in Bus::find(platform).devices() {
+            let Some(transport) = MsixTransport::new(function) else {
+                continue;
+            };
+            let kind = transport.device_type();
+            let Some((_, open)) = KINDS.iter().find(|(known, _)| *known == kind) else {
+                continue;
+            };
+            let taps = transport.taps();
+            found.push(Found {
+                slot: function.slot,
+                taps,
+                device: open(transport),
+            });
+        }
+        Devices(found)
+    }
+
+    /// The first device's registers, for measuring.
+    pub fn taps(&self) -> Option<Taps> {
+        self.0.first().map(|found| found.taps)
+    }
+
+    /// One section a device.
+    pub fn check(&mut self, report: &mut Report, clock: &Clock, options: &Options) {
+        for Found { slot, taps, device } in &mut self.0 {
+            let count = || {
+                taps.vectors
+                    .iter()
+                    .flatten()
+                    .map(|(_, vector)| u64::from(vector.count()))
+                    .sum::<u64>()
+            };
+            match device {
+                Ok(device) => {
+                    let before = count();
+                    report.begin(device.name());
+                    report.number("slot", u64::from(*slot));
+                    device.check(report, clock, options);
+                    // What was polled for has interrupted too, but only now do we let interrupts in.
+                    if !interrupts::wait(|| count() > before) {
+                        report.fail("no interrupt came");
+                    }
+                    report.number("interrupts", count() - before);
+                }
+                Err(error) => {
+                    report.begin("broken");
+                    report.number("slot", u64::from(*slot));
+                    report.fail(error);
+                }
+            }
+            report.end();
+        }
+    }
+
+    /// Lets each device do what came in.
+    pub fn serve(&mut self) {
+        for found in &mut self.0 {
+            if let Ok(device) = &mut found.device {
+                device.serve();
+            }
+        }
+    }
+
+    /// Addresses of the network cards.
+    pub fn addresses(&self) -> impl Iterator<Item = [u8; 4]> {
+        self.0
+            .iter()
+            .filter_map(|found| found.device.as_ref().ok()?.address())
+    }
+}

@@ -1,0 +1,93 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Mode `stay`: a shell of six commands on the serial port, pings answered, the power button obeyed. The CPU
+//! halts between interrupts.
+
+use alloc::string::String;
+use core::fmt::Write;
+
+use crate::acpi::Platform;
+use crate::clock::{Clock, hypervisor};
+use crate::cpu;
+use crate::devices::Devices;
+use crate::options::Options;
+use crate::report;
+use crate::serial::Serial;
+
+const LINE_BYTES_MAX: usize = 256;
+const PROMPT: &str = "probe> ";
+
+/// Until power-off.
+pub fn run(devices: &mut Devices, platform: &Platform, clock: &Clock, options: &Options) {
+    Serial.listen();
+    platform.listen();
+    let _ = write!(Serial, "Type help.\n{PROMPT}");
+    let mut line = String::new();
+    loop {
+        devices.serve();
+        if platform.button_pressed() {
+            let _ = writeln!(Serial, "\npower button: off");
+            return;
+        }
+        while let Some(byte) = Serial.read() {
+            match byte {
+                b'\r' | b'\n' => {
+                    let _ = writeln!(Serial);
+                    if !obey(line.trim(), devices, platform, clock, options) {
+                        return;
+                    }
+                    line.clear();
+                    let _ = write!(Serial, "{PROMPT}");
+                }
+                0x08 | 0x7f if line.pop().is_some() => Serial.write(b"\x08 \x08"),
+                b' '..=b'~' if line.len() < LINE_BYTES_MAX => {
+                    line.push(char::from(byte));
+                    Serial.write(&[byte]);
+                }
+                _ => {}
+            }
+        }
+        cpu::halt();
+    }
+}
+
+/// Runs one command; false means power off.
+fn obey(
+    line: &str,
+    devices: &mut Devices,
+    platform: &Platform,
+    clock: &Clock,
+    options: &Options,
+) -> bool {
+    let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
+    let _ = match command {
+        "" => Ok(()),
+        "help" => writeln!(Serial, "help  id  uptime  report  echo TEXT  off"),
+        "id" => {
+            let signature = hypervisor().unwrap_or(*b"no one\0\0\0\0\0\0");
+            let name = core::str::from_utf8(&signature)
+                .unwrap_or("?")
+                .trim_end_matches('\0');
+            let _ = write!(
+                Serial,
+                "atoll probe guest under {name}, {} MHz",
+                clock.khz / 1000
+            );
+            for [a, b, c, d] in devices.addresses() {
+                let _ = write!(Serial, ", {a}.{b}.{c}.{d}");
+            }
+            writeln!(Serial)
+        }
+        "uptime" => {
+            let ms = clock.now_ns() / 1_000_000;
+            writeln!(Serial, "up {}.{:03} s", ms / 1000, ms % 1000)
+        }
+        "report" => {
+            report::make(devices, platform, clock, options);
+            Ok(())
+        }
+        "echo" => writeln!(Serial, "{rest}"),
+        "off" => return false,
+        _ => writeln!(Serial, "{command}: no such command; help lists them"),
+    };
+    true
+}
