@@ -1,0 +1,151 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+// What the API answers, as far as the page reads it. Names are the API's.
+
+export type GuestType = 'qemu' | 'lxc';
+
+/** A row of GET /cluster/resources. */
+export interface Resource {
+  id: string;
+  type: GuestType | 'node' | 'storage' | 'pool' | 'sdn' | 'network';
+  node?: string;
+  status?: string;
+  name?: string;
+  vmid?: number;
+  storage?: string;
+  plugintype?: string;
+  content?: string;
+  shared?: number;
+  cpu?: number;
+  maxcpu?: number;
+  mem?: number;
+  maxmem?: number;
+  disk?: number;
+  maxdisk?: number;
+  uptime?: number;
+  template?: number;
+  lock?: string;
+  tags?: string;
+}
+
+/** A guest among the resources. */
+export interface Guest extends Resource {
+  type: GuestType;
+  vmid: number;
+  node: string;
+}
+
+/** GET …/status/current. Traffic and disk counters are totals in bytes since the start. */
+export interface GuestStatus {
+  vmid: number;
+  name?: string;
+  status: string;
+  qmpstatus?: string;
+  lock?: string;
+  cpu?: number;
+  cpus?: number;
+  mem?: number;
+  maxmem?: number;
+  swap?: number;
+  maxswap?: number;
+  disk?: number;
+  maxdisk?: number;
+  diskread?: number;
+  diskwrite?: number;
+  netin?: number;
+  netout?: number;
+  uptime?: number;
+  pid?: number;
+}
+
+interface Usage {
+  used: number;
+  total: number;
+  free?: number;
+  avail?: number;
+}
+
+/** GET /nodes/N/status. */
+export interface NodeStatus {
+  cpu?: number;
+  cpuinfo?: { model?: string; cpus?: number; sockets?: number; cores?: number };
+  loadavg?: (string | number)[];
+  memory?: Usage;
+  rootfs?: Usage;
+  swap?: Usage;
+  uptime?: number;
+  pveversion?: string;
+  kversion?: string;
+  'current-kernel'?: { release?: string; machine?: string };
+}
+
+/** A row of …/rrddata; series that were not measured are absent. Rates are bytes a second. */
+export type SeriesRow = { time: number } & Record<string, number | undefined>;
+
+export interface Task {
+  upid: string;
+  node: string;
+  type: string;
+  id?: string;
+  user: string;
+  starttime: number;
+  endtime?: number;
+  status?: string;
+}
+
+export interface TaskStatus extends Omit<Task, 'status' | 'endtime'> {
+  status: 'running' | 'stopped';
+  exitstatus?: string;
+}
+
+export interface StorageRow {
+  storage: string;
+  type: string;
+  content: string;
+  active?: number;
+  enabled?: number;
+  shared?: number;
+  total?: number;
+  used?: number;
+  avail?: number;
+}
+
+export interface Volume {
+  volid: string;
+  content: string;
+  format: string;
+  size: number;
+  used?: number;
+  ctime?: number;
+  vmid?: number;
+  notes?: string;
+  protected?: number;
+}
+
+export interface NetworkInterface {
+  iface: string;
+  type: string;
+  active?: number;
+  autostart?: number;
+  cidr?: string;
+  address?: string;
+  gateway?: string;
+  bridge_ports?: string;
+  comments?: string;
+}
+
+/** A row of …/pending. */
+export interface PendingRow {
+  key: string;
+  value?: string | number;
+  pending?: string | number;
+  delete?: number;
+}
+
+export type GuestConfig = Record<string, string | number> & { digest?: string };
+
+export interface Realm {
+  realm: string;
+  type: string;
+  comment?: string;
+  default?: number;
+}

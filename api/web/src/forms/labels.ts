@@ -1,0 +1,65 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+// Words for parameters whose names are terse. A parameter without one is shown under its name.
+
+const LABELS: Record<string, string> = {
+  acl: 'Access control lists',
+  balloon: 'Least memory (balloon)',
+  boot: 'Boot order',
+  bridge: 'Bridge',
+  cmdline: 'Kernel command line',
+  cores: 'CPU cores',
+  cpu: 'CPU type',
+  cpulimit: 'CPU limit',
+  cpuunits: 'CPU weight',
+  description: 'Notes',
+  discard: 'Pass on discards',
+  features: 'Features',
+  firewall: 'Firewall',
+  gw: 'Gateway (IPv4)',
+  gw6: 'Gateway (IPv6)',
+  hostname: 'Host name',
+  hwaddr: 'MAC address',
+  initrd: 'Initial RAM disk',
+  ip: 'IPv4',
+  ip6: 'IPv6',
+  iothread: 'Thread of its own',
+  kernel: 'Kernel',
+  link_down: 'Link down',
+  macaddr: 'MAC address',
+  memory: 'Memory (MiB)',
+  model: 'Model',
+  mp: 'Mount point',
+  mtu: 'MTU',
+  name: 'Name',
+  nameserver: 'DNS server',
+  net: 'Network',
+  onboot: 'Start with the node',
+  ostemplate: 'Template',
+  ostype: 'Operating system',
+  password: 'Password of root',
+  protection: 'Protect from deletion',
+  queues: 'Queues',
+  rate: 'Rate limit (MB/s)',
+  ro: 'Read-only',
+  rootfs: 'Root disk',
+  scsi: 'Disk (SCSI)',
+  searchdomain: 'DNS search domain',
+  serial: 'Serial port',
+  size: 'Size',
+  sockets: 'CPU sockets',
+  startup: 'Start and stop order',
+  storage: 'Storage',
+  swap: 'Swap (MiB)',
+  tag: 'VLAN tag',
+  tags: 'Tags',
+  unprivileged: 'Unprivileged',
+  virtio: 'Disk (virtio)',
+  vmid: 'ID',
+};
+
+/** "net0" -> "Network (net0)", "cores" -> "CPU cores". */
+export function labelOf(key: string): string {
+  const member = /^([a-z-]+?)(\d+)$/.exec(key);
+  if (member?.[1] && LABELS[member[1]]) return `${LABELS[member[1]]} (${key})`;
+  return LABELS[key] ?? key;
+}

@@ -1,0 +1,123 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+// Sets one config key: a field, or a field for each key of a property string. The digest that was read with the value
+// goes with the change, so that two administrators never overwrite each other unseen.
+import { Button, Group, Modal, Stack, Text } from '@mantine/core';
+import { useMutation } from '@tanstack/react-query';
+import { useMemo, useState, type FormEvent } from 'react';
+
+import { ApiError, call } from '../api/client';
+import { guestPath, refresh } from '../api/queries';
+import { paramOf, type Param, type Params } from '../api/schema';
+import type { Guest } from '../api/types';
+import { ErrorNote } from '../app/ErrorPage';
+import { useChoices, type Source } from '../forms/choices';
+import { Field } from '../forms/Field';
+import { labelOf } from '../forms/labels';
+import { checkFields, fieldParam, placeErrors, toParameters, type Values } from '../forms/values';
+import { parse } from '../lib/propertyString';
+import { isVolume } from './keys';
+
+interface KeyDialogProps {
+  guest: Guest;
+  keyName: string;
+  params: Params;
+  value: string | undefined;
+  digest: string | undefined;
+  onClose: () => void;
+}
+
+const VOLUME_KEYS = new Set(['file', 'volume']);
+
+/** The fields for a key, and what they hold now. A new disk asks for a storage and a size. */
+export function fieldsFor(key: string, param: Param, value: string | undefined): { names: string[]; values: Values } {
+  if (typeof param.format !== 'object') return { names: [key], values: { [key]: value ?? '' } };
+  const parts = Object.keys(param.format);
+  const fresh = value === undefined && isVolume(key);
+  const names = parts.filter((part) => !VOLUME_KEYS.has(part) && !(fresh && part === 'size')).map((part) => `${key}.${part}`);
+  if (fresh) return { names: [`${key}:storage`, `${key}:size`, ...names], values: { [`${key}:size`]: '8' } };
+  const current = parse(value ?? '', param.default_key);
+  // What the form does not show (the volume, keys this page does not know) is kept as it is.
+  const values = Object.fromEntries(Object.entries(current).map(([part, text]) => [`${key}.${part}`, text]));
+  return { names, values };
+}
+
+function sourceOf(guest: Guest, name: string): Source | null {
+  if (name.endsWith('.bridge')) return 'bridges';
+  if (name.endsWith(':storage')) return guest.type === 'lxc' ? 'storages/rootdir' : 'storages/images';
+  return name === 'kernel' || name === 'initrd' ? 'volumes/snippets' : null;
+}
+
+function useSave({ guest, keyName, params, digest, onClose }: Omit<KeyDialogProps, 'value'>) {
+  return useMutation({
+    mutationFn: (values: Values) => {
+      const text = toParameters(params, values)[keyName];
+      return call('PUT', `${guestPath(guest)}/config`, { ...(text === undefined ? { delete: keyName } : { [keyName]: text }), digest });
+    },
+    onSuccess: onClose,
+    onSettled: refresh,
+  });
+}
+
+export function KeyDialog({ guest, keyName, params, value, digest, onClose }: KeyDialogProps) {
+  const param = paramOf(params, keyName) as Param;
+  // The value and digest of the moment the dialog opened: a poll meanwhile must not replace what is being typed.
+  const [opened] = useState({ digest, ...fieldsFor(keyName, param, value) });
+  const [values, setValues] = useState(opened.values);
+  const [touched, setTouched] = useState(false);
+  const sources = useMemo(() => opened.names.map((name) => sourceOf(guest, name)).filter((source) => source !== null), [guest, opened.names]);
+  const choices = useChoices(guest.node, sources);
+  const save = useSave({ guest, keyName, params, digest: opened.digest, onClose });
+  const needed = new Set(opened.names.filter((name) => name.includes(':')));
+  const wrong = checkFields(params, opened.names, values, needed);
+  const refused = save.error instanceof ApiError ? placeErrors(save.error.errors, opened.names) : {};
+  const errors = { ...refused, ...(touched ? wrong : {}) };
+  const submit = (event: FormEvent) => {
+    event.preventDefault();
+    setTouched(true);
+    if (Object.keys(wrong).length === 0) save.mutate(values);
+  };
+  const file = values[`${keyName}.file`] ?? values[`${keyName}.volume`];
+  return (
+    <Modal opened onClose={onClose} title={labelOf(keyName)}>
+      <form onSubmit={submit} noValidate>
+        <Stack gap="sm">
+          {opened.names.length > 1 && param.description && (
+            <Text size="sm" c="dimmed">
+              {param.description}
+            </Text>
+          )}
+          {file && <Text size="sm" className="atoll-mono">{file}</Text>}
+          {opened.names.map((name, index) => {
+            const own = fieldParam(params, name);
+            const source = sourceOf(guest, name);
+            return (
+              own && (
+                <Field
+                  key={name}
+                  name={name}
+                  label={labelOf(name.split(/[.:]/)[1] ?? name)}
+                  param={own}
+                  value={values[name] ?? ''}
+                  onChange={(next) => setValues((all) => ({ ...all, [name]: next }))}
+                  error={errors[name]}
+                  choices={source ? choices.get(source) : undefined}
+                  needed={needed.has(name)}
+                  autoFocus={index === 0}
+                />
+              )
+            );
+          })}
+          <ErrorNote error={save.error} />
+          <Group justify="flex-end" gap="xs">
+            <Button variant="default" onClick={onClose}>
+              Cancel
+            </Button>
+            <Button type="submit" loading={save.isPending}>
+              Save
+            </Button>
+          </Group>
+        </Stack>
+      </form>
+    </Modal>
+  );
+}

@@ -1,0 +1,64 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+// Which config keys the two tabs show, and in which order. Pure.
+import type { Params } from '../api/schema';
+import type { GuestConfig, PendingRow } from '../api/types';
+
+export type Part = 'hardware' | 'options';
+
+const HARDWARE =
+  /^(memory|balloon|swap|cores|sockets|vcpus|cpu|cpulimit|cpuunits|bios|machine|scsihw|vga|kernel|initrd|cmdline|rootfs|rng0|efidisk0|tpmstate0|(net|scsi|virtio|sata|ide|mp|dev|serial|hostpci|usb|unused|virtiofs)(\d+|\[n\]))$/;
+/** Parameters of the config call that are not config keys, and keys that are shown elsewhere. */
+const NOT_KEYS = new Set(['node', 'vmid', 'digest', 'delete', 'revert', 'force', 'skiplock', 'background_delay', 'description', 'lock', 'meta', 'parent', 'snapshot', 'pending', 'current', 'lxc']);
+const ORDER = ['name', 'hostname', 'cores', 'sockets', 'cpu', 'memory', 'balloon', 'swap', 'kernel', 'initrd', 'cmdline', 'rootfs'];
+
+export function belongs(key: string, part: Part): boolean {
+  return !NOT_KEYS.has(key) && HARDWARE.test(key) === (part === 'hardware');
+}
+
+/** One line of a config tab. */
+export interface ConfigRow {
+  key: string;
+  /** In force now; absent when the key is not set. */
+  value: string | undefined;
+  /** Takes effect at the next start. */
+  pending: string | undefined;
+  /** Is removed at the next start. */
+  deletes: boolean;
+}
+
+function rank(key: string): number {
+  const at = ORDER.indexOf(key);
+  return at < 0 ? ORDER.length : at;
+}
+
+/** Lines of a tab: everything that is set or pending, and the single keys that could be set. */
+export function configRows(part: Part, config: GuestConfig, pending: PendingRow[], params: Params): ConfigRow[] {
+  const rows = new Map<string, ConfigRow>();
+  const single = Object.keys(params).filter((key) => !key.includes('[n]'));
+  for (const key of [...Object.keys(config), ...single]) {
+    if (!belongs(key, part) || rows.has(key)) continue;
+    const value = config[key];
+    rows.set(key, { key, value: value === undefined ? undefined : String(value), pending: undefined, deletes: false });
+  }
+  for (const entry of pending) {
+    if (!belongs(entry.key, part) || (entry.pending === undefined && !entry.delete)) continue;
+    rows.set(entry.key, {
+      key: entry.key,
+      value: entry.value === undefined ? undefined : String(entry.value),
+      pending: entry.pending === undefined ? undefined : String(entry.pending),
+      deletes: Boolean(entry.delete),
+    });
+  }
+  const order = (a: ConfigRow, b: ConfigRow) => rank(a.key) - rank(b.key) || a.key.localeCompare(b.key, undefined, { numeric: true });
+  return [...rows.values()].sort(order);
+}
+
+/** Families of which a member can be added in a tab: net[n], virtio[n], … */
+export function families(part: Part, params: Params): string[] {
+  return Object.keys(params).filter((key) => key.includes('[n]') && belongs(key, part) && !key.startsWith('unused'));
+}
+
+/** A disk whose size can grow. */
+export function isVolume(key: string): boolean {
+  return /^(rootfs|(mp|scsi|virtio|sata|ide)\d+)$/.test(key);
+}
