@@ -1,0 +1,286 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What every backend must do, as a suite that each implementation's tests run.
+#![expect(unsafe_code, reason = "requests point at the suite's own buffers")]
+
+use std::io;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::backend::{
+    BlockBackend, BlockQueue, Completion, Geometry, Operation, Request, SECTOR_BYTES,
+};
+use crate::segments::Segments;
+
+const SIZE_BYTES: u64 = 1 << 20;
+
+/// Runs the suite on disks that `make` makes, zeroed, of the geometry that it is given. Panics at a violation.
+pub fn check(make: impl Fn(Geometry) -> Box<dyn BlockBackend>) {
+    let writable = Geometry {
+        size_bytes: SIZE_BYTES,
+        read_only: false,
+    };
+    let read_only = Geometry {
+        size_bytes: SIZE_BYTES,
+        read_only: true,
+    };
+    keeps_what_it_is_given(&*make(writable));
+    scatters_and_gathers(&*make(writable));
+    bounds_its_queue(&*make(writable));
+    refuses_what_is_beyond_its_end(&*make(writable));
+    refuses_writes_when_read_only(&*make(read_only));
+    queues_share_one_disk(&*make(writable));
+    dropping_a_queue_waits(&*make(writable));
+}
+
+/// Reads one range and waits for it.
+pub fn read(backend: &dyn BlockBackend, offset_bytes: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let segments = segments(&mut [buffer]);
+    one(
+        backend,
+        Request {
+            token: 1,
+            operation: Operation::Read,
+            offset_bytes,
+            segments,
+        },
+    )
+}
+
+/// Writes one range and waits for it.
+pub fn write(backend: &dyn BlockBackend, offset_bytes: u64, data: &[u8]) -> io::Result<()> {
+    let mut copy = data.to_vec();
+    let segments = segments(&mut [&mut copy]);
+    one(
+        backend,
+        Request {
+            token: 1,
+            operation: Operation::Write,
+            offset_bytes,
+            segments,
+        },
+    )
+}
+
+/// A list of ranges over buffers of the caller, who keeps them until the completion.
+fn segments(buffers: &mut [&mut [u8]]) -> Segments {
+    let mut segments = Segments::new();
+    for buffer in buffers {
+        // SAFETY: every caller in this module holds the buffers, untouched, until the queue that gets the
+        // request has completed it or was dropped.
+        unsafe { segments.push(buffer.as_mut_ptr(), buffer.len()) };
+    }
+    segments
+}
+
+fn flush(token: u64) -> Request {
+    Request {
+        token,
+        operation: Operation::Flush,
+        offset_bytes: 0,
+        segments: Segments::new(),
+    }
+}
+
+fn one(backend: &dyn BlockBackend, request: Request) -> io::Result<()> {
+    let mut queue = backend.open_queue(1)?;
+    queue
+        .submit(request)
+        .expect("an empty queue takes a request");
+    let mut done = run(&mut *queue)?;
+    assert_eq!(done.len(), 1, "one request, one completion");
+    done.remove(0).result
+}
+
+/// Kicks and waits for everything in flight.
+fn run(queue: &mut dyn BlockQueue) -> io::Result<Vec<Completion>> {
+    let mut done = Vec::new();
+    queue.kick()?;
+    while queue.in_flight() > 0 {
+        let fd = queue.completion_fd();
+        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], None)?;
+        queue.complete(&mut done)?;
+    }
+    Ok(done)
+}
+
+fn pattern(seed: u8, length: usize) -> Vec<u8> {
+    (0..=u8::MAX)
+        .cycle()
+        .map(|byte| byte.wrapping_mul(31) ^ seed)
+        .take(length)
+        .collect()
+}
+
+fn keeps_what_it_is_given(backend: &dyn BlockBackend) {
+    let mut buffer = vec![0xff; 8192];
+    read(backend, 0, &mut buffer).expect("read a new disk");
+    assert!(
+        buffer.iter().all(|byte| *byte == 0),
+        "a new disk reads as zeroes"
+    );
+    let data = pattern(7, 8192);
+    write(backend, SIZE_BYTES - 8192, &data).expect("write the last sectors");
+    one(backend, flush(3)).expect("flush");
+    read(backend, SIZE_BYTES - 8192, &mut buffer).expect("read the last sectors");
+    assert_eq!(buffer, data);
+}
+
+fn scatters_and_gathers(backend: &dyn BlockBackend) {
+    let data = pattern(9, 4096);
+    let (mut a, mut b, mut c) = (
+        data[..512].to_vec(),
+        data[512..513].to_vec(),
+        data[513..].to_vec(),
+    );
+    let list = segments(&mut [&mut a, &mut b, &mut c]);
+    assert_eq!((list.count(), list.total_bytes()), (3, 4096));
+    one(
+        backend,
+        Request {
+            token: 1,
+            operation: Operation::Write,
+            offset_bytes: 512,
+            segments: list,
+        },
+    )
+    .expect("gathering write");
+    let (mut head, mut tail) = (vec![0; 4095], vec![0; 1]);
+    let list = segments(&mut [&mut head, &mut tail]);
+    one(
+        backend,
+        Request {
+            token: 1,
+            operation: Operation::Read,
+            offset_bytes: 512,
+            segments: list,
+        },
+    )
+    .expect("scattering read");
+    head.append(&mut tail);
+    assert_eq!(head, data);
+}
+
+fn bounds_its_queue(backend: &dyn BlockBackend) {
+    let mut queue = backend.open_queue(4).expect("open a queue");
+    for token in 0..4 {
+        queue.submit(flush(token)).expect("within the depth");
+    }
+    let refused = queue.submit(flush(99)).expect_err("beyond the depth");
+    assert_eq!(refused.0.token, 99, "the request comes back");
+    let mut tokens: Vec<u64> = run(&mut *queue)
+        .expect("run")
+        .iter()
+        .map(|completion| completion.token)
+        .collect();
+    tokens.sort_unstable();
+    assert_eq!(tokens, [0, 1, 2, 3]);
+    queue.submit(flush(5)).expect("there is room again");
+    assert_eq!(run(&mut *queue).expect("run").len(), 1);
+}
+
+fn refuses_what_is_beyond_its_end(backend: &dyn BlockBackend) {
+    let mut buffer = vec![0; 1024];
+    for offset in [
+        SIZE_BYTES - 512,
+        SIZE_BYTES,
+        u64::MAX - 511,
+        u64::MAX / 512 * 512,
+    ] {
+        read(backend, offset, &mut buffer).expect_err("read beyond the end");
+        write(backend, offset, &buffer).expect_err("write beyond the end");
+    }
+    assert_eq!(backend.geometry().size_bytes, SIZE_BYTES, "nothing grew");
+}
+
+fn refuses_writes_when_read_only(backend: &dyn BlockBackend) {
+    let error = write(backend, 0, &[1; 512]).expect_err("write to a read-only disk");
+    assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+    let mut buffer = vec![1; 512];
+    read(backend, 0, &mut buffer).expect("read a read-only disk");
+    assert_eq!(buffer, vec![0; 512]);
+}
+
+fn queues_share_one_disk(backend: &dyn BlockBackend) {
+    std::thread::scope(|scope| {
+        for index in 0..4_u8 {
+            scope.spawn(move || {
+                for round in 0..16 {
+                    let offset = SECTOR_BYTES * (u64::from(index) * 16 + round);
+                    write(backend, offset, &[index + 1; 512]).expect("write in parallel");
+                }
+            });
+        }
+    });
+    let mut all = vec![0; 4 * 16 * 512];
+    read(backend, 0, &mut all).expect("read everything");
+    for (index, part) in (1..).zip(all.chunks(16 * 512)) {
+        assert!(
+            part.iter().all(|byte| *byte == index),
+            "queue {index}'s sectors"
+        );
+    }
+}
+
+fn dropping_a_queue_waits(backend: &dyn BlockBackend) {
+    let mut data = pattern(11, 65536);
+    let mut queue = backend.open_queue(8).expect("open a queue");
+    for (index, part) in (0..).zip(data.chunks_mut(8192)) {
+        let segments = segments(&mut [part]);
+        let offset_bytes = index * 8192;
+        let request = Request {
+            token: index,
+            operation: Operation::Write,
+            offset_bytes,
+            segments,
+        };
+        queue.submit(request).expect("within the depth");
+    }
+    queue.kick().expect("kick");
+    drop(queue);
+    let mut buffer = vec![0; 65536];
+    read(backend, 0, &mut buffer).expect("read");
+    assert_eq!(
+        buffer, data,
+        "what was kicked before the drop is on the disk after it"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{Faulty, MemoryBackend};
+
+    #[test]
+    fn memory_conforms() {
+        check(|geometry| Box::new(MemoryBackend::new(geometry)));
+    }
+
+    #[test]
+    fn a_decorator_without_faults_conforms() {
+        check(|geometry| {
+            Box::new(Faulty::new(
+                MemoryBackend::new(geometry),
+                Arc::new(|_, _| None),
+            ))
+        });
+    }
+
+    #[test]
+    fn chosen_requests_fail_and_others_do_not() {
+        let inner = MemoryBackend::new(Geometry {
+            size_bytes: 4096,
+            read_only: false,
+        });
+        let bad_sector = |operation, offset| {
+            (operation == Operation::Read && offset == 512).then_some(io::ErrorKind::TimedOut)
+        };
+        let disk = Faulty::new(inner, Arc::new(bad_sector));
+        let mut buffer = [0; 512];
+        let error = read(&disk, 512, &mut buffer).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        read(&disk, 0, &mut buffer).unwrap();
+        write(&disk, 512, &buffer).unwrap();
+    }
+}

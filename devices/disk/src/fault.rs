@@ -1,0 +1,89 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A decorator that makes chosen requests fail: what a bad disk does, on demand, for tests of what sits above.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::backend::{BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request};
+
+/// Decides which requests fail: given an operation and its first byte, the error or nothing.
+pub type Fault = dyn Fn(Operation, u64) -> Option<io::ErrorKind> + Send + Sync;
+
+/// A backend whose requests fail where `Fault` says so; all others go to the inner backend.
+pub struct Faulty<B> {
+    inner: B,
+    fault: Arc<Fault>,
+}
+
+impl<B: BlockBackend> Faulty<B> {
+    /// Decorates a backend.
+    pub fn new(inner: B, fault: Arc<Fault>) -> Self {
+        Self { inner, fault }
+    }
+}
+
+impl<B: BlockBackend> BlockBackend for Faulty<B> {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
+        let inner = self.inner.open_queue(depth)?;
+        Ok(Box::new(FaultyQueue {
+            inner,
+            fault: Arc::clone(&self.fault),
+            failing: Vec::new(),
+        }))
+    }
+}
+
+struct FaultyQueue {
+    inner: Box<dyn BlockQueue>,
+    fault: Arc<Fault>,
+    /// Tokens of requests that go through as flushes, so that their failure arrives like any completion.
+    failing: Vec<(u64, io::ErrorKind)>,
+}
+
+impl BlockQueue for FaultyQueue {
+    fn completion_fd(&self) -> BorrowedFd<'_> {
+        self.inner.completion_fd()
+    }
+
+    fn submit(&mut self, mut request: Request) -> Result<(), Full> {
+        let Some(error) = (self.fault)(request.operation, request.offset_bytes) else {
+            return self.inner.submit(request);
+        };
+        let (token, operation) = (request.token, request.operation);
+        request.operation = Operation::Flush;
+        if let Err(Full(mut request)) = self.inner.submit(request) {
+            request.operation = operation;
+            return Err(Full(request));
+        }
+        self.failing.push((token, error));
+        Ok(())
+    }
+
+    fn kick(&mut self) -> io::Result<()> {
+        self.inner.kick()
+    }
+
+    fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
+        let first_new = done.len();
+        self.inner.complete(done)?;
+        for completion in &mut done[first_new..] {
+            let failing = self
+                .failing
+                .iter()
+                .position(|(token, _)| *token == completion.token);
+            if let Some(index) = failing {
+                completion.result = Err(self.failing.swap_remove(index).1.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight()
+    }
+}
