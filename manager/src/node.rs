@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::access::Access;
 use crate::error::Error;
 use crate::id::InvalidId;
 use crate::network::Network;
@@ -22,6 +23,7 @@ struct Shared {
     settings: Settings,
     store: Arc<dyn ConfigStore>,
     tasks: Tasks,
+    access: Access,
     storage: Storages,
     network: Network,
 }
@@ -49,6 +51,7 @@ impl Node {
         crate::id::check_node_name(&settings.node)
             .map_err(|e| Error::invalid("node", e.to_string()))?;
         let tasks = Tasks::open(&settings.node, &settings.tasks_dir(), settings.workers_max)?;
+        let access = Access::new(store.clone());
         let storage = Storages::new(store.clone(), &settings.node);
         let network = Network {
             bridge: settings.bridge.clone(),
@@ -63,6 +66,7 @@ impl Node {
                 settings,
                 store,
                 tasks,
+                access,
                 storage,
                 network,
             }),
@@ -82,6 +86,11 @@ impl Node {
     /// The configuration of the whole cluster.
     pub fn store(&self) -> &Arc<dyn ConfigStore> {
         &self.shared.store
+    }
+
+    /// Users and their rights.
+    pub fn access(&self) -> &Access {
+        &self.shared.access
     }
 
     /// Places for volumes.

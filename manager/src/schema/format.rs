@@ -107,7 +107,7 @@ pub fn parse_size(text: &str) -> Option<u64> {
 /// The size as configs show it: the largest unit that divides it.
 pub fn print_size(bytes: u64) -> String {
     for (unit, shift) in [("T", 40), ("G", 30), ("M", 20), ("K", 10)] {
-        if bytes > 0 && bytes % (1u64 << shift) == 0 {
+        if bytes > 0 && bytes.is_multiple_of(1u64 << shift) {
             return format!("{}{unit}", bytes >> shift);
         }
     }

@@ -26,7 +26,7 @@ pub const KEY_LENGTH_MAX: usize = 1024;
 pub const VALUE_SIZE_MAX: usize = 16 << 20;
 
 /// Number of a write; grows by one a transaction, over the whole store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Revision(pub u64);
 
 /// What a write demands of the key's present state.

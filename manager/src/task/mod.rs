@@ -258,6 +258,7 @@ impl Tasks {
             id: new.id.clone(),
             user: new.user.clone(),
         }
+        .fitted()
     }
 
     fn register(

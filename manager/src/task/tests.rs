@@ -8,7 +8,7 @@ use super::*;
 use crate::step;
 
 fn tasks(directory: &Path) -> Tasks {
-    Tasks::open("n1", directory, 2).unwrap()
+    Tasks::open("n1", directory, 3).unwrap()
 }
 
 fn lines(tasks: &Tasks, upid: &Upid) -> Vec<String> {
@@ -57,10 +57,10 @@ async fn a_stopped_task_ends_and_frees_its_worker() {
         task.until_cancelled(forever).await
     };
     let new = || NewTask::new("vzdump", "", "root@pam");
-    let upids: Vec<Upid> = (0..3).map(|_| tasks.spawn(new(), sleep).unwrap()).collect();
+    let upids: Vec<Upid> = (0..4).map(|_| tasks.spawn(new(), sleep).unwrap()).collect();
     let free = tasks.spawn(new().free(), async |_| Ok(())).unwrap();
     assert_eq!(tasks.wait(&free).await.unwrap(), "OK");
-    assert_eq!(tasks.running_count(), 3);
+    assert_eq!(tasks.running_count(), 4);
     assert_eq!(tasks.status(&upids[0]).unwrap().status(), "RUNNING");
     for upid in &upids {
         tasks.stop(upid).unwrap();
@@ -129,62 +129,23 @@ async fn lists_are_filtered_and_paged() {
             .unwrap();
         tasks.wait(&upid).await.unwrap();
     }
-    let count = |filter: TaskFilter| tasks.list(&filter).1;
-    let all = TaskFilter::default;
-    assert_eq!(count(all()), 10);
-    assert_eq!(
-        count(TaskFilter {
-            id: Some("104".into()),
-            ..all()
-        }),
-        1
-    );
-    assert_eq!(
-        count(TaskFilter {
-            owner: Some("a@pve".into()),
-            ..all()
-        }),
-        5
-    );
-    assert_eq!(
-        count(TaskFilter {
-            owner: Some("ab@pve".into()),
-            ..all()
-        }),
-        5
-    );
-    assert_eq!(
-        count(TaskFilter {
-            user: Some("pve!t".into()),
-            ..all()
-        }),
-        5
-    );
-    assert_eq!(
-        count(TaskFilter {
-            kind: Some("qmstop".into()),
-            ..all()
-        }),
-        0
-    );
-    assert_eq!(
-        count(TaskFilter {
-            classes: vec![StatusClass::Error],
-            ..all()
-        }),
-        1
-    );
-    assert_eq!(
-        count(TaskFilter {
-            source: TaskSource::Active,
-            ..all()
-        }),
-        0
-    );
+    let count = |change: fn(&mut TaskFilter)| {
+        let mut filter = TaskFilter::default();
+        change(&mut filter);
+        tasks.list(&filter).1
+    };
+    assert_eq!(count(|_| ()), 10);
+    assert_eq!(count(|f| f.id = Some("104".into())), 1);
+    assert_eq!(count(|f| f.owner = Some("a@pve".into())), 5);
+    assert_eq!(count(|f| f.owner = Some("ab@pve".into())), 5);
+    assert_eq!(count(|f| f.user = Some("pve!t".into())), 5);
+    assert_eq!(count(|f| f.kind = Some("qmstop".into())), 0);
+    assert_eq!(count(|f| f.classes = vec![StatusClass::Error]), 1);
+    assert_eq!(count(|f| f.source = TaskSource::Active), 0);
     let page = TaskFilter {
         start: 2,
         limit: 3,
-        ..all()
+        ..TaskFilter::default()
     };
     let (records, total) = tasks.list(&page);
     let ids: Vec<_> = records.iter().map(|r| r.upid.id.as_str()).collect();
