@@ -30,6 +30,17 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("libcontainer", &["atoll-container-rt"]),
 ];
 
+/// Crates that may not come in by any path, and why.
+const BANNED: &[(&str, &str)] = &[
+    ("openssl-sys", "one crypto library: aws-lc-rs"),
+    ("ring", "one crypto library: aws-lc-rs"),
+    ("native-tls", "one TLS library: rustls"),
+    ("bincode", "unmaintained, RUSTSEC-2025-0141: use postcard"),
+    ("serde_yaml", "archived: use serde-saphyr"),
+    ("users", "unmaintained, RUSTSEC-2025-0040"),
+    ("atty", "unmaintained: std::io::IsTerminal"),
+];
+
 /// Longest source file, in lines. Tables (`keys.rs`, `routes/*.rs`) may be longer: uniform rows read well.
 const FILE_LINES_MAX: usize = 900;
 const README_LINES_MAX: usize = 150;
@@ -117,6 +128,16 @@ fn crate_graph_is_the_designed_one() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn banned_crates_stay_out() {
+    let lock = std::fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    let wrong: Vec<_> = BANNED
+        .iter()
+        .filter(|(name, _)| lock.contains(&format!("\nname = \"{name}\"\n")))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
 }
 
 #[test]
