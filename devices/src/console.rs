@@ -1,0 +1,229 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The host's end of a console, shared by the serial port and the virtio console.
+//!
+//! A device holds a [`ConsolePort`]: it writes output (never blocks) and takes input. A thread named `console`
+//! carries bytes between the port and its clients ([`ConsoleBackend`]): standard streams, a pseudo-terminal, or
+//! any number of Unix socket connections.
+//!
+//! Output goes into one ring. Each client has a position in it; a client that falls behind by more than the
+//! ring loses the oldest bytes and nobody waits for it. A new client of a socket begins [`BACKLOG_BYTES`] back.
+
+mod pump;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Output that a new client first gets.
+pub const BACKLOG_BYTES: usize = 64 << 10;
+/// Output that is kept for slow clients.
+const RING_BYTES: usize = 256 << 10;
+/// Input that waits for the guest; clients are not read while it is full.
+const INPUT_BYTES: usize = 4 << 10;
+
+/// Where a console ends on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConsoleBackend {
+    /// Output is dropped (the backlog is not even kept), nothing is typed.
+    Null,
+    /// Standard input and output of the process. Raw mode of a terminal is the VMM's affair.
+    Stdio,
+    /// A pseudo-terminal, [`Console::pty_path`].
+    Pty,
+    /// A Unix stream socket at this path, made by us (mode 0600), removed at the end.
+    Socket(PathBuf),
+}
+
+/// Why a console could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// The socket: a path that exists, is too long, or cannot be made.
+    #[error("console socket {path}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The pseudo-terminal.
+    #[error("open a pseudo-terminal")]
+    Pty(#[source] io::Error),
+    /// The thread or its eventfd.
+    #[error("start the console's thread")]
+    Thread(#[source] io::Error),
+}
+
+#[derive(Default)]
+struct Buffers {
+    /// The last bytes of output.
+    ring: VecDeque<u8>,
+    /// Bytes of output ever; the ring ends here.
+    written: u64,
+    input: VecDeque<u8>,
+    /// The thread has been woken and has not looked yet: spares a system call a byte.
+    woken: bool,
+    closing: bool,
+}
+
+/// The device's side of a console.
+pub struct ConsolePort {
+    /// Leaf lock, held for copies only.
+    buffers: Mutex<Buffers>,
+    /// Wakes the thread; absent for [`ConsoleBackend::Null`].
+    wake: Option<OwnedFd>,
+    on_input: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl ConsolePort {
+    fn new(wake: Option<OwnedFd>) -> Self {
+        Self {
+            buffers: Mutex::default(),
+            wake,
+            on_input: OnceLock::new(),
+        }
+    }
+
+    /// The guest's output. Never blocks.
+    pub fn write(&self, data: &[u8]) {
+        let Some(wake) = &self.wake else { return };
+        let mut buffers = self.lock();
+        buffers.written += data.len() as u64;
+        let kept = &data[data.len().saturating_sub(RING_BYTES)..];
+        let surplus = (buffers.ring.len() + kept.len()).saturating_sub(RING_BYTES);
+        buffers.ring.drain(..surplus);
+        buffers.ring.extend(kept);
+        let wake_up = !std::mem::replace(&mut buffers.woken, true);
+        drop(buffers);
+        if wake_up {
+            signal(wake);
+        }
+    }
+
+    /// Takes what has been typed; returns how much.
+    pub fn read(&self, data: &mut [u8]) -> usize {
+        if data.is_empty() {
+            return 0;
+        }
+        let mut buffers = self.lock();
+        let was_full = buffers.input.len() >= INPUT_BYTES;
+        let count = data.len().min(buffers.input.len());
+        for (to, from) in data.iter_mut().zip(buffers.input.drain(..count)) {
+            *to = from;
+        }
+        drop(buffers);
+        if let (true, Some(wake)) = (was_full && count > 0, &self.wake) {
+            signal(wake); // The thread reads its clients again.
+        }
+        count
+    }
+
+    /// Bytes that wait to be read.
+    pub fn input_size(&self) -> usize {
+        self.lock().input.len()
+    }
+
+    /// Sets what the console's thread calls after input has come. Once; a second call does nothing.
+    pub fn on_input(&self, call: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.on_input.set(call);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Buffers> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Fails only if the eventfd's counter is full: then the thread is awake anyway.
+fn signal(wake: &OwnedFd) {
+    let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+}
+
+/// A running console. Dropping it ends the thread, after what is in the ring was offered to its clients, and
+/// removes the socket.
+pub struct Console {
+    port: Arc<ConsolePort>,
+    thread: Option<JoinHandle<()>>,
+    socket: Option<PathBuf>,
+    pty: Option<PathBuf>,
+}
+
+impl Console {
+    /// Opens the backend and starts its thread.
+    pub fn open(backend: &ConsoleBackend) -> Result<Self, ConsoleError> {
+        let (clients, pty) = match backend {
+            ConsoleBackend::Null => {
+                return Ok(Self {
+                    port: Arc::new(ConsolePort::new(None)),
+                    thread: None,
+                    socket: None,
+                    pty: None,
+                });
+            }
+            ConsoleBackend::Stdio => (pump::Clients::stdio(), None),
+            ConsoleBackend::Pty => {
+                let (clients, path) = pump::Clients::pty().map_err(ConsoleError::Pty)?;
+                (clients, Some(path))
+            }
+            ConsoleBackend::Socket(path) => {
+                let clients =
+                    pump::Clients::listen(path).map_err(|source| ConsoleError::Socket {
+                        path: path.clone(),
+                        source,
+                    })?;
+                (clients, None)
+            }
+        };
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let wake = eventfd(0, flags).map_err(|errno| ConsoleError::Thread(errno.into()))?;
+        let port = Arc::new(ConsolePort::new(Some(wake)));
+        let carrier = pump::Pump::new(port.clone(), clients);
+        let thread = std::thread::Builder::new()
+            .name("console".to_owned())
+            .spawn(move || carrier.run())
+            .map_err(ConsoleError::Thread)?;
+        let socket = match backend {
+            ConsoleBackend::Socket(path) => Some(path.clone()),
+            _ => None,
+        };
+        Ok(Self {
+            port,
+            thread: Some(thread),
+            socket,
+            pty,
+        })
+    }
+
+    /// For the device.
+    pub fn port(&self) -> Arc<ConsolePort> {
+        self.port.clone()
+    }
+
+    /// The terminal to open, if the backend is a pseudo-terminal.
+    pub fn pty_path(&self) -> Option<&Path> {
+        self.pty.as_deref()
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.port.lock().closing = true;
+        if let (Some(wake), Some(thread)) = (&self.port.wake, self.thread.take()) {
+            signal(wake);
+            if thread.join().is_err() {
+                tracing::error!("the console's thread panicked");
+            }
+        }
+        if let Some(path) = &self.socket
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "remove the console's socket");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,124 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The 16550 serial port (crate `vm-superio`) between a console port and eight I/O ports.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+
+use crate::bus::BusDevice;
+use crate::console::ConsolePort;
+use crate::counters::{Counter, CounterList};
+use crate::interrupt::IrqLine;
+
+struct Wire(Arc<dyn IrqLine>);
+
+impl Trigger for Wire {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.pulse();
+        Ok(())
+    }
+}
+
+struct Output {
+    port: Arc<ConsolePort>,
+    bytes: Arc<Counter>,
+}
+
+impl io::Write for Output {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.port.write(data);
+        self.bytes.add(data.len() as u64);
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+type Uart = vm_superio::Serial<Wire, vm_superio::serial::NoEvents, Output>;
+
+/// One serial port, COM1 as a rule.
+pub struct Serial {
+    /// Taken by vCPU threads and by the console's thread when input comes. Before the console port's own lock.
+    uart: Mutex<Uart>,
+    port: Arc<ConsolePort>,
+    written: Arc<Counter>,
+    read: Counter,
+}
+
+impl Serial {
+    /// First port of COM1; its interrupt is IRQ 4.
+    pub const COM1: u64 = 0x3f8;
+    /// Ports.
+    pub const SIZE: u64 = 8;
+
+    /// Connects the guest's side (`irq`, edge-triggered) with the host's (`port`).
+    pub fn new(port: Arc<ConsolePort>, irq: Arc<dyn IrqLine>) -> Arc<Self> {
+        let written = Arc::new(Counter::default());
+        let output = Output {
+            port: port.clone(),
+            bytes: written.clone(),
+        };
+        let serial = Arc::new(Self {
+            uart: Mutex::new(Uart::new(Wire(irq), output)),
+            port: port.clone(),
+            written,
+            read: Counter::default(),
+        });
+        let weak = Arc::downgrade(&serial);
+        port.on_input(Box::new(move || {
+            if let Some(serial) = weak.upgrade() {
+                serial.take_input(&mut serial.lock());
+            }
+        }));
+        serial
+    }
+
+    /// Bytes out and in.
+    pub fn counters(&self) -> CounterList {
+        vec![
+            ("bytes_written", self.written.value()),
+            ("bytes_read", self.read.value()),
+        ]
+    }
+
+    /// Moves what has been typed into the FIFO, as far as there is room.
+    fn take_input(&self, uart: &mut Uart) {
+        let mut data = [0; 64];
+        let room = uart.fifo_capacity().min(data.len());
+        let count = self.port.read(&mut data[..room]);
+        if count > 0 {
+            self.read.add(count as u64);
+            // In loop-back mode the port takes nothing: the typed bytes are lost, as on a wire.
+            let _ = uart.enqueue_raw_bytes(&data[..count]);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (Ok(register @ 0..8), [value]) = (u8::try_from(offset), data) {
+            let mut uart = self.lock();
+            *value = uart.read(register);
+            if register == 0 {
+                self.take_input(&mut uart);
+            }
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Ok(register @ 0..8), &[value]) = (u8::try_from(offset), data) {
+            // Output never fails and the wire never does: there is no error to report.
+            let _ = self.lock().write(register, value);
+        }
+    }
+}

@@ -1,0 +1,109 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Virtio devices, VIRTIO 1.2 (the clause numbers in this crate are of that version).
+//!
+//! [`VirtioPci`] is the transport: registers, status machine, MSI-X. A device implements [`VirtioDevice`]. Each
+//! enabled queue runs on its own named thread ([`worker`]), woken by its doorbell; handlers see a
+//! [`DeviceQueue`] and checked [`Chain`]s.
+//!
+//! Pause, reset, snapshot and migration are all the same act: stop every queue, keep or drop what `stop`
+//! returns.
+
+//SEAM pub mod blk;
+//SEAM pub mod console;
+//SEAM pub mod net;
+pub mod rng;
+pub mod worker;
+
+mod notify;
+mod pci;
+mod queue;
+mod status;
+
+pub use notify::{DeviceInterrupts, QueueInterrupt};
+pub use pci::{PauseError, VirtioPci, VirtioPciOptions};
+pub use queue::{Chain, DeviceQueue, GuestBuffers, QueueError, Segment};
+pub use virtio_queue::QueueState;
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::counters::{CounterList, QueueCounters};
+
+/// Device ID numbers. VIRTIO 1.2 §5.
+pub mod device_id {
+    /// Network card.
+    pub const NET: u16 = 1;
+    /// Block device.
+    pub const BLOCK: u16 = 2;
+    /// Console.
+    pub const CONSOLE: u16 = 3;
+    /// Entropy source.
+    pub const RNG: u16 = 4;
+}
+
+/// Everything that a queue's thread is given when the driver is ready (DRIVER_OK) or the machine resumes.
+pub struct QueueStart {
+    /// Position in the device's list of queues.
+    pub index: u16,
+    /// The rings, checked to lie in guest RAM, with the interrupt that belongs to them.
+    pub queue: DeviceQueue,
+    /// Feature bits that the driver accepted.
+    pub features: u64,
+    /// Signalled by the driver (ioeventfd). Level kept by the eventfd's counter: a kick while stopped is not lost.
+    pub doorbell: EventFd,
+    /// To be counted into.
+    pub counters: Arc<QueueCounters>,
+}
+
+/// Why a queue did not start. The device goes to NEEDS_RESET; the host is to blame.
+#[derive(Debug, thiserror::Error)]
+#[error("start queue {index}")]
+pub struct StartError {
+    /// The queue.
+    pub index: u16,
+    /// Why.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// A queue that is being served.
+pub trait StartedQueue: Send {
+    /// Stops serving, completes what is in flight, and returns where the rings stand. Blocks until done; after
+    /// it, no host pointer into guest memory is left.
+    fn stop(self: Box<Self>) -> QueueState;
+}
+
+/// A virtio device without its transport.
+///
+/// The transport calls these on vCPU threads and on the VMM's control thread, never two at once.
+pub trait VirtioDevice: Send + Sync {
+    /// One of [`device_id`].
+    fn device_id(&self) -> u16;
+
+    /// Feature bits 0..24 and 41.. that belong to this kind of device; the transport adds its own.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue, powers of two; its length is the number of queues.
+    fn queue_sizes(&self) -> Vec<u16>;
+
+    /// The guest reads device configuration; past the end it reads zeroes.
+    fn config_read(&self, offset: u64, data: &mut [u8]);
+
+    /// The guest writes device configuration.
+    fn config_write(&self, _offset: u64, _data: &[u8]) {}
+
+    /// Called before the first `start_queue` after a reset: how to tell the driver that configuration changed.
+    fn connect(&self, _interrupts: DeviceInterrupts) {}
+
+    /// Serves one queue from now on.
+    fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError>;
+
+    /// The driver reset the device; all queues are stopped.
+    fn reset(&self) {}
+
+    /// The device's own numbers, beside those of its queues.
+    fn counters(&self) -> CounterList {
+        Vec::new()
+    }
+}

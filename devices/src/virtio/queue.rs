@@ -1,0 +1,392 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The device's side of one virtqueue: checked chains out, used buffers in, notification suppression both ways.
+//!
+//! The ring protocol itself (indices, event index, fences) is crate `virtio-queue`. This module adds what a
+//! device must not forget: every chain is walked once, into a list of segments that is known to end, to lie in
+//! guest RAM and to have its writable part last. Nothing is read from the descriptor tables again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
+use super::QueueInterrupt;
+use crate::counters::QueueCounters;
+use crate::memory::{Memory, Ram};
+
+/// Segments one chain may have; more than any queue size we offer, and bounds what one indirect table costs.
+const SEGMENTS_MAX: usize = 1024;
+
+/// A mistake of the driver that makes the rings unusable; the device needs a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// Ring addresses or sizes that cannot be, or an available index that runs ahead.
+    #[error("virtqueue")]
+    Ring(#[from] virtio_queue::Error),
+    /// The chain does not end, leaves the table, nests indirect tables, or is empty.
+    #[error("descriptor chain {head} is malformed")]
+    Chain {
+        /// Its head.
+        head: u16,
+    },
+    /// A descriptor points out of guest RAM, or wraps.
+    #[error("descriptor chain {head}: {size} bytes at {address:#x} are not in guest memory")]
+    Range {
+        /// Its head.
+        head: u16,
+        /// Start of the buffer.
+        address: u64,
+        /// Its size.
+        size: u32,
+    },
+    /// A readable descriptor after a writable one.
+    #[error("descriptor chain {head}: readable part after writable part")]
+    Order {
+        /// Its head.
+        head: u16,
+    },
+    /// The chain is not of the form that this kind of device needs.
+    #[error("descriptor chain {head}: {what}")]
+    Form {
+        /// Its head.
+        head: u16,
+        /// What is missing.
+        what: &'static str,
+    },
+    /// The host failed, and the device cannot go on.
+    #[error("{what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+/// A piece of guest RAM, checked to exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Bytes, at least 1.
+    pub size: u32,
+}
+
+/// One descriptor chain, parsed. Reused from chain to chain so that the hot path does not allocate.
+pub struct Chain {
+    head: u16,
+    readable: Vec<Segment>,
+    writable: Vec<Segment>,
+    ram: Option<Arc<Ram>>,
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Chain {
+    /// An empty one, to be filled by [`DeviceQueue::pop`].
+    pub fn new() -> Self {
+        Self {
+            head: 0,
+            readable: Vec::with_capacity(SEGMENTS_MAX),
+            writable: Vec::with_capacity(SEGMENTS_MAX),
+            ram: None,
+        }
+    }
+
+    /// Index of the first descriptor: what goes into the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device reads.
+    pub fn readable(&self) -> GuestBuffers<'_> {
+        self.buffers(&self.readable)
+    }
+
+    /// What the device writes.
+    pub fn writable(&self) -> GuestBuffers<'_> {
+        self.buffers(&self.writable)
+    }
+
+    /// A form error of this chain.
+    pub fn malformed(&self, what: &'static str) -> QueueError {
+        QueueError::Form {
+            head: self.head,
+            what,
+        }
+    }
+
+    fn buffers<'a>(&'a self, segments: &'a [Segment]) -> GuestBuffers<'a> {
+        let ram = self.ram.as_ref().expect("set by pop before any use");
+        GuestBuffers {
+            ram,
+            segments,
+            skip: 0,
+            size: segments.iter().map(|segment| u64::from(segment.size)).sum(),
+        }
+    }
+
+    fn fill(
+        &mut self,
+        ram: Arc<Ram>,
+        descriptors: virtio_queue::DescriptorChain<&Ram>,
+    ) -> Result<(), QueueError> {
+        let head = descriptors.head_index();
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        let mut ended = false;
+        let mut count = 0;
+        // The iterator of virtio-queue ends silently at a bad link, and bounds loops by the table's size: a last
+        // descriptor that still names a next one tells us so.
+        for descriptor in descriptors {
+            count += 1;
+            ended = !descriptor.has_next();
+            if count > SEGMENTS_MAX {
+                return Err(QueueError::Chain { head });
+            }
+            let (address, size) = (descriptor.addr().0, descriptor.len());
+            let bytes = usize::try_from(size).expect("64-bit host");
+            if address.checked_add(u64::from(size)).is_none()
+                || size != 0
+                    && !GuestMemoryBackend::check_range(&*ram, GuestAddress(address), bytes)
+            {
+                return Err(QueueError::Range {
+                    head,
+                    address,
+                    size,
+                });
+            }
+            let segment = Segment { address, size };
+            match (descriptor.is_write_only(), self.writable.is_empty()) {
+                _ if size == 0 => {}
+                (true, _) => self.writable.push(segment),
+                (false, true) => self.readable.push(segment),
+                (false, false) => return Err(QueueError::Order { head }),
+            }
+        }
+        if !ended {
+            return Err(QueueError::Chain { head });
+        }
+        self.ram = Some(ram);
+        Ok(())
+    }
+}
+
+/// Some bytes of guest RAM, in pieces. Copying out of it or into it is how data crosses the boundary; reading the
+/// same bytes twice is the caller's mistake.
+#[derive(Clone, Copy)]
+pub struct GuestBuffers<'a> {
+    ram: &'a Arc<Ram>,
+    segments: &'a [Segment],
+    /// Bytes to leave out at the front.
+    skip: u64,
+    /// Bytes in the segments, `skip` included.
+    size: u64,
+}
+
+impl<'a> GuestBuffers<'a> {
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size - self.skip
+    }
+
+    /// Without the first `count` bytes; `None` if there are fewer.
+    pub fn skip(self, count: u64) -> Option<Self> {
+        let skip = self.skip.checked_add(count)?;
+        (skip <= self.size).then_some(Self { skip, ..self })
+    }
+
+    /// Only the first `count` bytes; `None` if there are fewer.
+    pub fn take(self, count: u64) -> Option<Self> {
+        let size = self.skip.checked_add(count)?;
+        (size <= self.size).then_some(Self { size, ..self })
+    }
+
+    /// The RAM that it is in.
+    pub fn ram(&self) -> &'a Arc<Ram> {
+        self.ram
+    }
+
+    /// Whole pieces of what is left after skipping and taking.
+    pub fn segments(&self) -> impl Iterator<Item = Segment> + use<'a> {
+        let (mut skip, mut left) = (self.skip, self.size());
+        self.segments.iter().filter_map(move |segment| {
+            let size = u64::from(segment.size);
+            let skipped = skip.min(size);
+            skip -= skipped;
+            let size = (size - skipped).min(left);
+            left -= size;
+            (size > 0).then(|| Segment {
+                address: segment.address + skipped,
+                size: u32::try_from(size).expect("part of a 32-bit size"),
+            })
+        })
+    }
+
+    /// Copies to `data` as much as both have; returns the count.
+    pub fn read(&self, mut data: &mut [u8]) -> usize {
+        let mut total = 0;
+        for segment in self.segments() {
+            let count = data.len().min(usize::try_from(segment.size).unwrap_or(0));
+            let (part, rest) = std::mem::take(&mut data).split_at_mut(count);
+            if count == 0
+                || self
+                    .ram
+                    .read_slice(part, GuestAddress(segment.address))
+                    .is_err()
+            {
+                break;
+            }
+            total += count;
+            data = rest;
+        }
+        total
+    }
+
+    /// Copies from `data` as much as both have; returns the count.
+    pub fn write(&self, mut data: &[u8]) -> usize {
+        let mut total = 0;
+        for segment in self.segments() {
+            let count = data.len().min(usize::try_from(segment.size).unwrap_or(0));
+            let (part, rest) = data.split_at(count);
+            if count == 0
+                || self
+                    .ram
+                    .write_slice(part, GuestAddress(segment.address))
+                    .is_err()
+            {
+                break;
+            }
+            total += count;
+            data = rest;
+        }
+        total
+    }
+
+    /// Appends host pointers to these bytes. They stay valid while [`GuestBuffers::ram`] is held.
+    pub fn push_iovecs(&self, iovecs: &mut Vec<libc::iovec>) {
+        for segment in self.segments() {
+            let size = usize::try_from(segment.size).expect("64-bit host");
+            // A segment may span two adjacent regions.
+            for slice in
+                GuestMemoryBackend::get_slices(&**self.ram, GuestAddress(segment.address), size)
+                    .flatten()
+            {
+                iovecs.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+        }
+    }
+}
+
+/// One virtqueue in service. Owned by its thread.
+pub struct DeviceQueue {
+    queue: Queue,
+    memory: Memory,
+    interrupt: QueueInterrupt,
+    counters: Arc<QueueCounters>,
+}
+
+impl DeviceQueue {
+    /// Checks the rings that the driver (or a snapshot) described.
+    pub fn new(
+        state: QueueState,
+        memory: Memory,
+        interrupt: QueueInterrupt,
+        counters: Arc<QueueCounters>,
+    ) -> Result<Self, QueueError> {
+        let queue = Queue::try_from(state)?;
+        if !queue.is_valid(&*memory.memory()) {
+            return Err(virtio_queue::Error::QueueNotReady.into());
+        }
+        Ok(Self {
+            queue,
+            memory,
+            interrupt,
+            counters,
+        })
+    }
+
+    /// Entries of the rings.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next chain into `chain`. `false` when the driver has offered no more.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        let ram = self.memory.memory().into_inner();
+        let Some(descriptors) = self.queue.iter(&*ram)?.next() else {
+            return Ok(false);
+        };
+        self.counters.chains.add(1);
+        chain.fill(ram.clone(), descriptors)?;
+        Ok(true)
+    }
+
+    /// Gives the last `count` chains back, to be popped again.
+    pub fn undo_pop(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
+    }
+
+    /// Puts a chain into the used ring, `written` bytes of its writable part filled.
+    pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        Ok(self.queue.add_used(&*self.memory.memory(), head, written)?)
+    }
+
+    /// Interrupts the driver for what was pushed, if it wants that.
+    pub fn signal(&mut self) -> Result<(), QueueError> {
+        let ram = self.memory.memory();
+        if self.queue.needs_notification(&*ram)? && self.interrupts_wanted(&ram)? {
+            self.counters.interrupts.add(1);
+            self.interrupt.signal();
+        }
+        Ok(())
+    }
+
+    /// The flag that stands for the event index when the driver did not take that feature. The fence before it
+    /// is in `needs_notification`.
+    fn interrupts_wanted(&self, ram: &Ram) -> Result<bool, QueueError> {
+        if self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        let flags: u16 = ram
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Asks the driver not to ring while the queue is being emptied.
+    pub fn disable_doorbell(&mut self) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(&*self.memory.memory())?)
+    }
+
+    /// Asks the driver to ring again. `true` when chains came in meanwhile: then look again before sleeping.
+    pub fn enable_doorbell(&mut self) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification(&*self.memory.memory())?)
+    }
+
+    /// The interrupt of this queue.
+    pub fn interrupt(&self) -> &QueueInterrupt {
+        &self.interrupt
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> &QueueCounters {
+        &self.counters
+    }
+
+    /// Where the rings stand.
+    pub fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+}
