@@ -1,4 +1,27 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The virtual machine monitor: one process a VM, a library and the atoll-vmm command.
+//! The virtual machine monitor: one process a VM, a library and the `atoll-vmm` command.
+//!
+//! ```text
+//! main ─► cli ─► check ─► machine::run_machine(spec)
+//!                              │ assembly: a table of steps, one a kind of device
+//!                              ├─► kvm       /dev/kvm, memory slots, interrupts, doorbells
+//!                              ├─► memory    guest RAM        layout   where everything is
+//!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
+//!                              ├─► vcpu      threads vcpu0, vcpu1, …
+//!                              └─► api       control API, thread api
+//! ```
+//! The thread that calls [`machine::run_machine`] owns the machine; vCPUs, the control API and signals send it
+//! messages. Devices are in crate `atoll-devices`, which knows no KVM. No tokio here.
 
+pub mod api;
+pub mod check;
+pub mod cli;
+pub mod kvm;
+pub mod layout;
+pub mod loader;
+pub mod machine;
+pub mod memory;
+pub mod power;
 pub mod probe;
+pub mod terminal;
+pub mod vcpu;

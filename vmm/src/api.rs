@@ -1,0 +1,243 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The control API's server: one thread, `api`, that takes one request at a time from the Unix socket and
+//! passes it to the machine's owner.
+//!
+//! Bounds: a request's head and body (`atoll_vmm_protocol::http`), and the time for which a client may keep
+//! the thread waiting. Not here: what a request does (`machine`).
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use atoll_vmm_protocol::api::{ROUTES, Refused, Request};
+use atoll_vmm_protocol::http::{self, MessageError};
+
+/// How long a client may take to send its request or to read the answer.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
+/// Longest path of a Unix socket, without its final zero (`sockaddr_un`, unix(7)).
+const PATH_BYTES_MAX: usize = 107;
+
+/// An answer: HTTP status and JSON body.
+pub type Answer = (u16, Vec<u8>);
+
+/// Why there is no control API.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// Another machine has it.
+    #[error("API socket {path} is in use by a running machine")]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The kernel could not take it.
+    #[error("API socket {path}: a Unix socket's path has at most {PATH_BYTES_MAX} bytes")]
+    TooLong {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Anything else.
+    #[error("API socket {path}")]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A refusal with a sentence.
+#[must_use]
+pub fn refusal(status: u16, error: impl Into<String>) -> Answer {
+    let refused = Refused {
+        error: error.into(),
+    };
+    json(status, &refused)
+}
+
+/// An answer of a type of the API.
+#[must_use]
+pub fn json(status: u16, value: &impl serde::Serialize) -> Answer {
+    let body = serde_json::to_vec(value).expect("the API's types have string keys only");
+    (status, body)
+}
+
+/// The listening socket and its thread. Dropping it ends both and removes the socket's file.
+pub struct ApiServer {
+    listener: UnixListener,
+    path: PathBuf,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ApiServer {
+    /// Listens on `path`, for this user only. `answer` is called on the `api` thread and may wait.
+    pub fn start(
+        path: &Path,
+        answer: impl Fn(Request) -> Answer + Send + 'static,
+    ) -> Result<Self, ApiError> {
+        let failed = |source| ApiError::Socket {
+            path: path.to_owned(),
+            source,
+        };
+        let listener = listen(path)?;
+        let accepting = listener.try_clone().map_err(failed)?;
+        let thread = std::thread::Builder::new()
+            .name("api".to_owned())
+            .spawn(move || serve(&accepting, &answer))
+            .map_err(failed)?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        // Wakes the thread's accept(2).
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Binds the socket; one that a killed machine left behind is replaced.
+fn listen(path: &Path) -> Result<UnixListener, ApiError> {
+    let failed = |source| ApiError::Socket {
+        path: path.to_owned(),
+        source,
+    };
+    if path.as_os_str().len() > PATH_BYTES_MAX {
+        return Err(ApiError::TooLong {
+            path: path.to_owned(),
+        });
+    }
+    let is_socket = |path: &Path| {
+        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+    };
+    if is_socket(path) {
+        if UnixStream::connect(path).is_ok() {
+            return Err(ApiError::InUse {
+                path: path.to_owned(),
+            });
+        }
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+fn serve(listener: &UnixListener, answer: &impl Fn(Request) -> Answer) {
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => converse(stream, answer),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Out of descriptors for a moment: the client's timeout is longer than this.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// One exchange. A client that breaks it off has nobody to be told.
+fn converse(mut stream: UnixStream, answer: &impl Fn(Request) -> Answer) {
+    let _ = stream.set_read_timeout(Some(CLIENT_PATIENCE));
+    let _ = stream.set_write_timeout(Some(CLIENT_PATIENCE));
+    let (status, body) = match http::read_request(&mut stream) {
+        Ok(message) => match route(&message.method, &message.target) {
+            Ok(request) => answer(request),
+            Err(refused) => refused,
+        },
+        Err(error @ MessageError::TooLong(_)) => refusal(413, error.to_string()),
+        Err(error) => refusal(400, error.to_string()),
+    };
+    let _ = http::write_response(&mut stream, status, &body);
+}
+
+fn route(method: &str, target: &str) -> Result<Request, Answer> {
+    let mut at_path = ROUTES
+        .iter()
+        .filter(|route| route.path == target)
+        .peekable();
+    if at_path.peek().is_none() {
+        let paths: Vec<&str> = ROUTES.iter().map(|route| route.path).collect();
+        let known = paths.join(" ");
+        return Err(refusal(
+            404,
+            format!("no such path: {target}; there are {known}"),
+        ));
+    }
+    at_path
+        .find(|route| route.method == method)
+        .map(|route| route.request)
+        .ok_or_else(|| refusal(405, format!("{target} does not take {method}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use atoll_vmm_protocol::client::{Client, ClientError};
+    use std::io::Write;
+
+    fn server(path: &Path) -> ApiServer {
+        ApiServer::start(path, |request| match request {
+            Request::Pause => refusal(409, "the machine is stopped"),
+            _ => json(200, &serde_json::json!({"state": "running"})),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn requests_reach_the_owner_and_the_socket_goes_with_the_server() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let running = server(&path);
+        let client = Client::new(&path);
+        client.act(Request::Resume).unwrap();
+        let refused = client.act(Request::Pause).unwrap_err();
+        assert!(matches!(refused, ClientError::Refused { status: 409, .. }));
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(running);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_not_a_request_is_refused_in_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let _running = server(&path);
+        for (bytes, status) in [
+            (&b"GET /nonsense HTTP/1.1\r\n\r\n"[..], 404),
+            (b"GET /pause HTTP/1.1\r\n\r\n", 405),
+            (b"nonsense\r\n\r\n", 400),
+            (&[b'a'; 9000], 413),
+        ] {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            let _ = stream.write_all(bytes);
+            let response = http::read_response(&mut stream).unwrap();
+            assert_eq!(response.status, status);
+            serde_json::from_slice::<Refused>(&response.body).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        drop(UnixListener::bind(&path).unwrap());
+        let _running = server(&path);
+        let second = ApiServer::start(&path, |_| refusal(500, ""));
+        assert!(matches!(second, Err(ApiError::InUse { .. })));
+        let long = ApiServer::start(&folder.path().join("x".repeat(100)), |_| refusal(500, ""));
+        assert!(matches!(long, Err(ApiError::TooLong { .. })));
+    }
+}

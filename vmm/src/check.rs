@@ -1,0 +1,212 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A spec before anything is opened: what cannot be a machine is refused here, with a sentence that names the
+//! value. Both doors use it, `--spec` and the command line.
+//!
+//! Pure but for one thing: files are looked at (there, and of the right kind), so that a missing disk is told
+//! before a tap has been made.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use atoll_vmm_protocol::spec::{ConsoleSpec, DiskSpec, MachineSpec, NetSpec};
+
+use crate::layout;
+
+/// Slots of the PCI bus beside the host bridge, less one each for the console and the entropy source.
+const DEVICE_COUNT_MAX: usize = 29;
+/// Virtqueues of a disk.
+const QUEUE_COUNT_MAX: u16 = 16;
+/// Bytes of a disk's serial number. VIRTIO 1.2 §5.2.6.
+const SERIAL_BYTES_MAX: usize = 20;
+/// Bytes of an interface's name (`IFNAMSIZ`, less its zero).
+const TAP_BYTES_MAX: usize = 15;
+/// Smallest and largest MTU of an Ethernet card that virtio-net allows. VIRTIO 1.2 §5.1.4.1.
+const MTU_MIN: u16 = 68;
+
+/// What is wrong with a spec, in one sentence.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct SpecError(pub String);
+
+fn refuse<T>(text: impl Into<String>) -> Result<T, SpecError> {
+    Err(SpecError(text.into()))
+}
+
+/// Whether a machine can be built from this.
+pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
+    if spec.cpu_count == 0 {
+        return refuse("0 vCPUs: a machine has 1 to 255");
+    }
+    if spec.memory_mib == 0 {
+        return refuse("0 MiB of memory: a machine needs at least 1");
+    }
+    if spec.memory_mib > u64::MAX >> 20 {
+        return refuse(format!("{} MiB of memory are too much", spec.memory_mib));
+    }
+    if spec.boot.cmdline.len() as u64 >= layout::CMDLINE_BYTES_MAX {
+        return refuse("kernel command line longer than 65535 bytes");
+    }
+    if spec.disks.len() + spec.nets.len() > DEVICE_COUNT_MAX {
+        return refuse(format!(
+            "{} disks and {} network cards: a machine has {DEVICE_COUNT_MAX} slots for both",
+            spec.disks.len(),
+            spec.nets.len()
+        ));
+    }
+    if spec.serial == ConsoleSpec::Stdio && spec.console == Some(ConsoleSpec::Stdio) {
+        return refuse("the serial port and the virtio console cannot both be on stdio");
+    }
+    is_file("kernel", &spec.boot.kernel)?;
+    if let Some(initrd) = &spec.boot.initrd {
+        is_file("initrd", initrd)?;
+    }
+    spec.disks.iter().try_for_each(disk)?;
+    spec.nets.iter().try_for_each(net)
+}
+
+fn is_file(what: &str, path: &Path) -> Result<(), SpecError> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => refuse(format!("{what} {}: is a directory", path.display())),
+        Ok(_) => Ok(()),
+        Err(error) => refuse(format!("{what} {}: {error}", path.display())),
+    }
+}
+
+fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
+    let path = disk.path.display();
+    is_file("disk", &disk.path)?;
+    let kind = fs::metadata(&disk.path).map(|found| found.file_type());
+    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
+        return refuse(format!("disk {path}: neither a file nor a block device"));
+    }
+    if let Some(serial) = &disk.serial
+        && (serial.len() > SERIAL_BYTES_MAX || !serial.bytes().all(|byte| byte.is_ascii_graphic()))
+    {
+        return refuse(format!(
+            "disk {path}: serial number {serial:?}: at most {SERIAL_BYTES_MAX} printable ASCII characters"
+        ));
+    }
+    match disk.queue_count {
+        Some(count) if !(1..=QUEUE_COUNT_MAX).contains(&count) => refuse(format!(
+            "disk {path}: {count} queues: 1 to {QUEUE_COUNT_MAX}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn net(net: &NetSpec) -> Result<(), SpecError> {
+    let tap = &net.tap;
+    let odd = |byte: u8| byte == b'/' || byte == b'%' || !byte.is_ascii_graphic();
+    if tap.is_empty() || tap.len() > TAP_BYTES_MAX || tap.bytes().any(odd) {
+        return refuse(format!(
+            "tap {tap:?}: an interface's name has 1 to {TAP_BYTES_MAX} characters, no space, slash or percent"
+        ));
+    }
+    if let Some(mtu) = net.mtu
+        && mtu < MTU_MIN
+    {
+        return refuse(format!("tap {tap}: MTU {mtu}: at least {MTU_MIN}"));
+    }
+    net.mac
+        .as_deref()
+        .map_or(Ok(()), |text| mac(text).map(drop))
+}
+
+/// Parses `aa:bb:cc:dd:ee:ff`, the address of one card.
+pub fn mac(text: &str) -> Result<[u8; 6], SpecError> {
+    let octets: Vec<Option<u8>> = text
+        .split(':')
+        .map(|part| match part.as_bytes() {
+            [high, low] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {
+                u8::from_str_radix(part, 16).ok()
+            }
+            _ => None,
+        })
+        .collect();
+    let [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f)] = octets[..] else {
+        return refuse(format!(
+            "MAC address {text:?}: expected six hexadecimal octets, as in 52:54:00:12:34:56"
+        ));
+    };
+    if a & 1 == 1 {
+        return refuse(format!(
+            "MAC address {text}: is a group address, the first octet must be even"
+        ));
+    }
+    Ok([a, b, c, d, e, f])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(change: impl FnOnce(&mut serde_json::Value), expected: &str) {
+        let mut value = serde_json::json!({
+            "name": "m", "cpu_count": 1, "memory_mib": 64, "boot": {"kernel": "/dev/null"},
+        });
+        change(&mut value);
+        let machine = serde_json::from_value(value).unwrap();
+        let answer = spec(&machine).map_or_else(|error| error.0, |()| "ok".to_owned());
+        assert_eq!(answer, expected);
+    }
+
+    #[test]
+    fn impossible_machines_are_refused_in_words() {
+        check(|_| {}, "ok");
+        check(
+            |m| m["cpu_count"] = 0.into(),
+            "0 vCPUs: a machine has 1 to 255",
+        );
+        check(
+            |m| m["memory_mib"] = 0.into(),
+            "0 MiB of memory: a machine needs at least 1",
+        );
+        check(
+            |m| m["boot"]["kernel"] = "/nonexistent".into(),
+            "kernel /nonexistent: No such file or directory (os error 2)",
+        );
+        check(
+            |m| m["boot"]["initrd"] = "/tmp".into(),
+            "initrd /tmp: is a directory",
+        );
+        check(
+            |m| m["disks"] = serde_json::json!([{"path": "/", "format": "raw"}]),
+            "disk /: is a directory",
+        );
+        check(
+            |m| m["disks"] = serde_json::json!([{"path": "/dev/null", "format": "raw"}]),
+            "disk /dev/null: neither a file nor a block device",
+        );
+        check(
+            |m| {
+                m["serial"] = "stdio".into();
+                m["console"] = "stdio".into();
+            },
+            "the serial port and the virtio console cannot both be on stdio",
+        );
+        check(
+            |m| m["nets"] = serde_json::json!([{"tap": "a name too long!"}]),
+            "tap \"a name too long!\": an interface's name has 1 to 15 characters, no space, slash or percent",
+        );
+        check(
+            |m| m["nets"] = serde_json::json!([{"tap": "t", "mac": "01:00:00:00:00:00"}]),
+            "MAC address 01:00:00:00:00:00: is a group address, the first octet must be even",
+        );
+    }
+
+    #[test]
+    fn mac_addresses_are_six_octets() {
+        assert_eq!(mac("52:54:00:12:34:56").unwrap()[5], 0x56);
+        for text in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "52:54:0:12:34:5g",
+            "+2:54:00:12:34:56",
+        ] {
+            assert!(mac(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,312 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The command line of `atoll-vmm`: its arguments, and how they become a spec. Not here: what a machine is.
+
+use std::path::PathBuf;
+
+use atoll_vmm_protocol::api::ROUTES;
+use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
+use clap::{Args, Parser, Subcommand};
+
+use crate::{check, probe};
+
+/// Runs one virtual machine on KVM, in the foreground, until its guest ends.
+#[derive(Debug, Parser)]
+#[command(name = "atoll-vmm", version, about, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  the guest powered off, or was shut down
+  1  the host could not do it; standard error says why in one line
+  2  the arguments or the spec are wrong
+  3  the guest crashed (triple fault)";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  # A kernel and its initial RAM disk, the serial console on this terminal:
+  atoll-vmm run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' --cpus 2 --memory 1G
+
+  # Debian from a disk, with a network card and a control socket:
+  atoll-vmm run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda rw' \\
+      --cpus 4 --memory 2G --disk path=debian.raw,format=raw --net tap=tap0,mac=52:54:00:12:34:56 \\
+      --console socket=/run/vm/serial --api-socket /run/vm/api
+  atoll-vmm ctl --api-socket /run/vm/api power-button";
+
+/// Sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Build a machine and run it until its guest ends
+    Run(Box<RunArguments>),
+    /// Ask or tell a running machine, by its control socket
+    Ctl(CtlArguments),
+    /// Can this host run guests, and how fast?
+    Probe(probe::Arguments),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub struct RunArguments {
+    /// The whole machine as a JSON file, instead of the arguments below
+    #[arg(long, value_name = "FILE", conflicts_with_all = MACHINE_ARGUMENTS)]
+    pub spec: Option<PathBuf>,
+    /// Linux kernel: a bzImage, or an ELF file with a PVH note
+    #[arg(long, value_name = "FILE", required_unless_present = "spec")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    pub cmdline: String,
+    /// vCPUs, 1 to 255
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..))]
+    pub cpus: u8,
+    /// Guest memory: a number of MiB, or with a unit: 512M, 4G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_mib)]
+    pub memory: u64,
+    /// A disk: path=FILE,format=raw[,readonly][,serial=TEXT][,queues=N]; may be repeated
+    #[arg(long, value_name = "KEYS", value_parser = disk)]
+    pub disk: Vec<DiskSpec>,
+    /// A network card: tap=NAME[,mac=AA:BB:CC:DD:EE:FF][,mtu=N]; may be repeated
+    #[arg(long, value_name = "KEYS", value_parser = net)]
+    pub net: Vec<NetSpec>,
+    /// Where the serial port (ttyS0) ends: stdio, pty, socket=PATH or null
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = console)]
+    pub console: ConsoleSpec,
+    /// Adds a virtio console (hvc0), and says where it ends
+    #[arg(long, value_name = "WHERE", value_parser = console)]
+    pub virtio_console: Option<ConsoleSpec>,
+    /// Name shown by `ctl info` and in the log
+    #[arg(long, value_name = "TEXT", default_value = "vm")]
+    pub name: String,
+    /// Control API: a Unix socket that is created here (see `atoll-vmm ctl --help`)
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
+    /// Write the process number to this file
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Append the log to this file instead of standard error
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+}
+
+/// What `--spec` stands instead of.
+const MACHINE_ARGUMENTS: [&str; 10] = [
+    "kernel",
+    "initrd",
+    "cmdline",
+    "cpus",
+    "memory",
+    "disk",
+    "net",
+    "console",
+    "virtio_console",
+    "name",
+];
+
+/// Arguments of `ctl`.
+#[derive(Debug, Args)]
+#[command(after_help = requests())]
+pub struct CtlArguments {
+    /// The machine's control socket, as given to `run`
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: PathBuf,
+    /// One of the requests below
+    #[arg(value_name = "REQUEST", value_parser = requests_parser())]
+    pub request: String,
+}
+
+fn requests_parser() -> clap::builder::PossibleValuesParser {
+    ROUTES.iter().map(|route| &route.path[1..]).into()
+}
+
+fn requests() -> String {
+    let rows: Vec<String> = ROUTES
+        .iter()
+        .map(|route| format!("  {:<13} {}", &route.path[1..], route.summary))
+        .collect();
+    format!(
+        "Requests:\n{}\n\nThe answer is printed as JSON.",
+        rows.join("\n")
+    )
+}
+
+impl RunArguments {
+    /// The machine that the arguments describe, when there is no `--spec`.
+    #[must_use]
+    pub fn to_spec(&self) -> MachineSpec {
+        MachineSpec {
+            name: self.name.clone(),
+            cpu_count: self.cpus,
+            memory_mib: self.memory,
+            boot: BootSpec {
+                kernel: self.kernel.clone().unwrap_or_default(),
+                initrd: self.initrd.clone(),
+                cmdline: self.cmdline.clone(),
+            },
+            disks: self.disk.clone(),
+            nets: self.net.clone(),
+            serial: self.console.clone(),
+            console: self.virtio_console.clone(),
+            rng: true,
+        }
+    }
+}
+
+fn memory_mib(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "M" | "MiB" => 0,
+        "G" | "GiB" => 10,
+        "T" | "TiB" => 20,
+        unit => return Err(format!("unit {unit:?} is not one of M, G, T")),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "expected a number of MiB, or one with a unit: 512M, 4G".to_owned())?;
+    if number == 0 {
+        return Err("a machine needs at least 1 MiB".to_owned());
+    }
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "that is too much".to_owned())
+}
+
+/// Splits `key=value,flag,…` and gives each part to `take`, which answers whether it knows the key.
+fn keys(
+    text: &str,
+    known: &str,
+    mut take: impl FnMut(&str, Option<&str>) -> Result<bool, String>,
+) -> Result<(), String> {
+    for part in text.split(',') {
+        let (key, value) = match part.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (part, None),
+        };
+        if !take(key, value)? {
+            return Err(format!("{part:?} is not one of {known}"));
+        }
+    }
+    Ok(())
+}
+
+fn number(key: &str, value: &str) -> Result<u16, String> {
+    value
+        .parse()
+        .map_err(|_| format!("{key}={value}: expected a number"))
+}
+
+fn disk(text: &str) -> Result<DiskSpec, String> {
+    let (mut path, mut format) = (None, None);
+    let mut spec = DiskSpec {
+        path: PathBuf::new(),
+        format: DiskFormat::Raw,
+        readonly: false,
+        serial: None,
+        queue_count: None,
+    };
+    keys(
+        text,
+        "path=, format=, readonly, serial=, queues=",
+        |key, value| {
+            match (key, value) {
+                ("path", Some(value)) => path = Some(PathBuf::from(value)),
+                ("format", Some("raw")) => format = Some(DiskFormat::Raw),
+                ("format", Some(other)) => {
+                    return Err(format!("format={other}: only raw disks are supported yet"));
+                }
+                ("readonly", None) => spec.readonly = true,
+                ("serial", Some(value)) => spec.serial = Some(value.to_owned()),
+                ("queues", Some(value)) => spec.queue_count = Some(number(key, value)?),
+                _ => return Ok(false),
+            }
+            Ok(true)
+        },
+    )?;
+    spec.path = path.ok_or("path= is missing")?;
+    spec.format = format.ok_or(
+        "format= is missing: say format=raw (a guest could fake any other, so it is not guessed)",
+    )?;
+    Ok(spec)
+}
+
+fn net(text: &str) -> Result<NetSpec, String> {
+    let mut tap = None;
+    let mut spec = NetSpec {
+        tap: String::new(),
+        mac: None,
+        mtu: None,
+    };
+    keys(text, "tap=, mac=, mtu=", |key, value| {
+        match (key, value) {
+            ("tap", Some(value)) => tap = Some(value.to_owned()),
+            ("mac", Some(value)) => {
+                check::mac(value).map_err(|error| error.0)?;
+                spec.mac = Some(value.to_owned());
+            }
+            ("mtu", Some(value)) => spec.mtu = Some(number(key, value)?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    spec.tap = tap.ok_or("tap= is missing")?;
+    Ok(spec)
+}
+
+fn console(text: &str) -> Result<ConsoleSpec, String> {
+    match text.split_once('=') {
+        None if text == "stdio" => Ok(ConsoleSpec::Stdio),
+        None if text == "pty" => Ok(ConsoleSpec::Pty),
+        None if text == "null" => Ok(ConsoleSpec::Null),
+        Some(("socket", path)) if !path.is_empty() => Ok(ConsoleSpec::Socket(path.into())),
+        _ => Err("expected stdio, pty, socket=PATH or null".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, mib) in [("512", 512), ("512M", 512), ("4G", 4096), ("1TiB", 1 << 20)] {
+            assert_eq!(memory_mib(text), Ok(mib));
+        }
+        for text in ["", "0", "0G", "-1", "1K", "99999999999999999T", "G"] {
+            assert!(memory_mib(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_its_keys() {
+        let spec = disk("path=/a=b,format=raw,readonly,serial=x,queues=2").unwrap();
+        assert_eq!(spec.path, PathBuf::from("/a=b"));
+        assert!(spec.readonly);
+        assert_eq!(
+            (spec.serial.as_deref(), spec.queue_count),
+            (Some("x"), Some(2))
+        );
+        assert!(disk("path=/a").unwrap_err().contains("format=raw"));
+        assert!(
+            disk("path=/a,format=qcow2")
+                .unwrap_err()
+                .contains("only raw")
+        );
+        assert!(
+            disk("path=/a,format=raw,colour=red")
+                .unwrap_err()
+                .contains("readonly")
+        );
+    }
+}

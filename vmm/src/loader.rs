@@ -1,0 +1,290 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Puts a kernel, its initial RAM disk and what they are told into guest memory; at start and at every reset.
+//!
+//! Not here: the bytes of what they are told (crate `atoll-firmware`), the registers (`vcpu/setup.rs`).
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use atoll_firmware::acpi;
+use atoll_firmware::boot::{self, Parameters};
+use atoll_firmware::paging;
+use atoll_vmm_protocol::spec::BootSpec;
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::layout;
+use crate::vcpu::setup::Entry;
+
+/// Offset of the 64-bit entry point in a loaded bzImage (kernel `Documentation/arch/x86/boot.rst`,
+/// "64-bit Boot Protocol").
+const ENTRY_64: u64 = 0x200;
+/// `xloadflags`: the kernel has that entry point.
+const XLF_KERNEL_64: u16 = 1;
+/// First four bytes of an ELF file.
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
+/// First version of the boot protocol with `xloadflags`.
+const PROTOCOL_MIN: u16 = 0x020c;
+
+/// Why the guest cannot be booted with these files.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file cannot be opened or read.
+    #[error("{what} {path}")]
+    File {
+        /// `kernel` or `initrd`.
+        what: &'static str,
+        /// From the spec.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Something else than a kernel.
+    #[error("kernel {path}: neither a bzImage with a 64-bit entry nor an ELF file with a PVH note")]
+    NoKernel {
+        /// From the spec.
+        path: PathBuf,
+    },
+    /// The loader found the image damaged, or too large for the guest's memory.
+    #[error("kernel {path}: does not fit into the guest's memory, or is damaged")]
+    Kernel {
+        /// From the spec.
+        path: PathBuf,
+        /// What the loader said.
+        source: linux_loader::loader::Error,
+    },
+    /// No room for the initial RAM disk.
+    #[error("initrd {path}")]
+    Initrd {
+        /// From the spec.
+        path: PathBuf,
+        /// The sizes.
+        source: boot::NoRoom,
+    },
+    /// The command line is too long, or has a zero byte in it.
+    #[error(
+        "kernel command line of {bytes} bytes: this kernel takes {bytes_max}, without zero bytes"
+    )]
+    Cmdline {
+        /// Its length.
+        bytes: u64,
+        /// The kernel's limit.
+        bytes_max: u64,
+    },
+    /// Guest memory is smaller than what must be written into it.
+    #[error("guest memory is too small to boot from")]
+    Memory(#[source] vm_memory::GuestMemoryError),
+}
+
+/// The files of a boot, open, so that a reset needs no path.
+#[derive(Debug)]
+pub struct BootFiles {
+    kernel: (PathBuf, File),
+    initrd: Option<(PathBuf, File)>,
+    cmdline: String,
+}
+
+/// What the kernel's image says about itself.
+struct Image {
+    entry: Entry,
+    /// First address after the kernel, once it has unpacked itself.
+    end: u64,
+    /// End (exclusive) of the memory in which the initial RAM disk may be.
+    initrd_ceiling: u64,
+    cmdline_bytes_max: u64,
+    setup_header: Option<Vec<u8>>,
+}
+
+impl BootFiles {
+    /// Opens the files that the spec names.
+    pub fn open(spec: &BootSpec) -> Result<Self, LoadError> {
+        Ok(Self {
+            kernel: open("kernel", &spec.kernel)?,
+            initrd: match &spec.initrd {
+                Some(path) => Some(open("initrd", path)?),
+                None => None,
+            },
+            cmdline: spec.cmdline.clone(),
+        })
+    }
+
+    /// Writes everything that must be in memory before the first instruction, and says where that is.
+    pub fn load(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        memory_bytes: u64,
+        cpu_count: u8,
+    ) -> Result<Entry, LoadError> {
+        let image = self.load_kernel(memory, memory_bytes)?;
+        let initrd = self.load_initrd(memory, &image)?;
+        let cmdline_size = self.load_cmdline(memory, &image)?;
+        let map = layout::memory_map(memory_bytes);
+        let parameters = Parameters {
+            memory: &map,
+            cmdline_address: layout::CMDLINE,
+            cmdline_size,
+            initrd,
+            rsdp_address: layout::ACPI,
+        };
+        let tables = acpi::tables(&layout::platform(cpu_count));
+        let mut pieces = vec![(layout::ACPI, tables), (layout::IDT, vec![0; 8])];
+        match &image.setup_header {
+            Some(header) => pieces.extend([
+                (layout::GDT, descriptors(paging::GDT)),
+                (
+                    layout::PAGE_TABLES,
+                    paging::identity_map(layout::PAGE_TABLES),
+                ),
+                (layout::ZERO_PAGE, boot::zero_page(header, &parameters)),
+            ]),
+            None => pieces.extend([
+                (layout::GDT, descriptors(paging::GDT_PVH)),
+                (
+                    layout::PVH_START_INFO,
+                    boot::pvh_start_info(layout::PVH_START_INFO, &parameters),
+                ),
+            ]),
+        }
+        for (address, bytes) in pieces {
+            memory
+                .write_slice(&bytes, GuestAddress(address))
+                .map_err(LoadError::Memory)?;
+        }
+        Ok(image.entry)
+    }
+
+    fn load_kernel(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        memory_bytes: u64,
+    ) -> Result<Image, LoadError> {
+        let (path, file) = &mut self.kernel;
+        let unreadable = |source| LoadError::File {
+            what: "kernel",
+            path: path.clone(),
+            source,
+        };
+        let mut magic = [0; 4];
+        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        let read = file.read(&mut magic).map_err(unreadable)?;
+        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        let low_end = memory_bytes.min(layout::LOW_RAM_END);
+        let start = Some(GuestAddress(layout::KERNEL));
+        let damaged = |source| LoadError::Kernel {
+            path: path.clone(),
+            source,
+        };
+        let image = if read == magic.len() && magic == ELF_MAGIC {
+            pvh_image(
+                &Elf::load(memory, None, file, start).map_err(damaged)?,
+                low_end,
+            )
+        } else {
+            match BzImage::load(memory, start, file, None) {
+                Ok(loaded) => linux_image(&loaded, low_end),
+                Err(linux_loader::loader::Error::Bzimage(
+                    linux_loader::loader::bzimage::Error::InvalidBzImage
+                    | linux_loader::loader::bzimage::Error::ReadBzImageHeader
+                    | linux_loader::loader::bzimage::Error::Underflow,
+                )) => None,
+                Err(error) => return Err(damaged(error)),
+            }
+        };
+        image.ok_or_else(|| LoadError::NoKernel { path: path.clone() })
+    }
+
+    fn load_initrd(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        image: &Image,
+    ) -> Result<Option<(u64, u64)>, LoadError> {
+        let Some((path, file)) = &mut self.initrd else {
+            return Ok(None);
+        };
+        let unreadable = |source| LoadError::File {
+            what: "initrd",
+            path: path.clone(),
+            source,
+        };
+        let size = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
+        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        let address =
+            boot::initrd_address(size, image.end, image.initrd_ceiling).map_err(|source| {
+                LoadError::Initrd {
+                    path: path.clone(),
+                    source,
+                }
+            })?;
+        let length = usize::try_from(size).expect("it fits into guest memory");
+        memory
+            .read_exact_volatile_from(GuestAddress(address), file, length)
+            .map_err(|error| unreadable(io::Error::other(error)))?;
+        Ok(Some((address, size)))
+    }
+
+    fn load_cmdline(&self, memory: &GuestMemoryMmap, image: &Image) -> Result<u32, LoadError> {
+        let bytes = self.cmdline.len() as u64;
+        if bytes > image.cmdline_bytes_max || self.cmdline.contains('\0') {
+            return Err(LoadError::Cmdline {
+                bytes,
+                bytes_max: image.cmdline_bytes_max,
+            });
+        }
+        let mut text = self.cmdline.clone().into_bytes();
+        text.push(0);
+        memory
+            .write_slice(&text, GuestAddress(layout::CMDLINE))
+            .map_err(LoadError::Memory)?;
+        Ok(u32::try_from(bytes).expect("at most 64 KiB"))
+    }
+}
+
+fn open(what: &'static str, path: &Path) -> Result<(PathBuf, File), LoadError> {
+    let failed = |source| LoadError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_dir() {
+        return Err(failed(io::ErrorKind::IsADirectory.into()));
+    }
+    Ok((path.to_owned(), file))
+}
+
+fn descriptors(table: [u64; 4]) -> Vec<u8> {
+    table.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+fn pvh_image(loaded: &KernelLoaderResult, low_end: u64) -> Option<Image> {
+    let PvhBootCapability::PvhEntryPresent(address) = loaded.pvh_boot_cap else {
+        return None;
+    };
+    Some(Image {
+        entry: Entry::Pvh { address: address.0 },
+        end: loaded.kernel_end,
+        initrd_ceiling: low_end,
+        cmdline_bytes_max: layout::CMDLINE_BYTES_MAX - 1,
+        setup_header: None,
+    })
+}
+
+fn linux_image(loaded: &KernelLoaderResult, low_end: u64) -> Option<Image> {
+    let header = loaded.setup_header?;
+    if header.version < PROTOCOL_MIN || header.xloadflags & XLF_KERNEL_64 == 0 {
+        return None;
+    }
+    // The kernel unpacks itself where it was loaded or where it prefers to be, whichever is higher.
+    let unpacked = loaded.kernel_load.0.max(header.pref_address) + u64::from(header.init_size);
+    Some(Image {
+        entry: Entry::Long {
+            address: loaded.kernel_load.0 + ENTRY_64,
+        },
+        end: unpacked.max(loaded.kernel_end),
+        initrd_ceiling: low_end.min(u64::from(header.initrd_addr_max) + 1),
+        cmdline_bytes_max: u64::from(header.cmdline_size).min(layout::CMDLINE_BYTES_MAX - 1),
+        setup_header: Some(header.as_slice().to_vec()),
+    })
+}

@@ -1,0 +1,133 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The command `atoll-vmm`: arguments in, an exit code and at most one line of error out.
+
+#![expect(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a command answers on its standard streams"
+)]
+
+use std::fs::{File, OpenOptions};
+use std::io::BufReader;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Mutex;
+
+use anyhow::Context;
+use atoll_vmm::cli::{Cli, Command, CtlArguments, RunArguments};
+use atoll_vmm::machine::{self, Options, Outcome, Signals};
+use atoll_vmm::terminal::RawTerminal;
+use atoll_vmm::{check, probe};
+use atoll_vmm_protocol::api::ROUTES;
+use atoll_vmm_protocol::client::Client;
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
+use clap::Parser;
+
+/// The host could not do it.
+const FAILED: u8 = 1;
+/// The arguments or the spec are wrong.
+const USAGE: u8 = 2;
+/// The guest crashed.
+const CRASHED: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let done = match cli.command {
+        Command::Run(arguments) => run(&arguments),
+        Command::Ctl(arguments) => ctl(&arguments),
+        Command::Probe(arguments) => probe::run(&arguments),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("atoll-vmm: {error:#}");
+        let wrong = error.is::<check::SpecError>() || error.is::<serde_json::Error>();
+        ExitCode::from(if wrong { USAGE } else { FAILED })
+    })
+}
+
+/// Help goes to standard output as it is; an error is its first sentences, on one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        print!("{}", error.render().ansi());
+        return ExitCode::SUCCESS;
+    }
+    let rendered = error.render().to_string();
+    let said: Vec<&str> = rendered
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    let said = said.join(" ");
+    let text = said.strip_prefix("error: ").unwrap_or(&said);
+    eprintln!("atoll-vmm: {text} (see --help)");
+    ExitCode::from(USAGE)
+}
+
+fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
+    log_to(arguments.log_file.as_deref())?;
+    let spec = match &arguments.spec {
+        Some(path) => read_spec(path)?,
+        None => arguments.to_spec(),
+    };
+    check::spec(&spec)?;
+    if let Some(path) = &arguments.pid_file {
+        std::fs::write(path, format!("{}\n", std::process::id()))
+            .with_context(|| format!("pid file {}", path.display()))?;
+    }
+    let options = Options {
+        api_socket: arguments.api_socket.clone(),
+        signals: Signals::ShutDown,
+        ..Options::default()
+    };
+    let on_stdio = spec.serial == ConsoleSpec::Stdio || spec.console == Some(ConsoleSpec::Stdio);
+    let terminal = match on_stdio {
+        true => RawTerminal::enter().context("switch the terminal to raw mode")?,
+        false => None,
+    };
+    let outcome = machine::run_machine(&spec, &options);
+    drop(terminal);
+    Ok(match outcome? {
+        Outcome::PoweredOff | Outcome::ShutDown => ExitCode::SUCCESS,
+        Outcome::Crashed { reason } => {
+            eprintln!("atoll-vmm: {reason}");
+            ExitCode::from(CRASHED)
+        }
+    })
+}
+
+fn read_spec(path: &Path) -> anyhow::Result<MachineSpec> {
+    let context = || format!("spec {}", path.display());
+    let file = File::open(path).with_context(context)?;
+    serde_json::from_reader(BufReader::new(file)).with_context(context)
+}
+
+/// One line an event, on standard error or at the end of a file.
+fn log_to(path: Option<&Path>) -> anyhow::Result<()> {
+    let lines = tracing_subscriber::fmt()
+        .with_target(false)
+        .with_ansi(false);
+    match path {
+        None => lines.with_writer(std::io::stderr).init(),
+        Some(path) => {
+            let mut options = OpenOptions::new();
+            let file = options.append(true).create(true).open(path);
+            let file = file.with_context(|| format!("log file {}", path.display()))?;
+            lines.with_writer(Mutex::new(file)).init();
+        }
+    }
+    Ok(())
+}
+
+fn ctl(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {
+    let route = ROUTES
+        .iter()
+        .find(|route| route.path[1..] == arguments.request)
+        .expect("the parser takes only paths of ROUTES");
+    let client = Client::new(&arguments.api_socket);
+    let answer: serde_json::Value = client.ask(route.request)?;
+    println!("{}", serde_json::to_string_pretty(&answer)?);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,140 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Guest RAM: where its bytes come from, and that there can be enough of them.
+//!
+//! Not here: which addresses are RAM (`layout.rs`), telling KVM (`kvm`).
+
+use std::fs::File;
+use std::io;
+
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use crate::layout;
+
+/// What holds the guest's RAM on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backing {
+    /// Private anonymous pages: the cheapest page faults.
+    #[default]
+    Anonymous,
+    /// A memfd, so that another process can map the same pages (a vhost-user backend, the next version of
+    /// this program). First touch of a page costs about twice as much.
+    Shared,
+}
+
+/// Why there is no RAM for the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// More than all of the host's.
+    #[error("{asked_mib} MiB of memory asked for, the host has {host_mib} MiB, swap included")]
+    MoreThanHost {
+        /// From the spec.
+        asked_mib: u64,
+        /// RAM and swap.
+        host_mib: u64,
+    },
+    /// Not even one page table's worth of addresses.
+    #[error("{asked_mib} MiB of memory asked for, this CPU addresses {address_bits} bits")]
+    MoreThanAddresses {
+        /// From the spec.
+        asked_mib: u64,
+        /// Width of a physical address.
+        address_bits: u8,
+    },
+    /// The host would not map it.
+    #[error("map {asked_mib} MiB of guest memory")]
+    Map {
+        /// From the spec.
+        asked_mib: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Maps `memory_mib` of zeroed RAM, in the ranges of the address map. `address_bits` is the width of a
+/// guest-physical address.
+pub fn allocate(
+    memory_mib: u64,
+    address_bits: u8,
+    backing: Backing,
+) -> Result<GuestMemoryMmap, MemoryError> {
+    let host_mib = host_bytes() >> 20;
+    if memory_mib > host_mib {
+        return Err(MemoryError::MoreThanHost {
+            asked_mib: memory_mib,
+            host_mib,
+        });
+    }
+    let bytes = memory_mib << 20;
+    if layout::ram_end(bytes) > 1 << address_bits {
+        return Err(MemoryError::MoreThanAddresses {
+            asked_mib: memory_mib,
+            address_bits,
+        });
+    }
+    let failed = |source| MemoryError::Map {
+        asked_mib: memory_mib,
+        source,
+    };
+    let file = match backing {
+        Backing::Anonymous => None,
+        Backing::Shared => Some(memfd(bytes).map_err(failed)?),
+    };
+    let mut offset = 0;
+    let mut ranges = Vec::new();
+    for (base, size) in layout::ram(bytes) {
+        let part = match &file {
+            None => None,
+            Some(file) => Some(FileOffset::new(file.try_clone().map_err(failed)?, offset)),
+        };
+        let length = usize::try_from(size).expect("this program is for 64-bit hosts");
+        ranges.push((GuestAddress(base), length, part));
+        offset += size;
+    }
+    GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|error| failed(io::Error::other(error)))
+}
+
+/// RAM and swap of the host.
+fn host_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram + info.totalswap) * u64::from(info.mem_unit)
+}
+
+fn memfd(bytes: u64) -> io::Result<File> {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = File::from(rustix::fs::memfd_create("guest-memory", flags)?);
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    #[test]
+    fn every_backing_gives_zeroed_ram() {
+        for backing in [Backing::Anonymous, Backing::Shared] {
+            let memory = allocate(4, 40, backing).unwrap();
+            assert_eq!(memory.num_regions(), 1);
+            let mut word = [1; 8];
+            memory
+                .read_slice(&mut word, GuestAddress(0x3f_fff8))
+                .unwrap();
+            assert_eq!(word, [0; 8]);
+            memory
+                .write_slice(&word, GuestAddress(0x3f_fff9))
+                .unwrap_err();
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused_with_the_reason() {
+        let refused = allocate(u64::MAX >> 24, 40, Backing::Anonymous).unwrap_err();
+        assert!(refused.to_string().contains("the host has"), "{refused}");
+        let refused = allocate(64, 25, Backing::Anonymous).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "64 MiB of memory asked for, this CPU addresses 25 bits"
+        );
+    }
+}

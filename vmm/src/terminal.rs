@@ -1,0 +1,36 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The user's terminal while it is the guest's console: keys go to the guest one by one, Ctrl-C included.
+//!
+//! Used by `main` when a console is on stdio. To leave a guest that does not power off:
+//! `atoll-vmm ctl --api-socket S shutdown`, or SIGTERM.
+
+use std::io;
+
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+
+/// Standard input in raw mode, until this is dropped.
+pub struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// Switches standard input, if it is a terminal.
+    pub fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !isatty(&stdin) {
+            return Ok(None);
+        }
+        let before = tcgetattr(&stdin)?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(&stdin, OptionalActions::Now, &raw)?;
+        Ok(Some(Self { before }))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // The terminal may be gone: nobody is left to see it.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
+    }
+}
