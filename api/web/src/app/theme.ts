@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // Colours and sizes: dense, quiet, system fonts. Contrast of text is 4.5:1 or better in both schemes.
-import { Button, createTheme, Modal, Table, Tooltip, type CSSVariablesResolver, type MantineColorsTuple } from '@mantine/core';
+import { Button, createTheme, Drawer, Modal, Table, Tooltip, type CSSVariablesResolver, type MantineColorsTuple } from '@mantine/core';
 
 const lagoon: MantineColorsTuple = [
   '#e6f7f9',
@@ -29,12 +29,14 @@ const dark: MantineColorsTuple = [
   '#0f1318',
 ];
 
+/** A dialog's header element is not a second banner of the page. */
+const DIALOG_ATTRIBUTES = { header: { role: 'presentation' } };
+
 export const theme = createTheme({
   primaryColor: 'lagoon',
-  primaryShade: { light: 7, dark: 5 },
+  primaryShade: 7,
   colors: { lagoon, dark },
   autoContrast: true,
-  luminanceThreshold: 0.32,
   fontFamily: 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif',
   fontFamilyMonospace: 'ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace',
   fontSizes: { xs: '0.75rem', sm: '0.8125rem', md: '0.875rem', lg: '1rem', xl: '1.125rem' },
@@ -42,7 +44,8 @@ export const theme = createTheme({
   defaultRadius: 'sm',
   components: {
     Button: Button.extend({ defaultProps: { size: 'xs' } }),
-    Modal: Modal.extend({ defaultProps: { centered: false, closeButtonProps: { 'aria-label': 'Close' } } }),
+    Modal: Modal.extend({ defaultProps: { centered: false, closeButtonProps: { 'aria-label': 'Close' }, attributes: DIALOG_ATTRIBUTES } }),
+    Drawer: Drawer.extend({ defaultProps: { attributes: DIALOG_ATTRIBUTES } }),
     Table: Table.extend({ defaultProps: { verticalSpacing: 6 } }),
     Tooltip: Tooltip.extend({ defaultProps: { openDelay: 400, withArrow: true } }),
   },

@@ -37,6 +37,11 @@ function binarySplits(_: uPlot, __: number, low: number, high: number): number[]
   return splits;
 }
 
+/** Without a pointer over the chart the legend tells the latest values. */
+function showLatest(plot: uPlot): void {
+  if (plot.cursor.idx === null || plot.cursor.idx === undefined) plot.setLegend({ idx: plot.data[0].length - 1 }, false);
+}
+
 function options(props: Omit<ChartProps, 'data' | 'title'>, labels: string[], scheme: 'light' | 'dark', width: number): uPlot.Options {
   const text = scheme === 'dark' ? '#a3adb8' : '#4f5a66';
   const grid = { stroke: scheme === 'dark' ? '#2b333c' : '#e6e9ed', width: 1 };
@@ -46,6 +51,8 @@ function options(props: Omit<ChartProps, 'data' | 'title'>, labels: string[], sc
     height: HEIGHT,
     cursor: { sync: { key: props.sync }, y: false, points: { size: 6 } },
     legend: { live: true },
+    hooks: { setCursor: [showLatest], setData: [showLatest], ready: [showLatest] },
+    padding: [8, 10, 0, 0],
     scales: { y: { range: (_, __, high) => [0, props.max ?? (high > 0 ? high * 1.1 : 1)] } },
     axes: [
       { ...axis, values: TIME_AXIS, space: 70 },
@@ -58,7 +65,7 @@ function options(props: Omit<ChartProps, 'data' | 'title'>, labels: string[], sc
       },
     ],
     series: [
-      { label: 'Time', value: '{YYYY}-{MM}-{DD} {HH}:{mm}:{ss}' },
+      { label: 'Time', value: '{MM}-{DD} {HH}:{mm}:{ss}' },
       ...labels.map((label, index) => ({
         label,
         stroke: SERIES_COLORS[scheme][index % 4] as string,

@@ -9,11 +9,11 @@ import { useMemo, useState } from 'react';
 
 import { call, errorText } from '../api/client';
 import { guestPath, refresh, useGuestConfig, useGuestPending } from '../api/queries';
-import { freeKey, paramOf, useCallSchema, type Params } from '../api/schema';
+import { paramOf, useCallSchema, type Params } from '../api/schema';
 import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { labelOf } from '../forms/labels';
-import { configRows, families, isVolume, type ConfigRow, type Part } from './keys';
+import { addable, configRows, isVolume, type ConfigRow, type Part } from './keys';
 import { KeyDialog } from './KeyDialog';
 import { ResizeDialog } from './ResizeDialog';
 
@@ -71,7 +71,7 @@ function RowActions({ guest, row, params, digest, onEdit, onResize }: RowActions
   );
 }
 
-function AddMenu({ list, params, taken, onAdd }: { list: string[]; params: Params; taken: string[]; onAdd: (key: string) => void }) {
+function AddMenu({ keys, onAdd }: { keys: string[]; onAdd: (key: string) => void }) {
   return (
     <Menu position="bottom-start" withinPortal>
       <Menu.Target>
@@ -80,14 +80,11 @@ function AddMenu({ list, params, taken, onAdd }: { list: string[]; params: Param
         </Button>
       </Menu.Target>
       <Menu.Dropdown mah={400} style={{ overflowY: 'auto' }}>
-        {list.map((family) => {
-          const key = freeKey(family, params[family]?.count ?? 32, taken);
-          return (
-            <Menu.Item key={family} disabled={key === null} onClick={() => key && onAdd(key)}>
-              {labelOf(key ?? family)}
-            </Menu.Item>
-          );
-        })}
+        {keys.map((key) => (
+          <Menu.Item key={key} onClick={() => onAdd(key)}>
+            {labelOf(key)}
+          </Menu.Item>
+        ))}
       </Menu.Dropdown>
     </Menu>
   );
@@ -101,15 +98,15 @@ export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
   const [resizing, setResizing] = useState<string | null>(null);
   const params = schema.data?.parameters;
   const rows = useMemo(() => configRows(part, config.data ?? {}, pending.data ?? [], params ?? {}), [part, config.data, pending.data, params]);
-  const addable = useMemo(() => families(part, params ?? {}), [part, params]);
+  const more = useMemo(() => addable(part, params ?? {}, rows.map((row) => row.key)), [part, params, rows]);
   const edited = rows.find((row) => row.key === editing);
   return (
     <Stack gap="sm">
       <ErrorNote error={config.error ?? pending.error} title="The configuration cannot be read" />
       <ErrorNote error={schema.error} title="The description of the configuration cannot be read, so it cannot be changed here" />
-      {params && addable.length > 0 && (
+      {more.length > 0 && (
         <Group>
-          <AddMenu list={addable} params={params} taken={rows.map((row) => row.key)} onAdd={setEditing} />
+          <AddMenu keys={more} onAdd={setEditing} />
         </Group>
       )}
       <DataTable

@@ -7,14 +7,14 @@ import { useMemo, useState, type FormEvent } from 'react';
 
 import { ApiError, call } from '../api/client';
 import { guestPath, refresh } from '../api/queries';
-import { paramOf, type Param, type Params } from '../api/schema';
+import { isTrue, paramOf, type Param, type Params } from '../api/schema';
 import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { useChoices, type Source } from '../forms/choices';
 import { Field } from '../forms/Field';
 import { labelOf } from '../forms/labels';
 import { checkFields, fieldParam, placeErrors, toParameters, type Values } from '../forms/values';
-import { parse } from '../lib/propertyString';
+import { parse, type Properties } from '../lib/propertyString';
 import { isVolume } from './keys';
 
 interface KeyDialogProps {
@@ -28,14 +28,23 @@ interface KeyDialogProps {
 
 const VOLUME_KEYS = new Set(['file', 'volume']);
 
+/** The short form of a network device, virtio=MAC, in the long one's keys. */
+function longForm(format: Record<string, Param>, properties: Properties): Properties {
+  const short = Object.keys(properties).find((part) => !(part in format) && format['model']?.enum?.includes(part));
+  if (!short) return properties;
+  const { [short]: address = '', ...rest } = properties;
+  return { model: short, macaddr: address, ...rest };
+}
+
 /** The fields for a key, and what they hold now. A new disk asks for a storage and a size. */
 export function fieldsFor(key: string, param: Param, value: string | undefined): { names: string[]; values: Values } {
+  if (param.type === 'boolean') return { names: [key], values: { [key]: isTrue(value ?? param.default) ? '1' : '0' } };
   if (typeof param.format !== 'object') return { names: [key], values: { [key]: value ?? '' } };
   const parts = Object.keys(param.format);
   const fresh = value === undefined && isVolume(key);
   const names = parts.filter((part) => !VOLUME_KEYS.has(part) && !(fresh && part === 'size')).map((part) => `${key}.${part}`);
   if (fresh) return { names: [`${key}:storage`, `${key}:size`, ...names], values: { [`${key}:size`]: '8' } };
-  const current = parse(value ?? '', param.default_key);
+  const current = longForm(param.format, parse(value ?? '', param.default_key));
   // What the form does not show (the volume, keys this page does not know) is kept as it is.
   const values = Object.fromEntries(Object.entries(current).map(([part, text]) => [`${key}.${part}`, text]));
   return { names, values };
@@ -47,10 +56,11 @@ function sourceOf(guest: Guest, name: string): Source | null {
   return name === 'kernel' || name === 'initrd' ? 'volumes/snippets' : null;
 }
 
-function useSave({ guest, keyName, params, digest, onClose }: Omit<KeyDialogProps, 'value'>) {
+function useSave({ guest, keyName, params, value, digest, onClose }: KeyDialogProps) {
   return useMutation({
-    mutationFn: (values: Values) => {
+    mutationFn: async (values: Values) => {
       const text = toParameters(params, values)[keyName];
+      if (text === value) return null;
       return call('PUT', `${guestPath(guest)}/config`, { ...(text === undefined ? { delete: keyName } : { [keyName]: text }), digest });
     },
     onSuccess: onClose,
@@ -66,7 +76,7 @@ export function KeyDialog({ guest, keyName, params, value, digest, onClose }: Ke
   const [touched, setTouched] = useState(false);
   const sources = useMemo(() => opened.names.map((name) => sourceOf(guest, name)).filter((source) => source !== null), [guest, opened.names]);
   const choices = useChoices(guest.node, sources);
-  const save = useSave({ guest, keyName, params, digest: opened.digest, onClose });
+  const save = useSave({ guest, keyName, params, value, digest: opened.digest, onClose });
   const needed = new Set(opened.names.filter((name) => name.includes(':')));
   const wrong = checkFields(params, opened.names, values, needed);
   const refused = save.error instanceof ApiError ? placeErrors(save.error.errors, opened.names) : {};

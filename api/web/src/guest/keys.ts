@@ -1,7 +1,10 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // Which config keys the two tabs show, and in which order. Pure.
-import type { Params } from '../api/schema';
+import { freeKey, type Params } from '../api/schema';
 import type { GuestConfig, PendingRow } from '../api/types';
+
+/** Members of a family whose schema tells no count. */
+const FAMILY_COUNT = 32;
 
 export type Part = 'hardware' | 'options';
 
@@ -31,10 +34,13 @@ function rank(key: string): number {
   return at < 0 ? ORDER.length : at;
 }
 
-/** Lines of a tab: everything that is set or pending, and the single keys that could be set. */
+/** Keys that a guest is thought of by: shown also when they are not set. */
+const ALWAYS = new Set(['cores', 'memory', 'swap', 'kernel', 'initrd', 'cmdline']);
+
+/** Lines of a tab: everything that is set or pending; of what could be set, all options but only the main hardware. */
 export function configRows(part: Part, config: GuestConfig, pending: PendingRow[], params: Params): ConfigRow[] {
   const rows = new Map<string, ConfigRow>();
-  const single = Object.keys(params).filter((key) => !key.includes('[n]'));
+  const single = Object.keys(params).filter((key) => !key.includes('[n]') && (part === 'options' || ALWAYS.has(key)));
   for (const key of [...Object.keys(config), ...single]) {
     if (!belongs(key, part) || rows.has(key)) continue;
     const value = config[key];
@@ -53,9 +59,12 @@ export function configRows(part: Part, config: GuestConfig, pending: PendingRow[
   return [...rows.values()].sort(order);
 }
 
-/** Families of which a member can be added in a tab: net[n], virtio[n], … */
-export function families(part: Part, params: Params): string[] {
-  return Object.keys(params).filter((key) => key.includes('[n]') && belongs(key, part) && !key.startsWith('unused'));
+/** Keys that can be added in a tab: the next free member of each family (net1, virtio0, …), and what no row shows. */
+export function addable(part: Part, params: Params, shown: string[]): string[] {
+  const keys = Object.entries(params)
+    .filter(([key]) => belongs(key, part) && !key.startsWith('unused'))
+    .map(([key, param]) => (key.includes('[n]') ? freeKey(key, param.count ?? FAMILY_COUNT, shown) : shown.includes(key) ? null : key));
+  return keys.filter((key) => key !== null);
 }
 
 /** A disk whose size can grow. */

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The page of one node.
-import { Badge, Button, Group, SimpleGrid, Stack } from '@mantine/core';
+import { Button, Group, SimpleGrid, Stack } from '@mantine/core';
 import { IconPlus, IconServer } from '@tabler/icons-react';
 import { Link, useParams } from '@tanstack/react-router';
 import { DataTable } from 'mantine-datatable';
@@ -131,7 +131,7 @@ function Network({ node }: { node: string }) {
       columns={[
         { accessor: 'iface', title: 'Interface' },
         { accessor: 'type', title: 'Type' },
-        { accessor: 'active', title: 'State', render: (row) => <Badge variant="light" radius="sm" tt="none" className="atoll-status" color={row.active ? 'green' : 'gray'}>{row.active ? 'up' : 'down'}</Badge> },
+        { accessor: 'active', title: 'State', render: (row) => <StatusBadge status={row.active ? 'up' : 'down'} /> },
         { accessor: 'cidr', title: 'Address', render: (row) => row.cidr ?? row.address ?? '–' },
         { accessor: 'gateway', title: 'Gateway', render: (row) => row.gateway ?? '–' },
         { accessor: 'bridge_ports', title: 'Ports', render: (row) => row.bridge_ports || '–' },

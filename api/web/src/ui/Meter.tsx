@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-// A labelled bar of usage: "CPU 12.3 % of 4".
+// A labelled bar of usage: "CPU 12.3 % of 4"; only the total when the use is not known.
 import { Group, Progress, Text } from '@mantine/core';
 
 import { percent } from '../lib/format';
@@ -23,9 +23,11 @@ export function Meter({ label, fraction, detail }: MeterProps) {
           {fraction === undefined ? detail : `${percent(fraction)} of ${detail}`}
         </Text>
       </Group>
-      <Progress.Root size={6}>
-        <Progress.Section value={value} color={color} aria-label={`${label}: ${percent(fraction)} of ${detail}`} />
-      </Progress.Root>
+      {fraction !== undefined && (
+        <Progress.Root size={6}>
+          <Progress.Section value={value} color={color} aria-label={`${label}: ${percent(fraction)} of ${detail}`} />
+        </Progress.Root>
+      )}
     </div>
   );
 }

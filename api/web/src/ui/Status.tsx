@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // State as an icon with a word: colour is never the only sign.
-import { Badge, Loader } from '@mantine/core';
+import { Loader } from '@mantine/core';
 import { IconAlertTriangle, IconCheck, IconX } from '@tabler/icons-react';
 import clsx from 'clsx';
 
@@ -12,6 +12,7 @@ type Tone = 'good' | 'idle' | 'bad' | 'busy';
 const TONES: Record<string, Tone> = {
   running: 'good',
   online: 'good',
+  up: 'good',
   available: 'good',
   stopped: 'idle',
   paused: 'busy',
@@ -29,14 +30,12 @@ export function StatusDot({ status }: { status: string | undefined }) {
   return <span className={clsx('atoll-dot', `atoll-dot-${tone(status)}`)} title={status ?? 'unknown'} aria-hidden />;
 }
 
-const COLORS: Record<Tone, string> = { good: 'green', idle: 'gray', bad: 'red', busy: 'yellow' };
-
 export function StatusBadge({ status, lock }: Pick<Resource, 'status' | 'lock'>) {
   return (
-    <Badge variant="light" color={lock ? 'yellow' : COLORS[tone(status)]} radius="sm" tt="none" className="atoll-status" data-status={status}>
+    <span className={clsx('atoll-badge', `atoll-badge-${lock ? 'busy' : tone(status)}`)} data-status={status}>
       {status ?? 'unknown'}
       {lock ? ` (${lock})` : ''}
-    </Badge>
+    </span>
   );
 }
 
