@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(arguments) => run(&arguments),
         Command::Ctl(arguments) => ctl(&arguments),
-        Command::Probe(arguments) => probe::run(&arguments),
+        Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
     };
     done.unwrap_or_else(|error| {
         eprintln!("atoll-vmm: {error:#}");

@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Mode `stay`: a shell of six commands on the serial port, pings answered, the power button obeyed. The CPU
+//! Mode `stay`: a small shell on the serial port, pings answered, the power button obeyed. The CPU
 //! halts between interrupts.
 
 use alloc::string::String;
@@ -9,6 +9,7 @@ use crate::acpi::Platform;
 use crate::clock::{Clock, hypervisor};
 use crate::cpu;
 use crate::devices::Devices;
+use crate::interrupts;
 use crate::options::Options;
 use crate::report;
 use crate::serial::Serial;
@@ -61,7 +62,7 @@ fn obey(
     let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
     let _ = match command {
         "" => Ok(()),
-        "help" => writeln!(Serial, "help  id  uptime  report  echo TEXT  off"),
+        "help" => writeln!(Serial, "help  id  uptime  report  echo TEXT  crash  off"),
         "id" => {
             let signature = hypervisor().unwrap_or(*b"no one\0\0\0\0\0\0");
             let name = core::str::from_utf8(&signature)
@@ -87,6 +88,7 @@ fn obey(
         }
         "echo" => writeln!(Serial, "{rest}"),
         "off" => return false,
+        "crash" => interrupts::crash(),
         _ => writeln!(Serial, "{command}: no such command; help lists them"),
     };
     true

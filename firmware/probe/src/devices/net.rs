@@ -26,8 +26,9 @@ use crate::transport::MsixTransport;
 const QUEUE_SIZE: usize = 16;
 /// One Ethernet frame of the usual size and its virtio header.
 const BUFFER_BYTES: usize = 2048;
-/// A bridge may forward nothing for the first moments of a new port, so each question is repeated.
-const TRIES: usize = 4;
+/// About a second each: a bridge may forward nothing for the first moments of a new port, and a DHCP server may
+/// look for three seconds whether an address is taken.
+const TRIES: usize = 6;
 const PINGS: u16 = 16;
 const PING_BYTES: usize = 56;
 

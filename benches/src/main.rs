@@ -1,0 +1,91 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Side-by-side benchmarks: release binaries of Atoll and their peers do the same work in turns, in one run.
+//! Writes `target/bench/summary.tsv` and prints it. Not a test: nothing here fails because something is slow; a
+//! row that cannot run here says why. `README.md` has the method and published numbers.
+//!
+//! Called by `make bench`.
+
+mod api;
+mod container;
+mod host;
+mod start;
+mod table;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Parser;
+
+use table::Row;
+
+/// Runs the benchmarks and writes the table.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Only these suites: start, container, api
+    suites: Vec<String>,
+    /// Pairs of runs a row of starts and of containers
+    #[arg(long, default_value_t = 30)]
+    runs: usize,
+    /// Where atoll-vmm, atoll-ct and atolld are; default: beside this program
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
+    /// The table
+    #[arg(long, value_name = "FILE", default_value = "target/bench/summary.tsv")]
+    output: PathBuf,
+    /// Internal: runs the container suite here, in a mount namespace that was made for it
+    #[arg(long, hide = true)]
+    prepared: bool,
+}
+
+/// What every suite is given.
+#[derive(Debug)]
+struct Bench {
+    runs: usize,
+    bin_dir: PathBuf,
+    prepared: bool,
+}
+
+impl Bench {
+    /// One of our programs, or a sentence why not.
+    fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let path = self.bin_dir.join(name);
+        anyhow::ensure!(path.is_file(), "{} is not built", path.display());
+        Ok(path)
+    }
+}
+
+type Suite = (&'static str, fn(&Bench) -> Vec<Row>);
+
+const SUITES: &[Suite] = &[
+    ("start", start::rows),
+    ("container", container::rows),
+    ("api", api::rows),
+];
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    for name in &arguments.suites {
+        anyhow::ensure!(
+            SUITES.iter().any(|(known, _)| known == name),
+            "{name}: no such suite"
+        );
+    }
+    let beside = std::env::current_exe().context("this program's path")?;
+    let beside = beside.parent().unwrap_or(Path::new("."));
+    let bench = Bench {
+        runs: arguments.runs.max(1),
+        bin_dir: arguments.bin_dir.unwrap_or_else(|| beside.to_owned()),
+        prepared: arguments.prepared,
+    };
+    let wanted =
+        |name: &str| arguments.suites.is_empty() || arguments.suites.iter().any(|s| s == name);
+    let rows: Vec<Row> = SUITES
+        .iter()
+        .filter(|(name, _)| wanted(name))
+        .flat_map(|(_, suite)| suite(&bench))
+        .collect();
+    if arguments.prepared {
+        return table::send(&rows);
+    }
+    table::write(&arguments.output, &rows, host::kind())
+}

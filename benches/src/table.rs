@@ -1,0 +1,183 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Rows of the table, and the arithmetic: medians, and ratios pair by pair with their spread.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::Path;
+
+use anyhow::Context as _;
+
+const HEADER: &str = "name\tunit\tours\tpeer\tpeer_value\tratio\tratio_min\tratio_max\thost\tnote";
+
+/// One line of the table, without the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    cells: [String; 8],
+    note: String,
+}
+
+impl Row {
+    /// A row of pairs (ours, peer's): medians of both, median, minimum and maximum of the ratios ours/peer.
+    pub fn pairs(name: &str, unit: &str, peer: &str, pairs: &[(f64, f64)]) -> Row {
+        let ratios: Vec<f64> = pairs.iter().map(|(ours, peer)| ours / peer).collect();
+        let number = |value: f64| format!("{value:.2}");
+        let ours = median(&pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
+        let theirs = median(&pairs.iter().map(|pair| pair.1).collect::<Vec<_>>());
+        Row {
+            cells: [
+                name.into(),
+                unit.into(),
+                number(ours),
+                peer.into(),
+                number(theirs),
+                number(median(&ratios)),
+                number(ratios.iter().copied().fold(f64::INFINITY, f64::min)),
+                number(ratios.iter().copied().fold(0.0, f64::max)),
+            ],
+            note: format!("{} pairs", pairs.len()),
+        }
+    }
+
+    /// A row without a peer.
+    pub fn alone(name: &str, unit: &str, ours: f64, note: String) -> Row {
+        let blank = || "-".to_owned();
+        let ours = format!("{ours:.2}");
+        Row {
+            cells: [
+                name.into(),
+                unit.into(),
+                ours,
+                blank(),
+                blank(),
+                blank(),
+                blank(),
+                blank(),
+            ],
+            note,
+        }
+    }
+
+    /// A row that could not run.
+    pub fn absent(name: &str, unit: &str, peer: &str, why: &anyhow::Error) -> Row {
+        let blank = || "-".to_owned();
+        Row {
+            cells: [
+                name.into(),
+                unit.into(),
+                blank(),
+                peer.into(),
+                blank(),
+                blank(),
+                blank(),
+                blank(),
+            ],
+            note: format!("not run: {why:#}").replace(['\n', '\t'], " "),
+        }
+    }
+
+    fn line(&self, host: &str) -> String {
+        format!("{}\t{host}\t{}", self.cells.join("\t"), self.note)
+    }
+
+    /// A row from a line without its host: how the container suite's own process hands its rows over.
+    pub fn parse(line: &str) -> Option<Row> {
+        let mut fields = line.split('\t').map(str::to_owned);
+        let cells: Vec<String> = fields.by_ref().take(8).collect();
+        Some(Row {
+            cells: cells.try_into().ok()?,
+            note: fields.nth(1)?,
+        })
+    }
+}
+
+/// The middle value; of an even number the mean of the middle two.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        count if count % 2 == 1 => sorted[count / 2],
+        count => f64::midpoint(sorted[count / 2 - 1], sorted[count / 2]),
+    }
+}
+
+/// The value that a share of all values does not exceed (nearest rank).
+pub fn quantile(values: &[f64], permille: usize) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() * permille).div_ceil(1000).max(1);
+    sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
+}
+
+/// Prints rows for the process that started this one.
+pub fn send(rows: &[Row]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for row in rows {
+        writeln!(out, "{}", row.line("-"))?;
+    }
+    Ok(())
+}
+
+/// Writes the table to its file, and aligned to standard output.
+pub fn write(path: &Path, rows: &[Row], host: &str) -> anyhow::Result<()> {
+    let mut text = format!("{HEADER}\n");
+    for row in rows {
+        writeln!(text, "{}", row.line(host))?;
+    }
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+    }
+    std::fs::write(path, &text).with_context(|| format!("write {}", path.display()))?;
+    let lines: Vec<Vec<&str>> = text
+        .lines()
+        .map(|line| line.split('\t').collect())
+        .collect();
+    let width = |column: usize| {
+        lines
+            .iter()
+            .filter_map(|line| line.get(column))
+            .map(|cell| cell.len())
+            .max()
+    };
+    let widths: Vec<usize> = (0..).map_while(width).collect();
+    let mut out = std::io::stdout().lock();
+    for line in &lines {
+        let cells: Vec<String> = line
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        writeln!(out, "{}", cells.join("  ").trim_end())?;
+    }
+    writeln!(out, "\n{}", path.display())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_taken_pair_by_pair() {
+        let row = Row::pairs("n", "ms", "peer", &[(1.0, 2.0), (2.0, 2.0), (9.0, 3.0)]);
+        assert_eq!(
+            row.line("pvm"),
+            "n\tms\t2.00\tpeer\t2.00\t1.00\t0.50\t3.00\tpvm\t3 pairs"
+        );
+    }
+
+    #[test]
+    fn a_row_survives_being_sent() {
+        let row = Row::pairs("n", "ms", "peer", &[(1.0, 2.0)]);
+        assert_eq!(Row::parse(&row.line("-")), Some(row));
+    }
+
+    #[test]
+    fn quantiles_are_nearest_ranks() {
+        let values: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(
+            (quantile(&values, 500), quantile(&values, 990)),
+            (50.0, 99.0)
+        );
+    }
+}
