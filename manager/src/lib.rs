@@ -18,6 +18,7 @@
 pub mod access;
 pub mod error;
 pub mod exec;
+pub mod guest;
 pub mod id;
 pub mod network;
 mod node;

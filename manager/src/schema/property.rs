@@ -71,7 +71,7 @@ impl Properties {
         self.values.retain(|(name, _)| *name != key);
     }
 
-    /// The text again: the default key first, the others by name, as PVE writes it.
+    /// The text again, as PVE writes it: the default key first, then required keys, the others by name.
     pub fn print(&self, kind: &Kind) -> String {
         let keys = Keys::of(kind);
         let mut items = Vec::new();
@@ -94,7 +94,8 @@ impl Properties {
             .iter()
             .filter(|(k, _)| !done.contains(k))
             .collect();
-        rest.sort_by_key(|(key, _)| *key);
+        let is_optional = |key: &str| !keys.find(key).is_some_and(|param| param.required);
+        rest.sort_by_key(|(key, _)| (is_optional(key), *key));
         items.extend(rest.iter().map(|(key, value)| format!("{key}={value}")));
         items.join(",")
     }

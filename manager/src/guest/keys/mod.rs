@@ -1,0 +1,389 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The config keys of guests: one table a kind, from which parsing, validation, rights, the API's schema, the forms of
+//! the web page and the manual derive.
+//!
+//! PVE's clients always send some keys that mean nothing on this board (`ostype`, `scsihw`, …): those are accepted,
+//! and their row says that they have no effect. Keys whose silence would mislead (`args`, passthrough, …) are
+//! refused by their row, with a text that says what is missing.
+
+mod container;
+mod vm;
+
+use crate::access::Privilege;
+use crate::error::Error;
+use crate::id::GuestKind;
+use crate::schema::{Format, Kind, Param, Properties, UNKNOWN, split_list};
+
+pub use container::CONTAINER;
+pub use vm::VM;
+
+/// One config key.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Name, values, description.
+    pub param: Param,
+    /// What changing it demands.
+    pub right: Right,
+    /// When a change reaches a running guest.
+    pub apply: Apply,
+    /// What it does here.
+    pub effect: Effect,
+    /// Atoll's own; PVE does not have it.
+    pub own: bool,
+}
+
+/// What changing a key demands of the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    /// A privilege on `/vms/ID`.
+    Guest(Privilege),
+    /// One of two privileges on `/vms/ID`.
+    Either(Privilege, Privilege),
+    /// `VM.Config.CDROM` for drives with `media=cdrom`, `VM.Config.Disk` for others.
+    Drive,
+    /// `VM.Allocate` on `/vms/ID`, and, for anything but `nesting`, `Sys.Modify` on `/`.
+    Features,
+    /// A privilege on `/vms/ID`, and `Sys.Modify` on `/`. PVE asks for `root@pam` in person for most of these, which
+    /// keeps them from tokens and from other administrators; the privilege says the same and can be given.
+    System(Privilege),
+}
+
+/// When a change reaches a running guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Apply {
+    /// At once.
+    Now,
+    /// At its next start; until then it is pending.
+    Restart,
+}
+
+/// What a key does on this board.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// What its description says.
+    Full,
+    /// Nothing; the text says why.
+    None(&'static str),
+    /// Only the server sets it.
+    Server,
+    /// It cannot be set yet; the text says what is missing.
+    Unavailable(&'static str),
+}
+
+impl Key {
+    const fn new(param: Param, right: Right) -> Self {
+        Self {
+            param,
+            right,
+            apply: Apply::Restart,
+            effect: Effect::Full,
+            own: false,
+        }
+    }
+
+    const fn now(mut self) -> Self {
+        self.apply = Apply::Now;
+        self
+    }
+
+    const fn own(mut self) -> Self {
+        self.own = true;
+        self
+    }
+
+    const fn server(mut self) -> Self {
+        self.effect = Effect::Server;
+        self.apply = Apply::Now;
+        self
+    }
+
+    /// Accepted, kept and shown, without effect.
+    const fn no_effect(mut self, why: &'static str) -> Self {
+        self.effect = Effect::None(why);
+        self.apply = Apply::Now;
+        self
+    }
+
+    /// Known to PVE and refused here.
+    const fn unavailable(name: &'static str, count: u16, why: &'static str) -> Self {
+        let kind = Kind::Text { length_max: 1024 };
+        let param = Param::new(name, kind, why).family(count);
+        let mut key = Self::new(param, Right::Guest(Privilege::VmConfigHwType));
+        key.effect = Effect::Unavailable(why);
+        key
+    }
+
+    /// What is wrong with a value that a client gives, in PVE's words.
+    pub fn check(&self, value: &str) -> Result<(), String> {
+        match self.effect {
+            Effect::Server => Err("set by the server, not by clients".to_owned()),
+            Effect::Unavailable(why) => Err(why.to_owned()),
+            Effect::Full | Effect::None(_) => self.param.check(value),
+        }
+    }
+
+    /// The one form in which a value is stored: booleans as 1 or 0, property strings in PVE's order, tags sorted.
+    pub fn normalize(&self, value: &str) -> String {
+        match self.param.kind {
+            Kind::PropertyString { .. } => Properties::parse(&self.param.kind, value)
+                .map_or_else(|_| value.to_owned(), |p| p.print(&self.param.kind)),
+            Kind::Format(format) if format.name == crate::schema::format::TAGS.name => {
+                let mut tags: Vec<String> =
+                    split_list(value).map(str::to_ascii_lowercase).collect();
+                tags.sort();
+                tags.dedup();
+                tags.join(";")
+            }
+            kind => kind.normalize(value),
+        }
+    }
+
+    /// The privileges that setting or removing it demands: (path, any of these) each. `value` is the new one, or the
+    /// present one when it is removed.
+    pub fn rights(&self, guest: u32, value: &str) -> Vec<(String, Vec<Privilege>)> {
+        let on_guest = |privileges: &[Privilege]| (format!("/vms/{guest}"), privileges.to_vec());
+        let system = ("/".to_owned(), vec![Privilege::SysModify]);
+        match self.right {
+            Right::Guest(privilege) => vec![on_guest(&[privilege])],
+            Right::Either(one, other) => vec![on_guest(&[one, other])],
+            Right::Drive if value.contains("media=cdrom") => {
+                vec![on_guest(&[Privilege::VmConfigCdrom])]
+            }
+            Right::Drive => vec![on_guest(&[Privilege::VmConfigDisk])],
+            Right::Features if value.split(',').all(|item| item.starts_with("nesting=")) => {
+                vec![on_guest(&[Privilege::VmAllocate])]
+            }
+            Right::Features => vec![on_guest(&[Privilege::VmAllocate]), system],
+            Right::System(privilege) => vec![on_guest(&[privilege]), system],
+        }
+    }
+}
+
+/// The table of a kind of guest.
+pub fn table(kind: GuestKind) -> &'static [Key] {
+    match kind {
+        GuestKind::Vm => VM,
+        GuestKind::Container => CONTAINER,
+    }
+}
+
+/// The row of a key: `net3` has that of `net[n]`.
+pub fn find(kind: GuestKind, name: &str) -> Option<&'static Key> {
+    table(kind).iter().find(|key| key.param.covers(name))
+}
+
+/// The parsed value of a key that is a property string.
+pub fn properties(kind: GuestKind, name: &str, value: &str) -> Result<Properties, Error> {
+    let key = find(kind, name).ok_or_else(|| Error::invalid(name, UNKNOWN))?;
+    Properties::parse(&key.param.kind, value).map_err(|text| Error::invalid(name, text))
+}
+
+/// A property string again, by the key's row.
+pub fn print_properties(kind: GuestKind, name: &str, properties: &Properties) -> String {
+    find(kind, name).map_or_else(String::new, |key| properties.print(&key.param.kind))
+}
+
+/// Checks all values that a client gives; every one that does not fit is named.
+pub fn check<'a>(
+    kind: GuestKind,
+    values: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<(), Error> {
+    let mut errors = Vec::new();
+    for (name, value) in values {
+        let result = match find(kind, name) {
+            Some(key) => key.check(value),
+            None => Err(UNKNOWN.to_owned()),
+        };
+        if let Err(text) = result {
+            errors.push((name.clone(), text));
+        }
+    }
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Invalid(errors))
+    }
+}
+
+/// How guests start and stop with the node.
+const STARTUP: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new(
+            "order",
+            SMALL,
+            "Place in the order of starts; stops go backwards.",
+        ),
+        Param::new("up", SMALL, "Seconds to wait after its start."),
+        Param::new("down", SMALL, "Seconds to wait for its stop."),
+    ],
+    default_key: Some("order"),
+    value_key: None,
+};
+
+const SMALL: Kind = Kind::Integer {
+    min: 0,
+    max: 86_400,
+};
+
+const DESCRIPTION: Kind = Kind::Text { length_max: 8192 };
+
+/// Locks that PVE knows; a guest that has one is left alone.
+const LOCKS: &[&str] = &[
+    "backup",
+    "clone",
+    "create",
+    "destroyed",
+    "disk",
+    "fstrim",
+    "migrate",
+    "mounted",
+    "rollback",
+    "snapshot",
+    "snapshot-delete",
+    "suspended",
+    "suspending",
+];
+
+/// A bridge and a card's address, the same for both kinds.
+const LINK_BRIDGE: Param = Param::new(
+    "bridge",
+    Kind::Format(crate::schema::format::BRIDGE),
+    "Bridge that the card is on.",
+);
+
+/// A property of a network card that would isolate or limit it: to ignore it would mislead.
+const fn absent(name: &'static str, format: Format) -> Param {
+    Param::new(name, Kind::Format(format), "Not available yet.")
+}
+
+const NO_VLAN: Format = Format {
+    name: "unavailable",
+    check: |_| Err("VLANs are not available yet; use a bridge of its own".to_owned()),
+};
+
+const NO_RATE: Format = Format {
+    name: "unavailable",
+    check: |_| Err("rate limits of cards are not available yet".to_owned()),
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::{BTreeMap, HashSet};
+
+    #[test]
+    fn the_tables_are_sound() {
+        for kind in GuestKind::ALL {
+            let mut names = HashSet::new();
+            for key in table(kind) {
+                let name = key.param.name;
+                assert!(names.insert(name), "{name} twice");
+                assert_eq!(name.ends_with("[n]"), key.param.count > 0, "{name}");
+                let is_known = !matches!(key.effect, Effect::Unavailable(_));
+                let sentence = key.param.description.ends_with('.');
+                assert_eq!(
+                    sentence, is_known,
+                    "{name}: sentences describe, texts refuse"
+                );
+                if let Some(default) = key.param.default {
+                    assert_eq!(key.param.check(default), Ok(()), "default of {name}");
+                    assert_eq!(key.normalize(default), default, "default of {name}");
+                }
+            }
+        }
+    }
+
+    #[track_caller]
+    fn check_value(kind: GuestKind, name: &str, value: &str, expected: Result<&str, &str>) {
+        let key = find(kind, name).unwrap();
+        let result = key.check(value).map(|()| key.normalize(value));
+        assert_eq!(
+            result.as_ref().map(String::as_str).map_err(String::as_str),
+            expected
+        );
+    }
+
+    #[test]
+    fn values_of_vms() {
+        let check = |name, value, expected| check_value(GuestKind::Vm, name, value, expected);
+        check(
+            "net0",
+            "bridge=vmbr0,virtio=BC:24:11:00:00:01,firewall=on",
+            Ok("virtio=BC:24:11:00:00:01,bridge=vmbr0,firewall=1"),
+        );
+        check(
+            "net0",
+            "virtio,tag=5",
+            Err(
+                "invalid format - format error\ntag: invalid format - VLANs are not available yet; use a bridge of its own\n",
+            ),
+        );
+        check("memory", "2048", Ok("2048"));
+        check("memory", "current=512", Ok("512"));
+        check("scsi0", "local:8", Ok("local:8"));
+        check(
+            "scsi0",
+            "file=local:100/vm-100-disk-0.raw,iothread=1,size=8G",
+            Ok("local:100/vm-100-disk-0.raw,iothread=1,size=8G"),
+        );
+        check("ide2", "none,media=cdrom", Ok("none,media=cdrom"));
+        check(
+            "scsi0",
+            "/dev/sda",
+            Err(
+                "invalid format - format error\nfile: invalid format - unable to parse volume ID '/dev/sda'\n",
+            ),
+        );
+        check("tags", "b;A,b", Ok("a;b"));
+        check("onboot", "yes", Ok("1"));
+        check("meta", "x=1", Err("set by the server, not by clients"));
+        check(
+            "args",
+            "-x",
+            Err("QEMU arguments mean nothing to atoll-vmm"),
+        );
+    }
+
+    #[test]
+    fn values_of_containers() {
+        let check =
+            |name, value, expected| check_value(GuestKind::Container, name, value, expected);
+        check(
+            "net0",
+            "name=eth0,ip=dhcp,bridge=vmbr0",
+            Ok("name=eth0,bridge=vmbr0,ip=dhcp"),
+        );
+        check("rootfs", "volume=local:8", Ok("local:8"));
+        check("features", "nesting=1", Ok("nesting=1"));
+        check("unprivileged", "on", Ok("1"));
+    }
+
+    #[test]
+    fn all_errors_are_reported_at_once() {
+        let values = BTreeMap::from([
+            ("bogus".to_owned(), "1".to_owned()),
+            ("cores".to_owned(), "x".to_owned()),
+            ("name".to_owned(), "good".to_owned()),
+        ]);
+        let Err(Error::Invalid(errors)) = check(GuestKind::Vm, &values) else {
+            panic!("expected errors");
+        };
+        assert_eq!(errors.len(), 2);
+        assert_eq!(errors[0], ("bogus".to_owned(), UNKNOWN.to_owned()));
+    }
+
+    #[test]
+    fn rights_of_keys() {
+        let rights = |name: &str, value: &str| find(GuestKind::Vm, name).unwrap().rights(7, value);
+        assert_eq!(
+            rights("cores", "2"),
+            [("/vms/7".to_owned(), vec![Privilege::VmConfigCpu])]
+        );
+        assert_eq!(
+            rights("ide2", "none,media=cdrom")[0].1,
+            [Privilege::VmConfigCdrom]
+        );
+        assert_eq!(rights("ide2", "local:8")[0].1, [Privilege::VmConfigDisk]);
+        assert_eq!(rights("startup", "1").len(), 2);
+    }
+}
