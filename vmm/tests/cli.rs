@@ -1,0 +1,192 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What `atoll-vmm` says when it cannot: one line on standard error that names the thing, and an exit code.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Output};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
+
+fn run(arguments: &str) -> Output {
+    let arguments = arguments.split_whitespace();
+    Command::new(BINARY).args(arguments).output().unwrap()
+}
+
+/// Runs with `arguments` (split at spaces), and compares code and line. `…` in `expected` stands for anything.
+#[track_caller]
+fn check(arguments: &str, code: i32, expected: &str) {
+    let output = run(arguments);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{arguments}: {said}");
+    assert_eq!(said.lines().count(), 1, "{arguments}: one line: {said}");
+    let mut rest = said.trim_end();
+    for (index, part) in expected.split('…').enumerate() {
+        let at = rest.find(part);
+        let found = at.is_some_and(|at| index > 0 || at == 0);
+        assert!(found, "{arguments}\n  said {said}  expected {expected}");
+        rest = &rest[at.unwrap() + part.len()..];
+    }
+}
+
+/// A file that is there, for arguments that must not be the ones that are wrong.
+const KERNEL: &str = "run --kernel /etc/hostname";
+
+#[test]
+fn arguments_that_cannot_be() {
+    check("", 2, "atoll-vmm: …");
+    check("run", 2, "atoll-vmm: …--kernel <FILE>…(see --help)");
+    check("fly", 2, "atoll-vmm: unrecognized subcommand 'fly'…");
+    for (wrong, expected) in [
+        ("--cpus 0", "invalid value '0' for '--cpus <N>'"),
+        ("--cpus 256", "invalid value '256' for '--cpus <N>'"),
+        ("--memory 0", "a machine needs at least 1 MiB"),
+        ("--memory 1K", "unit \"K\" is not one of M, G, T"),
+        ("--memory 99999999999999999T", "that is too much"),
+        ("--disk path=/etc/hostname", "format= is missing"),
+        ("--disk format=raw", "path= is missing"),
+        ("--disk path=/etc/hostname,format=qcow2", "only raw disks"),
+        (
+            "--disk path=/etc/hostname,format=raw,fast",
+            "\"fast\" is not one of path=",
+        ),
+        ("--net mac=52:54:00:12:34:56", "tap= is missing"),
+        (
+            "--net tap=t0,mac=52:54:00:12:34",
+            "expected six hexadecimal octets",
+        ),
+        ("--net tap=t0,mac=ff:ff:ff:ff:ff:ff", "is a group address"),
+        (
+            "--console /dev/tty",
+            "expected stdio, pty, socket=PATH or null",
+        ),
+        ("--spec /tmp/x", "cannot be used with"),
+    ] {
+        check(
+            &format!("{KERNEL} {wrong}"),
+            2,
+            &format!("atoll-vmm: …{expected}…"),
+        );
+    }
+}
+
+#[test]
+fn files_that_are_not_there_or_not_files() {
+    for (wrong, expected) in [
+        ("--initrd /nonexistent", "initrd /nonexistent: No such file"),
+        ("--initrd /tmp", "initrd /tmp: is a directory"),
+        (
+            "--disk path=/nonexistent,format=raw",
+            "disk /nonexistent: No such file",
+        ),
+        ("--disk path=/tmp,format=raw", "disk /tmp: is a directory"),
+        (
+            "--disk path=/dev/null,format=raw",
+            "disk /dev/null: neither a file nor",
+        ),
+        (
+            "--net tap=a-name-that-is-too-long",
+            "tap \"a-name-that-is-too-long\": an interface's name",
+        ),
+    ] {
+        check(
+            &format!("{KERNEL} {wrong}"),
+            2,
+            &format!("atoll-vmm: {expected}…"),
+        );
+    }
+    check(
+        "run --kernel /nonexistent",
+        2,
+        "atoll-vmm: kernel /nonexistent: No such file…",
+    );
+    check(
+        "run --kernel /tmp",
+        2,
+        "atoll-vmm: kernel /tmp: is a directory",
+    );
+    check(
+        "run --spec /nonexistent",
+        1,
+        "atoll-vmm: spec /nonexistent: No such file…",
+    );
+}
+
+#[test]
+fn specs_that_are_not_specs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("spec.json");
+    for (text, expected) in [
+        ("{", "EOF while parsing"),
+        ("{\"name\":\"x\"}", "missing field `cpu_count`"),
+        (
+            "{\"name\":\"x\",\"cpu_count\":1,\"memory_mib\":0,\"boot\":{\"kernel\":\"/etc/hostname\"}}",
+            "0 MiB of memory",
+        ),
+        (
+            "{\"name\":\"x\",\"cpu_count\":1,\"memory_mib\":1,\"boot\":{\"kernel\":\"/k\"},\"wings\":2}",
+            "unknown field `wings`",
+        ),
+    ] {
+        std::fs::write(&path, text).unwrap();
+        let arguments = format!("run --spec {}", path.display());
+        check(&arguments, 2, &format!("atoll-vmm: …{expected}…"));
+    }
+}
+
+#[test]
+fn a_control_socket_that_nobody_listens_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("api");
+    check(
+        &format!("ctl --api-socket {} info", path.display()),
+        1,
+        "atoll-vmm: no virtual machine listens on …/api: No such file…",
+    );
+    drop(UnixListener::bind(&path).unwrap());
+    check(
+        &format!("ctl --api-socket {} info", path.display()),
+        1,
+        "atoll-vmm: no virtual machine listens on …/api: Connection refused…",
+    );
+    check(
+        &format!("ctl --api-socket {} fly", path.display()),
+        2,
+        "atoll-vmm: invalid value 'fly'…power-button…",
+    );
+}
+
+#[test]
+fn help_teaches_and_goes_to_standard_output() {
+    for (arguments, expected) in [
+        ("--help", "Exit codes:"),
+        ("run --help", "Examples:"),
+        ("ctl --help", "power-button"),
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(0));
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(said.contains(expected), "{arguments}: {said}");
+    }
+}
+
+/// Takes /dev away in a mount namespace of its own.
+#[test]
+fn a_host_without_kvm() {
+    let script = format!("mount -t tmpfs none /dev && exec {BINARY} {KERNEL} --console null");
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    if said.starts_with("unshare:") || said.starts_with("mount:") {
+        println!("ATOLL-SKIP: no mount namespace to hide /dev/kvm in: {said}");
+        return;
+    }
+    assert_eq!(
+        said,
+        "atoll-vmm: /dev/kvm does not exist: enable virtualization in the firmware and load the module \
+         kvm_intel or kvm_amd\n"
+    );
+    assert_eq!(output.status.code(), Some(1));
+}

@@ -1,0 +1,448 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Whole machines on the host's own KVM, with the probe guest inside: boot, every request of the control API,
+//! the ways to end. Each test is a process of `atoll-vmm run` and talks to it as a user does.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests fail by panicking, and say what they skip"
+)]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use atoll_vmm::probe::PROBE_ELF;
+use atoll_vmm_protocol::api::{MachineState, Request};
+use atoll_vmm_protocol::client::{Client, ClientError};
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
+/// A probe guest takes 0.1 s to its report; a busy test machine has taken seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine in a process of its own, killed when dropped.
+struct Guest {
+    folder: TempDir,
+    process: Child,
+}
+
+impl Guest {
+    /// Starts the probe guest, or `None` where there is no KVM.
+    fn start(cmdline: &str, more: &[&str]) -> Option<Self> {
+        Self::start_kernel(PROBE_ELF, cmdline, more)
+    }
+
+    fn start_kernel(kernel: &[u8], cmdline: &str, more: &[&str]) -> Option<Self> {
+        if let Err(error) = atoll_vmm::kvm::Kvm::open() {
+            println!("ATOLL-SKIP: {error}");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("kernel"), kernel).unwrap();
+        let disk = std::fs::File::create(path("disk")).unwrap();
+        disk.set_len(1 << 20).unwrap();
+        let process = Command::new(BINARY)
+            .current_dir(folder.path())
+            .args([
+                "run",
+                "--kernel",
+                "kernel",
+                "--memory",
+                "32",
+                "--cmdline",
+                cmdline,
+            ])
+            .args(["--console", "socket=serial", "--api-socket", "api"])
+            .args(more)
+            .stdin(Stdio::null())
+            .stderr(std::fs::File::create(path("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        Some(Self { folder, process })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.path("api"))
+    }
+
+    /// Connects to the serial port, which exists a moment after the process.
+    fn serial(&self) -> Serial {
+        let path = self.path("serial");
+        let stream = eventually("the serial port", || UnixStream::connect(&path).ok());
+        stream
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        Serial {
+            stream,
+            text: String::new(),
+        }
+    }
+
+    fn ended(mut self) -> (ExitStatus, String) {
+        let status = eventually("the end", || self.process.try_wait().unwrap());
+        let said = std::fs::read_to_string(self.path("stderr")).unwrap();
+        (status, said)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail when the process has ended, as in most tests.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[track_caller]
+fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = attempt() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The guest's serial port, from the host's side.
+struct Serial {
+    stream: UnixStream,
+    text: String,
+}
+
+impl Serial {
+    /// Reads until `expected` has come, and forgets all up to it.
+    #[track_caller]
+    fn wait_for(&mut self, expected: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.text.find(expected) {
+                let rest = self.text.split_off(at + expected.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            let so_far = &self.text;
+            assert!(Instant::now() < deadline, "no {expected:?} in {so_far:?}");
+            self.read();
+        }
+    }
+
+    fn read(&mut self) {
+        let mut chunk = [0; 4096];
+        if let Ok(count) = self.stream.read(&mut chunk) {
+            self.text
+                .push_str(&String::from_utf8_lossy(&chunk[..count]));
+        }
+    }
+
+    fn type_line(&mut self, line: &str) {
+        self.stream.write_all(line.as_bytes()).unwrap();
+        self.stream.write_all(b"\r").unwrap();
+    }
+}
+
+#[test]
+fn a_guest_boots_and_turns_itself_off() {
+    let Some(guest) = Guest::start("report", &[]) else {
+        return;
+    };
+    guest.serial().wait_for("everything works");
+    let serial = guest.path("serial");
+    let api = guest.path("api");
+    let folder_is_kept = guest.folder.path().to_owned();
+    let mut guest = guest;
+    let status = eventually("the end", || guest.process.try_wait().unwrap());
+    assert_eq!(status.code(), Some(0));
+    assert!(folder_is_kept.exists());
+    assert!(
+        !serial.exists() && !api.exists(),
+        "sockets go with the machine"
+    );
+}
+
+#[test]
+fn a_paused_guest_does_nothing_until_it_is_resumed() {
+    let Some(guest) = Guest::start("stay", &["--cpus", "2"]) else {
+        return;
+    };
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    let client = guest.client();
+    let info = client.info().unwrap();
+    assert_eq!((info.state, info.cpu_count), (MachineState::Running, 2));
+    assert_eq!(info.pid, guest.process.id());
+
+    let acted = client.act(Request::Pause).unwrap();
+    assert_eq!(acted.state, MachineState::Paused);
+    client.act(Request::Pause).unwrap();
+    let before = client.counters().unwrap();
+    serial.type_line("echo typed while paused");
+    assert_eq!(client.counters().unwrap().vcpus, before.vcpus);
+    let refused = client.act(Request::PowerButton).unwrap_err();
+    assert!(matches!(refused, ClientError::Refused { status: 409, .. }));
+
+    let acted = client.act(Request::Resume).unwrap();
+    assert_eq!(acted.state, MachineState::Running);
+    serial.wait_for("typed while paused\r\n");
+    let after = client.counters().unwrap();
+    assert!(after.vcpus[0].port_exits > before.vcpus[0].port_exits);
+}
+
+#[test]
+fn pausing_in_the_middle_of_port_accesses_loses_none() {
+    let Some(guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    let client = guest.client();
+    let line: String = ('a'..='z').cycle().take(200).collect();
+    for _ in 0..20 {
+        serial.type_line(&format!("echo {line}"));
+        client.act(Request::Pause).unwrap();
+        client.act(Request::Resume).unwrap();
+        // Once echoed by the line editor, once by the command.
+        serial.wait_for(&line);
+        serial.wait_for(&line);
+    }
+}
+
+#[test]
+fn a_reset_machine_boots_again() {
+    let Some(guest) = Guest::start("stay", &["--cpus", "2"]) else {
+        return;
+    };
+    let mut serial = guest.serial();
+    let client = guest.client();
+    for boot in 0..3 {
+        serial.wait_for("atoll probe: command line");
+        serial.wait_for("\"ok\":true");
+        serial.wait_for("probe> ");
+        assert_eq!(client.info().unwrap().reset_count, boot);
+        serial.type_line("uptime");
+        serial.wait_for("up ");
+        serial.wait_for("probe> ");
+        client.act(Request::Reset).unwrap();
+    }
+    // Paused while it is reset, it stays paused at its first instruction.
+    serial.wait_for("probe> ");
+    client.act(Request::Pause).unwrap();
+    let acted = client.act(Request::Reset).unwrap();
+    assert_eq!(acted.state, MachineState::Paused);
+    client.act(Request::Resume).unwrap();
+    serial.wait_for("\"ok\":true");
+}
+
+#[test]
+fn the_power_button_is_the_guests_affair() {
+    let Some(guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    let acted = guest.client().act(Request::PowerButton).unwrap();
+    assert_eq!(acted.state, MachineState::Running);
+    serial.wait_for("power button: off");
+    assert_eq!(guest.ended().0.code(), Some(0));
+}
+
+#[test]
+fn shutdown_ends_the_process_from_any_state() {
+    for pause in [false, true] {
+        let Some(guest) = Guest::start("stay", &["--cpus", "4"]) else {
+            return;
+        };
+        guest.serial().wait_for("probe> ");
+        let client = guest.client();
+        if pause {
+            client.act(Request::Pause).unwrap();
+        }
+        let acted = client.act(Request::Shutdown).unwrap();
+        assert_eq!(acted.state, MachineState::Stopped);
+        assert_eq!(guest.ended().0.code(), Some(0));
+        assert!(matches!(client.info(), Err(ClientError::Absent { .. })));
+    }
+}
+
+#[test]
+fn a_signal_ends_the_machine_in_order() {
+    let Some(guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    guest.serial().wait_for("probe> ");
+    let api = guest.path("api");
+    let pid = guest.process.id().to_string();
+    let killed = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+    assert!(killed.success());
+    let mut guest = guest;
+    let status = eventually("the end", || guest.process.try_wait().unwrap());
+    assert_eq!(status.code(), Some(0));
+    assert!(!api.exists());
+}
+
+#[test]
+fn a_killed_machine_leaves_no_obstacle() {
+    let Some(mut guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    guest.serial().wait_for("probe> ");
+    guest.process.kill().unwrap();
+    guest.process.wait().unwrap();
+    assert!(guest.path("api").exists());
+    // The same folder, the same sockets.
+    guest.process = Command::new(BINARY)
+        .current_dir(guest.folder.path())
+        .args([
+            "run",
+            "--kernel",
+            "kernel",
+            "--memory",
+            "32",
+            "--cmdline",
+            "stay",
+        ])
+        .args(["--console", "null", "--api-socket", "api"])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let client = guest.client();
+    eventually("the second machine", || client.info().ok());
+}
+
+#[test]
+fn a_second_machine_does_not_take_a_running_ones_socket() {
+    let Some(guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    guest.serial().wait_for("probe> ");
+    let second = Command::new(BINARY)
+        .current_dir(guest.folder.path())
+        .args(["run", "--kernel", "kernel", "--memory", "32"])
+        .args(["--console", "null", "--api-socket", "api"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert!(
+        said.contains("API socket api is in use by a running machine"),
+        "{said}"
+    );
+    assert_eq!(second.status.code(), Some(1));
+    guest.client().info().unwrap();
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_refused() {
+    let Some(guest) = Guest::start("exit", &["--name", "first"]) else {
+        return;
+    };
+    let output = Command::new(BINARY)
+        .current_dir(guest.folder.path())
+        .args([
+            "run",
+            "--kernel",
+            "kernel",
+            "--memory",
+            "900T",
+            "--console",
+            "null",
+        ])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.starts_with("atoll-vmm: 943718400 MiB of memory asked for"),
+        "{said}"
+    );
+    assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1));
+}
+
+#[test]
+fn what_is_no_kernel_is_named() {
+    for (bytes, expected) in [
+        (&b"#!/bin/sh\n"[..], "neither a bzImage"),
+        (&b"\x7fELF"[..], "damaged"),
+        (&[0; 4096][..], "neither a bzImage"),
+    ] {
+        let Some(guest) = Guest::start_kernel(bytes, "", &[]) else {
+            return;
+        };
+        let (status, said) = guest.ended();
+        assert!(said.contains(expected), "{said}");
+        assert_eq!(status.code(), Some(1));
+    }
+}
+
+#[test]
+fn a_triple_fault_is_a_crash_with_a_code_of_its_own() {
+    // ud2, without a gate for its exception.
+    let Some(guest) = Guest::start_kernel(&pvh_elf(&[0x0f, 0x0b]), "", &[]) else {
+        return;
+    };
+    let (status, said) = guest.ended();
+    assert!(
+        said.contains("the guest crashed: triple fault on vcpu0"),
+        "{said}"
+    );
+    assert_eq!(status.code(), Some(3));
+}
+
+#[test]
+fn a_kernel_larger_than_memory_is_refused() {
+    let code = vec![0xf4; 40 << 20];
+    let Some(guest) = Guest::start_kernel(&pvh_elf(&code), "", &[]) else {
+        return;
+    };
+    let (status, said) = guest.ended();
+    assert!(
+        said.contains("does not fit into the guest's memory"),
+        "{said}"
+    );
+    assert_eq!(status.code(), Some(1));
+}
+
+/// An ELF file with a PVH note and `code` at 1 MiB, its entry.
+fn pvh_elf(code: &[u8]) -> Vec<u8> {
+    const ENTRY: u64 = 0x10_0000;
+    const HEADERS: u64 = 64 + 2 * 56;
+    let note: Vec<u8> = [4_u32, 8, 18]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .chain(*b"Xen\0")
+        .chain(ENTRY.to_le_bytes())
+        .collect();
+    let code_at = HEADERS + note.len() as u64;
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    for half in [2_u16, 62] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend(1_u32.to_le_bytes());
+    for word in [ENTRY, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(0_u32.to_le_bytes());
+    for half in [64_u16, 56, 2, 64, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    for (kind, offset, address, size) in [
+        (1_u32, code_at, ENTRY, code.len() as u64),
+        (4, HEADERS, 0, note.len() as u64),
+    ] {
+        file.extend(kind.to_le_bytes());
+        file.extend(5_u32.to_le_bytes());
+        for word in [offset, address, address, size, size, 4] {
+            file.extend(word.to_le_bytes());
+        }
+    }
+    file.extend(note);
+    file.extend(code);
+    file
+}
