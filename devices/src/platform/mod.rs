@@ -1,14 +1,9 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The PC's own devices, on ports: serial, power management, clock, keyboard controller's reset line.
+//! The PC's own devices, on ports. Only the serial port is here: the machine is hardware-reduced ACPI, whose few
+//! registers belong to the VMM, and guests take the time from KVM's clock.
 
-mod i8042;
-mod pm;
-mod rtc;
 mod serial;
 
-pub use i8042::I8042;
-pub use pm::{PmBlock, SleepType};
-pub use rtc::Rtc;
 pub use serial::Serial;
 
 /// What a guest can ask of the whole machine. The VMM implements it; called on vCPU threads, so it only notes

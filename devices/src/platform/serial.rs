@@ -22,6 +22,7 @@ impl Trigger for Wire {
     }
 }
 
+#[derive(Clone)]
 struct Output {
     port: Arc<ConsolePort>,
     bytes: Arc<Counter>,
@@ -76,6 +77,13 @@ impl Serial {
             }
         }));
         serial
+    }
+
+    /// As at power-on. What was typed before stays for the next guest.
+    pub fn reset(&self) {
+        let mut uart = self.lock();
+        let (irq, output) = (uart.interrupt_evt().0.clone(), uart.writer().clone());
+        *uart = Uart::new(Wire(irq), output);
     }
 
     /// Bytes out and in.

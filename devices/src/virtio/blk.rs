@@ -1,0 +1,379 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Block device, VIRTIO 1.2 §5.2: several queues, each with its own thread and its own queue of the backend.
+//!
+//! A chain is parsed once into a [`request::Request`]; its data goes between guest pages and the backend without
+//! a copy. A request in flight has a slot of its own: the driver's head index, which it may use twice, selects
+//! nothing.
+
+pub mod request;
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use atoll_disk::{BlockBackend, BlockQueue, Completion, Operation, SECTOR_BYTES, Segments};
+use rustix::event::{PollFd, PollFlags, poll};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::EventSet;
+
+use self::request::{Action, Request, Status};
+use super::worker::{self, Progress, QueueHandler};
+use super::{
+    Chain, DeviceQueue, GuestBuffers, QueueError, QueueStart, StartError, StartedQueue,
+    VirtioDevice, device_id,
+};
+use crate::counters::{Counter, CounterList};
+use crate::memory::Ram;
+
+/// Entries of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// Data segments of one request that we tell the driver: a queue without indirect tables also needs a descriptor
+/// for header and status each.
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Bytes of the identification string, §5.2.6.
+pub const SERIAL_BYTES: usize = 20;
+
+/// What a disk is made of.
+pub struct BlkOptions {
+    /// In logs and thread names: `blk0`.
+    pub name: String,
+    /// The opened disk.
+    pub backend: Arc<dyn BlockBackend>,
+    /// Identification that the guest reads, cut to [`SERIAL_BYTES`].
+    pub serial: String,
+    /// Virtqueues, at least 1.
+    pub queue_count: u16,
+}
+
+#[derive(Default)]
+struct Counters {
+    reads: Counter,
+    read_bytes: Counter,
+    writes: Counter,
+    written_bytes: Counter,
+    flushes: Counter,
+    errors: Counter,
+}
+
+/// The disk.
+pub struct Blk {
+    name: String,
+    backend: Arc<dyn BlockBackend>,
+    serial: [u8; SERIAL_BYTES],
+    queue_count: u16,
+    counters: Arc<Counters>,
+}
+
+impl Blk {
+    /// A disk on `options.backend`.
+    pub fn new(options: BlkOptions) -> Self {
+        let mut serial = [0; SERIAL_BYTES];
+        for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
+            *to = from;
+        }
+        Self {
+            name: options.name,
+            backend: options.backend,
+            serial,
+            queue_count: options.queue_count.max(1),
+            counters: Arc::default(),
+        }
+    }
+
+    /// `struct virtio_blk_config` up to `num_queues`, §5.2.4.
+    fn config(&self) -> [u8; 36] {
+        let mut config = [0; 36];
+        let sectors = self.backend.geometry().size_bytes / SECTOR_BYTES;
+        config[0..8].copy_from_slice(&sectors.to_le_bytes());
+        config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        config[34..36].copy_from_slice(&self.queue_count.to_le_bytes());
+        config
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_id(&self) -> u16 {
+        device_id::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = u64::from(self.backend.geometry().read_only);
+        1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_MQ
+            | read_only << VIRTIO_BLK_F_RO
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; usize::from(self.queue_count)]
+    }
+
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        super::read_config(&self.config(), offset, data);
+    }
+
+    fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
+        let index = start.index;
+        let size = start.queue.size();
+        let disk = self
+            .backend
+            .open_queue(size)
+            .map_err(|source| StartError { index, source })?;
+        let name = format!("{}-q{index}", self.name);
+        let handler = Handler {
+            disk,
+            slots: (0..size).map(|_| None).collect(),
+            free: (0..usize::from(size)).rev().collect(),
+            spare: Vec::with_capacity(size.into()),
+            done: Vec::with_capacity(size.into()),
+            chain: Chain::new(),
+            serial: self.serial,
+            write_through: start.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            counters: self.counters.clone(),
+        };
+        worker::spawn(&name, start, Box::new(handler))
+    }
+
+    fn counters(&self) -> CounterList {
+        let counters = &self.counters;
+        vec![
+            ("reads", counters.reads.value()),
+            ("read_bytes", counters.read_bytes.value()),
+            ("writes", counters.writes.value()),
+            ("written_bytes", counters.written_bytes.value()),
+            ("flushes", counters.flushes.value()),
+            ("errors", counters.errors.value()),
+        ]
+    }
+}
+
+/// A request that the backend has.
+struct Slot {
+    head: u16,
+    status: u64,
+    /// Bytes that go into the used ring when it succeeds, without the status byte.
+    written: u32,
+    operation: Operation,
+    /// Keeps the data's pages mapped.
+    ram: Arc<Ram>,
+}
+
+struct Handler {
+    disk: Box<dyn BlockQueue>,
+    /// A slot's index is the request's token.
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+    /// Lists of segments to use again.
+    spare: Vec<Segments>,
+    done: Vec<Completion>,
+    chain: Chain,
+    serial: [u8; SERIAL_BYTES],
+    /// The driver knows no flush: each write must be durable before it completes, §5.2.6.2.
+    write_through: bool,
+    counters: Arc<Counters>,
+}
+
+impl QueueHandler for Handler {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        vec![(self.disk.completion_fd().as_raw_fd(), EventSet::IN)]
+    }
+
+    fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
+        queue.disable_doorbell()?;
+        self.finish(queue)?;
+        let mut emptied = false;
+        for _ in 0..queue.size() {
+            if self.free.is_empty() {
+                break;
+            }
+            if !queue.pop(&mut self.chain)? {
+                emptied = true;
+                break;
+            }
+            self.begin(queue)?;
+        }
+        self.disk.kick().map_err(host("submit disk requests"))?;
+        // What the page cache had is done already: no need to sleep for it.
+        self.finish(queue)?;
+        queue.signal()?;
+        if self.free.is_empty() {
+            return Ok(Progress::Sleep); // Until a completion makes room.
+        }
+        let more = queue.enable_doorbell()? || !emptied;
+        Ok(if more {
+            Progress::Again
+        } else {
+            Progress::Sleep
+        })
+    }
+
+    fn drain(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+        loop {
+            self.finish(queue)?;
+            if self.disk.in_flight() == 0 {
+                return queue.signal();
+            }
+            let event = PollFd::from_borrowed_fd(self.disk.completion_fd(), PollFlags::IN);
+            match poll(&mut [event], None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(host("wait for the disk")(error.into())),
+            }
+        }
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> QueueError {
+    move |source| QueueError::Host { what, source }
+}
+
+impl Handler {
+    /// Starts the request in `self.chain`, or answers it at once.
+    fn begin(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+        let request = Request::parse(&self.chain)?;
+        let (operation, offset, data) = match request.action {
+            Action::Read { offset, data } => (Operation::Read, offset, Some(data)),
+            Action::Write { offset, data } => (Operation::Write, offset, Some(data)),
+            Action::Flush => (Operation::Flush, 0, None),
+            Action::Identify { data } => {
+                let count = data.write(&self.serial);
+                let written = u32::try_from(count).expect("at most 20");
+                return self.answer(queue, request.status, Status::Ok, written);
+            }
+            Action::Refuse(status) => {
+                self.counters.errors.add(1);
+                return self.answer(queue, request.status, status, 0);
+            }
+        };
+        self.count(operation, data.map_or(0, |data| data.size()));
+        let ram = self.chain.writable().ram().clone();
+        let written = match operation {
+            Operation::Read => data.map_or(0, |data| data.size()),
+            _ => 0,
+        };
+        let slot = Slot {
+            head: self.chain.head(),
+            status: request.status,
+            written: u32::try_from(written).expect("a chain is shorter than 4 GiB"),
+            operation,
+            ram,
+        };
+        let mut segments = self.spare.pop().unwrap_or_default();
+        if let Some(data) = data {
+            fill(&mut segments, data);
+        }
+        self.submit(slot, offset, segments);
+        Ok(())
+    }
+
+    fn submit(&mut self, slot: Slot, offset_bytes: u64, segments: Segments) {
+        let index = self.free.pop().expect("checked before the chain was taken");
+        let request = atoll_disk::Request {
+            token: index as u64,
+            operation: slot.operation,
+            offset_bytes,
+            segments,
+        };
+        self.slots[index] = Some(slot);
+        self.disk
+            .submit(request)
+            .expect("the backend's queue is as deep as there are slots");
+    }
+
+    /// Answers the chain that was just parsed.
+    fn answer(
+        &mut self,
+        queue: &mut DeviceQueue,
+        at: u64,
+        status: Status,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        let ram = self.chain.writable().ram().clone();
+        complete(queue, &ram, self.chain.head(), at, status, written)
+    }
+
+    /// Answers what the backend has completed.
+    fn finish(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+        if self.disk.in_flight() == 0 {
+            return Ok(());
+        }
+        self.disk
+            .complete(&mut self.done)
+            .map_err(host("take disk completions"))?;
+        while let Some(completion) = self.done.pop() {
+            let index = usize::try_from(completion.token).expect("a slot's index");
+            let slot = self.slots[index].take().expect("completes once");
+            self.free.push(index);
+            if self.write_through && slot.operation == Operation::Write && completion.result.is_ok()
+            {
+                let operation = Operation::Flush;
+                self.submit(Slot { operation, ..slot }, 0, completion.segments);
+                self.disk.kick().map_err(host("submit disk requests"))?;
+                continue;
+            }
+            self.spare.push(completion.segments);
+            let status = match completion.result {
+                Ok(()) => Status::Ok,
+                Err(error) => {
+                    self.counters.errors.add(1);
+                    let operation = slot.operation;
+                    queue.note(&format_args!("{operation:?} failed: {error}"));
+                    Status::IoError
+                }
+            };
+            let written = if status == Status::Ok {
+                slot.written
+            } else {
+                0
+            };
+            complete(queue, &slot.ram, slot.head, slot.status, status, written)?;
+        }
+        Ok(())
+    }
+
+    fn count(&self, operation: Operation, bytes: u64) {
+        match operation {
+            Operation::Read => {
+                self.counters.reads.add(1);
+                self.counters.read_bytes.add(bytes);
+            }
+            Operation::Write => {
+                self.counters.writes.add(1);
+                self.counters.written_bytes.add(bytes);
+            }
+            Operation::Flush => self.counters.flushes.add(1),
+        }
+    }
+}
+
+/// Writes the status byte, then gives the chain back.
+fn complete(
+    queue: &mut DeviceQueue,
+    ram: &Ram,
+    head: u16,
+    at: u64,
+    status: Status,
+    written: u32,
+) -> Result<(), QueueError> {
+    ram.write_obj(status as u8, GuestAddress(at))
+        .map_err(virtio_queue::Error::GuestMemory)?;
+    queue.push(head, written + 1)
+}
+
+/// Names the data's host memory to the backend.
+fn fill(segments: &mut Segments, data: GuestBuffers<'_>) {
+    data.each_host_range(|start, size| {
+        #[expect(
+            unsafe_code,
+            reason = "the backend works on guest pages, not on a copy"
+        )]
+        // SAFETY: the range is guest RAM, which the slot's `ram` keeps mapped until the request has completed
+        // (`drain` runs before the handler is dropped, and a dropped backend queue waits); guest RAM is accessed
+        // by volatile copies only, never through references.
+        unsafe {
+            segments.push(start, size);
+        }
+    });
+}

@@ -1,12 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The device's side of one virtqueue: checked chains out, used buffers in, notification suppression both ways.
 //!
-//! The ring protocol itself (indices, event index, fences) is crate `virtio-queue`. This module adds what a
-//! device must not forget: every chain is walked once, into a list of segments that is known to end, to lie in
+//! The available ring (index, fences, doorbell suppression) and the walk of descriptors are crate `virtio-queue`'s.
+//! The used ring is ours, since a batch must become visible at once: a network driver that finds the first buffer
+//! of a packet expects the others there. And this module adds what a device must not forget: every chain is walked once, into a list of segments that is known to end, to lie in
 //! guest RAM and to have its writable part last. Nothing is read from the descriptor tables again.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
@@ -18,6 +19,11 @@ use crate::memory::{Memory, Ram};
 
 /// Segments one chain may have; more than any queue size we offer, and bounds what one indirect table costs.
 const SEGMENTS_MAX: usize = 1024;
+/// Layout of the rings, VIRTIO 1.2 §2.7.6 and §2.7.8: index, entries, and the size of a used element.
+const USED_INDEX: u64 = 2;
+const USED_RING: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
+const AVAIL_RING: u64 = 4;
 
 /// A mistake of the driver that makes the rings unusable; the device needs a reset.
 #[derive(Debug, thiserror::Error)]
@@ -93,8 +99,8 @@ impl Chain {
     pub fn new() -> Self {
         Self {
             head: 0,
-            readable: Vec::with_capacity(SEGMENTS_MAX),
-            writable: Vec::with_capacity(SEGMENTS_MAX),
+            readable: Vec::with_capacity(16),
+            writable: Vec::with_capacity(16),
             ram: None,
         }
     }
@@ -270,19 +276,15 @@ impl<'a> GuestBuffers<'a> {
         total
     }
 
-    /// Appends host pointers to these bytes. They stay valid while [`GuestBuffers::ram`] is held.
-    pub fn push_iovecs(&self, iovecs: &mut Vec<libc::iovec>) {
+    /// Calls `each` with the host's pointer to every piece, and its length. The pointers are good while
+    /// [`GuestBuffers::ram`] is held.
+    pub fn each_host_range(&self, mut each: impl FnMut(*mut u8, usize)) {
         for segment in self.segments() {
             let size = usize::try_from(segment.size).expect("64-bit host");
+            let start = GuestAddress(segment.address);
             // A segment may span two adjacent regions.
-            for slice in
-                GuestMemoryBackend::get_slices(&**self.ram, GuestAddress(segment.address), size)
-                    .flatten()
-            {
-                iovecs.push(libc::iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
+            for slice in GuestMemoryBackend::get_slices(&**self.ram, start, size).flatten() {
+                each(slice.ptr_guard_mut().as_ptr(), slice.len());
             }
         }
     }
@@ -291,6 +293,8 @@ impl<'a> GuestBuffers<'a> {
 /// One virtqueue in service. Owned by its thread.
 pub struct DeviceQueue {
     queue: Queue,
+    /// Where the next used element goes; ahead of the queue's own index by what was pushed and not yet shown.
+    next_used: u16,
     memory: Memory,
     interrupt: QueueInterrupt,
     counters: Arc<QueueCounters>,
@@ -309,6 +313,7 @@ impl DeviceQueue {
             return Err(virtio_queue::Error::QueueNotReady.into());
         }
         Ok(Self {
+            next_used: queue.next_used(),
             queue,
             memory,
             interrupt,
@@ -338,31 +343,62 @@ impl DeviceQueue {
         self.queue.set_next_avail(next);
     }
 
-    /// Puts a chain into the used ring, `written` bytes of its writable part filled.
+    /// Puts a chain into the used ring, `written` bytes of its writable part filled. The driver sees it after the
+    /// next [`DeviceQueue::signal`], together with everything pushed before: one batch, one index.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        Ok(self.queue.add_used(&*self.memory.memory(), head, written)?)
+        if head >= self.queue.size() {
+            return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
+        }
+        let slot = u64::from(self.next_used % self.queue.size());
+        let address = GuestAddress(self.queue.used_ring() + USED_RING + slot * USED_ELEMENT_BYTES);
+        let element = u64::from(head) | u64::from(written) << 32;
+        self.memory
+            .memory()
+            .write_obj(element.to_le(), address)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
     }
 
-    /// Interrupts the driver for what was pushed, if it wants that.
+    /// Shows the driver what was pushed and interrupts it, if it wants that.
     pub fn signal(&mut self) -> Result<(), QueueError> {
+        let old = self.queue.next_used();
+        if self.next_used == old {
+            return Ok(());
+        }
         let ram = self.memory.memory();
-        if self.queue.needs_notification(&*ram)? && self.interrupts_wanted(&ram)? {
+        ram.store(
+            self.next_used.to_le(),
+            GuestAddress(self.queue.used_ring() + USED_INDEX),
+            Ordering::Release,
+        )
+        .map_err(virtio_queue::Error::GuestMemory)?;
+        self.queue.set_next_used(self.next_used);
+        // The index must be visible before the driver's wish is read: it writes its wish, then looks at the index.
+        fence(Ordering::SeqCst);
+        if self.interrupt_wanted(&ram, old)? {
             self.counters.interrupts.add(1);
             self.interrupt.signal();
         }
         Ok(())
     }
 
-    /// The flag that stands for the event index when the driver did not take that feature. The fence before it
-    /// is in `needs_notification`.
-    fn interrupts_wanted(&self, ram: &Ram) -> Result<bool, QueueError> {
-        if self.queue.event_idx_enabled() {
-            return Ok(true);
+    /// VIRTIO 1.2 §2.7.7: by event index when the driver took that feature, else by the ring's flag. `old` is the
+    /// index at the last question.
+    fn interrupt_wanted(&self, ram: &Ram, old: u16) -> Result<bool, QueueError> {
+        let load = |offset: u64| {
+            let address = GuestAddress(self.queue.avail_ring() + offset);
+            ram.load::<u16>(address, Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(virtio_queue::Error::GuestMemory)
+        };
+        if !self.queue.event_idx_enabled() {
+            let flags = load(0)?;
+            return Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
         }
-        let flags: u16 = ram
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let used_event = load(AVAIL_RING + 2 * u64::from(self.queue.size()))?;
+        let (new, event) = (self.next_used, used_event);
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Asks the driver not to ring while the queue is being emptied.
@@ -373,6 +409,11 @@ impl DeviceQueue {
     /// Asks the driver to ring again. `true` when chains came in meanwhile: then look again before sleeping.
     pub fn enable_doorbell(&mut self) -> Result<bool, QueueError> {
         Ok(self.queue.enable_notification(&*self.memory.memory())?)
+    }
+
+    /// One rate-limited log line about this queue's device.
+    pub fn note(&self, what: &dyn std::fmt::Display) {
+        self.interrupt.device().note(what);
     }
 
     /// The interrupt of this queue.

@@ -1,0 +1,267 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A tap interface with virtio headers. Linux, `Documentation/networking/tuntap.rst` and `linux/if_tun.h`.
+#![expect(unsafe_code, reason = "tun ioctls, and writev from guest pages")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+};
+
+use crate::virtio::GuestBuffers;
+
+/// Bytes of `struct virtio_net_hdr_v1`.
+pub const HEADER_BYTES: usize = 12;
+/// Pieces of a packet that are written without a copy: a header, and 17 pages of data in either half.
+const PIECES_MAX: usize = 36;
+
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+
+/// The kernel may leave checksums to the guest.
+const TUN_F_CSUM: u32 = 0x01;
+/// Large TCP segments over IPv4, IPv6, with ECN; UDP fragmentation.
+const TUN_F_TSO4: u32 = 0x02;
+const TUN_F_TSO6: u32 = 0x04;
+const TUN_F_TSO_ECN: u32 = 0x08;
+const TUN_F_UFO: u32 = 0x10;
+
+/// Why a tap cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// Longer than the kernel's 15 bytes, empty, or with a zero or a slash in it.
+    #[error("tap name {name:?} is not an interface name")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// No such device, or no permission.
+    #[error("open /dev/net/tun")]
+    Device(#[source] io::Error),
+    /// In use, of another kind, or no permission to make it.
+    #[error("attach to tap {name}")]
+    Attach {
+        /// The interface.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A descriptor that is not a tap with virtio headers and without packet information.
+    #[error("descriptor of tap {name} is not a tap with IFF_VNET_HDR and IFF_NO_PI")]
+    Kind {
+        /// The interface.
+        name: String,
+    },
+    /// A setting that the kernel refuses.
+    #[error("tap {name}: {what}")]
+    Set {
+        /// The interface.
+        name: String,
+        /// What was set.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// An attached tap. Non-blocking.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    ufo: bool,
+}
+
+/// `struct ifreq` with a flags member.
+#[repr(C)]
+struct Request {
+    name: [u8; libc::IFNAMSIZ],
+    flags: i16,
+    _rest: [u8; 22],
+}
+
+impl Request {
+    fn new(name: &str, flags: i32) -> Option<Self> {
+        let mut request = Self {
+            name: [0; libc::IFNAMSIZ],
+            flags: i16::try_from(flags).ok()?,
+            _rest: [0; 22],
+        };
+        let fits = (1..libc::IFNAMSIZ).contains(&name.len());
+        if !fits || name.bytes().any(|byte| byte == 0 || byte == b'/') {
+            return None;
+        }
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        Some(request)
+    }
+}
+
+impl Tap {
+    /// Attaches to the interface `name`, which is made (and goes with the process) when it does not exist.
+    pub fn open(name: &str) -> Result<Self, TapError> {
+        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let bad_name = || TapError::Name {
+            name: name.to_owned(),
+        };
+        let mut request = Request::new(name, wanted).ok_or_else(bad_name)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(TapError::Device)?;
+        let mut attached = ioctl_request(&file, TUNSETIFF, &mut request);
+        if attached
+            .as_ref()
+            .is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+        {
+            // It was made for several queues; one of them is enough.
+            let flags = wanted | libc::IFF_MULTI_QUEUE;
+            let mut request = Request::new(name, flags).ok_or_else(bad_name)?;
+            attached = ioctl_request(&file, TUNSETIFF, &mut request);
+        }
+        attached.map_err(|source| TapError::Attach {
+            name: name.to_owned(),
+            source,
+        })?;
+        Self::set_up(file, name)
+    }
+
+    /// Takes a descriptor that somebody else attached; `name` is for messages.
+    pub fn from_file(file: File, name: &str) -> Result<Self, TapError> {
+        let kind = || TapError::Kind {
+            name: name.to_owned(),
+        };
+        let mut request = Request::new("?", 0).ok_or_else(kind)?;
+        ioctl_request(&file, TUNGETIFF, &mut request).map_err(|_| kind())?;
+        let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if i32::from(request.flags) & needed != needed {
+            return Err(kind());
+        }
+        rustix::io::ioctl_fionbio(&file, true).map_err(|errno| TapError::Set {
+            name: name.to_owned(),
+            what: "make it non-blocking",
+            source: errno.into(),
+        })?;
+        Self::set_up(file, name)
+    }
+
+    fn set_up(file: File, name: &str) -> Result<Self, TapError> {
+        let fail = |what| {
+            move |source| TapError::Set {
+                name: name.to_owned(),
+                what,
+                source,
+            }
+        };
+        let size = i32::try_from(HEADER_BYTES).expect("12");
+        // SAFETY: an open descriptor; the kernel reads one int from the pointer.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
+        check(result).map_err(fail("set the header size"))?;
+        let mut tap = Self { file, ufo: true };
+        let most = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+        tap.ufo = tap.set_offloads(most | TUN_F_UFO).is_ok();
+        if !tap.ufo {
+            tap.set_offloads(most).map_err(fail("enable offloads"))?;
+        }
+        tap.set_offloads(0).map_err(fail("disable offloads"))?;
+        Ok(tap)
+    }
+
+    /// Whether UDP fragmentation can be left to the kernel.
+    pub(super) fn takes_ufo(&self) -> bool {
+        self.ufo
+    }
+
+    /// What the kernel may leave to the guest.
+    pub(super) fn set_offloads(&self, bits: u32) -> io::Result<()> {
+        // SAFETY: an open descriptor; this ioctl takes its argument by value.
+        let result = unsafe {
+            libc::ioctl(
+                self.file.as_raw_fd(),
+                TUNSETOFFLOAD,
+                libc::c_ulong::from(bits),
+            )
+        };
+        check(result)
+    }
+
+    /// Reads one packet with its header.
+    pub(super) fn read(&self, packet: &mut [u8]) -> io::Result<usize> {
+        (&self.file).read(packet)
+    }
+
+    /// Writes one packet with its header, from guest pages; through `spare` when it is in very many pieces.
+    pub(super) fn write(&self, data: GuestBuffers<'_>, spare: &mut [u8]) -> io::Result<()> {
+        let mut pieces = [libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        }; PIECES_MAX];
+        let mut count = 0;
+        data.each_host_range(|start, size| {
+            if let Some(piece) = pieces.get_mut(count) {
+                piece.iov_base = start.cast();
+                piece.iov_len = size;
+            }
+            count += 1;
+        });
+        if count > PIECES_MAX {
+            let size = data.read(spare);
+            pieces[0].iov_base = spare.as_mut_ptr().cast();
+            pieces[0].iov_len = size;
+            count = 1;
+        }
+        let count = i32::try_from(count).expect("at most 36");
+        // SAFETY: the first `count` pieces name mapped memory: guest RAM that `data` holds, or `spare`. The kernel
+        // only reads it; that the guest changes it meanwhile changes the packet and nothing else.
+        let written = unsafe { libc::writev(self.file.as_raw_fd(), pieces.as_ptr(), count) };
+        if written < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+/// The tap's offloads for what a driver accepted.
+pub(super) fn offloads(features: u64) -> u32 {
+    let table = [
+        (VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),
+        (VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4),
+        (VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
+        (VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN),
+        (VIRTIO_NET_F_GUEST_UFO, TUN_F_UFO),
+    ];
+    let bits = table
+        .iter()
+        .filter(|(feature, _)| features & 1 << feature != 0)
+        .fold(0, |bits, (_, bit)| bits | bit);
+    // Segments without checksums make no sense, and the kernel refuses them. §5.1.3.1 forbids a driver to ask.
+    if bits & TUN_F_CSUM == 0 { 0 } else { bits }
+}
+
+fn ioctl_request(file: &File, number: libc::c_ulong, request: &mut Request) -> io::Result<()> {
+    // SAFETY: an open descriptor; `request` is as large as the kernel's struct ifreq (40 bytes), which it reads
+    // and writes.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), number, &raw mut *request) };
+    check(result)
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+const _: () = assert!(size_of::<Request>() == 40);
