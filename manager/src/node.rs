@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use crate::access::Access;
 use crate::error::Error;
+use crate::guest::Guests;
+use crate::guest::lock::Locks;
+use crate::guest::site::Site;
 use crate::id::InvalidId;
 use crate::network::Network;
 use crate::settings::Settings;
@@ -26,6 +29,7 @@ struct Shared {
     access: Access,
     storage: Storages,
     network: Network,
+    guests: Guests,
 }
 
 impl Node {
@@ -61,6 +65,13 @@ impl Node {
                 .map_err(|e: InvalidId| Error::invalid("bridge-address", e.to_string()))?,
             folder: settings.run_dir(),
         };
+        let site = Site {
+            settings: settings.clone(),
+            store: store.clone(),
+            storage: storage.clone(),
+            locks: Locks::default(),
+        };
+        let guests = Guests::new(Arc::new(site), tasks.clone());
         Ok(Self {
             shared: Arc::new(Shared {
                 settings,
@@ -69,6 +80,7 @@ impl Node {
                 access,
                 storage,
                 network,
+                guests,
             }),
         })
     }
@@ -96,6 +108,11 @@ impl Node {
     /// Places for volumes.
     pub fn storage(&self) -> &Storages {
         &self.shared.storage
+    }
+
+    /// Virtual machines and containers.
+    pub fn guests(&self) -> &Guests {
+        &self.shared.guests
     }
 
     /// The bridge with its NAT and DHCP.

@@ -12,6 +12,9 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 /// waits for long.
 const POLL_EVERY: Duration = Duration::from_millis(25);
 
+/// Unit of times in `/proc/PID/stat`: USER_HZ, which is 100 on every architecture that Linux runs KVM on.
+const TICKS_PER_SECOND: u64 = 100;
+
 /// A running process.
 #[derive(Debug)]
 pub struct Process {
@@ -72,6 +75,46 @@ impl Process {
     }
 }
 
+/// CPU time that a process and its threads have used, in nanoseconds; 0 when it is gone.
+pub fn cpu_ns(pid: u32) -> u64 {
+    let ticks = stat_field(pid, 14) + stat_field(pid, 15);
+    ticks * (1_000_000_000 / TICKS_PER_SECOND)
+}
+
+/// Memory of a process that is in RAM, in bytes; 0 when it is gone.
+pub fn resident_bytes(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
+}
+
+/// How long a process has existed, in seconds; 0 when it is gone.
+pub fn age_seconds(pid: u32) -> u64 {
+    let started = stat_field(pid, 22) / TICKS_PER_SECOND;
+    if started == 0 {
+        0
+    } else {
+        uptime_seconds().saturating_sub(started)
+    }
+}
+
+/// Time since the host's start, in seconds.
+pub fn uptime_seconds() -> u64 {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let whole = text.split('.').next().unwrap_or_default();
+    whole.parse().unwrap_or(0)
+}
+
+/// One numeric field of `/proc/PID/stat`, counted from 1 as in proc(5); only those after the name.
+fn stat_field(pid: u32, field: usize) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, field 2, is in parentheses and may contain anything.
+    let rest = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let value = rest.split_whitespace().nth(field.saturating_sub(3));
+    value.and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,6 +139,15 @@ mod tests {
                 .await
         );
         assert_eq!(process.arguments(), None);
+    }
+
+    #[test]
+    fn our_own_numbers() {
+        let pid = std::process::id();
+        assert!(resident_bytes(pid) > 1 << 16);
+        assert!(age_seconds(pid) < 3600);
+        assert!(cpu_ns(pid) < 3600 * 1_000_000_000);
+        assert_eq!((cpu_ns(u32::MAX), age_seconds(u32::MAX)), (0, 0));
     }
 
     #[test]

@@ -1,15 +1,170 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Guests: VMs and containers, from what the user asked for to what runs.
+//! Guests: virtual machines and containers behind one small trait, and the map of what belongs to them.
 //!
 //! ```text
-//! keys ──► config ──► stored (nodes/N/qemu-server/ID.conf, nodes/N/lxc/ID.conf)
-//!    └───► view (JSON)
+//! config ── keys (table) ── vm::resolve ──► MachineSpec ──► atoll-vmm
+//!                      └─── container::bundle ─► config.json ─► atoll-ct
+//! Guests ── task tables: create start stop destroy resize ── Site (folders, store, storage, locks)
 //! ```
+//!
+//! The API calls [`Guests`]; nothing outside of this module knows how a guest is run.
 
+pub mod cgroup;
 pub mod config;
+pub mod container;
+pub mod create;
+pub mod destroy;
+pub mod disks;
+pub mod guests;
+pub mod hardware;
 pub mod keys;
+pub mod lock;
+pub mod resize;
+pub mod site;
+pub mod status;
 pub mod stored;
+pub mod update;
 pub mod view;
+pub mod vm;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::error::Error;
+use crate::guest::site::Seat;
+use crate::id::GuestKind;
+use crate::task::{TaskContext, run_steps};
 
 pub use config::{Applied, ConfigUpdate, GuestConfig, PendingRow};
+pub use guests::{Action, Guests};
+pub use status::Status;
 pub use stored::Stored;
+
+/// Where a guest is in its life on this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing of it is here but its config.
+    Stopped,
+    /// It runs.
+    Running {
+        /// Process of the machine, or of the container's init.
+        pid: u32,
+    },
+    /// Its process is gone, and what it used is still here: it has to be cleaned up.
+    Ended,
+}
+
+/// What a running guest uses. Everything but memory and disk counts up from its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// CPU time in nanoseconds.
+    pub cpu_ns: u64,
+    /// Memory of the host.
+    pub memory_bytes: u64,
+    /// Space taken in the root file system, where the host can see that.
+    pub disk_bytes: u64,
+    /// Read from disks.
+    pub read_bytes: u64,
+    /// Written to disks.
+    pub written_bytes: u64,
+    /// Received by its network cards.
+    pub received_bytes: u64,
+    /// Sent by its network cards.
+    pub sent_bytes: u64,
+}
+
+/// How a guest is asked to shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ask {
+    /// How long it has.
+    pub timeout: Duration,
+    /// End it when it does not obey.
+    pub force: bool,
+}
+
+impl Default for Ask {
+    /// PVE's three minutes, without force.
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(180),
+            force: false,
+        }
+    }
+}
+
+/// A guest of this node, as it is now. What changes it is in task tables.
+#[async_trait]
+pub trait Guest: Send + Sync {
+    /// Where it is in its life. Reads /proc and the run folder; does not wait for the guest.
+    fn phase(&self) -> Phase;
+
+    /// Whether its CPUs are held.
+    async fn is_paused(&self) -> bool;
+
+    /// What it uses.
+    async fn load(&self) -> Load;
+
+    /// Unix socket of its console: raw bytes both ways, the backlog first.
+    fn console(&self) -> Result<PathBuf, Error>;
+
+    /// Tells its console the size of the terminal; a serial line has none.
+    async fn resize_console(&self, _columns: u16, _rows: u16) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Removes what its last run left behind. Only for a guest that does not run.
+    async fn clean_up(&self) -> Result<(), Error>;
+}
+
+/// The guest on a seat.
+pub fn guest(seat: &Seat) -> Box<dyn Guest> {
+    match seat.kind {
+        GuestKind::Vm => Box::new(vm::Vm::new(seat.clone())),
+        GuestKind::Container => Box::new(container::Container::new(seat.clone())),
+    }
+}
+
+/// Starts a guest within a task.
+pub async fn start(seat: &Seat, task: &TaskContext) -> Result<(), Error> {
+    let seat = seat.clone();
+    match seat.kind {
+        GuestKind::Vm => run_steps(vm::start::STEPS, &mut vm::start::Start::new(seat), task).await,
+        GuestKind::Container => {
+            let mut start = container::start::Start::new(seat);
+            run_steps(container::start::STEPS, &mut start, task).await
+        }
+    }
+}
+
+/// Ends a guest at once within a task.
+pub async fn stop(seat: &Seat, ask: Ask, task: &TaskContext) -> Result<(), Error> {
+    let seat = seat.clone();
+    match seat.kind {
+        GuestKind::Vm => run_steps(vm::stop::STOP, &mut vm::stop::Stop::new(seat, ask), task).await,
+        GuestKind::Container => {
+            let mut stop = container::stop::Stop::new(seat, ask);
+            run_steps(container::stop::STOP, &mut stop, task).await
+        }
+    }
+}
+
+/// Asks a guest to shut down within a task, and waits.
+pub async fn shutdown(seat: &Seat, ask: Ask, task: &TaskContext) -> Result<(), Error> {
+    let seat = seat.clone();
+    match seat.kind {
+        GuestKind::Vm => {
+            run_steps(
+                vm::stop::SHUTDOWN,
+                &mut vm::stop::Stop::new(seat, ask),
+                task,
+            )
+            .await
+        }
+        GuestKind::Container => {
+            let mut stop = container::stop::Stop::new(seat, ask);
+            run_steps(container::stop::SHUTDOWN, &mut stop, task).await
+        }
+    }
+}

@@ -50,6 +50,14 @@ pub fn find(store: &dyn ConfigStore, id: GuestId) -> Result<Option<(String, Gues
     Ok(None)
 }
 
+/// Refuses a number that a guest of either kind on any node has.
+pub fn refuse_taken(store: &dyn ConfigStore, id: GuestId) -> Result<(), Error> {
+    match find(store, id)? {
+        Some((node, kind)) => Err(already_exists(kind, id, &node)),
+        None => Ok(()),
+    }
+}
+
 /// Writes a new guest's config. Refuses a number that any guest has; two that come at the same time for one number
 /// cannot both win, of whatever kind they are.
 pub async fn create(

@@ -2,8 +2,6 @@
 //! Links: the bridge, taps for virtual machines, veth pairs for containers. Names as in PVE: `tap100i0`,
 //! `veth101i0`.
 
-use std::path::Path;
-
 use crate::error::Error;
 use crate::exec::{ExecError, Program};
 use crate::id::GuestId;
@@ -47,23 +45,66 @@ pub struct Inside {
     pub gateways: Vec<String>,
 }
 
+/// The links of this network namespace with their counters. Not /sys: that shows the namespace of its mounter.
+const DEVICES: &str = "/proc/thread-self/net/dev";
+
+/// What a link has carried, seen from the host: a guest's card receives what its tap or veth end sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Traffic {
+    /// Bytes that came in through the link.
+    pub received_bytes: u64,
+    /// Bytes that went out through it.
+    pub sent_bytes: u64,
+}
+
+/// Every link with its traffic.
+pub fn traffic() -> Vec<(String, Traffic)> {
+    let text = std::fs::read_to_string(DEVICES).unwrap_or_default();
+    text.lines().skip(2).filter_map(parse_device).collect()
+}
+
+/// One line of [`DEVICES`]: `name: received_bytes …7 more sent_bytes …`, proc(5).
+fn parse_device(line: &str) -> Option<(String, Traffic)> {
+    let (name, numbers) = line.split_once(':')?;
+    let numbers: Vec<&str> = numbers.split_whitespace().collect();
+    let traffic = Traffic {
+        received_bytes: numbers.first()?.parse().ok()?,
+        sent_bytes: numbers.get(8)?.parse().ok()?,
+    };
+    Some((name.trim().to_owned(), traffic))
+}
+
 /// Whether there is a link of that name in this network namespace.
 pub fn exists(name: &str) -> bool {
-    Path::new("/sys/class/net").join(name).exists()
+    traffic().iter().any(|(link, _)| link == name)
 }
 
 /// Names of the links that exist and belong to guests: taps and veth ends named by us.
 pub fn guest_links() -> Vec<(String, GuestId)> {
-    let Ok(entries) = std::fs::read_dir("/sys/class/net") else {
-        return Vec::new();
-    };
-    entries
-        .flatten()
-        .filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            Some((name.clone(), owner(&name)?))
-        })
+    let links = traffic().into_iter();
+    links
+        .filter_map(|(name, _)| owner(&name).map(|guest| (name, guest)))
         .collect()
+}
+
+/// What a guest's links have carried together.
+pub fn guest_traffic(guest: GuestId) -> Traffic {
+    let mut sum = Traffic::default();
+    for (name, traffic) in traffic() {
+        if owner(&name) == Some(guest) {
+            sum.received_bytes += traffic.received_bytes;
+            sum.sent_bytes += traffic.sent_bytes;
+        }
+    }
+    sum
+}
+
+async fn is_bridge(name: &str) -> bool {
+    let shown = Program::new("ip")
+        .args(["-o", "link", "show", "dev", name, "type", "bridge"])
+        .run()
+        .await;
+    shown.is_ok_and(|text| !text.trim().is_empty())
 }
 
 /// The guest that a link belongs to, by its name.
@@ -78,11 +119,7 @@ fn owner(link: &str) -> Option<GuestId> {
 
 /// Makes the bridge unless it exists; says whether it did.
 pub async fn ensure_bridge(name: &str) -> Result<bool, Error> {
-    if Path::new("/sys/class/net")
-        .join(name)
-        .join("bridge")
-        .exists()
-    {
+    if is_bridge(name).await {
         return Ok(false);
     }
     if exists(name) {
@@ -190,11 +227,7 @@ pub async fn move_veth(guest: GuestId, index: u16, pid: u32, inside: &Inside) ->
 
 async fn connect(name: &str, attachment: &Attachment) -> Result<(), Error> {
     if let Some(bridge) = &attachment.bridge {
-        if !Path::new("/sys/class/net")
-            .join(bridge)
-            .join("bridge")
-            .exists()
-        {
+        if !is_bridge(bridge).await {
             return Err(Error::Refused(format!("bridge '{bridge}' does not exist")));
         }
         if let Some(mtu) = attachment.mtu {
@@ -233,6 +266,15 @@ async fn ip_within(pid: &str, args: &[&str]) -> Result<(), ExecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn counters_are_read() {
+        let line = " veth101i0: 10 1 0 0 0 0 0 0 20 2 0 0 0 0 0 0";
+        let (name, traffic) = parse_device(line).unwrap();
+        assert_eq!(name, "veth101i0");
+        assert_eq!((traffic.received_bytes, traffic.sent_bytes), (10, 20));
+        assert!(exists("lo"));
+    }
 
     #[test]
     fn links_tell_their_guest() {

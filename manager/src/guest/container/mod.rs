@@ -1,0 +1,231 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Containers as this node sees them: a bundle for `atoll-ct`, a mounted root file system, veth pairs.
+//!
+//! ```text
+//! run/ct-101/       config.json  rootfs/ mp0/ … (mounted images)  pid  halt-signal
+//! run/ct/101/       atoll-ct's own: state, console.sock, console.log, exit.json
+//! ```
+
+pub mod bundle;
+pub mod create;
+pub mod idmap;
+pub mod root;
+pub mod setup;
+pub mod start;
+pub mod stop;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::error::Error;
+use crate::exec::{ExecError, Program};
+use crate::guest::cgroup::Group;
+use crate::guest::site::Seat;
+use crate::guest::{Guest, Load, Phase};
+use crate::network::link;
+use crate::process::Process;
+
+/// Longest run of one `atoll-ct` command; none of them waits for the container's programs.
+const COMMAND_MAX: Duration = Duration::from_secs(60);
+/// Longest time to format an image: only its metadata is written.
+const FORMAT_MAX: Duration = Duration::from_secs(600);
+/// How often a mount that is busy for a moment is tried again.
+const UNMOUNT_ATTEMPTS: u32 = 40;
+const UNMOUNT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A container of this node, running or not.
+#[derive(Debug, Clone)]
+pub struct Container {
+    seat: Seat,
+}
+
+impl Container {
+    /// The container on this seat.
+    pub fn new(seat: Seat) -> Self {
+        Self { seat }
+    }
+
+    /// Its init process, if it runs. The number in the file may be another program's by now: ours is in our group.
+    pub fn process(&self) -> Option<Process> {
+        let text = std::fs::read_to_string(self.pid_file()).ok()?;
+        let process = Process::open(text.trim().parse().ok()?)?;
+        self.group().contains(process.pid()).then_some(process)
+    }
+
+    /// Runs a command of `atoll-ct` on it; `args` come before the container's name.
+    pub async fn command(&self, args: &[&str], after: &[&str]) -> Result<String, ExecError> {
+        Program::new(self.seat.site.program("atoll-ct"))
+            .arg("--root")
+            .arg(self.seat.site.containers_folder())
+            .args(args)
+            .arg(self.seat.id.to_string())
+            .args(after)
+            .deadline(COMMAND_MAX)
+            .run()
+            .await
+    }
+
+    /// Removes what a container that has ended leaves: the runtime's state, links, mount, control group, folder.
+    pub async fn clean_up(&self) -> Result<(), Error> {
+        if self.state_folder().exists() {
+            self.command(&["delete", "--force"], &[]).await?;
+        }
+        for (name, guest) in link::guest_links() {
+            if guest == self.seat.id {
+                link::delete(&name).await?;
+            }
+        }
+        unmount_below(&self.seat.run_folder()).await?;
+        self.group().remove().await;
+        self.seat.remove_run_folder().await
+    }
+
+    /// Its control group.
+    pub fn group(&self) -> Group {
+        Group::new(self.seat.name())
+    }
+
+    /// Whether its last run ended by a reboot from inside: the kernel ends init of a pid namespace with SIGHUP
+    /// then, reboot(2).
+    pub fn wants_reboot(&self) -> bool {
+        let text = std::fs::read_to_string(self.state_folder().join("exit.json"));
+        let exit: Option<serde_json::Value> =
+            text.ok().and_then(|text| serde_json::from_str(&text).ok());
+        exit.is_some_and(|exit| exit["signal"] == 1)
+    }
+
+    /// Where its root file system is mounted while it runs.
+    pub fn rootfs(&self) -> PathBuf {
+        self.seat.run_folder().join("rootfs")
+    }
+
+    fn state_folder(&self) -> PathBuf {
+        self.seat
+            .site
+            .containers_folder()
+            .join(self.seat.id.to_string())
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.seat.run_folder().join("pid")
+    }
+
+    fn halt_file(&self) -> PathBuf {
+        self.seat.run_folder().join("halt-signal")
+    }
+}
+
+#[async_trait]
+impl Guest for Container {
+    fn phase(&self) -> Phase {
+        match self.process() {
+            Some(process) => Phase::Running { pid: process.pid() },
+            None if self.seat.run_folder().exists() || self.state_folder().exists() => Phase::Ended,
+            None => Phase::Stopped,
+        }
+    }
+
+    async fn is_paused(&self) -> bool {
+        let state = self.command(&["state"], &[]).await.unwrap_or_default();
+        serde_json::from_str(&state)
+            .is_ok_and(|state: serde_json::Value| state["status"] == "paused")
+    }
+
+    fn console(&self) -> Result<PathBuf, Error> {
+        Ok(self.state_folder().join("console.sock"))
+    }
+
+    async fn resize_console(&self, columns: u16, rows: u16) -> Result<(), Error> {
+        self.command(&["resize"], &[&columns.to_string(), &rows.to_string()])
+            .await?;
+        Ok(())
+    }
+
+    async fn load(&self) -> Load {
+        if !matches!(self.phase(), Phase::Running { .. }) {
+            return Load::default();
+        }
+        let (usage, traffic) = (self.group().usage(), link::guest_traffic(self.seat.id));
+        let space = rustix::fs::statvfs(self.rootfs()).ok();
+        Load {
+            cpu_ns: usage.cpu_ns,
+            memory_bytes: usage.memory_bytes,
+            read_bytes: usage.read_bytes,
+            written_bytes: usage.written_bytes,
+            received_bytes: traffic.sent_bytes,
+            sent_bytes: traffic.received_bytes,
+            disk_bytes: space.map_or(0, |s| s.f_frsize * s.f_blocks.saturating_sub(s.f_bfree)),
+        }
+    }
+
+    async fn clean_up(&self) -> Result<(), Error> {
+        Container::clean_up(self).await
+    }
+}
+
+/// Makes an empty ext4 in a disk image.
+pub async fn format(image: &Path) -> Result<(), Error> {
+    Program::new("mkfs.ext4")
+        .args([
+            "-q",
+            "-F",
+            "-m",
+            "0",
+            "-E",
+            "lazy_itable_init=1,lazy_journal_init=1",
+        ])
+        .arg(image)
+        .deadline(FORMAT_MAX)
+        .run()
+        .await?;
+    Ok(())
+}
+
+/// Mounts a disk image of ext4. The kernel gives the loop device back when it is unmounted.
+pub async fn mount(image: &Path, folder: &Path) -> Result<(), Error> {
+    tokio::fs::create_dir_all(folder)
+        .await
+        .map_err(|e| Error::failed(format!("make {}", folder.display()), e))?;
+    Program::new("mount")
+        .args(["-t", "ext4", "-o", "loop,nodev"])
+        .arg(image)
+        .arg(folder)
+        .run()
+        .await?;
+    Ok(())
+}
+
+/// Unmounts everything that is mounted on or below a folder; nothing mounted is no error.
+pub async fn unmount_below(folder: &Path) -> Result<(), Error> {
+    for attempt in 0.. {
+        let Some(innermost) = mounts_below(folder).pop() else {
+            break;
+        };
+        let unmounted = Program::new("umount").arg(&innermost).run().await;
+        // A file of a process that is just ending keeps it busy for a moment.
+        match unmounted {
+            Err(error) if attempt >= UNMOUNT_ATTEMPTS => return Err(error.into()),
+            Err(_) => tokio::time::sleep(UNMOUNT_PAUSE).await,
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// What is mounted on or below a folder, in the order in which it was mounted.
+pub fn mounts_below(folder: &Path) -> Vec<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    points
+        .map(unescape)
+        .filter(|path| path.starts_with(folder))
+        .collect()
+}
+
+/// A path of mountinfo, where a blank is written `\040`, a tab `\011` and a backslash `\134`: proc(5).
+fn unescape(text: &str) -> PathBuf {
+    let text = text.replace("\\040", " ").replace("\\011", "\t");
+    PathBuf::from(text.replace("\\134", "\\"))
+}

@@ -1,0 +1,191 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A container's root file system, mounted on the host and written to from outside.
+//!
+//! The container's root user may have planted anything in it. Every path is resolved inside the root by
+//! openat2(2), so that a link to `/etc/shadow` means the container's own, and only regular files are written.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+
+/// Largest file that is read from a container: a hosts file has a few hundred bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// The root folder of a container.
+#[derive(Debug)]
+pub struct GuestRoot {
+    folder: OwnedFd,
+    path: PathBuf,
+}
+
+impl GuestRoot {
+    /// Opens the folder where the file system is mounted.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            folder: rustix::fs::openat(CWD, path, flags, Mode::empty())?,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Where it is mounted on the host.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether there is something under that name, links followed.
+    pub fn exists(&self, path: &str) -> bool {
+        self.open_at(path, OFlags::PATH, Mode::empty()).is_ok()
+    }
+
+    /// Reads a regular file; `None` when there is none.
+    pub fn read(&self, path: &str) -> io::Result<Option<String>> {
+        let file = match self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => regular(other?)?,
+        };
+        let mut bytes = Vec::new();
+        std::fs::File::from(file)
+            .take(FILE_BYTES_MAX)
+            .read_to_end(&mut bytes)?;
+        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// Writes a regular file. Its mode is kept when it exists; a missing folder is made.
+    pub fn write(&self, path: &str, text: &str, mode: u32) -> io::Result<()> {
+        if let Some((parent, _)) = path.rsplit_once('/') {
+            self.make_folders(parent)?;
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK;
+        let file = regular(self.open_at(path, flags, Mode::from_raw_mode(mode))?)?;
+        rustix::fs::ftruncate(&file, 0)?;
+        std::fs::File::from(file).write_all(text.as_bytes())
+    }
+
+    /// Makes a symbolic link unless something has that name already.
+    pub fn link(&self, target: &str, path: &str) -> io::Result<()> {
+        let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
+        self.make_folders(parent)?;
+        let folder = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
+        match rustix::fs::symlinkat(target, &folder, name) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Last part of the path that a link finally leads to, such as `systemd` for `sbin/init`.
+    pub fn resolved_name(&self, path: &str) -> Option<String> {
+        let mut path = path.to_owned();
+        // Linux follows 40 links at most, path_resolution(7).
+        for _ in 0..40 {
+            let (parent, name) = path.rsplit_once('/').unwrap_or((".", &path));
+            let folder = self
+                .open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
+                .ok()?;
+            let Ok(target) = rustix::fs::readlinkat(&folder, name, Vec::new()) else {
+                return self.exists(&path).then(|| name.to_owned());
+            };
+            let target = target.into_string().ok()?;
+            path = if target.starts_with('/') {
+                target.trim_start_matches('/').to_owned()
+            } else {
+                format!("{parent}/{target}")
+            };
+        }
+        None
+    }
+
+    fn make_folders(&self, path: &str) -> io::Result<()> {
+        let mut made = String::new();
+        for part in path.split('/').filter(|part| !part.is_empty()) {
+            let parent = if made.is_empty() { "." } else { &made };
+            let folder = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
+            match rustix::fs::mkdirat(&folder, part, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            made = format!("{made}/{part}").trim_start_matches('/').to_owned();
+        }
+        Ok(())
+    }
+
+    fn open_at(&self, path: &str, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = flags | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat2(
+            self.folder.as_fd(),
+            path,
+            flags,
+            mode,
+            resolve,
+        )?)
+    }
+}
+
+fn regular(file: OwnedFd) -> io::Result<OwnedFd> {
+    let stat = rustix::fs::fstat(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+        Ok(file)
+    } else {
+        Err(io::Error::other("not a regular file"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn links_stay_inside() {
+        let folder = tempfile::tempdir().unwrap();
+        let outside = folder.path().join("outside");
+        std::fs::write(&outside, "kept").unwrap();
+        let path = folder.path().join("root");
+        std::fs::create_dir_all(path.join("etc")).unwrap();
+        symlink(&outside, path.join("etc/hostname")).unwrap();
+        symlink("../../../outside", path.join("etc/hosts")).unwrap();
+        symlink(folder.path(), path.join("up")).unwrap();
+        let root = GuestRoot::open(&path).unwrap();
+        let _ = root.write("etc/hostname", "x", 0o644);
+        let _ = root.write("etc/hosts", "x", 0o644);
+        let _ = root.write("up/outside", "x", 0o644);
+        let _ = root.write("../outside", "x", 0o644);
+        assert_eq!(std::fs::read_to_string(&outside).unwrap(), "kept");
+        assert_eq!(
+            std::fs::read_to_string(path.join("outside")).unwrap(),
+            "x",
+            "the link was followed inside the root"
+        );
+    }
+
+    #[test]
+    fn only_regular_files_are_touched() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = GuestRoot::open(folder.path()).unwrap();
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mkfifoat(CWD, &fifo, Mode::from_raw_mode(0o600)).unwrap();
+        assert!(root.write("fifo", "x", 0o644).is_err());
+        assert!(root.read("fifo").is_err());
+        assert_eq!(root.read("none").unwrap(), None);
+        root.write("a/b/c", "text", 0o600).unwrap();
+        root.write("a/b/c", "t", 0o644).unwrap();
+        assert_eq!(root.read("/a/b/c").unwrap().as_deref(), Some("t"));
+    }
+
+    #[test]
+    fn the_name_behind_links() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = GuestRoot::open(folder.path()).unwrap();
+        root.write("usr/lib/systemd/systemd", "", 0o755).unwrap();
+        symlink("usr/lib", folder.path().join("lib")).unwrap();
+        std::fs::create_dir(folder.path().join("sbin")).unwrap();
+        symlink("/lib/systemd/systemd", folder.path().join("sbin/init")).unwrap();
+        symlink("loop", folder.path().join("loop")).unwrap();
+        assert_eq!(root.resolved_name("sbin/init").as_deref(), Some("systemd"));
+        assert_eq!(root.resolved_name("loop"), None);
+        assert_eq!(root.resolved_name("sbin/none"), None);
+    }
+}

@@ -1,0 +1,375 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The handle on the guests of this node: every request of the API about guests ends here, most of them as a task.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use atoll_vmm_protocol::api::Request;
+
+use crate::error::Error;
+use crate::guest::config::{Applied, ConfigUpdate};
+use crate::guest::container::Container;
+use crate::guest::create::{Draft, Params};
+use crate::guest::destroy::{self, Destroy};
+use crate::guest::resize::{self, Resize};
+use crate::guest::site::{Seat, Site};
+use crate::guest::status::{self, CpuMeter, Status};
+use crate::guest::vm::Vm;
+use crate::guest::{Ask, Phase, container, guest, shutdown, start, stop, stored, update, vm};
+use crate::id::{GuestId, GuestKind};
+use crate::task::{NewTask, TaskContext, Tasks, Upid, run_steps};
+
+/// Parameters of a creation that are no config keys.
+const CREATION_ONLY: &[&str] = &[
+    "vmid",
+    "ostemplate",
+    "password",
+    "ssh-public-keys",
+    "start",
+    "storage",
+    "pool",
+    "force",
+    "restore",
+    "unique",
+    "bwlimit",
+    "ignore-unpack-errors",
+    "archive",
+    "live-restore",
+    "ha-managed",
+    "node",
+];
+/// Those of them that nothing here can do yet; asked for, they are refused rather than dropped.
+const NOT_YET: &[&str] = &["archive", "restore", "live-restore", "pool", "ha-managed"];
+/// Size of a container's root disk when none is given, in GiB: PVE's default.
+const ROOT_GIB: u32 = 4;
+/// Time that each guest has when all are stopped.
+const STOP_ALL_MAX: Duration = Duration::from_secs(60);
+
+/// What can be done with a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Start it.
+    Start,
+    /// End it at once.
+    Stop,
+    /// Ask it to shut down.
+    Shutdown(Ask),
+    /// Ask it to shut down, then start it.
+    Reboot(Ask),
+    /// Press the reset button; virtual machines only.
+    Reset,
+    /// Hold its CPUs.
+    Suspend,
+    /// Let it go on.
+    Resume,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Guests {
+    site: Arc<Site>,
+    tasks: Tasks,
+    meter: Arc<CpuMeter>,
+}
+
+impl Guests {
+    /// The guests of a site, with their work done as `tasks`.
+    pub fn new(site: Arc<Site>, tasks: Tasks) -> Self {
+        Self {
+            site,
+            tasks,
+            meter: Arc::default(),
+        }
+    }
+
+    /// What they stand on.
+    pub fn site(&self) -> &Arc<Site> {
+        &self.site
+    }
+
+    /// Creates a guest: task `qmcreate` or `vzcreate`.
+    pub fn create(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        params: Params,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        stored::refuse_taken(self.site.store.as_ref(), id)?;
+        if let Some(key) = NOT_YET.iter().find(|key| params.contains_key(**key)) {
+            return Err(Error::invalid(*key, "is not supported yet"));
+        }
+        let starts = params.get("start").is_some_and(|value| value == "1");
+        let new = NewTask::new(word(kind, "qmcreate", "vzcreate"), id, user);
+        match kind {
+            GuestKind::Vm => {
+                let mut draft = Draft::new(seat.clone(), config_keys(&params))?;
+                self.tasks.spawn(new, async move |task: TaskContext| {
+                    run_steps(vm::create::STEPS, &mut draft, &task).await?;
+                    // The lock is free again before the start asks for it.
+                    drop(draft);
+                    if starts {
+                        start(&seat, &task).await
+                    } else {
+                        Ok(())
+                    }
+                })
+            }
+            GuestKind::Container => {
+                let mut create = container_draft(seat.clone(), &params)?;
+                self.tasks.spawn(new, async move |task: TaskContext| {
+                    run_steps(container::create::STEPS, &mut create, &task).await?;
+                    drop(create);
+                    if starts {
+                        start(&seat, &task).await
+                    } else {
+                        Ok(())
+                    }
+                })
+            }
+        }
+    }
+
+    /// Does something with a guest, as a task.
+    pub fn act(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        action: Action,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?;
+        if kind == GuestKind::Container && action == Action::Reset {
+            return Err(Error::refused(
+                "a container has no reset button, use reboot",
+            ));
+        }
+        let name = match action {
+            Action::Start => word(kind, "qmstart", "vzstart"),
+            Action::Stop => word(kind, "qmstop", "vzstop"),
+            Action::Shutdown(_) => word(kind, "qmshutdown", "vzshutdown"),
+            Action::Reboot(_) => word(kind, "qmreboot", "vzreboot"),
+            Action::Reset => "qmreset",
+            Action::Suspend => word(kind, "qmpause", "vzsuspend"),
+            Action::Resume => word(kind, "qmresume", "vzresume"),
+        };
+        self.tasks.spawn(
+            NewTask::new(name, id, user),
+            async move |task: TaskContext| match action {
+                Action::Start => start(&seat, &task).await,
+                Action::Stop => stop(&seat, Ask::default(), &task).await,
+                Action::Shutdown(ask) => shutdown(&seat, ask, &task).await,
+                Action::Reboot(ask) => {
+                    shutdown(&seat, ask, &task).await?;
+                    start(&seat, &task).await
+                }
+                Action::Reset => signal(&seat, Request::Reset, "").await,
+                Action::Suspend => signal(&seat, Request::Pause, "pause").await,
+                Action::Resume => signal(&seat, Request::Resume, "resume").await,
+            },
+        )
+    }
+
+    /// Removes a guest with its disks: task `qmdestroy` or `vzdestroy`. A running one is refused unless `force`.
+    pub fn destroy(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        force: bool,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?;
+        let new = NewTask::new(word(kind, "qmdestroy", "vzdestroy"), id, user);
+        self.tasks
+            .spawn_steps(new, destroy::STEPS, Destroy::new(seat, force))
+    }
+
+    /// Changes a guest's config and answers when that is done.
+    pub async fn update(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        update: ConfigUpdate,
+    ) -> Result<Applied, Error> {
+        update::update(&self.site.seat(kind, id), update).await
+    }
+
+    /// The same as a task, `qmconfig` or `vzconfig`.
+    pub fn update_as_task(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        update: ConfigUpdate,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?.check_digest(update.digest.as_deref())?;
+        let new = NewTask::new(word(kind, "qmconfig", "vzconfig"), id, user);
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            let applied = update::update(&seat, update).await?;
+            for (key, _, value) in &applied.now {
+                task.log(&format!(
+                    "update {}: {key}: {}",
+                    seat.title(),
+                    value.as_deref().unwrap_or("(removed)")
+                ));
+            }
+            for key in &applied.pending {
+                task.log(&format!("{key} changes at the next start"));
+            }
+            Ok(())
+        })
+    }
+
+    /// Grows a disk: task `resize`.
+    pub fn resize(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        disk: &str,
+        size: &str,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?;
+        let resize = Resize::new(seat, disk.to_owned(), size.to_owned());
+        self.tasks
+            .spawn_steps(NewTask::new("resize", id, user), resize::STEPS, resize)
+    }
+
+    /// Shuts down every guest of this node, by force those that do not obey: task `stopall`.
+    pub fn stop_all(&self, user: impl ToString) -> Result<Upid, Error> {
+        let site = self.site.clone();
+        self.tasks.spawn(
+            NewTask::new("stopall", "", user),
+            async move |task: TaskContext| {
+                let ask = Ask {
+                    timeout: STOP_ALL_MAX,
+                    force: true,
+                };
+                let mut stops = tokio::task::JoinSet::new();
+                for (kind, id) in site.guests()? {
+                    let seat = site.seat(kind, id);
+                    if matches!(guest(&seat).phase(), Phase::Running { .. }) {
+                        task.log(&format!("stopping {}", seat.title()));
+                        let task = task.clone();
+                        stops.spawn(async move {
+                            if let Err(error) = shutdown(&seat, ask, &task).await {
+                                task.warn(&format!("{}: {}", seat.title(), error.chain()));
+                            }
+                        });
+                    }
+                }
+                while stops.join_next().await.is_some() {}
+                Ok(())
+            },
+        )
+    }
+
+    /// One guest.
+    pub async fn status(&self, kind: GuestKind, id: GuestId) -> Result<Status, Error> {
+        status::read(&self.site.seat(kind, id), &self.meter).await
+    }
+
+    /// All guests of this node, by number. One that cannot be read is left out.
+    pub async fn list(&self) -> Result<Vec<Status>, Error> {
+        let mut rows = Vec::new();
+        for (kind, id) in self.site.guests()? {
+            match self.status(kind, id).await {
+                Ok(status) => rows.push(status),
+                // It may have been removed since it was listed.
+                Err(error) => tracing::debug!(%id, error = error.chain(), "guest left out"),
+            }
+        }
+        rows.sort_by_key(|status| status.id);
+        Ok(rows)
+    }
+
+    /// Whether a running guest's CPUs are held. Asks the guest's process.
+    pub async fn is_paused(&self, kind: GuestKind, id: GuestId) -> bool {
+        guest(&self.site.seat(kind, id)).is_paused().await
+    }
+
+    /// Unix socket of a running guest's console: raw bytes both ways, the backlog first.
+    pub fn console(&self, kind: GuestKind, id: GuestId) -> Result<PathBuf, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?;
+        let guest = guest(&seat);
+        match guest.phase() {
+            Phase::Running { .. } => guest.console(),
+            _ => Err(Error::refused(format!("{} not running", seat.title()))),
+        }
+    }
+
+    /// Tells a guest's console the size of the terminal.
+    pub async fn resize_console(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        columns: u16,
+        rows: u16,
+    ) -> Result<(), Error> {
+        guest(&self.site.seat(kind, id))
+            .resize_console(columns, rows)
+            .await
+    }
+}
+
+/// Tells a running guest's process something: a request to a machine, a command to a container's runtime.
+async fn signal(seat: &Seat, request: Request, command: &str) -> Result<(), Error> {
+    let _guard = seat.lock().await?;
+    seat.unlocked()?;
+    if !matches!(guest(seat).phase(), Phase::Running { .. }) {
+        return Err(Error::refused(format!("{} not running", seat.title())));
+    }
+    match seat.kind {
+        GuestKind::Vm => Vm::new(seat.clone()).act(request).await,
+        GuestKind::Container => {
+            Container::new(seat.clone())
+                .command(&[command], &[])
+                .await?;
+            Ok(())
+        }
+    }
+}
+
+fn word(kind: GuestKind, vm: &'static str, container: &'static str) -> &'static str {
+    match kind {
+        GuestKind::Vm => vm,
+        GuestKind::Container => container,
+    }
+}
+
+fn config_keys(params: &Params) -> Params {
+    let keys = params
+        .iter()
+        .filter(|(key, _)| !CREATION_ONLY.contains(&key.as_str()));
+    keys.map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
+}
+
+fn container_draft(seat: Seat, params: &Params) -> Result<container::create::Create, Error> {
+    let given = |key: &str| params.get(key).cloned();
+    let template = given("ostemplate").unwrap_or_default();
+    let template = template
+        .parse()
+        .map_err(|e| Error::invalid("ostemplate", format!("{e}")))?;
+    let mut keys = config_keys(params);
+    let storage = given("storage").unwrap_or_else(|| "local".to_owned());
+    keys.entry("rootfs".to_owned())
+        .or_insert_with(|| format!("{storage}:{ROOT_GIB}"));
+    // Unprivileged unless somebody asks otherwise, and written down, since an old config without the key is not.
+    keys.entry("unprivileged".to_owned())
+        .or_insert_with(|| "1".to_owned());
+    let draft = Draft::new(seat, keys)?;
+    Ok(container::create::Create::new(
+        draft,
+        template,
+        given("password"),
+        given("ssh-public-keys"),
+    ))
+}

@@ -1,0 +1,144 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Changing a guest's config: new disks are made, disks that go become `unused`, unused ones that go are freed.
+
+use crate::error::Error;
+use crate::guest::config::{Applied, ConfigUpdate, GuestConfig};
+use crate::guest::container::format;
+use crate::guest::site::Seat;
+use crate::guest::{Phase, disks, guest, hardware};
+use crate::id::GuestKind;
+use crate::storage::name::VolumeId;
+
+/// Unused volumes that a guest can have, as many as its key's family.
+const UNUSED_MAX: u16 = 256;
+
+/// Applies an update. What it made is removed again when it cannot be written.
+pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Error> {
+    let _guard = seat.lock().await?;
+    let mut stored = seat.unlocked()?;
+    stored.config.check_digest(update.digest.as_deref())?;
+    let mut new = Vec::new();
+    let result = async {
+        provide(seat, &stored.config, &mut update, &mut new).await?;
+        let running = matches!(guest(seat).phase(), Phase::Running { .. });
+        let applied = stored.config.apply(&update, running)?;
+        let freed = keep_volumes(&mut stored.config, &applied);
+        hardware::complete(&mut stored.config);
+        stored.save(&seat.site.store).await?;
+        Ok((applied, freed))
+    };
+    match result.await {
+        Ok((applied, freed)) => {
+            for volume in freed {
+                disks::free_own(seat, &volume).await?;
+            }
+            Ok(applied)
+        }
+        Err(error) => {
+            for volume in new {
+                disks::free_own(seat, &volume).await?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Makes the disks that the update asks for, and gives its cards addresses.
+async fn provide(
+    seat: &Seat,
+    config: &GuestConfig,
+    update: &mut ConfigUpdate,
+    new: &mut Vec<VolumeId>,
+) -> Result<(), Error> {
+    let present: Vec<&str> = config
+        .current
+        .values
+        .values()
+        .map(|value| disks::volume_of(value))
+        .collect();
+    for (key, value) in &mut update.set {
+        if disks::is_disk(seat.kind, key) {
+            let (value_now, volume) = disks::provide(seat, key, value).await?;
+            if let Some(volume) = volume {
+                new.push(volume.clone());
+                if seat.kind == GuestKind::Container {
+                    format(&seat.site.storage.path(&volume).await?).await?;
+                }
+            } else if key == "rootfs" && !present.contains(&disks::volume_of(value)) {
+                return Err(Error::invalid(
+                    "rootfs",
+                    "the root file system cannot be exchanged",
+                ));
+            }
+            *value = value_now;
+        } else if key.starts_with("net") {
+            *value = hardware::with_mac(seat.kind, key, value);
+        }
+    }
+    Ok(())
+}
+
+/// Keeps the volumes of disks that were taken out as `unused`; returns those of unused keys that were removed.
+pub fn keep_volumes(config: &mut GuestConfig, applied: &Applied) -> Vec<VolumeId> {
+    let mut freed = Vec::new();
+    for (key, former, new) in &applied.now {
+        let Some(former) = former
+            .as_deref()
+            .filter(|_| disks::holds_volume(config.kind, key))
+        else {
+            continue;
+        };
+        let volume = disks::volume_of(former);
+        let in_use = |value: &String| disks::volume_of(value) == volume;
+        if new.as_ref().is_some_and(in_use) || config.current.values.values().any(in_use) {
+            continue;
+        }
+        let Ok(id) = volume.parse::<VolumeId>() else {
+            continue;
+        };
+        if key.starts_with("unused") {
+            freed.push(id);
+        } else if id.name.owner().is_some() {
+            let free = (0..UNUSED_MAX)
+                .map(|n| format!("unused{n}"))
+                .find(|key| config.get(key).is_none());
+            if let Some(free) = free {
+                config.set(free, volume);
+            }
+        }
+    }
+    freed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn applied(config: &mut GuestConfig, set: &[(&str, &str)], delete: &[&str]) -> Vec<VolumeId> {
+        let update = ConfigUpdate {
+            set: set
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
+            delete: delete.iter().map(|k| (*k).to_owned()).collect(),
+            ..ConfigUpdate::default()
+        };
+        let applied = config.apply(&update, false).unwrap();
+        keep_volumes(config, &applied)
+    }
+
+    #[test]
+    fn no_volume_is_lost() {
+        let text =
+            "scsi0: local:100/vm-100-disk-0.raw,size=1G\nide2: local:iso/x.iso,media=cdrom\n";
+        let mut config = GuestConfig::parse(GuestKind::Vm, text);
+        assert_eq!(applied(&mut config, &[], &["scsi0", "ide2"]), []);
+        assert_eq!(config.get("unused0"), Some("local:100/vm-100-disk-0.raw"));
+        assert_eq!(config.get("unused1"), None, "nobody's own volume");
+        let back = [("virtio0", "local:100/vm-100-disk-0.raw,size=1G")];
+        assert_eq!(applied(&mut config, &back, &["unused0"]), []);
+        assert_eq!(applied(&mut config, &[], &["virtio0"]), []);
+        let freed = applied(&mut config, &[], &["unused0"]);
+        assert_eq!(freed[0].to_string(), "local:100/vm-100-disk-0.raw");
+    }
+}

@@ -1,0 +1,247 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Config to Spec for virtual machines: one pure function. Names became paths before (`volumes` says which).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
+
+use crate::error::Error;
+use crate::guest::config::GuestConfig;
+use crate::id::GuestId;
+use crate::network::link::{Attachment, tap_name};
+use crate::schema::Properties;
+
+/// Memory when the config's value cannot be read, in MiB; its table has the same default.
+const MEMORY_MIB: u64 = 512;
+/// Families of disks, in the order of their slots.
+const DISK_FAMILIES: [&str; 4] = ["virtio[n]", "scsi[n]", "sata[n]", "ide[n]"];
+
+/// Where things of one VM are, found before the spec is made.
+#[derive(Debug, Clone, Default)]
+pub struct Places {
+    /// Path of every volume that the config names.
+    pub volumes: BTreeMap<String, PathBuf>,
+    /// The VM's run folder.
+    pub run_folder: PathBuf,
+}
+
+/// Volumes that must be found on this node before the VM can start.
+pub fn volumes(config: &GuestConfig) -> Result<Vec<String>, Error> {
+    let boot = ["kernel", "initrd"];
+    let boot = boot.into_iter().filter_map(|key| config.get(key));
+    let mut volumes: Vec<String> = boot.map(str::to_owned).collect();
+    volumes.extend(disks(config)?.into_iter().map(|disk| disk.volume));
+    Ok(volumes)
+}
+
+/// One disk of a config.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Its key.
+    pub key: String,
+    /// Its volume.
+    pub volume: String,
+    /// Its other options.
+    pub options: Properties,
+}
+
+/// Disks: those of the boot order first, then by family and number. Empty CD drives are left out.
+pub fn disks(config: &GuestConfig) -> Result<Vec<Disk>, Error> {
+    let boot = config.properties("boot")?.unwrap_or_default();
+    let order: Vec<&str> = boot.get("order").unwrap_or_default().split(';').collect();
+    let families = DISK_FAMILIES.iter();
+    let mut keys: Vec<&str> = families
+        .flat_map(|family| config.family(family))
+        .map(|(key, _)| key)
+        .collect();
+    let place = |key: &str| order.iter().position(|name| *name == key);
+    keys.sort_by_key(|key| place(key).unwrap_or(usize::MAX));
+    let mut disks = Vec::new();
+    for key in keys {
+        let options = config.properties(key)?.unwrap_or_default();
+        let volume = options.get("file").unwrap_or("none").to_owned();
+        if volume != "none" {
+            disks.push(Disk {
+                key: key.to_owned(),
+                volume,
+                options,
+            });
+        }
+    }
+    Ok(disks)
+}
+
+/// One network card of a config.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Card {
+    /// Name of its tap.
+    pub tap: String,
+    /// What the tap is connected to.
+    pub attachment: Attachment,
+    /// MAC address of the guest's end.
+    pub mac: Option<String>,
+}
+
+/// Network cards by number.
+pub fn cards(id: GuestId, config: &GuestConfig) -> Result<Vec<Card>, Error> {
+    let mut cards = Vec::new();
+    for (key, _) in config.family("net[n]") {
+        let card = config.properties(key)?.unwrap_or_default();
+        let index = key.trim_start_matches("net").parse().unwrap_or_default();
+        cards.push(Card {
+            tap: tap_name(id, index),
+            attachment: Attachment {
+                bridge: card.get("bridge").map(str::to_owned),
+                // 1 stands for the bridge's own.
+                mtu: card.number("mtu").filter(|mtu| *mtu > 1),
+                link_down: card.is_set("link_down"),
+            },
+            mac: card.get("macaddr").map(str::to_owned),
+        });
+    }
+    Ok(cards)
+}
+
+/// CPUs that the guest sees.
+pub fn cpu_count(config: &GuestConfig) -> u64 {
+    let number = |key: &str| config.number(key).unwrap_or(1_u64);
+    number("sockets").saturating_mul(number("cores"))
+}
+
+/// RAM in MiB.
+pub fn memory_mib(config: &GuestConfig) -> u64 {
+    let memory = config.properties("memory").ok().flatten();
+    let current = memory.and_then(|memory| memory.number("current"));
+    current
+        .or_else(|| config.number("memory"))
+        .unwrap_or(MEMORY_MIB)
+}
+
+/// Socket of the serial console.
+pub fn serial_socket(run_folder: &Path) -> PathBuf {
+    run_folder.join("serial.sock")
+}
+
+/// The whole machine.
+pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<MachineSpec, Error> {
+    let kernel = config.get("kernel").ok_or_else(|| {
+        Error::refused(format!(
+            "VM {id}: booting by firmware is not available yet; set 'kernel' (and 'initrd', 'cmdline') to boot \
+             a kernel directly"
+        ))
+    })?;
+    let path = |volume: &str| {
+        let path = places.volumes.get(volume).cloned();
+        path.ok_or_else(|| Error::refused(format!("volume '{volume}' does not exist")))
+    };
+    let disks = disks(config)?.into_iter().map(|disk| {
+        let cdrom = disk.options.get("media") == Some("cdrom");
+        Ok(DiskSpec {
+            path: path(&disk.volume)?,
+            format: DiskFormat::Raw,
+            readonly: cdrom || disk.options.is_set("ro"),
+            serial: Some(disk.options.get("serial").unwrap_or(&disk.key).to_owned()),
+            queue_count: disk.options.number("queues"),
+        })
+    });
+    let nets = cards(id, config)?.into_iter().map(|card| NetSpec {
+        tap: card.tap,
+        mac: card.mac,
+        mtu: card.attachment.mtu,
+    });
+    let name = config.get("name").map(str::to_owned);
+    Ok(MachineSpec {
+        name: name.unwrap_or_else(|| format!("VM{id}")),
+        cpu_count: u8::try_from(cpu_count(config))
+            .map_err(|_| Error::refused(format!("VM {id}: at most 255 CPUs are possible")))?,
+        memory_mib: memory_mib(config),
+        boot: BootSpec {
+            kernel: path(kernel)?,
+            initrd: config.get("initrd").map(path).transpose()?,
+            cmdline: config.get("cmdline").unwrap_or_default().to_owned(),
+        },
+        disks: disks.collect::<Result<_, Error>>()?,
+        nets: nets.collect(),
+        serial: ConsoleSpec::Socket(serial_socket(&places.run_folder)),
+        console: None,
+        rng: true,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::GuestKind;
+
+    fn config(text: &str) -> GuestConfig {
+        GuestConfig::parse(GuestKind::Vm, text)
+    }
+
+    fn id() -> GuestId {
+        "100".parse().unwrap()
+    }
+
+    fn places(config: &GuestConfig) -> Places {
+        let path = |volume: &String| Path::new("/s").join(volume.replace(':', "/"));
+        Places {
+            volumes: volumes(config)
+                .unwrap()
+                .iter()
+                .map(|v| (v.clone(), path(v)))
+                .collect(),
+            run_folder: PathBuf::from("/r/vm-100"),
+        }
+    }
+
+    #[test]
+    fn a_whole_machine() {
+        let config = config(
+            "name: web\ncores: 2\nsockets: 2\nmemory: 2048\nkernel: local:snippets/k\ncmdline: console=ttyS0\n\
+             scsi0: local:100/vm-100-disk-0.raw,size=1G\nvirtio1: local:100/vm-100-disk-1.raw,size=1G\n\
+             ide2: none,media=cdrom\nboot: order=scsi0\n\
+             net0: virtio=BC:24:11:00:00:01,bridge=vmbr0,firewall=1\n",
+        );
+        let spec = resolve(id(), &config, &places(&config)).unwrap();
+        assert_eq!(
+            (spec.name.as_str(), spec.cpu_count, spec.memory_mib),
+            ("web", 4, 2048)
+        );
+        let disks: Vec<_> = spec
+            .disks
+            .iter()
+            .map(|disk| disk.path.to_str().unwrap())
+            .collect();
+        assert_eq!(
+            disks,
+            [
+                "/s/local/100/vm-100-disk-0.raw",
+                "/s/local/100/vm-100-disk-1.raw"
+            ],
+            "the boot order comes first"
+        );
+        assert_eq!(spec.nets[0].tap, "tap100i0");
+        assert_eq!(spec.nets[0].mac.as_deref(), Some("BC:24:11:00:00:01"));
+        assert_eq!(spec.boot.kernel, Path::new("/s/local/snippets/k"));
+        assert_eq!(
+            spec.serial,
+            ConsoleSpec::Socket(PathBuf::from("/r/vm-100/serial.sock"))
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_started_says_why() {
+        let check = |text: &str, expected: &str| {
+            let config = config(text);
+            let error = resolve(id(), &config, &places(&config))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check("memory: 128\n", "set 'kernel'");
+        check(
+            "kernel: local:snippets/k\ncores: 200\nsockets: 2\n",
+            "at most 255",
+        );
+    }
+}

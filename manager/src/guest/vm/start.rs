@@ -1,0 +1,200 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Task `qmstart`: from the config to a process whose vCPUs run.
+
+use std::time::{Duration, Instant};
+
+use atoll_vmm_protocol::api::MachineState;
+use atoll_vmm_protocol::spec::MachineSpec;
+use rustix::process::Signal;
+
+use crate::error::Error;
+use crate::exec::Program;
+use crate::guest::config::GuestConfig;
+use crate::guest::lock::Guard;
+use crate::guest::site::Seat;
+use crate::guest::vm::Vm;
+use crate::guest::vm::resolve::{self, Places};
+use crate::guest::{Guest, Phase};
+use crate::network::link;
+use crate::process::Process;
+use crate::step;
+use crate::storage::name::VolumeId;
+use crate::task::{TaskContext, TaskStep};
+
+/// Time that a machine has from its process's start to its first answer; emulated hosts are slow.
+const READY_MAX: Duration = Duration::from_secs(60);
+/// How often it is asked.
+const READY_POLL: Duration = Duration::from_millis(20);
+/// Time that a killed process has to be gone.
+const KILL_MAX: Duration = Duration::from_secs(10);
+
+/// What the steps hand on.
+#[derive(Debug)]
+pub struct Start {
+    seat: Seat,
+    guard: Option<Guard>,
+    config: Option<GuestConfig>,
+    spec: Option<MachineSpec>,
+}
+
+impl Start {
+    /// A start of the machine on this seat.
+    pub fn new(seat: Seat) -> Self {
+        Self {
+            seat,
+            guard: None,
+            config: None,
+            spec: None,
+        }
+    }
+
+    fn vm(&self) -> Vm {
+        Vm::new(self.seat.clone())
+    }
+
+    fn config(&self) -> Result<&GuestConfig, Error> {
+        let config = self.config.as_ref();
+        config.ok_or_else(|| Error::refused("the configuration was not read"))
+    }
+}
+
+/// The table.
+pub const STEPS: &[TaskStep<Start>] = &[
+    step!("read the configuration", read_config),
+    step!("resolve the spec", resolve_spec),
+    step!("make the run folder", make_folder, undo remove_folder),
+    step!("create taps", create_taps, undo delete_taps),
+    step!("start the process", start_process, undo end_process),
+    step!("wait for the machine", await_machine),
+];
+
+async fn read_config(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    start.guard = Some(start.seat.lock().await?);
+    let config = start.seat.settled().await?;
+    match start.vm().phase() {
+        Phase::Running { .. } => {
+            return Err(Error::refused(format!(
+                "{} already running",
+                start.seat.title()
+            )));
+        }
+        Phase::Ended => start.vm().clean_up().await?,
+        Phase::Stopped => {}
+    }
+    if config.is_set("template") {
+        return Err(Error::refused("you can't start a vm if it's a template"));
+    }
+    start.config = Some(config);
+    Ok(())
+}
+
+async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    let config = start.config()?;
+    let mut places = Places {
+        run_folder: start.seat.run_folder(),
+        ..Places::default()
+    };
+    for volume in resolve::volumes(config)? {
+        let id: VolumeId = volume.parse().map_err(|e| Error::refused(format!("{e}")))?;
+        places
+            .volumes
+            .insert(volume, start.seat.site.storage.path(&id).await?);
+    }
+    start.spec = Some(resolve::resolve(start.seat.id, config, &places)?);
+    Ok(())
+}
+
+async fn make_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    start.seat.make_run_folder().await?;
+    let spec =
+        serde_json::to_vec_pretty(&start.spec).map_err(|e| Error::failed("write the spec", e))?;
+    let path = start.vm().spec_file();
+    tokio::fs::write(&path, spec)
+        .await
+        .map_err(|e| Error::failed(format!("write {}", path.display()), e))
+}
+
+async fn remove_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    start.seat.remove_run_folder().await
+}
+
+async fn create_taps(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    for card in resolve::cards(start.seat.id, start.config()?)? {
+        link::create_tap(&card.tap, &card.attachment).await?;
+    }
+    Ok(())
+}
+
+async fn delete_taps(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    for card in resolve::cards(start.seat.id, start.config()?)? {
+        link::delete(&card.tap).await?;
+    }
+    Ok(())
+}
+
+async fn start_process(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let vm = start.vm();
+    let child = Program::new(start.seat.site.program("atoll-vmm"))
+        .arg("run")
+        .arg("--spec")
+        .arg(vm.spec_file())
+        .arg("--api-socket")
+        .arg(vm.api_socket())
+        .spawn_detached(&vm.log_file())?;
+    let pid = child.id().unwrap_or_default();
+    let written = tokio::fs::write(vm.pid_file(), format!("{pid}\n")).await;
+    if let Err(error) = written {
+        // Without the file nobody would find the process again, the undo included.
+        if let Some(process) = Process::open(pid) {
+            process.signal(Signal::KILL);
+        }
+        return Err(Error::failed("write the process id", error));
+    }
+    if let Err(error) = vm.group().adopt(pid) {
+        task.warn(&format!("no control group: {error}"));
+    }
+    Ok(())
+}
+
+async fn end_process(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    let vm = start.vm();
+    if let Some(process) = vm.process() {
+        process.signal(Signal::KILL);
+        process.ended_before(Instant::now() + KILL_MAX).await;
+    }
+    vm.group().remove().await;
+    Ok(())
+}
+
+async fn await_machine(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let vm = start.vm();
+    let deadline = Instant::now() + READY_MAX;
+    loop {
+        let answer = vm.info().await;
+        match answer {
+            Ok(info) if info.state == MachineState::Running => {
+                task.log(&format!("running as process {}", info.pid));
+                return Ok(());
+            }
+            // setsid(1) has not become atoll-vmm yet, or the socket is not there yet.
+            Ok(_) | Err(_) if Instant::now() < deadline => {}
+            Ok(info) => return Err(Error::refused(format!("the machine is {:?}", info.state))),
+            Err(error) => return Err(error),
+        }
+        let alive = std::fs::read_to_string(vm.pid_file())
+            .ok()
+            .and_then(|text| Process::open(text.trim().parse().ok()?));
+        if alive.is_none() {
+            let log = std::fs::read_to_string(vm.log_file()).unwrap_or_default();
+            let said = log.lines().rev().find(|line| !line.trim().is_empty());
+            return Err(Error::refused(format!(
+                "start failed: {}",
+                said.unwrap_or("atoll-vmm ended without a message").trim()
+            )));
+        }
+        tokio::time::sleep(READY_POLL).await;
+        if task.is_cancelled() {
+            return Err(Error::Interrupted);
+        }
+    }
+}
