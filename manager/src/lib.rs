@@ -19,6 +19,7 @@ pub mod access;
 pub mod error;
 pub mod exec;
 pub mod guest;
+pub mod host;
 pub mod id;
 pub mod network;
 mod node;

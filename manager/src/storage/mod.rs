@@ -5,6 +5,7 @@
 //! Callers: guests' task steps (disks), the API (content, upload, download).
 
 pub mod checksum;
+pub mod configure;
 pub mod dir;
 pub mod fetch;
 pub mod incoming;

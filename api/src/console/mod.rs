@@ -1,0 +1,271 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Consoles: from a browser's websocket to the guest's console socket.
+//!
+//! ```text
+//! POST termproxy ──► port, ticket; task `vncproxy` begins and waits for its browser
+//! GET vncwebsocket ─► ticket fits? ─► the websocket is handed to the task
+//! task ─► login line ─► OK ─► bytes both ways until one side ends
+//! ```
+//!
+//! The ports are names only, for PVE's clients: nothing listens there.
+
+mod frames;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use atoll_manager::access::Identity;
+use atoll_manager::error::Error;
+use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::task::{NewTask, TaskContext, Upid};
+use axum::extract::ws::{Message, WebSocket};
+use bytes::Bytes;
+use jiff::Timestamp;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+
+use crate::auth::ticket::{CONSOLE_SECONDS, ConsoleClaim};
+use crate::daemon::Daemon;
+use frames::{Decoder, Frame};
+
+/// Ports that are given out. PVE's range.
+const PORTS: std::ops::RangeInclusive<u16> = 5900..=5999;
+/// A console over which nothing came from the browser for so long ends. PVE's value; clients send keep-alives.
+const IDLE: Duration = Duration::from_secs(5 * 60);
+/// Bytes read from a guest at a time.
+const CHUNK_BYTES: usize = 16 << 10;
+
+/// Consoles that wait for their browser.
+#[derive(Default)]
+pub struct Consoles {
+    /// By port. Held for a few instructions only, never over another lock or an await.
+    waiting: Mutex<BTreeMap<u16, Waiting>>,
+}
+
+struct Waiting {
+    guest: GuestId,
+    user: String,
+    hand_over: oneshot::Sender<WebSocket>,
+}
+
+/// What `termproxy` answers with.
+pub struct Opened {
+    /// Who may connect.
+    pub user: String,
+    /// The ticket to connect with.
+    pub ticket: String,
+    /// The port to name.
+    pub port: u16,
+    /// The console's task.
+    pub upid: Upid,
+}
+
+/// ACL path of a guest, which tickets are bound to.
+pub fn acl_path(guest: GuestId) -> String {
+    format!("/vms/{guest}")
+}
+
+/// Begins a console of a running guest.
+pub fn open(
+    daemon: &Arc<Daemon>,
+    kind: GuestKind,
+    guest: GuestId,
+    caller: &Identity,
+) -> Result<Opened, Error> {
+    let socket = std::path::PathBuf::new();
+    let user = caller.to_string();
+    let (hand_over, handed_over) = oneshot::channel();
+    let port = daemon.consoles.wait(Waiting {
+        guest,
+        user: user.clone(),
+        hand_over,
+    })?;
+    let claim = ConsoleClaim {
+        user: &user,
+        path: &acl_path(guest),
+        port,
+    };
+    let ticket = daemon
+        .keyring
+        .keys()
+        .console(&claim, Timestamp::now().as_second());
+    let session = Session {
+        daemon: Arc::clone(daemon),
+        kind,
+        guest,
+        user: user.clone(),
+        port,
+    };
+    let new = NewTask::new("vncproxy", guest, caller).free();
+    let upid = daemon
+        .node
+        .tasks()
+        .spawn(new, async move |task: TaskContext| {
+            task.log(&format!("starting console of {guest}, port {port}"));
+            let result = task
+                .until_cancelled(session.run(handed_over, &socket))
+                .await;
+            session.daemon.consoles.forget(port);
+            result
+        })?;
+    Ok(Opened {
+        user,
+        ticket,
+        port,
+        upid,
+    })
+}
+
+impl Consoles {
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<u16, Waiting>> {
+        self.waiting.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn wait(&self, entry: Waiting) -> Result<u16, Error> {
+        let mut waiting = self.waiting();
+        let port = PORTS.into_iter().find(|port| !waiting.contains_key(port));
+        let port = port.ok_or_else(|| Error::refused("no free console port: too many wait"))?;
+        waiting.insert(port, entry);
+        Ok(port)
+    }
+
+    fn forget(&self, port: u16) {
+        self.waiting().remove(&port);
+    }
+
+    /// Takes the console that waits at `port` for `user`; `None` when there is none of `guest`.
+    pub fn claim(
+        &self,
+        port: u16,
+        guest: GuestId,
+        user: &str,
+    ) -> Option<oneshot::Sender<WebSocket>> {
+        let mut waiting = self.waiting();
+        let fits = |entry: &Waiting| entry.guest == guest && entry.user == user;
+        if !waiting.get(&port).is_some_and(fits) {
+            return None;
+        }
+        waiting.remove(&port).map(|entry| entry.hand_over)
+    }
+}
+
+struct Session {
+    daemon: Arc<Daemon>,
+    kind: GuestKind,
+    guest: GuestId,
+    user: String,
+    port: u16,
+}
+
+impl Session {
+    async fn run(
+        &self,
+        handed_over: oneshot::Receiver<WebSocket>,
+        socket: &Path,
+    ) -> Result<(), Error> {
+        let wait = Duration::from_secs(CONSOLE_SECONDS.unsigned_abs());
+        let Ok(Ok(mut browser)) = tokio::time::timeout(wait, handed_over).await else {
+            return Err(Error::refused("connection timed out"));
+        };
+        let mut decoder = Decoder::default();
+        let login = tokio::time::timeout(wait, login(&mut browser, &mut decoder)).await;
+        let Some(line) = login.ok().flatten().filter(|line| self.admits(line)) else {
+            return Err(Error::refused("authentication failure"));
+        };
+        drop(line);
+        send(&mut browser, Bytes::from_static(b"OK")).await;
+        let guest = UnixStream::connect(socket).await;
+        let guest =
+            guest.map_err(|error| Error::failed("connect to the guest's console", error))?;
+        self.bridge(browser, decoder, guest).await
+    }
+
+    fn admits(&self, line: &str) -> bool {
+        let Some((user, ticket)) = line.split_once(':') else {
+            return false;
+        };
+        let claim = ConsoleClaim {
+            user: &self.user,
+            path: &acl_path(self.guest),
+            port: self.port,
+        };
+        let keys = self.daemon.keyring.keys();
+        user == self.user && keys.console_fits(ticket, &claim, Timestamp::now().as_second())
+    }
+
+    /// Carries bytes until either side ends or the browser is silent for too long.
+    async fn bridge(
+        &self,
+        mut browser: WebSocket,
+        mut decoder: Decoder,
+        mut guest: UnixStream,
+    ) -> Result<(), Error> {
+        let mut chunk = vec![0; CHUNK_BYTES];
+        let idle = tokio::time::sleep(IDLE);
+        tokio::pin!(idle);
+        loop {
+            // What came with the login line, or with the message before, goes first.
+            while let Some(frame) = decoder.next().map_err(|e| Error::refused(e.to_string()))? {
+                self.take(frame, &mut guest).await?;
+            }
+            tokio::select! {
+                read = guest.read(&mut chunk) => match read {
+                    Ok(0) | Err(_) => break,
+                    Ok(count) => {
+                        if !send(&mut browser, Bytes::copy_from_slice(&chunk[..count])).await {
+                            break;
+                        }
+                    }
+                },
+                message = browser.recv() => match message {
+                    Some(Ok(Message::Binary(bytes))) => decoder.push(&bytes),
+                    Some(Ok(Message::Text(text))) => decoder.push(text.as_bytes()),
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    Some(Ok(Message::Close(_)) | Err(_)) | None => break,
+                },
+                () = &mut idle => break,
+            }
+            idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
+        }
+        drop(browser.send(Message::Close(None)).await);
+        Ok(())
+    }
+
+    async fn take(&self, frame: Frame, guest: &mut UnixStream) -> Result<(), Error> {
+        match frame {
+            Frame::KeepAlive => Ok(()),
+            Frame::Input(bytes) => guest
+                .write_all(&bytes)
+                .await
+                .map_err(|error| Error::failed("write to the guest's console", error)),
+            Frame::Resize { columns, rows } => {
+                tracing::debug!(kind = ?self.kind, guest = %self.guest, columns, rows, "resize console");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The browser's first line.
+async fn login(browser: &mut WebSocket, decoder: &mut Decoder) -> Option<String> {
+    loop {
+        match decoder.login() {
+            Ok(Some(line)) => return Some(line),
+            Ok(None) => {}
+            Err(_) => return None,
+        }
+        match browser.recv().await? {
+            Ok(Message::Binary(bytes)) => decoder.push(&bytes),
+            Ok(Message::Text(text)) => decoder.push(text.as_bytes()),
+            Ok(Message::Ping(_) | Message::Pong(_)) => {}
+            Ok(Message::Close(_)) | Err(_) => return None,
+        }
+    }
+}
+
+async fn send(browser: &mut WebSocket, bytes: Bytes) -> bool {
+    browser.send(Message::Binary(bytes)).await.is_ok()
+}
