@@ -15,8 +15,8 @@ use crate::layout;
 
 /// Slots of the PCI bus beside the host bridge, less one each for the console and the entropy source.
 const DEVICE_COUNT_MAX: usize = 29;
-/// Virtqueues of a disk.
-const QUEUE_COUNT_MAX: u16 = 16;
+/// Most virtqueues of a disk.
+pub const QUEUE_COUNT_MAX: u16 = 16;
 /// Bytes of a disk's serial number. VIRTIO 1.2 §5.2.6.
 const SERIAL_BYTES_MAX: usize = 20;
 /// Bytes of an interface's name (`IFNAMSIZ`, less its zero).

@@ -15,9 +15,13 @@ use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::Memory;
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::platform::Serial;
+use atoll_devices::virtio::blk::{Blk, BlkOptions};
+use atoll_devices::virtio::console::VirtioConsole;
+use atoll_devices::virtio::net::{Net, NetOptions, Tap, TapError};
 use atoll_devices::virtio::rng::Rng;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
-use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
+use atoll_disk::{OpenError, OpenOptions, RawBackend};
+use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat, MachineSpec};
 use kvm_bindings::kvm_irqchip;
 use vm_memory::GuestMemoryMmap;
 
@@ -25,12 +29,12 @@ use super::{GuestEvent, GuestVoice};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
 use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
-use crate::layout;
 use crate::loader::{BootFiles, LoadError};
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
 use crate::vcpu::state::VcpuState;
 use crate::vcpu::{Buses, Vcpu, setup};
+use crate::{check, layout};
 
 /// Why this host cannot build the machine.
 #[derive(Debug, thiserror::Error)]
@@ -44,10 +48,16 @@ pub enum BuildError {
     /// Kernel or initial RAM disk.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// A device's backend: disk image, tap, console socket.
+    /// A disk's image.
+    #[error(transparent)]
+    Disk(#[from] OpenError),
+    /// A network card's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A device's backend: a console's socket, a random number.
     #[error("{device}")]
     Device {
-        /// `disk FILE`, `tap NAME`, `console`.
+        /// `serial console`.
         device: String,
         /// What it said.
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -86,7 +96,7 @@ type Step = fn(&mut Assembly<'_>) -> Result<(), BuildError>;
 
 /// Every kind of device. The order is that of the PCI slots, which a guest sees: disks and cards first, so that
 /// their slots depend on nothing but the spec's own order.
-const STEPS: &[Step] = &[rng, serial];
+const STEPS: &[Step] = &[disks, nets, console, rng, serial];
 
 /// A machine in the making.
 struct Assembly<'a> {
@@ -99,7 +109,10 @@ struct Assembly<'a> {
     next_bar: u64,
     ports: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
+    disks: Vec<Arc<VirtioPci>>,
+    nets: Vec<Arc<VirtioPci>>,
     consoles: Vec<Console>,
+    serial: Option<Arc<Serial>>,
     serial_path: Option<PathBuf>,
     console_path: Option<PathBuf>,
 }
@@ -109,10 +122,14 @@ pub(super) struct Parts {
     pub(super) vcpus: Vec<Vcpu>,
     /// Every virtio function, in slot order.
     pub(super) functions: Vec<Arc<VirtioPci>>,
+    /// Those among them that are disks, in the spec's order; likewise network cards.
+    pub(super) disks: Vec<Arc<VirtioPci>>,
+    pub(super) nets: Vec<Arc<VirtioPci>>,
     pub(super) power_button: Arc<dyn IrqLine>,
     pub(super) serial_path: Option<PathBuf>,
     pub(super) console_path: Option<PathBuf>,
-    /// Their threads, and what is on the other side.
+    serial: Option<Arc<Serial>>,
+    /// The consoles' threads, and what is on the other side.
     _consoles: Vec<Console>,
     pci: Arc<PciBus>,
     boot_files: BootFiles,
@@ -154,7 +171,10 @@ pub(super) fn build(
         next_bar: layout::WINDOW.into(),
         ports: Vec::new(),
         functions: Vec::new(),
+        disks: Vec::new(),
+        nets: Vec::new(),
         consoles: Vec::new(),
+        serial: None,
         serial_path: None,
         console_path: None,
     };
@@ -168,6 +188,9 @@ pub(super) fn build(
     let mut parts = Parts {
         vcpus,
         functions: assembly.functions,
+        disks: assembly.disks,
+        nets: assembly.nets,
+        serial: assembly.serial,
         _consoles: assembly.consoles,
         power_button,
         serial_path: assembly.serial_path,
@@ -180,6 +203,71 @@ pub(super) fn build(
     };
     parts.load(spec)?;
     Ok(parts)
+}
+
+fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    for (index, disk) in assembly.spec.disks.iter().enumerate() {
+        let DiskFormat::Raw = disk.format;
+        let options = OpenOptions {
+            read_only: disk.readonly,
+            ..OpenOptions::default()
+        };
+        let backend = Arc::new(RawBackend::open(&disk.path, options)?);
+        let queues = u16::from(assembly.spec.cpu_count).min(check::QUEUE_COUNT_MAX);
+        let name = format!("blk{index}");
+        let device = Arc::new(Blk::new(BlkOptions {
+            name: name.clone(),
+            backend,
+            serial: disk
+                .serial
+                .clone()
+                .unwrap_or_else(|| format!("disk{index}")),
+            queue_count: disk.queue_count.unwrap_or(queues),
+        }));
+        let function = assembly.add(name, device)?;
+        assembly.disks.push(function);
+    }
+    Ok(())
+}
+
+fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    for (index, net) in assembly.spec.nets.iter().enumerate() {
+        let mac = match &net.mac {
+            Some(text) => check::mac(text).map_err(BuildError::device("network card"))?,
+            None => random_mac().map_err(BuildError::device("network card"))?,
+        };
+        let name = format!("net{index}");
+        let device = Arc::new(Net::new(NetOptions {
+            name: name.clone(),
+            tap: Tap::open(&net.tap)?,
+            mac,
+            mtu: net.mtu,
+        }));
+        let function = assembly.add(name, device)?;
+        assembly.nets.push(function);
+    }
+    Ok(())
+}
+
+/// A locally administered address of one card: bit 1 of the first octet set, bit 0 clear.
+fn random_mac() -> io::Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    rustix::rand::getrandom(&mut mac, rustix::rand::GetRandomFlags::empty())?;
+    mac[0] = (mac[0] | 2) & !1;
+    Ok(mac)
+}
+
+fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    let Some(spec) = &assembly.spec.console else {
+        return Ok(());
+    };
+    let console = open_console("virtio console", spec)?;
+    let device =
+        VirtioConsole::new(console.port()).map_err(BuildError::device("virtio console"))?;
+    assembly.add("console0".to_owned(), Arc::new(device))?;
+    assembly.console_path = path_of(spec, &console);
+    assembly.consoles.push(console);
+    Ok(())
 }
 
 fn rng(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
@@ -198,8 +286,9 @@ fn serial(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
         "serial port",
         layout::SERIAL_PORT,
         layout::SERIAL_PORT_COUNT,
-        device,
+        device.clone(),
     );
+    assembly.serial = Some(device);
     assembly.consoles.push(console);
     Ok(())
 }
@@ -224,7 +313,11 @@ fn path_of(spec: &ConsoleSpec, console: &Console) -> Option<PathBuf> {
 
 impl Assembly<'_> {
     /// Puts a virtio device into the next PCI slot, with a vector for each queue and one for configuration.
-    fn add(&mut self, name: String, device: Arc<dyn VirtioDevice>) -> Result<(), BuildError> {
+    fn add(
+        &mut self,
+        name: String,
+        device: Arc<dyn VirtioDevice>,
+    ) -> Result<Arc<VirtioPci>, BuildError> {
         let vectors = u16::try_from(device.queue_sizes().len()).unwrap_or(u16::MAX - 1) + 1;
         let host = |source| BuildError::Host {
             what: "make eventfds for a device",
@@ -239,8 +332,8 @@ impl Assembly<'_> {
         // Slot 0 is the host bridge.
         let slot = self.functions.len() + 1;
         self.next_bar = self.pci.add(slot, function.clone(), self.next_bar)?;
-        self.functions.push(function);
-        Ok(())
+        self.functions.push(function.clone());
+        Ok(function)
     }
 
     fn port(&mut self, name: &'static str, base: u16, size: u16, device: Arc<dyn BusDevice>) {
@@ -347,6 +440,9 @@ impl Parts {
             function.reset();
         }
         self.pci.reset();
+        if let Some(serial) = &self.serial {
+            serial.reset();
+        }
         self.machine.set_irqchips(&self.pristine.irqchips)?;
         for (vcpu, state) in self.vcpus.iter().zip(&self.pristine.vcpus) {
             vcpu.restore(state)?;

@@ -3,6 +3,8 @@
 
 use std::sync::atomic::Ordering;
 
+use atoll_devices::counters::CounterList;
+use atoll_devices::virtio::VirtioPci;
 use atoll_vmm_protocol::api::{Counters, DiskCounters, NetCounters, VcpuCounters};
 
 use super::assembly::Parts;
@@ -14,8 +16,8 @@ pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
         uptime_ms,
         resident_bytes: resident_bytes(),
         vcpus: parts.vcpus.iter().map(vcpu).collect(),
-        disks: Vec::<DiskCounters>::new(),
-        nets: Vec::<NetCounters>::new(),
+        disks: parts.disks.iter().map(|disk| disk_counters(disk)).collect(),
+        nets: parts.nets.iter().map(|net| net_counters(net)).collect(),
     }
 }
 
@@ -26,6 +28,37 @@ fn vcpu(vcpu: &Vcpu) -> VcpuCounters {
         port_exits: exits.port.load(Ordering::Relaxed),
         mmio_exits: exits.mmio.load(Ordering::Relaxed),
         other_exits: exits.other.load(Ordering::Relaxed),
+    }
+}
+
+/// The device's counter of that name.
+fn named(list: &CounterList, name: &str) -> u64 {
+    let found = list.iter().find(|(counter, _)| *counter == name);
+    found.expect("devices count what the API tells").1
+}
+
+fn disk_counters(disk: &VirtioPci) -> DiskCounters {
+    let (list, _) = disk.counters();
+    let value = |name| named(&list, name);
+    DiskCounters {
+        read_bytes: value("read_bytes"),
+        written_bytes: value("written_bytes"),
+        read_requests: value("reads"),
+        write_requests: value("writes"),
+        flush_requests: value("flushes"),
+        failed_requests: value("errors"),
+    }
+}
+
+fn net_counters(net: &VirtioPci) -> NetCounters {
+    let (list, _) = net.counters();
+    let value = |name| named(&list, name);
+    NetCounters {
+        received_bytes: value("received_bytes"),
+        received_packets: value("received"),
+        received_drops: value("dropped"),
+        sent_bytes: value("sent_bytes"),
+        sent_packets: value("sent"),
     }
 }
 
