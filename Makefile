@@ -45,6 +45,7 @@ lab-stop: ## end the lab
 lint: ## formatting and clippy, as CI does
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cd firmware/probe && cargo fmt --check && cargo clippy --release --locked --target-dir ../../target/probe -- -D warnings
 
 test: ## every test; the table goes to target/test/summary.tsv
 	@run/deps.sh build run test
