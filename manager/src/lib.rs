@@ -16,11 +16,13 @@
 //! crate reaches only as the programs `atoll-vmm` and `atoll-ct`.
 
 pub mod access;
+pub mod cluster;
 pub mod error;
 pub mod exec;
 pub mod guest;
 pub mod host;
 pub mod id;
+pub mod metrics;
 pub mod network;
 mod node;
 pub mod process;

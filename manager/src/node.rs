@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use crate::access::Access;
+use crate::cluster::Cluster;
 use crate::error::Error;
 use crate::guest::Guests;
 use crate::guest::lock::Locks;
 use crate::guest::site::Site;
 use crate::id::InvalidId;
+use crate::metrics::Metrics;
 use crate::network::Network;
 use crate::settings::Settings;
 use crate::storage::Storages;
@@ -27,6 +29,8 @@ struct Shared {
     store: Arc<dyn ConfigStore>,
     tasks: Tasks,
     access: Access,
+    cluster: Cluster,
+    metrics: Metrics,
     storage: Storages,
     network: Network,
     guests: Guests,
@@ -56,6 +60,8 @@ impl Node {
             .map_err(|e| Error::invalid("node", e.to_string()))?;
         let tasks = Tasks::open(&settings.node, &settings.tasks_dir(), settings.workers_max)?;
         let access = Access::new(store.clone());
+        let cluster = Cluster::new(store.clone());
+        let metrics = Metrics::open(&settings.metrics_dir())?;
         let storage = Storages::new(store.clone(), &settings.node);
         let network = Network {
             bridge: settings.bridge.clone(),
@@ -78,6 +84,8 @@ impl Node {
                 store,
                 tasks,
                 access,
+                cluster,
+                metrics,
                 storage,
                 network,
                 guests,
@@ -103,6 +111,16 @@ impl Node {
     /// Users and their rights.
     pub fn access(&self) -> &Access {
         &self.shared.access
+    }
+
+    /// What concerns all nodes: options, numbers of guests, the inventory.
+    pub fn cluster(&self) -> &Cluster {
+        &self.shared.cluster
+    }
+
+    /// Time series.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
     }
 
     /// Places for volumes.

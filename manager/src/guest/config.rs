@@ -332,11 +332,8 @@ impl ConfigUpdate {
             (key, value)
         };
         let mut set: BTreeMap<_, _> = set.into_iter().map(|(k, v)| normal(k, v)).collect();
-        if let Some(text) = set.get_mut("description")
-            && !text.is_empty()
-            && !text.ends_with('\n')
-        {
-            text.push('\n');
+        if let Some(text) = set.remove("description") {
+            set.insert("description".to_owned(), with_line_feed(text));
         }
         Ok(Self {
             set,
@@ -415,6 +412,14 @@ impl Section {
         }
         out
     }
+}
+
+/// Notes as they are kept: every line ends in a line feed, the last one, too.
+pub(crate) fn with_line_feed(mut notes: String) -> String {
+    if !notes.is_empty() && !notes.ends_with('\n') {
+        notes.push('\n');
+    }
+    notes
 }
 
 fn pending_name(kind: GuestKind) -> &'static str {

@@ -308,7 +308,7 @@ pub const VM: &[Key] = &[
     Key::unavailable("watchdog", 0, "the watchdog device is not available yet"),
     Key::unavailable("amd-sev", 0, "encrypted memory is not available yet"),
     Key::unavailable("intel-tdx", 0, "encrypted memory is not available yet"),
-    Key::unavailable("spice_enhancements", 0, NO_DISPLAY),
+    Key::unavailable("spice_enhancements", 0, "there is no display yet; the console is serial"),
     Key::unavailable("freeze", 0, "starting a guest paused is not available yet"),
     Key::unavailable("arch", 0, "guests have the host's architecture"),
 ];
