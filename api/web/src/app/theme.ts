@@ -15,6 +15,20 @@ const lagoon: MantineColorsTuple = [
   '#064c58',
 ];
 
+/** Red that white text can stand on. */
+const red: MantineColorsTuple = [
+  '#fdeceb',
+  '#fbd5d2',
+  '#f6aaa4',
+  '#f27c73',
+  '#ee564b',
+  '#e03c30',
+  '#cf2f24',
+  '#b42318',
+  '#96190f',
+  '#7a1009',
+];
+
 /** Greys of the dark scheme, slightly blue. */
 const dark: MantineColorsTuple = [
   '#d5dae0',
@@ -35,7 +49,7 @@ const DIALOG_ATTRIBUTES = { header: { role: 'presentation' } };
 export const theme = createTheme({
   primaryColor: 'lagoon',
   primaryShade: 7,
-  colors: { lagoon, dark },
+  colors: { lagoon, red, dark },
   autoContrast: true,
   fontFamily: 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif',
   fontFamilyMonospace: 'ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace',

@@ -7,6 +7,7 @@ import type { Params } from '../api/schema';
 import { ErrorNote } from '../app/ErrorPage';
 import type { Source } from '../forms/choices';
 import { Field, type Choice } from '../forms/Field';
+import { labelOf } from '../forms/labels';
 import { fieldParam, type Values } from '../forms/values';
 import { findErrors, parametersOf, useCreate, useWizardState, visible } from './state';
 import { WIZARDS, type StepSpec, type WizardSpec } from './steps';
@@ -58,8 +59,8 @@ function Review({ parameters, node }: { parameters: Record<string, string>; node
       <Table.Tbody>
         {rows.map(([name, value]) => (
           <Table.Tr key={name}>
-            <Table.Th w={150} scope="row">
-              {name}
+            <Table.Th w={200} scope="row" title={name}>
+              {labelOf(name)}
             </Table.Th>
             <Table.Td className="atoll-value">{name === 'password' ? '••••••••' : value}</Table.Td>
           </Table.Tr>

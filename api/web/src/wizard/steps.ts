@@ -143,8 +143,11 @@ const MACHINE: WizardSpec = {
 
 export const WIZARDS = { ct: CONTAINER, vm: MACHINE } as const;
 
-/** Values that are sent: none of a hidden field, none of a property string whose point (bridge, storage) is missing. */
+/** Values that are sent, in the order of the fields: none of a hidden field, since what it hangs on is not there. */
 export function sentValues(spec: WizardSpec, values: Values): Values {
-  const hidden = new Set(spec.steps.flatMap((step) => step.fields).filter((field) => field.shown && !field.shown(values)).map((field) => field.name));
-  return Object.fromEntries(Object.entries(values).filter(([name]) => name !== 'node' && !hidden.has(name)));
+  const fields = spec.steps.flatMap((step) => step.fields);
+  const hidden = new Set(fields.filter((field) => field.shown && !field.shown(values)).map((field) => field.name));
+  const names = [...new Set([...fields.map((field) => field.name), ...Object.keys(values)])];
+  const sent = names.filter((name) => name !== 'node' && !hidden.has(name) && values[name] !== undefined);
+  return Object.fromEntries(sent.map((name) => [name, values[name] ?? '']));
 }
