@@ -67,6 +67,17 @@ fn ping_host(host: &Host) {
 }
 
 #[test]
+fn probe_finds_that_this_host_runs_linux() {
+    let (hosts, _guard) = payload::start(1);
+    let probe = "/payload/bin/atoll-vmm probe --json 2>/dev/null";
+    let said = hosts[0].check(probe, SECOND * 60).unwrap();
+    let verdict: serde_json::Value = serde_json::from_str(said.trim()).unwrap();
+    assert_eq!(verdict["kvm"], true, "{said}");
+    assert_eq!(verdict["linux"], true, "{said}");
+    assert_eq!(verdict["failures"], serde_json::json!([]), "{said}");
+}
+
+#[test]
 fn one_vcpu_boots_to_a_login_with_net_and_data_survives_the_power_button() {
     let (hosts, _guard) = payload::start(1);
     let host = &hosts[0];
