@@ -1,2 +1,35 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The container runtime: OCI command line and a monitor a container.
+//! The container runtime: everything behind the command `atoll-ct`, usable as a library by a **single-threaded**
+//! process. libcontainer does the init path (namespaces, mounts, pivot, capabilities, seccomp); what it lacks is
+//! here, and each module says what that is.
+//!
+//! | module | what | why not libcontainer's |
+//! |---|---|---|
+//! | [`bundle`] | reads and checks config.json, fills in defaults | errors that name the setting; devices closed by default |
+//! | [`create`] | cgroups, idmapped mounts, then libcontainer, then the record | its builder reads the file and keeps state by itself |
+//! | [`idmap`] | idmapped root file system and bind mounts | refused there |
+//! | [`cgroup`] | named hierarchies, use check, recursive removal, freezer, v2 device filter | absent there |
+//! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
+//! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
+//! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
+//! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
+//!
+//! Not here: rootless containers, checkpoint and restore, SELinux; asking for them is a one-line error.
+
+pub mod bundle;
+pub mod cgroup;
+pub mod console;
+pub mod create;
+pub mod error;
+pub mod exec;
+mod hooks;
+pub mod idmap;
+pub mod lifecycle;
+pub mod log;
+pub mod monitor;
+pub mod process;
+mod program;
+pub mod run;
+pub mod state;
+mod sys;
+pub mod terminal;

@@ -1,0 +1,270 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Reading a bundle's config.json and making it definite: what is wrong is refused here, with the setting's
+//! name, before anything is created; what is left open gets our default. Not here: idmapped mounts (`idmap`).
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use libcontainer::syscall::syscall::create_syscall;
+use libcontainer::{utils, validator::Validator};
+use oci_spec::runtime::{
+    LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceType,
+    LinuxResources, Spec,
+};
+
+use crate::cgroup::Owner;
+use crate::create::Request;
+use crate::error::{Context, Error, Result};
+
+/// Below this every container without a `linux.cgroupsPath` gets its cgroup, under its id.
+const DEFAULT_CGROUP: &str = "/atoll-ct";
+
+/// A bundle, read and checked.
+#[derive(Debug)]
+pub struct Bundle {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Absolute path of the root file system.
+    pub rootfs: PathBuf,
+    /// config.json, with our defaults filled in.
+    pub spec: Spec,
+    /// config.json as it was read.
+    pub text: Vec<u8>,
+}
+
+/// An error about one setting.
+pub(crate) fn wrong(field: &str, reason: impl Into<String>) -> Error {
+    Error::Config {
+        field: field.to_owned(),
+        reason: reason.into(),
+    }
+}
+
+/// Reads and checks the bundle of a container to be created.
+pub fn load(request: &Request) -> Result<Bundle> {
+    let path = fs::canonicalize(&request.bundle).at("find the bundle", &request.bundle)?;
+    let file = match &request.config {
+        Some(file) => path.join(file),
+        None => path.join("config.json"),
+    };
+    let text = fs::read(&file).at("read", &file)?;
+    let mut spec = parse(&text, &file)?;
+    check(&spec)?;
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or_else(|| wrong("root", "is missing"))?;
+    let rootfs = path.join(root.path());
+    let rootfs = fs::canonicalize(&rootfs).at("find root.path", &rootfs)?;
+    if !rootfs.is_dir() {
+        return Err(wrong(
+            "root.path",
+            format!("{} is no directory", rootfs.display()),
+        ));
+    }
+    settle(&mut spec, &request.id)?;
+    Ok(Bundle {
+        path,
+        rootfs,
+        spec,
+        text,
+    })
+}
+
+/// Parses config.json, or the copy of it that a container keeps.
+pub fn parse(text: &[u8], file: &Path) -> Result<Spec> {
+    serde_json::from_slice(text).map_err(|source| Error::Json {
+        what: file.display().to_string(),
+        source,
+    })
+}
+
+/// Refuses what cannot work. libcontainer's own checks come last: theirs name no setting.
+fn check(spec: &Spec) -> Result<()> {
+    if !spec.version().starts_with("1.") {
+        return Err(wrong(
+            "ociVersion",
+            format!("{:?}: 1.x is supported", spec.version()),
+        ));
+    }
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| wrong("process", "is missing"))?;
+    if process.args().as_deref().unwrap_or_default().is_empty() {
+        return Err(wrong(
+            "process.args",
+            "is empty: name the program to execute",
+        ));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(wrong(
+            "process.cwd",
+            format!("{} is not absolute", process.cwd().display()),
+        ));
+    }
+    if process
+        .selinux_label()
+        .as_ref()
+        .is_some_and(|label| !label.is_empty())
+    {
+        return Err(wrong(
+            "process.selinuxLabel",
+            "SELinux is not supported: leave it out",
+        ));
+    }
+    if let Some(profile) = process
+        .apparmor_profile()
+        .as_ref()
+        .filter(|p| !p.is_empty())
+        && !libcontainer::apparmor::is_enabled().unwrap_or(false)
+    {
+        return Err(wrong(
+            "process.apparmorProfile",
+            format!("{profile}: AppArmor is not enabled on this host: leave it out"),
+        ));
+    }
+    if spec.linux().is_none() {
+        return Err(wrong("linux", "is missing"));
+    }
+    for mount in spec.mounts().as_deref().unwrap_or_default() {
+        if !mount.destination().is_absolute() {
+            let destination = mount.destination().display();
+            return Err(wrong(
+                "mounts",
+                format!("destination {destination} is not absolute"),
+            ));
+        }
+    }
+    let invalid = |reason: String| Error::Init(reason);
+    let syscall = create_syscall();
+    Validator::validate_spec(spec).map_err(|e| invalid(e.to_string()))?;
+    utils::validate_spec_for_new_user_ns(spec, &*syscall).map_err(|e| invalid(e.to_string()))?;
+    utils::validate_spec_for_net_devices(spec, &*syscall).map_err(|e| invalid(e.to_string()))?;
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    utils::validate_mount_options(mounts).map_err(|e| invalid(e.to_string()))
+}
+
+/// Fills in what config.json leaves open and the runtime must decide.
+fn settle(spec: &mut Spec, id: &str) -> Result<()> {
+    let Some(mut linux) = spec.linux().clone() else {
+        return Ok(());
+    };
+    let path = linux
+        .cgroups_path()
+        .clone()
+        .filter(|p| !p.as_os_str().is_empty());
+    let path = path.unwrap_or_else(|| Path::new(DEFAULT_CGROUP).join(id));
+    linux.set_cgroups_path(Some(path));
+    let mut resources = linux.resources().clone().unwrap_or_default();
+    close_devices(&mut resources);
+    linux.set_resources(Some(resources));
+    spec.set_linux(Some(linux));
+    Ok(())
+}
+
+/// The path of a cgroup as all hierarchies have it: absolute, without dots, and never a hierarchy's root, which
+/// has the whole host in it.
+pub fn cgroup_path(path: &Path) -> Result<PathBuf> {
+    let mut absolute = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::RootDir | Component::CurDir => {}
+            Component::Normal(name) => absolute.push(name),
+            Component::ParentDir | Component::Prefix(_) => {
+                return Err(wrong(
+                    "linux.cgroupsPath",
+                    format!("{} has ..", path.display()),
+                ));
+            }
+        }
+    }
+    if absolute.parent().is_none() {
+        return Err(wrong(
+            "linux.cgroupsPath",
+            "is a hierarchy's root: name a cgroup",
+        ));
+    }
+    Ok(absolute)
+}
+
+/// Makes the device list begin with "deny all", as every list means it: a bundle without one must not give the
+/// host's devices away.
+fn close_devices(resources: &mut LinuxResources) {
+    let mut list = resources.devices().clone().unwrap_or_default();
+    for rule in &mut list {
+        // Engines write -1 for "any"; the v1 files take only a star for it.
+        rule.set_major(rule.major().filter(|n| *n >= 0));
+        rule.set_minor(rule.minor().filter(|n| *n >= 0));
+    }
+    let denies_all = |rule: &LinuxDeviceCgroup| {
+        !rule.allow()
+            && matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+            && rule.major().is_none()
+            && rule.minor().is_none()
+    };
+    if !list.first().is_some_and(denies_all) {
+        let builder = LinuxDeviceCgroupBuilder::default()
+            .allow(false)
+            .typ(LinuxDeviceType::A);
+        let rule = builder
+            .access("rwm")
+            .build()
+            .expect("a rule needs no other field");
+        list.insert(0, rule);
+    } else if let Some(first) = list.first_mut() {
+        first.set_typ(Some(LinuxDeviceType::A));
+    }
+    resources.set_devices(Some(list));
+}
+
+/// The host ids of the container's root, when it has its own user namespace.
+pub fn owner(spec: &Spec) -> Option<Owner> {
+    let linux = spec.linux().as_ref()?;
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    if !namespaces
+        .iter()
+        .any(|n| n.typ() == LinuxNamespaceType::User && n.path().is_none())
+    {
+        return None;
+    }
+    let uids = linux.uid_mappings().as_deref()?.iter();
+    let gids = linux.gid_mappings().as_deref()?.iter();
+    Some(Owner {
+        uid: uids.into_iter().find(|m| m.container_id() == 0)?.host_id(),
+        gid: gids.into_iter().find(|m| m.container_id() == 0)?.host_id(),
+    })
+}
+
+/// Whether the container's program gets a terminal.
+pub fn has_terminal(spec: &Spec) -> bool {
+    spec.process()
+        .as_ref()
+        .and_then(oci_spec::runtime::Process::terminal)
+        .unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_paths() {
+        let path = |text: &str| cgroup_path(Path::new(text)).map(|p| p.display().to_string());
+        assert_eq!(path("/a/b").unwrap(), "/a/b");
+        assert_eq!(path("a").unwrap(), "/a");
+        assert!(path("/").is_err());
+        assert!(path("").is_err());
+        assert!(path("/a/../..").is_err());
+    }
+
+    #[test]
+    fn device_lists_begin_closed() {
+        let mut resources = LinuxResources::default();
+        close_devices(&mut resources);
+        assert!(!resources.devices().as_ref().unwrap()[0].allow());
+        let before = resources.clone();
+        close_devices(&mut resources);
+        assert_eq!(resources, before, "closing twice changes nothing");
+    }
+}

@@ -1,0 +1,29 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Changing the limits of a container that exists: `update`. The arithmetic between the runtime-spec's numbers
+//! and the files of v1 and v2 is libcgroups'.
+
+use std::path::{Path, PathBuf};
+
+use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
+use oci_spec::runtime::LinuxResources;
+
+use crate::error::{Error, Result};
+
+/// Writes the given limits into the cgroup at `path` (absolute, relative to every hierarchy). Limits that
+/// `resources` does not name stay as they are, the device list included.
+pub fn apply(id: &str, path: &Path, resources: &LinuxResources) -> Result<()> {
+    let failed = |reason: String| Error::Argument(format!("update the limits of {id}: {reason}"));
+    let config = CgroupConfig {
+        cgroup_path: PathBuf::from(path),
+        systemd_cgroup: false,
+        container_name: id.to_owned(),
+    };
+    let manager = create_cgroup_manager(config).map_err(|e| failed(e.to_string()))?;
+    let options = ControllerOpt {
+        resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    };
+    manager.apply(&options).map_err(|e| failed(e.to_string()))
+}

@@ -1,0 +1,334 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What each command does: arguments to the library's requests, answers to standard output.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Command as Program;
+
+use atoll_container_rt::create::{self, Request};
+use atoll_container_rt::error::{Error, Result};
+use atoll_container_rt::lifecycle::{self, Container, Force};
+use atoll_container_rt::process::parse_signal;
+use atoll_container_rt::run::{self, After};
+use atoll_container_rt::state::Status;
+use atoll_container_rt::{bundle, cgroup, console, exec, monitor, terminal};
+use oci_spec::runtime::LinuxResources;
+use serde_json::json;
+
+use crate::cli::{
+    CgroupManager, Command, Create, Delete, Exec, Format, Global, Kill, List, Ps, Run, Spec, Update,
+};
+use crate::features;
+
+/// The byte of Ctrl-], which ends `console`.
+const DETACH_KEY: u8 = 0x1d;
+
+/// Runs a command. Answers the exit code.
+pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
+    let root = root(global)?;
+    let root = root.as_path();
+    match command {
+        Command::Create(arguments) => create(root, global, arguments)?,
+        Command::Run(arguments) => return run(root, global, arguments),
+        Command::Start { id } => Container::load(root, &id)?.start()?,
+        Command::State { id } => print(&pretty(&Container::load(root, &id)?.oci_state())?)?,
+        Command::Kill(arguments) => kill(root, &arguments)?,
+        Command::Delete(arguments) => delete(root, &arguments)?,
+        Command::Exec(arguments) => return exec(root, *arguments),
+        Command::List(arguments) => list(root, &arguments)?,
+        Command::Ps(arguments) => ps(root, &arguments)?,
+        Command::Pause { id } => Container::load(root, &id)?.pause()?,
+        Command::Resume { id } => Container::load(root, &id)?.resume()?,
+        Command::Update(arguments) => update(root, &arguments)?,
+        Command::Features => print(&pretty(&features::features())?)?,
+        Command::Spec(arguments) => spec(&arguments)?,
+        Command::Console { id } => attach(root, &id)?,
+        Command::Resize { id, columns, rows } => {
+            let container = Container::load(root, &id)?;
+            console::resize(&container.directory, columns, rows)?;
+        }
+    }
+    Ok(0)
+}
+
+fn root(global: &Global) -> Result<std::path::PathBuf> {
+    std::path::absolute(&global.root).map_err(|source| Error::Io {
+        what: format!("--root {}", global.root.display()),
+        source,
+    })
+}
+
+/// Writes a line to standard output.
+fn print(text: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").map_err(|source| Error::Io {
+        what: "write to standard output".to_owned(),
+        source,
+    })
+}
+
+fn pretty(value: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string_pretty(value).map_err(|source| Error::Json {
+        what: "the answer".to_owned(),
+        source,
+    })
+}
+
+fn request(global: &Global, arguments: Create) -> Result<Request> {
+    if global.cgroup_manager == CgroupManager::Disabled {
+        return Err(Error::Argument(
+            "--cgroup-manager disabled is not supported: use cgroupfs or systemd".to_owned(),
+        ));
+    }
+    Ok(Request {
+        id: arguments.id,
+        bundle: arguments.bundle,
+        config: arguments.config,
+        console_socket: arguments.console_socket,
+        pid_file: arguments.pid_file,
+        preserve_fds: arguments.preserve_fds,
+        no_pivot: arguments.no_pivot,
+        no_new_keyring: arguments.no_new_keyring,
+        systemd_cgroup: global.systemd_cgroup || global.cgroup_manager == CgroupManager::Systemd,
+    })
+}
+
+fn create(root: &Path, global: &Global, arguments: Create) -> Result<()> {
+    let monitored = arguments.monitor;
+    let request = request(global, arguments)?;
+    if monitored {
+        return monitor::create(root, &request);
+    }
+    let bundle = bundle::load(&request)?;
+    create::create(root, &request, bundle, &create::Console::default()).map(drop)
+}
+
+fn run(root: &Path, global: &Global, arguments: Run) -> Result<u8> {
+    let monitored = arguments.create.monitor;
+    let request = request(global, arguments.create)?;
+    if monitored {
+        monitor::create(root, &request)?;
+        run::start_or_delete(root, &request.id)?;
+        return Ok(0);
+    }
+    if arguments.detach {
+        run::detached(root, &request)?;
+        return Ok(0);
+    }
+    let after = if arguments.keep {
+        After::Keep
+    } else {
+        After::Delete
+    };
+    run::foreground(root, &request, after).map(exit_code)
+}
+
+/// A program's status as ours. An exit code has eight bits.
+fn exit_code(status: atoll_container_rt::process::ExitStatus) -> u8 {
+    u8::try_from(status.code).unwrap_or(u8::MAX)
+}
+
+fn kill(root: &Path, arguments: &Kill) -> Result<()> {
+    let signal = parse_signal(&arguments.signal)?;
+    let container = Container::load(root, &arguments.id)?;
+    if arguments.all {
+        return container.kill_all(signal);
+    }
+    container.kill(signal)
+}
+
+fn delete(root: &Path, arguments: &Delete) -> Result<()> {
+    let force = if arguments.force {
+        Force::Yes
+    } else {
+        Force::No
+    };
+    for warning in lifecycle::delete(root, &arguments.id, force)? {
+        writeln!(std::io::stderr(), "atoll-ct: warning: {warning}").ok();
+    }
+    Ok(())
+}
+
+fn exec(root: &Path, arguments: Exec) -> Result<u8> {
+    let container = Container::load(root, &arguments.id)?;
+    let request = exec::Request {
+        process: arguments.process,
+        arguments: arguments.arguments,
+        environment: arguments.env,
+        cwd: arguments.cwd,
+        user: arguments.user,
+        additional_gids: arguments.additional_gids,
+        capabilities: arguments.cap,
+        terminal: arguments.tty,
+        no_new_privileges: arguments.no_new_privs,
+        apparmor: arguments.apparmor,
+        detach: arguments.detach,
+        ignore_paused: arguments.ignore_paused,
+        console_socket: arguments.console_socket,
+        pid_file: arguments.pid_file,
+        preserve_fds: arguments.preserve_fds,
+        cgroup: arguments.cgroup,
+    };
+    Ok(exec::exec(&container, &request)?.map_or(0, exit_code))
+}
+
+fn list(root: &Path, arguments: &List) -> Result<()> {
+    let containers = lifecycle::list(root)?;
+    if arguments.quiet {
+        return containers.iter().try_for_each(|c| print(&c.saved.id));
+    }
+    if arguments.format == Format::Json {
+        let states: Vec<_> = containers.iter().map(Container::oci_state).collect();
+        return print(&pretty(&states)?);
+    }
+    let width = containers
+        .iter()
+        .map(|c| c.saved.id.len())
+        .max()
+        .unwrap_or(0)
+        .max(4);
+    print(&format!(
+        "{:width$}  {:>8}  {:8}  {:30}  BUNDLE",
+        "ID", "PID", "STATUS", "CREATED"
+    ))?;
+    for container in &containers {
+        let saved = &container.saved;
+        let pid = saved
+            .init
+            .filter(|_| container.status != Status::Stopped)
+            .map_or(0, |i| i.pid);
+        let (status, bundle) = (container.status.to_string(), saved.bundle.display());
+        let created = &saved.created;
+        print(&format!(
+            "{:width$}  {pid:>8}  {status:8}  {created:30}  {bundle}",
+            saved.id
+        ))?;
+    }
+    Ok(())
+}
+
+fn ps(root: &Path, arguments: &Ps) -> Result<()> {
+    let container = Container::load(root, &arguments.id)?;
+    let processes = cgroup::all_processes(&container.saved.cgroups)?;
+    if arguments.format == Format::Json {
+        return print(&json!(processes).to_string());
+    }
+    let options: &[String] = if arguments.options.is_empty() {
+        &["-ef".to_owned()]
+    } else {
+        &arguments.options
+    };
+    let output = Program::new("ps")
+        .args(options)
+        .output()
+        .map_err(|source| Error::Io {
+            what: "run ps (Debian package procps; --format json needs none)".to_owned(),
+            source,
+        })?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Err(Error::Argument(format!("ps: {message}")));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut lines = text.lines();
+    let head = lines.next().unwrap_or_default();
+    let column = head
+        .split_whitespace()
+        .position(|name| name == "PID")
+        .ok_or_else(|| {
+            Error::Argument("the options of ps give no PID column: add one".to_owned())
+        })?;
+    print(head)?;
+    for line in lines {
+        let pid = line
+            .split_whitespace()
+            .nth(column)
+            .and_then(|field| field.parse().ok());
+        if pid.is_some_and(|pid: i32| processes.contains(&pid)) {
+            print(line)?;
+        }
+    }
+    Ok(())
+}
+
+fn update(root: &Path, arguments: &Update) -> Result<()> {
+    let container = Container::load(root, &arguments.id)?;
+    let resources = match &arguments.resources {
+        Some(path) => read_resources(path)?,
+        None => resources_of(arguments)?,
+    };
+    container.update(&resources)
+}
+
+fn read_resources(path: &Path) -> Result<LinuxResources> {
+    let mut text = Vec::new();
+    let read = if path == Path::new("-") {
+        std::io::stdin().read_to_end(&mut text).map(drop)
+    } else {
+        fs::read(path).map(|bytes| text = bytes)
+    };
+    let what = path.display().to_string();
+    read.map_err(|source| Error::Io {
+        what: format!("read {what}"),
+        source,
+    })?;
+    serde_json::from_slice(&text).map_err(|source| Error::Json { what, source })
+}
+
+/// The options of `update` as the runtime-spec's object; what is not given is not in it.
+fn resources_of(arguments: &Update) -> Result<LinuxResources> {
+    let mut value = json!({
+        "memory": {
+            "limit": arguments.memory,
+            "reservation": arguments.memory_reservation,
+            "swap": arguments.memory_swap,
+        },
+        "cpu": {
+            "shares": arguments.cpu_shares,
+            "quota": arguments.cpu_quota,
+            "period": arguments.cpu_period,
+            "cpus": arguments.cpuset_cpus,
+            "mems": arguments.cpuset_mems,
+        },
+        "pids": { "limit": arguments.pids_limit },
+        "blockIO": { "weight": arguments.blkio_weight },
+    });
+    if let Some(groups) = value.as_object_mut() {
+        groups.retain(|_, group| {
+            group.as_object_mut().is_none_or(|group| {
+                group.retain(|_, limit| !limit.is_null());
+                !group.is_empty()
+            })
+        });
+        if groups.is_empty() {
+            return Err(Error::Argument(
+                "name at least one limit to change".to_owned(),
+            ));
+        }
+    }
+    serde_json::from_value(value).map_err(|source| Error::Json {
+        what: "the limits".to_owned(),
+        source,
+    })
+}
+
+fn spec(arguments: &Spec) -> Result<()> {
+    let path = arguments.bundle.join("config.json");
+    let failed = |source| Error::Io {
+        what: format!("create {}", path.display()),
+        source,
+    };
+    let mut file = fs::File::create_new(&path).map_err(failed)?;
+    let text = pretty(&features::default_config())?;
+    file.write_all(text.as_bytes()).map_err(failed)
+}
+
+fn attach(root: &Path, id: &str) -> Result<()> {
+    let container = Container::load(root, id)?;
+    let path = container.directory.console_socket();
+    let stream = terminal::connect(&path).map_err(|source| Error::Io {
+        what: format!("{id} has no console to attach to (is it running, created with --monitor?)"),
+        source,
+    })?;
+    terminal::attach(stream, Some(DETACH_KEY))
+}

@@ -1,0 +1,310 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Creating a container: everything up to a process that waits for `start`.
+//!
+//! ```text
+//!  check bundle -> take the id -> cgroups -> idmapped mounts -> libcontainer: clone, namespaces, mounts, pivot,
+//!  capabilities, seccomp; init waits on start.sock -> device filter (v2), state.json -> transient mounts go
+//! ```
+//!
+//! libcontainer is called at its inner seam, [`container_main_process`], with the configuration in memory. Its
+//! builder would read config.json by itself (we change it), keep state of its own, and leave this process
+//! undumpable. It forks without exec and goes on running Rust code in the children: **never call this from a
+//! process that has threads.**
+
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use libcgroups::common::CgroupConfig;
+use libcontainer::container::{Container, ContainerStatus, State};
+use libcontainer::notify_socket::NotifyListener;
+use libcontainer::process::args::{ContainerArgs, ContainerType};
+use libcontainer::process::container_main_process::container_main_process;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::user_ns::UserNamespaceConfig;
+use oci_spec::runtime::{LinuxDeviceCgroup, Spec};
+
+use crate::bundle::{self, Bundle, wrong};
+use crate::cgroup::{self, Prepared};
+use crate::error::{Context, Error, Result};
+use crate::log::Causes;
+use crate::process::ProcessId;
+use crate::state::{Directory, Saved, now, write_atomically};
+use crate::{hooks, idmap, program, sys, terminal};
+
+/// What to create, as `atoll-ct create` and `run` take it.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// The new container's id.
+    pub id: String,
+    /// Directory of config.json.
+    pub bundle: PathBuf,
+    /// Read instead of config.json; relative to the bundle.
+    pub config: Option<PathBuf>,
+    /// Socket to which the terminal's controlling side is sent.
+    pub console_socket: Option<PathBuf>,
+    /// File that gets the init's process id.
+    pub pid_file: Option<PathBuf>,
+    /// Descriptors above standard error that the program inherits.
+    pub preserve_fds: u32,
+    /// Change the root by moving mounts instead of pivot_root, for a root file system on a ramdisk.
+    pub no_pivot: bool,
+    /// Share the caller's session keyring.
+    pub no_new_keyring: bool,
+    /// `linux.cgroupsPath` is `slice:prefix:name`, and systemd makes the cgroup.
+    pub systemd_cgroup: bool,
+}
+
+/// Where the container's terminal or output goes when a caller in this process takes it.
+#[derive(Debug, Default)]
+pub struct Console {
+    /// A connected socket to which the terminal's controlling side is sent.
+    pub terminal: Option<OwnedFd>,
+    /// Standard input, output and error of a program without a terminal.
+    pub stdio: Option<[OwnedFd; 3]>,
+}
+
+/// Creates a container below `root` from a bundle that was loaded for the same request. On failure nothing of
+/// it remains.
+pub fn create(root: &Path, request: &Request, bundle: Bundle, console: &Console) -> Result<Saved> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::Argument(
+            "rootless containers are not supported: run as root".to_owned(),
+        ));
+    }
+    let directory = Directory::reserve(root, &request.id)?;
+    let result = create_in(&directory, bundle, request, console);
+    if result.is_err() {
+        // The first error is the one to tell.
+        directory.remove().ok();
+    }
+    result
+}
+
+fn create_in(
+    directory: &Directory,
+    bundle: Bundle,
+    request: &Request,
+    console: &Console,
+) -> Result<Saved> {
+    let terminal = terminal_socket(&bundle.spec, request, console)?;
+    let mut spec = bundle.spec;
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| wrong("linux", "is missing"))?;
+    let asked = linux.cgroups_path().clone().unwrap_or_default();
+    let cgroup = if request.systemd_cgroup {
+        Prepared::by_systemd()?
+    } else {
+        let path = bundle::cgroup_path(&asked)?;
+        cgroup::prepare(&path, bundle::owner(&spec))?
+    };
+    let mut saved = Saved {
+        id: request.id.clone(),
+        oci_version: spec.version().clone(),
+        bundle: bundle.path,
+        rootfs: bundle.rootfs,
+        created: now(),
+        annotations: spec
+            .annotations()
+            .clone()
+            .unwrap_or_default()
+            .into_iter()
+            .collect(),
+        init: None,
+        monitor: None,
+        cgroup_path: if request.systemd_cgroup {
+            asked
+        } else {
+            bundle::cgroup_path(&asked)?
+        },
+        cgroups: cgroup.directories.clone(),
+        mounts: Vec::new(),
+        has_hooks: hooks::any_after_create(&spec),
+    };
+    let (rootfs, mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
+    saved.mounts = mounts.paths().to_vec();
+    // From here on a creator that is killed leaves what `delete --force` can find.
+    directory.save(&saved)?;
+    write_atomically(&directory.config(), &bundle.text)?;
+    let plan = Plan {
+        directory,
+        request,
+        rootfs,
+        terminal,
+        console,
+    };
+    let result = enter_and_launch(&plan, &spec, &cgroup, &saved);
+    drop(mounts);
+    let pid = match result {
+        Ok(pid) => pid,
+        Err(error) => {
+            cgroup.leave().ok();
+            cgroup::remove(&saved.cgroups).ok();
+            hooks::after_delete(&spec, &saved);
+            return Err(error);
+        }
+    };
+    saved.mounts.clear();
+    if let Err(error) = finish(&plan, &spec, &mut saved, pid) {
+        sys::kill(pid, libc::SIGKILL).ok();
+        cgroup::remove(&saved.cgroups).ok();
+        return Err(error);
+    }
+    Ok(saved)
+}
+
+/// What [`launch`] needs besides the configuration.
+struct Plan<'a> {
+    directory: &'a Directory,
+    request: &'a Request,
+    rootfs: PathBuf,
+    terminal: Option<OwnedFd>,
+    console: &'a Console,
+}
+
+/// Connects to whoever takes the terminal, or refuses a terminal that nobody takes.
+fn terminal_socket(spec: &Spec, request: &Request, console: &Console) -> Result<Option<OwnedFd>> {
+    let wanted = bundle::has_terminal(spec);
+    match (&request.console_socket, &console.terminal) {
+        (None, None) if wanted => Err(Error::Argument(
+            "process.terminal is true and nobody takes the terminal: give --console-socket or --monitor"
+                .to_owned(),
+        )),
+        (Some(_), _) if !wanted => Err(Error::Argument(
+            "--console-socket is given but process.terminal is false: set it to true".to_owned(),
+        )),
+        (Some(path), _) => {
+            let stream = terminal::connect(path).at("connect to the console socket", path)?;
+            Ok(Some(stream.into()))
+        }
+        (None, Some(socket)) if wanted => {
+            let socket = socket.try_clone().context(|| "duplicate a socket".to_owned())?;
+            Ok(Some(socket))
+        }
+        (None, _) => Ok(None),
+    }
+}
+
+/// Launches the init from within the cgroups that libcgroups does not join, and comes back out of them.
+fn enter_and_launch(
+    plan: &Plan<'_>,
+    spec: &Spec,
+    cgroup: &Prepared,
+    saved: &Saved,
+) -> Result<sys::Pid> {
+    if !plan.request.no_new_keyring {
+        let name = std::ffi::CString::new(format!("_ses.{}", plan.request.id))
+            .expect("a checked id has no NUL byte");
+        match sys::join_session_keyring(&name) {
+            // A kernel or a seccomp filter without keyrings has nothing to separate.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {}
+            other => other.context(|| "join a new session keyring".to_owned())?,
+        }
+    }
+    if cgroup.unified
+        && let Some(directory) = cgroup.directories.first()
+    {
+        cgroup::devices::enforce(directory, device_list(spec))?;
+    }
+    cgroup.enter()?;
+    // The children inherit it, so that nobody in the container can trace them before they have entered it.
+    sys::set_dumpable(false).context(|| "become undumpable".to_owned())?;
+    let result = launch(plan, spec, saved);
+    sys::set_dumpable(true).context(|| "become dumpable".to_owned())?;
+    cgroup.leave()?;
+    result
+}
+
+fn device_list(spec: &Spec) -> &[LinuxDeviceCgroup] {
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    resources
+        .and_then(|resources| resources.devices().as_deref())
+        .unwrap_or_default()
+}
+
+/// Has libcontainer build the container. Answers the process id of its init.
+fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
+    let described = |error: &dyn std::error::Error| Error::Init(crate::error::one_line(error));
+    let causes = Causes::collect()?;
+    let listener =
+        NotifyListener::new(&plan.directory.start_socket()).map_err(|e| described(&e))?;
+    let mut state = State::new(
+        &saved.id,
+        ContainerStatus::Creating,
+        None,
+        saved.bundle.clone(),
+    );
+    state.oci_version.clone_from(&saved.oci_version);
+    state.annotations = spec.annotations().clone();
+    let raw = |index: usize| {
+        plan.console
+            .stdio
+            .as_ref()
+            .map(|stdio| stdio[index].as_raw_fd())
+    };
+    let arguments = ContainerArgs {
+        container_type: ContainerType::InitContainer,
+        syscall: SyscallType::default(),
+        spec: Rc::new(spec.clone()),
+        rootfs: plan.rootfs.clone(),
+        console_socket: plan.terminal.as_ref().map(AsRawFd::as_raw_fd),
+        notify_listener: listener,
+        preserve_fds: plan.request.preserve_fds.try_into().unwrap_or(i32::MAX),
+        container: Some(Container {
+            state,
+            root: plan.directory.path.clone(),
+        }),
+        user_ns_config: UserNamespaceConfig::new(spec).map_err(|e| described(&e))?,
+        cgroup_config: CgroupConfig {
+            cgroup_path: saved.cgroup_path.clone(),
+            systemd_cgroup: plan.request.systemd_cgroup,
+            container_name: saved.id.clone(),
+        },
+        detached: true,
+        executor: Box::new(program::Init::default()),
+        no_pivot: plan.request.no_pivot,
+        stdin: raw(0),
+        stdout: raw(1),
+        stderr: raw(2),
+        as_sibling: false,
+        pid_file: None,
+    };
+    match container_main_process(&arguments) {
+        Ok(pid) => Ok(pid.as_raw()),
+        Err(error) => Err(match causes.first() {
+            Some(cause) => Error::Init(cause),
+            None => described(&error),
+        }),
+    }
+}
+
+/// What is left to do once there is an init.
+fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Result<()> {
+    saved.init = Some(ProcessId::of(init)?);
+    if saved.cgroups.is_empty() {
+        // systemd has made the cgroup; only now is it known where.
+        saved.cgroups = cgroup::directories_of(init)?;
+        for directory in &saved.cgroups {
+            cgroup::devices::enforce(directory, device_list(spec))?;
+        }
+    }
+    let score = spec
+        .process()
+        .as_ref()
+        .and_then(oci_spec::runtime::Process::oom_score_adj);
+    if let Some(score) = score {
+        let file = PathBuf::from(format!("/proc/{init}/oom_score_adj"));
+        fs::write(&file, score.to_string()).at("write", &file)?;
+    }
+    plan.directory.save(saved)?;
+    if let Some(file) = &plan.request.pid_file {
+        write_atomically(file, init.to_string().as_bytes())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,252 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Operations on a container that exists: state, start, kill, pause, resume, update, delete. Each reads
+//! `state.json`, finds out the status, and does one thing. Creation is `create`, processes inside are `exec`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use libcontainer::notify_socket::NotifySocket;
+use oci_spec::runtime::LinuxResources;
+use serde::Serialize;
+
+use crate::error::{Context, Error, Result};
+use crate::state::{Directory, Saved, Status};
+use crate::{bundle, cgroup, hooks, idmap, sys};
+
+/// How long a killed init may take to end: its memory is given back meanwhile.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the monitor may take to write the exit record after the init's end.
+const MONITOR_LIMIT: Duration = Duration::from_secs(2);
+
+/// A container as it is now.
+#[derive(Debug)]
+pub struct Container {
+    /// Its directory below the runtime's root.
+    pub directory: Directory,
+    /// What is remembered of it.
+    pub saved: Saved,
+    /// Its status when it was loaded.
+    pub status: Status,
+}
+
+/// The state of the runtime-spec, "State", with runc's additions and the exit code.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OciState<'a> {
+    oci_version: &'a str,
+    id: &'a str,
+    /// 0 when there is no process.
+    pid: sys::Pid,
+    status: Status,
+    bundle: &'a Path,
+    rootfs: &'a Path,
+    created: &'a str,
+    annotations: &'a std::collections::BTreeMap<String, String>,
+    owner: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i32>,
+}
+
+impl Container {
+    /// Loads a container by id.
+    pub fn load(root: &Path, id: &str) -> Result<Self> {
+        let directory = Directory::of(root, id)?;
+        let saved = directory.load(id)?;
+        let status = directory.status(&saved);
+        Ok(Self {
+            directory,
+            saved,
+            status,
+        })
+    }
+
+    /// Its state for a reader outside.
+    pub fn oci_state(&self) -> OciState<'_> {
+        let stopped = self.status == Status::Stopped;
+        OciState {
+            oci_version: &self.saved.oci_version,
+            id: &self.saved.id,
+            pid: self
+                .saved
+                .init
+                .filter(|_| !stopped)
+                .map_or(0, |init| init.pid),
+            status: self.status,
+            bundle: &self.saved.bundle,
+            rootfs: &self.saved.rootfs,
+            created: &self.saved.created,
+            annotations: &self.saved.annotations,
+            owner: "root",
+            exit_code: self
+                .directory
+                .exit()
+                .filter(|_| stopped)
+                .map(|exit| exit.exit_code),
+        }
+    }
+
+    /// Refuses unless the status is one of those `allowed`.
+    pub fn require(&self, allowed: &[Status], needed: &'static str) -> Result<()> {
+        if allowed.contains(&self.status) {
+            return Ok(());
+        }
+        Err(Error::Status {
+            id: self.saved.id.clone(),
+            status: self.status,
+            needed,
+        })
+    }
+
+    /// The configuration that the container was created from.
+    pub fn spec(&self) -> Result<oci_spec::runtime::Spec> {
+        let path = self.directory.config();
+        bundle::parse(&fs::read(&path).at("read", &path)?, &path)
+    }
+
+    /// Lets the created program run.
+    pub fn start(&self) -> Result<()> {
+        self.require(
+            &[Status::Created],
+            "only a created container can be started",
+        )?;
+        let socket = self.directory.start_socket();
+        NotifySocket::new(socket.clone())
+            .notify_container_start()
+            .map_err(|e| Error::Argument(format!("start: {}", crate::error::one_line(&e))))?;
+        fs::remove_file(&socket).at("remove", &socket)?;
+        if self.saved.has_hooks
+            && let Err(error) = hooks::after_start(&self.spec()?, &self.saved)
+        {
+            self.kill(libc::SIGKILL)?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Sends a signal to the init.
+    pub fn kill(&self, signal: i32) -> Result<()> {
+        let running = [Status::Created, Status::Running, Status::Paused];
+        self.require(&running, "container not running")?;
+        let init = self.saved.init.and_then(crate::process::ProcessId::open);
+        let Some(init) = init else {
+            return Err(Error::Status {
+                id: self.saved.id.clone(),
+                status: Status::Stopped,
+                needed: "container not running",
+            });
+        };
+        init.signal(signal)
+            .context(|| format!("signal the init of {}", self.saved.id))?;
+        if self.status == Status::Paused && signal == libc::SIGKILL {
+            // A frozen v1 process does not even die.
+            cgroup::thaw(&self.saved.cgroups)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a signal to every process in the container, whatever its state.
+    pub fn kill_all(&self, signal: i32) -> Result<()> {
+        cgroup::signal_all(&self.saved.cgroups, signal)
+    }
+
+    /// Freezes every process.
+    pub fn pause(&self) -> Result<()> {
+        self.require(
+            &[Status::Running, Status::Created],
+            "only a running container can be paused",
+        )?;
+        cgroup::freeze(&self.saved.cgroups)
+    }
+
+    /// Undoes [`Self::pause`].
+    pub fn resume(&self) -> Result<()> {
+        self.require(&[Status::Paused], "only a paused container can be resumed")?;
+        cgroup::thaw(&self.saved.cgroups)
+    }
+
+    /// Changes limits.
+    pub fn update(&self, resources: &LinuxResources) -> Result<()> {
+        let there = [Status::Created, Status::Running, Status::Paused];
+        self.require(
+            &there,
+            "only a container with processes has limits to change",
+        )?;
+        cgroup::limits::apply(&self.saved.id, &self.saved.cgroup_path, resources)
+    }
+
+    /// Removes a container that has ended or was never started, and everything of it on the host. Answers the
+    /// warnings of its poststop hooks.
+    pub fn delete(&self, force: Force) -> Result<Vec<String>> {
+        if force == Force::No {
+            let idle = [Status::Stopped, Status::Created];
+            self.require(&idle, "stop it first, or delete with --force")?;
+        }
+        if let Some(init) = self.saved.init.and_then(crate::process::ProcessId::open) {
+            // It may have ended meanwhile.
+            init.signal(libc::SIGKILL).ok();
+            if self.status == Status::Paused {
+                cgroup::thaw(&self.saved.cgroups)?;
+            }
+            if !init.wait_end(KILL_LIMIT) {
+                return Err(Error::Argument(format!(
+                    "the init of {} has not ended {} s after SIGKILL",
+                    self.saved.id,
+                    KILL_LIMIT.as_secs()
+                )));
+            }
+        }
+        cgroup::remove(&self.saved.cgroups)?;
+        for mount in self.saved.mounts.iter().rev() {
+            idmap::detach(mount);
+        }
+        if let Some(monitor) = self.saved.monitor.and_then(crate::process::ProcessId::open) {
+            monitor.wait_end(MONITOR_LIMIT);
+        }
+        let spec = if self.saved.has_hooks {
+            self.spec().ok()
+        } else {
+            None
+        };
+        self.directory.remove()?;
+        Ok(spec
+            .map(|spec| hooks::after_delete(&spec, &self.saved))
+            .unwrap_or_default())
+    }
+}
+
+/// Whether `delete` may kill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Force {
+    /// Refuse what runs.
+    No,
+    /// Kill what runs; a container that does not exist is no error.
+    Yes,
+}
+
+/// Deletes by id, also what a killed creator has left.
+pub fn delete(root: &Path, id: &str, force: Force) -> Result<Vec<String>> {
+    match Container::load(root, id) {
+        Ok(container) => container.delete(force),
+        Err(Error::NotFound { .. }) if force == Force::Yes => {
+            Directory::of(root, id)?.remove().map(|()| Vec::new())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Every container below a root, by id. Those that another process is just removing are left out.
+pub fn list(root: &Path) -> Result<Vec<Container>> {
+    let entries = match fs::read_dir(root) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.at("read", root)?,
+    };
+    let mut ids: Vec<PathBuf> = Vec::new();
+    for entry in entries {
+        ids.push(entry.at("read", root)?.file_name().into());
+    }
+    ids.sort();
+    let load = |id: &PathBuf| Container::load(root, id.to_str()?).ok();
+    Ok(ids.iter().filter_map(load).collect())
+}

@@ -1,0 +1,157 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The last step of every process that enters a container: finding its program and becoming it. Used by
+//! libcontainer's init (as its `Executor`) and by `exec`. Unlike libcontainer's own executor it needs no PATH for
+//! an absolute program, keeps the environment's order, unblocks signals, and words its errors as container
+//! engines look for them.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::unistd::{AccessFlags, access, execve};
+use oci_spec::runtime::Spec;
+
+use crate::error::{Error, Result};
+
+/// Where programs are looked for when the environment has no PATH; as login(1) sets it for root.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Finds a program as execvp(3) does, in the container's root and with its user's rights.
+pub fn find(name: &str, environment: &[String]) -> Result<PathBuf> {
+    if name.contains('/') {
+        let path = PathBuf::from(name);
+        return match executable(&path) {
+            Ok(()) => Ok(path),
+            Err(errno) => Err(not_executable(&format!("exec: `{name}`"), errno)),
+        };
+    }
+    let path = environment
+        .iter()
+        .rev()
+        .find_map(|e| e.strip_prefix("PATH="));
+    let mut refused = None;
+    for directory in path.unwrap_or(DEFAULT_PATH).split(':') {
+        let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(name);
+        match executable(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => {}
+            Err(errno) => refused = Some((candidate, errno)),
+        }
+    }
+    match refused {
+        Some((candidate, errno)) => Err(not_executable(
+            &format!("exec: `{}`", candidate.display()),
+            errno,
+        )),
+        None => Err(not_executable(
+            &format!("executable file `{name}` not found in $PATH"),
+            Errno::ENOENT,
+        )),
+    }
+}
+
+fn executable(path: &Path) -> std::result::Result<(), Errno> {
+    access(path, AccessFlags::X_OK)?;
+    if path.is_dir() {
+        return Err(Errno::EACCES);
+    }
+    Ok(())
+}
+
+fn not_executable(what: &str, errno: Errno) -> Error {
+    let exit_code = if matches!(errno, Errno::ENOENT | Errno::ENOTDIR) {
+        127
+    } else {
+        126
+    };
+    Error::Executable {
+        message: format!("{what}: {}", errno.desc()),
+        exit_code,
+    }
+}
+
+fn c_strings(texts: &[String]) -> Result<Vec<CString>> {
+    let convert = |text: &String| {
+        CString::new(text.as_bytes())
+            .map_err(|_| Error::Argument(format!("{text:?} has a NUL byte")))
+    };
+    texts.iter().map(convert).collect()
+}
+
+/// Becomes the program. Returns only when it cannot be executed.
+pub fn become_program(
+    path: &Path,
+    arguments: &[String],
+    environment: &[String],
+) -> Result<Infallible> {
+    let path_text = c_strings(&[path.display().to_string()])?.remove(0);
+    let (arguments, environment) = (c_strings(arguments)?, c_strings(environment)?);
+    // What we block while we wait for our children is no business of the container's.
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).ok();
+    execve(&path_text, &arguments, &environment)
+        .map_err(|errno| not_executable(&format!("exec: `{}`", path.display()), errno))
+}
+
+/// The container's own program, as libcontainer's init executes it.
+#[derive(Clone, Default)]
+pub struct Init {
+    path: RefCell<PathBuf>,
+    environment: RefCell<Vec<String>>,
+}
+
+fn parts(spec: &Spec) -> (Vec<String>, Vec<String>) {
+    let process = spec.process().as_ref();
+    let arguments = process.and_then(|p| p.args().clone()).unwrap_or_default();
+    let environment = process.and_then(|p| p.env().clone()).unwrap_or_default();
+    (arguments, environment)
+}
+
+impl Executor for Init {
+    fn validate(&self, spec: &Spec) -> std::result::Result<(), ExecutorValidationError> {
+        let (arguments, environment) = parts(spec);
+        let name = arguments.first().map_or("", String::as_str);
+        match find(name, &environment) {
+            Ok(path) => {
+                self.path.replace(path);
+                self.environment.replace(environment);
+                Ok(())
+            }
+            Err(error) => {
+                tracing::error!("{error}");
+                Err(ExecutorValidationError::ArgValidationError(
+                    error.to_string(),
+                ))
+            }
+        }
+    }
+
+    fn setup_envs(
+        &self,
+        variables: HashMap<String, String>,
+    ) -> std::result::Result<(), ExecutorSetEnvsError> {
+        // libcontainer adds HOME and the variables of socket activation to config.json's.
+        let mut environment = self.environment.borrow_mut();
+        for (name, value) in variables {
+            let start = format!("{name}=");
+            if !environment.iter().any(|e| e.starts_with(&start)) {
+                environment.push(start + &value);
+            }
+        }
+        Ok(())
+    }
+
+    fn exec(&self, spec: &Spec) -> std::result::Result<(), ExecutorError> {
+        let (arguments, _) = parts(spec);
+        match become_program(&self.path.borrow(), &arguments, &self.environment.borrow()) {
+            Err(error) => Err(ExecutorError::Other(error.to_string())),
+            Ok(never) => match never {},
+        }
+    }
+}
