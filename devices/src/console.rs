@@ -224,6 +224,3 @@ impl Drop for Console {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -472,6 +472,3 @@ impl BusDevice for PciWindow {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -156,9 +156,9 @@ impl Msix {
         for (index, byte) in data.iter_mut().enumerate() {
             let first = usize::try_from(offset)
                 .ok()
-                .and_then(|offset| (offset + index).checked_mul(8));
+                .and_then(|offset| offset.checked_add(index)?.checked_mul(8));
             *byte = (0..8).fold(0, |bits, bit| {
-                let state = first.and_then(|first| self.vectors.get(first + bit));
+                let state = first.and_then(|first| self.vectors.get(first | bit));
                 let pending = state.is_some_and(|state| state.load(Ordering::Acquire) == PENDING);
                 bits | u8::from(pending) << bit
             });

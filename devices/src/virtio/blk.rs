@@ -83,6 +83,22 @@ impl Blk {
         }
     }
 
+    /// What serves `queue`; opens the backend's queue.
+    pub(crate) fn handler(&self, queue: &DeviceQueue, features: u64) -> io::Result<Handler> {
+        let size = queue.size();
+        Ok(Handler {
+            disk: self.backend.open_queue(size)?,
+            slots: (0..size).map(|_| None).collect(),
+            free: (0..usize::from(size)).rev().collect(),
+            spare: Vec::with_capacity(size.into()),
+            done: Vec::with_capacity(size.into()),
+            chain: Chain::new(),
+            serial: self.serial,
+            write_through: features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            counters: self.counters.clone(),
+        })
+    }
+
     /// `struct virtio_blk_config` up to `num_queues`, §5.2.4.
     fn config(&self) -> [u8; 36] {
         let mut config = [0; 36];
@@ -117,23 +133,10 @@ impl VirtioDevice for Blk {
 
     fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
         let index = start.index;
-        let size = start.queue.size();
-        let disk = self
-            .backend
-            .open_queue(size)
+        let handler = self
+            .handler(&start.queue, start.features)
             .map_err(|source| StartError { index, source })?;
         let name = format!("{}-q{index}", self.name);
-        let handler = Handler {
-            disk,
-            slots: (0..size).map(|_| None).collect(),
-            free: (0..usize::from(size)).rev().collect(),
-            spare: Vec::with_capacity(size.into()),
-            done: Vec::with_capacity(size.into()),
-            chain: Chain::new(),
-            serial: self.serial,
-            write_through: start.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
-            counters: self.counters.clone(),
-        };
         worker::spawn(&name, start, Box::new(handler))
     }
 
@@ -161,7 +164,7 @@ struct Slot {
     ram: Arc<Ram>,
 }
 
-struct Handler {
+pub(crate) struct Handler {
     disk: Box<dyn BlockQueue>,
     /// A slot's index is the request's token.
     slots: Vec<Option<Slot>>,
@@ -211,6 +214,8 @@ impl QueueHandler for Handler {
     }
 
     fn drain(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+        // A malformed chain ends a batch before it was handed over.
+        self.disk.kick().map_err(host("submit disk requests"))?;
         loop {
             self.finish(queue)?;
             if self.disk.in_flight() == 0 {

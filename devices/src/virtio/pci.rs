@@ -626,6 +626,3 @@ fn class(device_id: u16) -> u32 {
         _ => 0x00_ff_00,
     }
 }
-
-#[cfg(test)]
-mod tests;

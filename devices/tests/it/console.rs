@@ -1,0 +1,157 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Console device and serial port on the shared backends.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use atoll_devices::bus::BusDevice;
+use atoll_devices::console::{BACKLOG_BYTES, Console, ConsoleBackend};
+use atoll_devices::platform::Serial;
+use atoll_devices::testing::{Driver, Line, Segment};
+use atoll_devices::virtio::console::VirtioConsole;
+
+const DATA: u64 = 0x10_0000;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn socket() -> (tempfile::TempDir, PathBuf, Console) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let console = Console::open(&ConsoleBackend::Socket(path.clone())).unwrap();
+    (directory, path, console)
+}
+
+fn connect(path: &PathBuf) -> UnixStream {
+    let stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+fn read(stream: &mut impl Read, size: usize) -> Vec<u8> {
+    let mut data = vec![0; size];
+    stream.read_exact(&mut data).unwrap();
+    data
+}
+
+#[test]
+fn virtio_console_both_ways() {
+    let (_directory, path, console) = socket();
+    let mut driver = Driver::new(Arc::new(VirtioConsole::new(console.port()).unwrap()));
+    driver.start(u64::MAX);
+    let mut client = connect(&path);
+    driver.put(DATA, b"hello");
+    let chain = [Segment::readable(DATA, 2), Segment::readable(DATA + 2, 3)];
+    driver.add(1, &chain);
+    driver.kick(1);
+    driver.wait_used(1);
+    assert_eq!(read(&mut client, 5), b"hello");
+    client.write_all(b"typed").unwrap();
+    for (size, expected) in [(3, &b"typ"[..]), (8, b"ed")] {
+        driver.add(0, &[Segment::writable(DATA, size)]);
+        driver.kick(0);
+        let (_, count) = driver.wait_used(0);
+        let count = usize::try_from(count).unwrap();
+        assert_eq!(driver.get(DATA, count), expected);
+    }
+    assert!(driver.interrupts.wait(1, PATIENCE));
+}
+
+#[test]
+fn every_client_gets_the_backlog_first() {
+    let (_directory, path, console) = socket();
+    let port = console.port();
+    let output: Vec<u8> = (0..=255).cycle().take(BACKLOG_BYTES + 1000).collect();
+    output.chunks(777).for_each(|part| port.write(part));
+    let mut clients = [connect(&path), connect(&path), connect(&path)];
+    for client in &mut clients {
+        assert_eq!(read(client, BACKLOG_BYTES), output[1000..]);
+    }
+    port.write(b"live");
+    for client in &mut clients {
+        assert_eq!(read(client, 4), b"live");
+    }
+    // A client that leaves, and one that never reads, disturb nobody.
+    let [gone, idle, mut last] = clients;
+    drop(gone);
+    (0..40).for_each(|_| {
+        port.write(&output[..16384]);
+        assert_eq!(read(&mut last, 16384), output[..16384]);
+    });
+    drop(idle);
+    drop(console);
+    assert!(!path.exists());
+}
+
+#[test]
+fn refuses_a_path_that_exists() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    std::fs::write(&path, "").unwrap();
+    let error = Console::open(&ConsoleBackend::Socket(path)).err().unwrap();
+    assert!(error.to_string().starts_with("console socket "), "{error}");
+}
+
+#[test]
+fn serial_port_with_more_input_than_its_fifo() {
+    let (_directory, path, console) = socket();
+    let irq = Arc::new(Line::default());
+    let serial = Serial::new(console.port(), irq.clone());
+    let register = |offset| {
+        let mut value = [0];
+        serial.read(offset, &mut value);
+        value[0]
+    };
+    serial.write(1, &[1]); // Interrupts for received data.
+    let mut client = connect(&path);
+    b"boot".iter().for_each(|byte| serial.write(0, &[*byte]));
+    assert_eq!(read(&mut client, 4), b"boot");
+    let typed: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+    let writer = std::thread::Builder::new();
+    let copy = typed.clone();
+    let writer = writer
+        .spawn(move || client.write_all(&copy).unwrap())
+        .unwrap();
+    let (mut seen, deadline) = (Vec::new(), Instant::now() + PATIENCE);
+    while seen.len() < typed.len() {
+        assert!(Instant::now() < deadline);
+        if register(5) & 1 != 0 {
+            seen.push(register(0));
+        }
+    }
+    writer.join().unwrap();
+    assert_eq!(seen, typed);
+    assert!(irq.edges() > 0);
+    // Odd accesses do nothing.
+    let mut wide = [0; 4];
+    serial.read(0, &mut wide);
+    serial.read(9, &mut wide);
+    serial.write(0, &[1, 2]);
+    assert_eq!(wide, [0xff; 4]);
+    serial.reset();
+    assert_eq!(register(1), 0);
+}
+
+#[test]
+fn a_pseudo_terminal() {
+    let console = Console::open(&ConsoleBackend::Pty).unwrap();
+    let path = console.pty_path().unwrap();
+    let mut terminal = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let port = console.port();
+    port.write(b"a\nb");
+    assert_eq!(read(&mut terminal, 3), b"a\nb");
+    terminal.write_all(b"x\r").unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while port.input_size() < 2 {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    let mut typed = [0; 8];
+    assert_eq!(port.read(&mut typed), 2);
+    assert_eq!(&typed[..2], b"x\r");
+}

@@ -1,0 +1,15 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Devices against a driver of our own, well-behaved and hostile. Needs no KVM; network tests need root.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests, which clippy does not take for tests"
+)]
+
+mod blk;
+mod console;
+mod fuzz;
+mod hostile;
+mod net;
+mod rng;
+mod transport;

@@ -1,0 +1,228 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Network card on a real tap in a network namespace of the test's own. A packet socket is the other end.
+#![expect(
+    unsafe_code,
+    reason = "unshare(2) and packet sockets have no safe wrapper here"
+)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::process::Command;
+use std::sync::Arc;
+
+use atoll_devices::testing::{Driver, Segment};
+use atoll_devices::virtio::net::{Net, NetOptions, Tap, TapError};
+
+const DATA: u64 = 0x10_0000;
+/// Ethertype for local experiments.
+const ETHERTYPE: u16 = 0x88b5;
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+struct Rig {
+    driver: Driver,
+    wire: File,
+}
+
+/// A device on tap `t0`, and a packet socket on the same interface. `None` without the privileges.
+fn rig(features: u64) -> Option<Rig> {
+    // SAFETY: plain numbers; moves only this thread, which ends with its test, to another namespace.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!("ATOLL-SKIP: a network namespace needs root");
+        return None;
+    }
+    let tap = match Tap::open("t0") {
+        Ok(tap) => tap,
+        Err(TapError::Device(error)) => {
+            println!("ATOLL-SKIP: /dev/net/tun: {error}");
+            return None;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let up = [
+        "link",
+        "set",
+        "t0",
+        "addrgenmode",
+        "none",
+        "mtu",
+        "9000",
+        "up",
+    ];
+    assert!(Command::new("ip").args(up).status().unwrap().success());
+    let mut driver = Driver::new(Arc::new(Net::new(NetOptions {
+        name: "net0".to_owned(),
+        tap,
+        mac: MAC,
+        mtu: Some(9000),
+    })));
+    driver.start(features);
+    Some(Rig {
+        driver,
+        wire: packet_socket(),
+    })
+}
+
+fn packet_socket() -> File {
+    let protocol = ETHERTYPE.to_be();
+    // SAFETY: plain numbers.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol)) };
+    assert!(fd >= 0);
+    // SAFETY: just made, and owned by nobody else.
+    let socket = unsafe { File::from_raw_fd(fd) };
+    // SAFETY: a C string.
+    let index = unsafe { libc::if_nametoindex(c"t0".as_ptr()) };
+    // SAFETY: all zeroes is a valid sockaddr_ll.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
+    address.sll_protocol = protocol;
+    address.sll_ifindex = i32::try_from(index).unwrap();
+    let size = u32::try_from(size_of_val(&address)).unwrap();
+    // SAFETY: an open socket, and an address of the size that is given.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
+    assert_eq!(bound, 0);
+    socket
+}
+
+fn frame(size: usize) -> Vec<u8> {
+    let mut frame = [MAC, [2, 0, 0, 0, 0, 2]].concat();
+    frame.extend(ETHERTYPE.to_be_bytes());
+    frame.extend((0..=255).cycle().take(size - 14));
+    frame
+}
+
+impl Rig {
+    /// Waits for a packet of ours in `count` buffers of `size` bytes each; what the kernel says by itself is
+    /// skipped, its buffers offered again.
+    fn receive(&mut self, size: u32) -> (u16, Vec<u8>) {
+        loop {
+            let (head, written) = self.driver.wait_used(0);
+            let mut data = self.buffer(head, size, written);
+            let count = u16::from_le_bytes([data[10], data[11]]);
+            for _ in 1..count {
+                let (head, written) = self.driver.used(0).expect("all buffers at once");
+                data.extend(self.buffer(head, size, written));
+            }
+            if data[24..26] == ETHERTYPE.to_be_bytes() {
+                return (count, data.split_off(12));
+            }
+            (0..count).for_each(|i| {
+                self.driver.add(0, &[buffer(u64::from(i), size)]);
+            });
+            self.driver.kick(0);
+        }
+    }
+
+    fn buffer(&self, head: u16, size: u32, written: u32) -> Vec<u8> {
+        let at = self.driver.rings[0].descriptors + u64::from(head) * 16;
+        let address = u64::from_le_bytes(self.driver.get(at, 8).try_into().unwrap());
+        assert!(written <= size);
+        self.driver.get(address, usize::try_from(written).unwrap())
+    }
+}
+
+fn buffer(index: u64, size: u32) -> Segment {
+    Segment::writable(DATA + index * 0x1_0000, size)
+}
+
+#[test]
+fn sends_in_one_piece_and_in_fifty() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    for pieces in [1u32, 2, 50] {
+        let frame = frame(1200);
+        let mut packet = vec![0; 12];
+        packet.extend(&frame);
+        rig.driver.put(DATA, &packet);
+        let size = u32::try_from(packet.len()).unwrap();
+        let step = size / pieces;
+        let chain: Vec<Segment> = (0..pieces)
+            .map(|i| {
+                let end = if i + 1 == pieces {
+                    size
+                } else {
+                    (i + 1) * step
+                };
+                Segment::readable(DATA + u64::from(i * step), end - i * step)
+            })
+            .collect();
+        rig.driver.add(1, &chain);
+        rig.driver.kick(1);
+        let mut seen = vec![0; 2000];
+        let count = rig.wire.read(&mut seen).unwrap();
+        assert_eq!(seen[..count], frame);
+        rig.driver.wait_used(1);
+    }
+    let (counters, _) = rig.driver.device.counters();
+    assert!(counters.contains(&("sent", 3)), "{counters:?}");
+}
+
+#[test]
+fn receives_into_merged_buffers() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    (0..32).for_each(|i| {
+        rig.driver.add(0, &[buffer(i, 256)]);
+    });
+    rig.driver.kick(0);
+    for size in [60, 244, 245, 1500] {
+        rig.wire.write_all(&frame(size)).unwrap();
+        let (count, seen) = rig.receive(256);
+        assert_eq!(seen, frame(size));
+        assert_eq!(usize::from(count), (size + 12).div_ceil(256));
+    }
+}
+
+#[test]
+fn a_packet_waits_for_buffers_and_is_lost_in_too_small_ones() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    rig.wire.write_all(&frame(1000)).unwrap();
+    for i in 0..5 {
+        rig.driver.add(0, &[buffer(i, 256)]);
+        rig.driver.kick(0);
+    }
+    (5..16).for_each(|i| {
+        rig.driver.add(0, &[buffer(i, 256)]);
+    });
+    rig.driver.kick(0);
+    assert_eq!(rig.receive(256).1, frame(1000));
+    // Without merging, one buffer must hold it; the next packet finds it again.
+    rig.driver.reset();
+    rig.driver.start(!(1 << 15));
+    rig.driver.add(0, &[buffer(0, 256)]);
+    rig.driver.kick(0);
+    rig.wire.write_all(&frame(1000)).unwrap();
+    rig.wire.write_all(&frame(100)).unwrap();
+    let (head, written) = rig.driver.wait_used(0);
+    assert_eq!(rig.buffer(head, 256, written)[12..], frame(100));
+}
+
+#[test]
+fn impossible_packets() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    // A header that the kernel refuses: the packet is dropped, the device goes on.
+    rig.driver.put(DATA, &[0xff; 2048]);
+    rig.driver.add(1, &[Segment::readable(DATA, 200)]);
+    rig.driver.kick(1);
+    rig.driver.wait_used(1);
+    assert_eq!(rig.driver.status(), 15);
+    // No frame at all: the driver is broken.
+    rig.driver.add(1, &[Segment::readable(DATA, 12)]);
+    rig.driver.kick(1);
+    rig.driver.wait_broken();
+}
+
+#[test]
+fn configuration_and_names() {
+    let Some(rig) = rig(u64::MAX) else { return };
+    assert_eq!(rig.driver.device_config::<6>(0), MAC);
+    assert_eq!(rig.driver.device_config::<6>(6), [1, 0, 1, 0, 0x28, 0x23]);
+    let second = Tap::open("t0").unwrap_err();
+    assert_eq!(second.to_string(), "attach to tap t0");
+    for name in ["", "a/b", "a-name-that-is-too-long"] {
+        assert!(matches!(Tap::open(name), Err(TapError::Name { .. })));
+    }
+    let file = File::open("/dev/null").unwrap();
+    assert!(matches!(
+        Tap::from_file(file, "fd 3"),
+        Err(TapError::Kind { .. })
+    ));
+}
