@@ -21,6 +21,15 @@ export interface Param {
   default_key?: string;
   /** How many members a numbered family such as net[n] has. */
   count?: number;
+  /** What a config key does on this board when it is not simply what it says: nothing, or only the server sets it. */
+  effect?: 'none' | 'server' | 'unavailable';
+  /** The reason of the effect. */
+  why?: string;
+}
+
+/** Whether a form may ask for it. */
+export function canBeSet(param: Param): boolean {
+  return param.effect !== 'server' && param.effect !== 'unavailable' && param.format !== 'unavailable';
 }
 
 export type Params = Record<string, Param>;

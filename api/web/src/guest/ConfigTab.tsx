@@ -9,7 +9,7 @@ import { useMemo, useState } from 'react';
 
 import { call, errorText } from '../api/client';
 import { guestPath, refresh, useGuestConfig, useGuestPending } from '../api/queries';
-import { paramOf, useCallSchema, type Params } from '../api/schema';
+import { canBeSet, paramOf, useCallSchema, type Params } from '../api/schema';
 import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { labelOf } from '../forms/labels';
@@ -17,8 +17,14 @@ import { addable, configRows, isVolume, type ConfigRow, type Part } from './keys
 import { KeyDialog } from './KeyDialog';
 import { ResizeDialog } from './ResizeDialog';
 
+function isEditable(params: Params | undefined, key: string): boolean {
+  const param = params && paramOf(params, key);
+  return param !== undefined && canBeSet(param);
+}
+
 function Value({ row, params }: { row: ConfigRow; params: Params }) {
-  const fallback = paramOf(params, row.key)?.default;
+  const param = paramOf(params, row.key);
+  const fallback = param?.default;
   return (
     <>
       {row.value === undefined ? (
@@ -27,6 +33,11 @@ function Value({ row, params }: { row: ConfigRow; params: Params }) {
         </Text>
       ) : (
         <span className="atoll-value">{row.value}</span>
+      )}
+      {row.value !== undefined && param?.effect === 'none' && (
+        <Text size="sm" c="dimmed">
+          Without effect: {param.why}
+        </Text>
       )}
       {(row.pending !== undefined || row.deletes) && (
         <Text size="sm" className="atoll-warn">
@@ -52,7 +63,7 @@ function RowActions({ guest, row, params, digest, onEdit, onResize }: RowActions
     onError: (error) => notifications.show({ color: 'red', title: labelOf(row.key), message: errorText(error), autoClose: false, closeButtonProps: { 'aria-label': 'Dismiss' } }),
     onSettled: refresh,
   });
-  const param = paramOf(params, row.key);
+  const editable = isEditable(params, row.key);
   const waits = row.pending !== undefined || row.deletes;
   const button = (label: string, Icon: typeof IconPencil, act: () => void, color = 'gray') => (
     <Tooltip label={label}>
@@ -65,8 +76,8 @@ function RowActions({ guest, row, params, digest, onEdit, onResize }: RowActions
     <Group gap={2} wrap="nowrap" justify="flex-end">
       {waits && button('Revert', IconArrowBackUp, () => change.mutate({ revert: row.key }))}
       {row.value !== undefined && isVolume(row.key) && button('Resize', IconArrowsMaximize, onResize)}
-      {param && button('Edit', IconPencil, onEdit)}
-      {param && row.value !== undefined && row.key !== 'rootfs' && !row.deletes && button('Remove', IconTrash, () => change.mutate({ delete: row.key }), 'red')}
+      {editable && button('Edit', IconPencil, onEdit)}
+      {editable && row.value !== undefined && row.key !== 'rootfs' && !row.deletes && button('Remove', IconTrash, () => change.mutate({ delete: row.key }), 'red')}
     </Group>
   );
 }
@@ -117,7 +128,7 @@ export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
         minHeight={rows.length ? 0 : 120}
         verticalSpacing={4}
         fz="sm"
-        onRowDoubleClick={({ record }) => params && paramOf(params, record.key) && setEditing(record.key)}
+        onRowDoubleClick={({ record }) => isEditable(params, record.key) && setEditing(record.key)}
         columns={[
           { accessor: 'key', title: 'Name', width: 260, render: (row) => <span title={row.key}>{labelOf(row.key)}</span> },
           { accessor: 'value', title: 'Value', render: (row) => <Value row={row} params={params ?? {}} /> },

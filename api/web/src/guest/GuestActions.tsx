@@ -14,6 +14,7 @@ import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { useOpenTask } from '../app/navigation';
 import { guestTitle, KIND } from '../lib/guest';
+import { watchTask } from '../tasks/watch';
 import { fits, may, POWER_ACTIONS, stateOf, type PowerAction } from './actions';
 
 const ICONS = { start: IconPlayerPlay, shutdown: IconPower, stop: IconPlayerStop, reboot: IconRefresh, reset: IconRotate, suspend: IconPlayerPause, resume: IconPlayerPlay } as const;
@@ -22,6 +23,7 @@ const FRONT = ['start', 'resume', 'shutdown'];
 function usePower(guest: Guest) {
   return useMutation({
     mutationFn: (action: PowerAction) => call<string>('POST', `${guestPath(guest)}/status/${action.name}`),
+    onSuccess: (upid) => void watchTask(upid),
     onError: (error, action) =>
       notifications.show({ color: 'red', title: `${action.label}: ${guestTitle(guest)}`, message: errorText(error), autoClose: false, closeButtonProps: { 'aria-label': 'Dismiss' } }),
     onSettled: refresh,
@@ -40,7 +42,8 @@ function DeleteDialog({ guest, opened, onClose }: DeleteProps) {
   const [purge, setPurge] = useState(true);
   const remove = useMutation({
     mutationFn: () => call<string>('DELETE', guestPath(guest), { purge }),
-    onSuccess: async () => {
+    onSuccess: async (upid) => {
+      void watchTask(upid);
       onClose();
       await navigate({ to: '/nodes/$node', params: { node: guest.node } });
       await refresh();

@@ -7,7 +7,7 @@ import { useMemo, useState, type FormEvent } from 'react';
 
 import { ApiError, call } from '../api/client';
 import { guestPath, refresh } from '../api/queries';
-import { isTrue, paramOf, type Param, type Params } from '../api/schema';
+import { canBeSet, isTrue, paramOf, type Param, type Params } from '../api/schema';
 import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { useChoices, type Source } from '../forms/choices';
@@ -40,9 +40,9 @@ function longForm(format: Record<string, Param>, properties: Properties): Proper
 export function fieldsFor(key: string, param: Param, value: string | undefined): { names: string[]; values: Values } {
   if (param.type === 'boolean') return { names: [key], values: { [key]: isTrue(value ?? param.default) ? '1' : '0' } };
   if (typeof param.format !== 'object') return { names: [key], values: { [key]: value ?? '' } };
-  const parts = Object.keys(param.format);
+  const parts = Object.entries(param.format).filter(([, own]) => canBeSet(own)).map(([part]) => part);
   const fresh = value === undefined && isVolume(key);
-  const names = parts.filter((part) => !VOLUME_KEYS.has(part) && !(fresh && part === 'size')).map((part) => `${key}.${part}`);
+  const names = parts.filter((part) => !VOLUME_KEYS.has(part) && !(part === 'size' && isVolume(key))).map((part) => `${key}.${part}`);
   if (fresh) return { names: [`${key}:storage`, `${key}:size`, ...names], values: { [`${key}:size`]: '8' } };
   const current = longForm(param.format, parse(value ?? '', param.default_key));
   // What the form does not show (the volume, keys this page does not know) is kept as it is.

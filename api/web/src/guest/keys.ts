@@ -40,7 +40,8 @@ const ALWAYS = new Set(['cores', 'memory', 'swap', 'kernel', 'initrd', 'cmdline'
 /** Lines of a tab: everything that is set or pending; of what could be set, all options but only the main hardware. */
 export function configRows(part: Part, config: GuestConfig, pending: PendingRow[], params: Params): ConfigRow[] {
   const rows = new Map<string, ConfigRow>();
-  const single = Object.keys(params).filter((key) => !key.includes('[n]') && (part === 'options' || ALWAYS.has(key)));
+  const useful = (key: string) => params[key]?.effect === undefined;
+  const single = Object.keys(params).filter((key) => !key.includes('[n]') && useful(key) && (part === 'options' || ALWAYS.has(key)));
   for (const key of [...Object.keys(config), ...single]) {
     if (!belongs(key, part) || rows.has(key)) continue;
     const value = config[key];
@@ -62,7 +63,7 @@ export function configRows(part: Part, config: GuestConfig, pending: PendingRow[
 /** Keys that can be added in a tab: the next free member of each family (net1, virtio0, …), and what no row shows. */
 export function addable(part: Part, params: Params, shown: string[]): string[] {
   const keys = Object.entries(params)
-    .filter(([key]) => belongs(key, part) && !key.startsWith('unused'))
+    .filter(([key, param]) => belongs(key, part) && !key.startsWith('unused') && param.effect === undefined)
     .map(([key, param]) => (key.includes('[n]') ? freeKey(key, param.count ?? FAMILY_COUNT, shown) : shown.includes(key) ? null : key));
   return keys.filter((key) => key !== null);
 }

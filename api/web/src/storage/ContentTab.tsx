@@ -11,6 +11,7 @@ import { refresh, useVolumes } from '../api/queries';
 import type { Volume } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { bytes, time } from '../lib/format';
+import { watchTask } from '../tasks/watch';
 import { DownloadDialog } from './DownloadDialog';
 import { UploadDialog } from './UploadDialog';
 
@@ -35,8 +36,11 @@ interface ContentProps {
 
 function DeleteDialog({ node, storage, volume, onClose }: { node: string; storage: string; volume: Volume; onClose: () => void }) {
   const remove = useMutation({
-    mutationFn: () => call('DELETE', path`/nodes/${node}/storage/${storage}/content/${volume.volid}`),
-    onSuccess: onClose,
+    mutationFn: () => call<string | null>('DELETE', path`/nodes/${node}/storage/${storage}/content/${volume.volid}`),
+    onSuccess: (upid) => {
+      if (upid) void watchTask(upid);
+      onClose();
+    },
     onSettled: refresh,
   });
   return (

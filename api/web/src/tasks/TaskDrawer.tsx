@@ -5,14 +5,14 @@ import { IconCopy, IconPlayerStop } from '@tabler/icons-react';
 import { useMutation, useQuery } from '@tanstack/react-query';
 import { useEffect, useRef } from 'react';
 
-import { call, envelope, path } from '../api/client';
+import { call, envelope } from '../api/client';
 import { refresh } from '../api/queries';
 import type { TaskStatus } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { time } from '../lib/format';
-import { taskTitle } from '../lib/guest';
 import { Facts } from '../ui/Panel';
 import { TaskOutcome } from '../ui/Status';
+import { taskPath, titleOfUpid } from './watch';
 
 interface Line {
   n: number;
@@ -22,10 +22,6 @@ interface Line {
 const LOG_POLL_MS = 1000;
 /** Longest log shown; the rest is for `atoll get …/log`. */
 const LINES_MAX = 5000;
-
-function taskPath(upid: string): string {
-  return path`/nodes/${upid.split(':')[1] ?? ''}/tasks/${upid}`;
-}
 
 function useTask(upid: string) {
   const status = useQuery({
@@ -106,14 +102,13 @@ function TaskView({ upid }: { upid: string }) {
 }
 
 export function TaskDrawer({ upid, onClose }: { upid: string | undefined; onClose: () => void }) {
-  const [, , , , , type, id] = (upid ?? '').split(':');
   return (
     <Drawer
       opened={upid !== undefined}
       onClose={onClose}
       position="right"
       size="lg"
-      title={taskTitle(type ?? '', id)}
+      title={titleOfUpid(upid ?? '')}
       closeButtonProps={{ 'aria-label': 'Close the task' }}
       classNames={{ body: 'atoll-drawer-body', content: 'atoll-drawer' }}
     >

@@ -14,6 +14,7 @@ import { guestPath, refresh } from '../api/queries';
 import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { guestTitle } from '../lib/guest';
+import { watchTask } from '../tasks/watch';
 import { Connection, type ConnectionState } from './connection';
 
 const THEME = { background: '#11151a', foreground: '#e3e7eb', cursor: '#4db5c2', selectionBackground: '#2b5a63' };
@@ -72,7 +73,7 @@ function phaseText(state: ConnectionState): string {
 }
 
 function StoppedNote({ guest }: { guest: Guest }) {
-  const start = useMutation({ mutationFn: () => call('POST', `${guestPath(guest)}/status/start`), onSettled: refresh });
+  const start = useMutation({ mutationFn: () => call<string>('POST', `${guestPath(guest)}/status/start`), onSuccess: (upid) => void watchTask(upid), onSettled: refresh });
   return (
     <div className="atoll-console-note">
       <Text>{guestTitle(guest)} is not running.</Text>

@@ -6,16 +6,23 @@ import { useEffect, useMemo, useState } from 'react';
 
 import { ApiError, call, path } from '../api/client';
 import { refresh, useNodes } from '../api/queries';
-import { useCallSchema, type Params } from '../api/schema';
+import { canBeSet, useCallSchema, type Params } from '../api/schema';
 import { useChoices, type Source } from '../forms/choices';
 import type { Choice } from '../forms/Field';
 import { checkFields, fieldParam, placeErrors, toParameters, type Values } from '../forms/values';
+import { watchTask } from '../tasks/watch';
 import { sentValues, type FieldSpec, type StepSpec, type WizardSpec } from './steps';
+
+/** Known to the API, and of use on this board. */
+function isOffered(params: Params, name: string): boolean {
+  const param = fieldParam(params, name);
+  return param !== undefined && canBeSet(param) && param.effect === undefined;
+}
 
 /** Steps as this API offers them: only its fields, and no empty step. */
 function offered(spec: WizardSpec, params: Params) {
   return spec.steps
-    .map((step) => ({ ...step, fields: step.fields.filter((field) => field.name === 'node' || fieldParam(params, field.name)) }))
+    .map((step) => ({ ...step, fields: step.fields.filter((field) => field.name === 'node' || isOffered(params, field.name)) }))
     .filter((step) => step.fields.length > 0);
 }
 
@@ -81,6 +88,7 @@ export function useCreate(node: string | null, type: 'qemu' | 'lxc') {
   return useMutation({
     mutationFn: (parameters: Record<string, string>) => call<string>('POST', path`/nodes/${node ?? ''}/${type}`, parameters),
     onSuccess: async (upid, parameters) => {
+      void watchTask(upid);
       await navigate({ to: '/guests/$vmid', params: { vmid: parameters['vmid'] ?? '' }, search: { task: upid } });
       await refresh();
     },
