@@ -365,7 +365,8 @@ fn enter(entry: &Entry<'_>, terminal: Option<OwnedFd>) -> Result<std::convert::I
     }
     become_user(process)?;
     restrict(entry, system.as_ref())?;
-    let environment = environment(process);
+    let mut environment = process.env().clone().unwrap_or_default();
+    program::add_home(&mut environment, process.user().uid());
     let arguments = process.args().clone().unwrap_or_default();
     let path = program::find(&arguments[0], &environment)?;
     sys::close_on_exec_from(3 + entry.request.preserve_fds)
@@ -458,19 +459,4 @@ fn restrict(entry: &Entry<'_>, system: System<'_>) -> Result<()> {
         filter()?;
     }
     Ok(())
-}
-
-/// The environment, with HOME from the container's passwd file when it is not given.
-fn environment(process: &Process) -> Vec<String> {
-    let mut environment = process.env().clone().unwrap_or_default();
-    if !environment.iter().any(|e| e.starts_with("HOME=")) {
-        let uid = process.user().uid();
-        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let home = passwd.lines().find_map(|line| {
-            let fields: Vec<&str> = line.split(':').collect();
-            (fields.get(2)?.parse() == Ok(uid)).then(|| fields.get(5).map(|h| (*h).to_owned()))?
-        });
-        environment.push(format!("HOME={}", home.unwrap_or_else(|| "/".to_owned())));
-    }
-    environment
 }

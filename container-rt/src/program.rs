@@ -57,6 +57,22 @@ pub fn find(name: &str, environment: &[String]) -> Result<PathBuf> {
     }
 }
 
+/// Adds HOME when it is not given: from the container's passwd file, or the root directory.
+pub fn add_home(environment: &mut Vec<String>, uid: u32) {
+    if environment.iter().any(|e| e.starts_with("HOME=")) {
+        return;
+    }
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    // passwd(5): name:password:uid:gid:comment:home:shell
+    let home = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':').skip(2);
+        let is_user = fields.next()?.parse() == Ok(uid);
+        is_user.then(|| fields.nth(2))?
+    });
+    let home = home.filter(|home| !home.is_empty()).unwrap_or("/");
+    environment.push(format!("HOME={home}"));
+}
+
 fn executable(path: &Path) -> std::result::Result<(), Errno> {
     access(path, AccessFlags::X_OK)?;
     if path.is_dir() {
@@ -136,8 +152,10 @@ impl Executor for Init {
         &self,
         variables: HashMap<String, String>,
     ) -> std::result::Result<(), ExecutorSetEnvsError> {
-        // libcontainer adds HOME and the variables of socket activation to config.json's.
+        // libcontainer adds the variables of socket activation to config.json's, and a HOME that is empty for a
+        // user without an entry.
         let mut environment = self.environment.borrow_mut();
+        add_home(&mut environment, nix::unistd::getuid().as_raw());
         for (name, value) in variables {
             let start = format!("{name}=");
             if !environment.iter().any(|e| e.starts_with(&start)) {

@@ -1,0 +1,193 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! podman with `atoll-ct` as its runtime: the widest user of the command line there is. Its own storage in a
+//! temporary directory, an image imported from busybox, no network.
+
+mod scene;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use scene::{Scene, can_run, wait_for};
+
+struct Podman {
+    scene: Scene,
+}
+
+impl Podman {
+    /// Nothing when podman does not work here at all: with another runtime's help or without.
+    fn new() -> Option<Self> {
+        if !can_run() {
+            return None;
+        }
+        let podman = Self {
+            scene: Scene::new(&["true"]),
+        };
+        let conf = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=4096:4096\"]\n\
+            netns=\"none\"\n[engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\n";
+        std::fs::write(podman.scene.path("containers.conf"), conf).unwrap();
+        let archive = podman.scene.path("image.tar");
+        let tar = Command::new("tar")
+            .args([
+                "-C",
+                podman.scene.path("rootfs").to_str()?,
+                "-cf",
+                archive.to_str()?,
+                ".",
+            ])
+            .status();
+        assert!(tar.unwrap().success());
+        if let Err(error) = podman.command(&["version"]).output() {
+            println!("ATOLL-SKIP: podman cannot be executed: {error} (Debian package podman)");
+            return None;
+        }
+        let (code, text) = podman.run(&["import", archive.to_str()?, "scene:1"]);
+        assert_eq!(code, Some(0), "{text}");
+        Some(podman)
+    }
+
+    fn storage(&self) -> PathBuf {
+        self.scene.path("podman")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("podman");
+        command
+            .env("CONTAINERS_CONF", self.scene.path("containers.conf"))
+            .env("XDG_RUNTIME_DIR", self.scene.directory.path())
+            .arg("--root")
+            .arg(self.storage())
+            .arg("--runroot")
+            .arg(self.scene.path("runroot"))
+            .arg("--tmpdir")
+            .arg(self.scene.path("tmpdir"))
+            .args(["--storage-driver", "vfs", "--runtime"])
+            .arg(Path::new(env!("CARGO_BIN_EXE_atoll-ct")))
+            .args(arguments);
+        command
+    }
+
+    /// Exit code and everything printed.
+    fn run(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = self.command(arguments).output().unwrap();
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.push_str(&String::from_utf8_lossy(&output.stderr));
+        (output.status.code(), text)
+    }
+
+    #[track_caller]
+    fn ok(&self, arguments: &[&str]) -> String {
+        let (code, text) = self.run(arguments);
+        assert_eq!(code, Some(0), "podman {arguments:?}: {text}");
+        text
+    }
+}
+
+impl Drop for Podman {
+    fn drop(&mut self) {
+        self.run(&["rm", "--all", "--force", "--time", "0"]);
+    }
+}
+
+#[test]
+fn exit_codes_and_output() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    assert_eq!(
+        podman.ok(&["run", "--rm", "scene:1", "sh", "-c", "echo hi; id -u"]),
+        "hi\n0\n"
+    );
+    assert_eq!(
+        podman
+            .run(&["run", "--rm", "scene:1", "sh", "-c", "exit 42"])
+            .0,
+        Some(42)
+    );
+    let (code, text) = podman.run(&["run", "--rm", "scene:1", "nosuch"]);
+    assert_eq!(code, Some(127), "{text}");
+    let (code, text) = podman.run(&["run", "--rm", "scene:1", "/tmp"]);
+    assert_eq!(code, Some(126), "{text}");
+    let map = [
+        "run",
+        "--rm",
+        "--uidmap",
+        "0:100000:65536",
+        "scene:1",
+        "cat",
+        "/proc/self/uid_map",
+    ];
+    assert_eq!(podman.ok(&map).split_whitespace().nth(1), Some("100000"));
+    let user = [
+        "run",
+        "--rm",
+        "--user",
+        "7:8",
+        "scene:1",
+        "sh",
+        "-c",
+        "id -u; id -g",
+    ];
+    assert_eq!(podman.ok(&user), "7\n8\n");
+}
+
+#[test]
+fn a_container_in_the_background() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    podman.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "c",
+        "scene:1",
+        "sh",
+        "-c",
+        "echo out; exec sleep 1000",
+    ]);
+    wait_for("the log", || podman.ok(&["logs", "c"]) == "out\n");
+    assert_eq!(podman.run(&["exec", "c", "sh", "-c", "exit 3"]).0, Some(3));
+    assert_eq!(podman.run(&["exec", "c", "nosuch"]).0, Some(127));
+    podman.ok(&["pause", "c"]);
+    assert!(podman.ok(&["ps", "--all"]).contains("Paused"));
+    podman.ok(&["unpause", "c"]);
+    assert!(podman.ok(&["top", "c"]).contains("sleep 1000"));
+    assert!(podman.ok(&["stats", "--no-stream", "c"]).contains('%'));
+    podman.ok(&["kill", "c"]);
+    assert_eq!(podman.ok(&["wait", "c"]).trim(), "137");
+    podman.ok(&["rm", "c"]);
+}
+
+#[test]
+fn terminals() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    let script = "test -t 0 && test -t 1 && echo terminal";
+    podman.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "t",
+        "-t",
+        "scene:1",
+        "sh",
+        "-c",
+        &format!("{script}; exec sleep 1000"),
+    ]);
+    wait_for("the log", || podman.ok(&["logs", "t"]).contains("terminal"));
+    // script(1) gives podman itself a terminal.
+    let exec = podman.command(&["exec", "-it", "t", "sh", "-c", script]);
+    let line: Vec<String> = std::iter::once(exec.get_program())
+        .chain(exec.get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let output = Command::new("script")
+        .args(["-qec", &line.join(" "), "/dev/null"])
+        .env("CONTAINERS_CONF", podman.scene.path("containers.conf"))
+        .env("XDG_RUNTIME_DIR", podman.scene.directory.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("terminal"), "{text}");
+}
