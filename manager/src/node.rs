@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::access::Access;
 use crate::cluster::Cluster;
 use crate::error::Error;
@@ -12,6 +14,7 @@ use crate::guest::site::Site;
 use crate::id::InvalidId;
 use crate::metrics::Metrics;
 use crate::network::Network;
+use crate::reconcile::Reconciler;
 use crate::settings::Settings;
 use crate::storage::Storages;
 use crate::store::{ConfigStore, RedbStore};
@@ -126,6 +129,20 @@ impl Node {
     /// Places for volumes.
     pub fn storage(&self) -> &Storages {
         &self.shared.storage
+    }
+
+    /// Keeps the node in order until `stop`: storage `local`, the guests' network, guests that end or were left by a
+    /// former daemon. Guests run on when it returns.
+    pub async fn run(&self, stop: CancellationToken) -> Result<(), Error> {
+        let shared = &self.shared;
+        shared
+            .storage
+            .ensure_local(&shared.settings.storage_dir())
+            .await?;
+        Reconciler::new(shared.guests.clone(), shared.network.clone())
+            .run(stop)
+            .await;
+        Ok(())
     }
 
     /// Virtual machines and containers.

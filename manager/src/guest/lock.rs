@@ -40,6 +40,11 @@ impl Locks {
         self.of(guest).try_lock_owned().ok()
     }
 
+    /// Whether somebody works on a guest now.
+    pub fn is_held(&self, guest: GuestId) -> bool {
+        self.try_acquire(guest).is_none()
+    }
+
     fn of(&self, guest: GuestId) -> Arc<tokio::sync::Mutex<()>> {
         let mut guests = self.guests.lock().unwrap_or_else(|e| e.into_inner());
         // Locks that nobody holds or waits for need no entry.

@@ -1,0 +1,384 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The reconciler drives what is on this node towards what the store says. It takes no input and can run at any
+//! time: a lost wake-up costs one tick.
+//!
+//! ```text
+//! look (World) ──► decide (pure) ──► [Remedy] ──► apply, each under its guest's lock
+//! ```
+//!
+//! Guests that run are adopted by looking: their processes, sockets and folders tell everything, so a daemon that
+//! was killed has lost nothing. Not here: starting what a user asked for, which is a task.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::error::Error;
+use crate::guest::container::Container;
+use crate::guest::site::Seat;
+use crate::guest::{Action, Guests, Phase, disks, guest};
+use crate::id::{GuestId, GuestKind};
+use crate::network::Network;
+use crate::storage::name::VolumeId;
+
+/// Time between two looks.
+const TICK: Duration = Duration::from_secs(2);
+/// Time between two looks at the network, which nothing of ours changes meanwhile.
+const NETWORK_EVERY: Duration = Duration::from_secs(30);
+/// Who starts guests with the node.
+const USER: &str = "root@pam";
+/// Number of the host's present run; changes with every start of its kernel.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What there is, as far as decisions need it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct World {
+    /// Guests that have a config, or a folder of a run, on this node.
+    pub guests: Vec<View>,
+    /// The host has started since the last look, so guests with `onboot` are to be started.
+    pub host_started: bool,
+    /// This is the first look of this daemon: no task of it can have left anything half done.
+    pub first: bool,
+}
+
+/// One guest of the world.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// VM or container.
+    pub kind: GuestKind,
+    /// Its number.
+    pub id: GuestId,
+    /// It has a config here.
+    pub configured: bool,
+    /// Its config says that it is to be started with the node.
+    pub onboot: bool,
+    /// Its config's key `lock`.
+    pub lock: Option<String>,
+    /// A task is at work on it.
+    pub busy: bool,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// It ended because it was rebooted from inside.
+    pub rebooted: bool,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// Remove what an ended run left.
+    CleanUp(GuestKind, GuestId),
+    /// Start it.
+    Start(GuestKind, GuestId),
+    /// Remove a guest whose creation was cut short by the end of the daemon.
+    Discard(GuestKind, GuestId),
+}
+
+/// The decision. Pure: the same world gives the same remedies, and a world without fault none.
+pub fn decide(world: &World) -> Vec<Remedy> {
+    let mut remedies = Vec::new();
+    for view in world.guests.iter().filter(|view| !view.busy) {
+        let (kind, id) = (view.kind, view.id);
+        if view.phase == Phase::Ended {
+            remedies.push(Remedy::CleanUp(kind, id));
+        }
+        if world.first && view.lock.as_deref() == Some("create") {
+            remedies.push(Remedy::Discard(kind, id));
+            continue;
+        }
+        let is_down = !matches!(view.phase, Phase::Running { .. });
+        let wanted = view.rebooted || (world.host_started && view.onboot);
+        if is_down && wanted && view.configured && view.lock.is_none() {
+            remedies.push(Remedy::Start(kind, id));
+        }
+    }
+    remedies
+}
+
+/// The node's reconciler: what it looks at and acts on.
+#[derive(Debug)]
+pub struct Reconciler {
+    guests: Guests,
+    network: Network,
+    first: bool,
+    network_at: Option<Instant>,
+}
+
+impl Reconciler {
+    /// A reconciler that has not looked yet.
+    pub fn new(guests: Guests, network: Network) -> Self {
+        Self {
+            guests,
+            network,
+            first: true,
+            network_at: None,
+        }
+    }
+
+    /// Runs until it is told to stop. Everything that it started stays.
+    pub async fn run(mut self, stop: CancellationToken) {
+        while !stop.is_cancelled() {
+            self.tick().await;
+            tokio::select! {
+                () = tokio::time::sleep(TICK) => {}
+                () = stop.cancelled() => {}
+            }
+        }
+    }
+
+    /// One look with its remedies. What fails is logged and tried again with the next tick.
+    pub async fn tick(&mut self) {
+        if self
+            .network_at
+            .is_none_or(|at| at.elapsed() >= NETWORK_EVERY)
+        {
+            self.network_at = Some(Instant::now());
+            if let Err(error) = self.network.ensure().await {
+                tracing::warn!(error = error.chain(), "the guests' network is not complete");
+            }
+        }
+        let world = match self.look() {
+            Ok(world) => world,
+            Err(error) => {
+                return tracing::warn!(error = error.chain(), "cannot look at the guests");
+            }
+        };
+        for remedy in decide(&world) {
+            if let Err(error) = self.apply(remedy).await {
+                tracing::warn!(?remedy, error = error.chain(), "a remedy failed");
+            }
+        }
+        if world.first {
+            self.remember_boot();
+        }
+        self.first = false;
+    }
+
+    fn look(&self) -> Result<World, Error> {
+        let site = self.guests.site();
+        let mut known: BTreeSet<(GuestKind, GuestId)> = site.guests()?.into_iter().collect();
+        known.extend(self.run_folders());
+        let views = known
+            .into_iter()
+            .map(|(kind, id)| view(&site.seat(kind, id)));
+        Ok(World {
+            guests: views.collect(),
+            host_started: self.first && boot_id() != std::fs::read_to_string(self.boot_file()).ok(),
+            first: self.first,
+        })
+    }
+
+    /// Guests that have a folder of a run, whether they have a config or not.
+    fn run_folders(&self) -> Vec<(GuestKind, GuestId)> {
+        let folder = self.guests.site().settings.run_dir();
+        let Ok(entries) = std::fs::read_dir(folder) else {
+            return Vec::new();
+        };
+        let guest_of = |name: &str| {
+            let (kind, id) = name.split_once('-')?;
+            let kind = match kind {
+                "vm" => GuestKind::Vm,
+                "ct" => GuestKind::Container,
+                _ => return None,
+            };
+            Some((kind, id.parse().ok()?))
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| guest_of(entry.file_name().to_str()?))
+            .collect()
+    }
+
+    async fn apply(&self, remedy: Remedy) -> Result<(), Error> {
+        let (Remedy::CleanUp(kind, id) | Remedy::Start(kind, id) | Remedy::Discard(kind, id)) =
+            remedy;
+        let seat = self.guests.site().seat(kind, id);
+        if let Remedy::Start(..) = remedy {
+            let upid = self.guests.act(kind, id, Action::Start, USER)?;
+            tracing::info!(%upid, "started with the node, or after a reboot from inside");
+            return Ok(());
+        }
+        // Whoever has the lock now sees to the guest himself.
+        let Some(_guard) = seat.site.locks.try_acquire(id) else {
+            return Ok(());
+        };
+        let guest = guest(&seat);
+        if !matches!(guest.phase(), Phase::Running { .. }) {
+            guest.clean_up().await?;
+        }
+        if let Remedy::Discard(..) = remedy {
+            discard(&seat).await?;
+        }
+        tracing::info!(guest = seat.title(), ?remedy, "done");
+        Ok(())
+    }
+
+    fn boot_file(&self) -> PathBuf {
+        self.guests.site().settings.run_dir().join("boot-id")
+    }
+
+    fn remember_boot(&self) {
+        let folder = self.guests.site().settings.run_dir();
+        let written = std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::write(self.boot_file(), boot_id().unwrap_or_default()));
+        if let Err(error) = written {
+            tracing::warn!(%error, "cannot note the host's start: guests with 'onboot' may be started again");
+        }
+    }
+}
+
+fn boot_id() -> Option<String> {
+    std::fs::read_to_string(BOOT_ID).ok()
+}
+
+fn view(seat: &Seat) -> View {
+    let config = seat.config().ok();
+    let phase = guest(seat).phase();
+    let rebooted = seat.kind == GuestKind::Container
+        && phase == Phase::Ended
+        && Container::new(seat.clone()).wants_reboot();
+    View {
+        kind: seat.kind,
+        id: seat.id,
+        configured: config.is_some(),
+        onboot: config
+            .as_ref()
+            .is_some_and(|config| config.is_set("onboot")),
+        lock: config.and_then(|config| config.get("lock").map(str::to_owned)),
+        busy: seat.site.locks.is_held(seat.id),
+        phase,
+        rebooted,
+    }
+}
+
+/// Removes a guest that was never finished: every volume with its number, then the reservation.
+async fn discard(seat: &Seat) -> Result<(), Error> {
+    for section in seat.site.storage.sections()? {
+        let Ok(storage) = seat.site.storage.open(&section.name) else {
+            continue;
+        };
+        for volume in storage.list().await? {
+            let volume = VolumeId {
+                storage: section.name.clone(),
+                name: volume.name,
+            };
+            disks::free_own(seat, &volume).await?;
+        }
+    }
+    seat.delete_config().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(id: &str) -> View {
+        View {
+            kind: GuestKind::Vm,
+            id: id.parse().unwrap(),
+            configured: true,
+            onboot: false,
+            lock: None,
+            busy: false,
+            phase: Phase::Stopped,
+            rebooted: false,
+        }
+    }
+
+    #[track_caller]
+    fn check(world: &World, expected: &[Remedy]) {
+        assert_eq!(decide(world), expected);
+    }
+
+    fn world(guests: Vec<View>) -> World {
+        World {
+            guests,
+            ..World::default()
+        }
+    }
+
+    #[test]
+    fn a_world_without_fault_is_left_alone() {
+        let running = View {
+            phase: Phase::Running { pid: 1 },
+            onboot: true,
+            ..view("101")
+        };
+        check(&world(vec![view("100"), running.clone()]), &[]);
+        let started = World {
+            host_started: true,
+            first: true,
+            ..world(vec![view("100"), running])
+        };
+        check(&started, &[]);
+    }
+
+    #[test]
+    fn ended_guests_are_cleaned_up_unless_a_task_does() {
+        let ended = View {
+            phase: Phase::Ended,
+            configured: false,
+            ..view("100")
+        };
+        let busy = View {
+            busy: true,
+            ..ended.clone()
+        };
+        check(&world(vec![busy]), &[]);
+        check(
+            &world(vec![ended.clone()]),
+            &[Remedy::CleanUp(GuestKind::Vm, ended.id)],
+        );
+    }
+
+    #[test]
+    fn guests_start_with_the_host_but_not_with_the_daemon() {
+        let onboot = View {
+            onboot: true,
+            ..view("100")
+        };
+        let locked = View {
+            lock: Some("backup".to_owned()),
+            ..onboot.clone()
+        };
+        let start = Remedy::Start(GuestKind::Vm, onboot.id);
+        let world = |host_started| World {
+            guests: vec![onboot.clone(), locked.clone()],
+            host_started,
+            first: true,
+        };
+        check(&world(true), &[start]);
+        check(&world(false), &[]);
+    }
+
+    #[test]
+    fn a_reboot_from_inside_starts_again() {
+        let rebooted = View {
+            kind: GuestKind::Container,
+            phase: Phase::Ended,
+            rebooted: true,
+            ..view("101")
+        };
+        let (kind, id) = (rebooted.kind, rebooted.id);
+        check(
+            &world(vec![rebooted]),
+            &[Remedy::CleanUp(kind, id), Remedy::Start(kind, id)],
+        );
+    }
+
+    #[test]
+    fn unfinished_creations_go_when_the_daemon_comes_back() {
+        let draft = View {
+            lock: Some("create".to_owned()),
+            ..view("100")
+        };
+        let id = draft.id;
+        check(&world(vec![draft.clone()]), &[]);
+        let first = World {
+            first: true,
+            ..world(vec![draft])
+        };
+        check(&first, &[Remedy::Discard(GuestKind::Vm, id)]);
+    }
+}
