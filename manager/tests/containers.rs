@@ -1,0 +1,266 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Real containers from a busybox template, through the manager as the API uses it.
+
+mod world;
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use atoll_manager::guest::{Action, Ask};
+use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::task::Upid;
+use atoll_manager::{Node, Settings};
+use tokio_util::sync::CancellationToken;
+
+const USER: &str = "root@pam";
+
+struct Ground {
+    node: Node,
+    state: tempfile::TempDir,
+    id: GuestId,
+}
+
+impl Ground {
+    /// A node with a template; `None` where containers cannot be run.
+    async fn new() -> Option<Self> {
+        if !world::has_binary("atoll-ct") {
+            return None;
+        }
+        let state = tempfile::Builder::new().prefix("at").tempdir().unwrap();
+        let template = state.path().join("storage/template/cache/busybox.tar.gz");
+        if !world::make_template(&template) {
+            return None;
+        }
+        let node = open(&state).await;
+        let id = world::guest_number().try_into().unwrap();
+        Some(Self { node, state, id })
+    }
+
+    async fn done(&self, upid: Result<Upid, atoll_manager::error::Error>) -> String {
+        let upid = upid.unwrap();
+        let status = self.node.tasks().wait(&upid).await.unwrap();
+        let log = self.node.tasks().log(&upid, 0, 0).unwrap();
+        println!("{upid}: {log:?}");
+        status
+    }
+
+    async fn act(&self, action: Action) -> String {
+        self.done(
+            self.node
+                .guests()
+                .act(GuestKind::Container, self.id, action, USER),
+        )
+        .await
+    }
+
+    async fn create(&self, net: &str) {
+        let params = [
+            ("vmid", self.id.to_string().as_str()),
+            ("ostemplate", "local:vztmpl/busybox.tar.gz"),
+            ("rootfs", "local:0.0625"),
+            ("hostname", "box"),
+            ("memory", "128"),
+            ("password", "secret"),
+            ("net0", net),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let created =
+            self.node
+                .guests()
+                .create(GuestKind::Container, self.id, BTreeMap::from(params), USER);
+        assert_eq!(self.done(created).await, "OK");
+    }
+
+    async fn running(&self) -> bool {
+        self.node
+            .guests()
+            .status(GuestKind::Container, self.id)
+            .await
+            .unwrap()
+            .running
+    }
+}
+
+async fn open(state: &tempfile::TempDir) -> Node {
+    let mut settings = Settings::new("n1", state.path());
+    settings.bin_dir = world::bin_dir();
+    let node = Node::open(settings).await.unwrap();
+    node.storage()
+        .ensure_local(&node.settings().storage_dir())
+        .await
+        .unwrap();
+    node.network().ensure().await.unwrap();
+    node
+}
+
+/// Types a line on a console and reads until the answer is there.
+fn ask_console(path: &std::path::Path, line: &str, answer: &str) {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    let (mut seen, mut buffer) = (String::new(), [0; 4096]);
+    let deadline = Instant::now() + world::PATIENCE;
+    let mut typed = Instant::now() - Duration::from_secs(60);
+    while !seen.contains(answer) {
+        assert!(Instant::now() < deadline, "no {answer:?} in {seen:?}");
+        // The shell may not read yet when the console is there already.
+        if typed.elapsed() > Duration::from_secs(2) {
+            stream.write_all(line.as_bytes()).unwrap();
+            typed = Instant::now();
+        }
+        if let Ok(count) = stream.read(&mut buffer) {
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    }
+}
+
+#[test]
+fn a_container_lives_and_leaves_nothing() {
+    world::isolated("a_container_lives_and_leaves_nothing", async || {
+        let Some(mut ground) = Ground::new().await else {
+            return;
+        };
+        let kind = GuestKind::Container;
+        ground
+            .create("name=eth0,bridge=vmbr0,ip=10.64.0.10/24,gw=10.64.0.1")
+            .await;
+        assert!(!ground.running().await);
+        assert_eq!(ground.act(Action::Start).await, "OK");
+        let again = ground.act(Action::Start).await;
+        assert!(again.ends_with("already running"), "{again}");
+
+        let console = ground.node.guests().console(kind, ground.id).unwrap();
+        world::until("the console's socket", || console.exists());
+        ask_console(&console, "id; hostname\n", "uid=0");
+        world::until("an answer from 10.64.0.10", || {
+            std::process::Command::new("busybox")
+                .args(["ping", "-c1", "-W1", "10.64.0.10"])
+                .output()
+                .is_ok_and(|output| output.status.success())
+        });
+        let status = ground.node.guests().status(kind, ground.id).await.unwrap();
+        assert_eq!(status.name, "box");
+        assert!(
+            status.load.memory_bytes > 0 && status.load.memory_bytes < 128 << 20,
+            "{status:?}"
+        );
+        assert!(
+            status.load.received_bytes > 0 && status.load.disk_bytes > 0,
+            "{status:?}"
+        );
+        let init = status.pid.unwrap();
+        let uid_map = std::fs::read_to_string(format!("/proc/{init}/uid_map")).unwrap();
+        let base = 1_000_000 + (u32::from(ground.id) - 100) * 65_536;
+        assert_eq!(
+            uid_map.split_whitespace().nth(1),
+            Some(base.to_string().as_str()),
+            "a range of its own"
+        );
+
+        // A daemon that is gone has lost nothing: another one finds the same container.
+        let Ground { node, state, id } = ground;
+        drop(node);
+        ground = Ground {
+            node: open(&state).await,
+            state,
+            id,
+        };
+        let adopted = ground.node.guests().status(kind, id).await.unwrap();
+        assert_eq!(adopted.pid, Some(init));
+
+        let grown = ground
+            .node
+            .guests()
+            .resize(kind, id, "rootfs", "+32M", USER);
+        assert_eq!(ground.done(grown).await, "OK");
+        let refused = ground
+            .done(ground.node.guests().destroy(kind, id, false, USER))
+            .await;
+        assert!(refused.ends_with(" is running"), "{refused}");
+        assert_eq!(ground.act(Action::Suspend).await, "OK");
+        assert!(ground.node.guests().is_paused(kind, id).await);
+        assert_eq!(ground.act(Action::Resume).await, "OK");
+
+        let ask = Ask {
+            timeout: world::PATIENCE,
+            force: false,
+        };
+        assert_eq!(
+            ground.act(Action::Shutdown(ask)).await,
+            "OK",
+            "busybox obeys SIGUSR2"
+        );
+        assert!(!ground.running().await);
+        assert!(!ground.state.path().join(format!("run/ct-{id}")).exists());
+        let links = world::run("ip", &["-o", "link"]);
+        assert!(!links.contains("veth"), "{links}");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&format!("ct-{id}")), "{mounts}");
+
+        assert_eq!(ground.act(Action::Start).await, "OK");
+        assert_eq!(ground.act(Action::Stop).await, "OK");
+        let destroyed = ground.node.guests().destroy(kind, id, false, USER);
+        assert_eq!(ground.done(destroyed).await, "OK");
+        let local = ground
+            .node
+            .storage()
+            .open(&"local".parse().unwrap())
+            .unwrap();
+        let left = local.list().await.unwrap();
+        assert_eq!(left.len(), 1, "only the template is left: {left:?}");
+        let gone = ground
+            .node
+            .guests()
+            .status(kind, id)
+            .await
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            gone,
+            format!("Configuration file 'nodes/n1/lxc/{id}.conf' does not exist")
+        );
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn dhcp_gives_addresses_and_the_reconciler_notices_ends() {
+    world::isolated(
+        "dhcp_gives_addresses_and_the_reconciler_notices_ends",
+        async || {
+            let Some(ground) = Ground::new().await else {
+                return;
+            };
+            let stop = CancellationToken::new();
+            let reconciler = {
+                let (node, stop) = (ground.node.clone(), stop.clone());
+                tokio::spawn(async move { node.run(stop).await })
+            };
+            ground.create("name=eth0,bridge=vmbr0,ip=dhcp").await;
+            assert_eq!(ground.act(Action::Start).await, "OK");
+            let leases = ground.state.path().join("run/dnsmasq.leases");
+            world::until("a lease", || {
+                std::fs::read_to_string(&leases).is_ok_and(|text| text.contains(" 10.64.0."))
+            });
+
+            let pid = ground
+                .node
+                .guests()
+                .status(GuestKind::Container, ground.id)
+                .await
+                .unwrap()
+                .pid
+                .unwrap();
+            world::run("kill", &["-9", &pid.to_string()]);
+            let folder = ground.state.path().join(format!("run/ct-{}", ground.id));
+            world::until("the reconciler to clean up", || !folder.exists());
+            assert!(!ground.running().await);
+            stop.cancel();
+            reconciler.await.unwrap().unwrap();
+            ground.node.network().teardown().await.unwrap();
+        },
+    );
+}
