@@ -2,7 +2,12 @@
 //! A world for tests with real guests: network, mount and process namespaces of its own, so that nothing of a test
 //! is left when it ends, however it ends; a node in a temporary folder; a template made from the host's busybox.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "test helpers, of which each test binary uses a part"
+)]
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
