@@ -1,6 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Real containers from a busybox template, through the manager as the API uses it.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test")]
+
 mod world;
 
 use std::collections::BTreeMap;
@@ -120,10 +122,9 @@ fn ask_console(path: &std::path::Path, line: &str, answer: &str) {
 #[test]
 fn a_container_lives_and_leaves_nothing() {
     world::isolated("a_container_lives_and_leaves_nothing", async || {
-        let Some(mut ground) = Ground::new().await else {
+        let Some(ground) = Ground::new().await else {
             return;
         };
-        let kind = GuestKind::Container;
         ground
             .create("name=eth0,bridge=vmbr0,ip=10.64.0.10/24,gw=10.64.0.1")
             .await;
@@ -131,99 +132,124 @@ fn a_container_lives_and_leaves_nothing() {
         assert_eq!(ground.act(Action::Start).await, "OK");
         let again = ground.act(Action::Start).await;
         assert!(again.ends_with("already running"), "{again}");
-
-        let console = ground.node.guests().console(kind, ground.id).unwrap();
-        world::until("the console's socket", || console.exists());
-        ask_console(&console, "id; hostname\n", "uid=0");
-        world::until("an answer from 10.64.0.10", || {
-            std::process::Command::new("busybox")
-                .args(["ping", "-c1", "-W1", "10.64.0.10"])
-                .output()
-                .is_ok_and(|output| output.status.success())
-        });
-        let status = ground.node.guests().status(kind, ground.id).await.unwrap();
-        assert_eq!(status.name, "box");
-        assert!(
-            status.load.memory_bytes > 0 && status.load.memory_bytes < 128 << 20,
-            "{status:?}"
-        );
-        assert!(
-            status.load.received_bytes > 0 && status.load.disk_bytes > 0,
-            "{status:?}"
-        );
-        let init = status.pid.unwrap();
-        let uid_map = std::fs::read_to_string(format!("/proc/{init}/uid_map")).unwrap();
-        let base = 1_000_000 + (u32::from(ground.id) - 100) * 65_536;
-        assert_eq!(
-            uid_map.split_whitespace().nth(1),
-            Some(base.to_string().as_str()),
-            "a range of its own"
-        );
-
-        // A daemon that is gone has lost nothing: another one finds the same container.
-        let Ground { node, state, id } = ground;
-        drop(node);
-        ground = Ground {
-            node: open(&state).await,
-            state,
-            id,
-        };
-        let adopted = ground.node.guests().status(kind, id).await.unwrap();
-        assert_eq!(adopted.pid, Some(init));
-
-        let grown = ground
-            .node
-            .guests()
-            .resize(kind, id, "rootfs", "+32M", USER);
-        assert_eq!(ground.done(grown).await, "OK");
-        let refused = ground
-            .done(ground.node.guests().destroy(kind, id, false, USER))
-            .await;
-        assert!(refused.ends_with(" is running"), "{refused}");
-        assert_eq!(ground.act(Action::Suspend).await, "OK");
-        assert!(ground.node.guests().is_paused(kind, id).await);
-        assert_eq!(ground.act(Action::Resume).await, "OK");
-
-        let ask = Ask {
-            timeout: world::PATIENCE,
-            force: false,
-        };
-        assert_eq!(
-            ground.act(Action::Shutdown(ask)).await,
-            "OK",
-            "busybox obeys SIGUSR2"
-        );
-        assert!(!ground.running().await);
-        assert!(!ground.state.path().join(format!("run/ct-{id}")).exists());
-        let links = world::run("ip", &["-o", "link"]);
-        assert!(!links.contains("veth"), "{links}");
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(&format!("ct-{id}")), "{mounts}");
-
-        assert_eq!(ground.act(Action::Start).await, "OK");
-        assert_eq!(ground.act(Action::Stop).await, "OK");
-        let destroyed = ground.node.guests().destroy(kind, id, false, USER);
-        assert_eq!(ground.done(destroyed).await, "OK");
-        let local = ground
-            .node
-            .storage()
-            .open(&"local".parse().unwrap())
-            .unwrap();
-        let left = local.list().await.unwrap();
-        assert_eq!(left.len(), 1, "only the template is left: {left:?}");
-        let gone = ground
-            .node
-            .guests()
-            .status(kind, id)
-            .await
-            .unwrap_err()
-            .to_string();
-        assert_eq!(
-            gone,
-            format!("Configuration file 'nodes/n1/lxc/{id}.conf' does not exist")
-        );
+        let init = answers(&ground).await;
+        let ground = adopted(ground, init).await;
+        ends(&ground).await;
+        grows(&ground).await;
+        goes(&ground).await;
         ground.node.network().teardown().await.unwrap();
     });
+}
+
+/// It answers on its console and on the network, and has a load and a range of user ids.
+async fn answers(ground: &Ground) -> u32 {
+    let (kind, id) = (GuestKind::Container, ground.id);
+    let console = ground.node.guests().console(kind, id).unwrap();
+    world::until("the console's socket", || console.exists());
+    ask_console(&console, "id; hostname\n", "uid=0");
+    world::until("an answer from 10.64.0.10", || {
+        let ping = ["ping", "-c1", "-W1", "10.64.0.10"];
+        let output = std::process::Command::new("busybox").args(ping).output();
+        output.is_ok_and(|output| output.status.success())
+    });
+    let status = ground.node.guests().status(kind, id).await.unwrap();
+    assert_eq!(status.name, "box");
+    let load = status.load;
+    assert!(
+        load.memory_bytes > 0 && load.memory_bytes < 128 << 20,
+        "{status:?}"
+    );
+    assert!(load.received_bytes > 0 && load.disk_bytes > 0, "{status:?}");
+    let init = status.pid.unwrap();
+    let uid_map = std::fs::read_to_string(format!("/proc/{init}/uid_map")).unwrap();
+    let base = 1_000_000 + (u32::from(id) - 100) * 65_536;
+    let outside = uid_map.split_whitespace().nth(1);
+    assert_eq!(
+        outside,
+        Some(base.to_string().as_str()),
+        "a range of its own"
+    );
+    init
+}
+
+/// A daemon that is gone has lost nothing: another one finds the same container.
+async fn adopted(ground: Ground, init: u32) -> Ground {
+    let Ground { node, state, id } = ground;
+    drop(node);
+    let node = open(&state).await;
+    let status = node
+        .guests()
+        .status(GuestKind::Container, id)
+        .await
+        .unwrap();
+    assert_eq!(status.pid, Some(init));
+    Ground { node, state, id }
+}
+
+/// It is not destroyed while it runs, can be paused, obeys a shutdown, and leaves nothing on the host.
+async fn ends(ground: &Ground) {
+    let (kind, id) = (GuestKind::Container, ground.id);
+    let refused = ground.node.guests().destroy(kind, id, false, USER);
+    let refused = ground.done(refused).await;
+    assert!(refused.ends_with(" is running"), "{refused}");
+    assert_eq!(ground.act(Action::Suspend).await, "OK");
+    assert!(ground.node.guests().is_paused(kind, id).await);
+    assert_eq!(ground.act(Action::Resume).await, "OK");
+    let ask = Ask {
+        timeout: world::PATIENCE,
+        force: false,
+    };
+    assert_eq!(
+        ground.act(Action::Shutdown(ask)).await,
+        "OK",
+        "busybox obeys SIGUSR2"
+    );
+    assert!(!ground.running().await);
+    assert!(!ground.state.path().join(format!("run/ct-{id}")).exists());
+    let links = world::run("ip", &["-o", "link"]);
+    assert!(!links.contains("veth"), "{links}");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(&format!("ct-{id}")), "{mounts}");
+}
+
+/// Its disk grows, and the file system on it.
+async fn grows(ground: &Ground) {
+    let (kind, id) = (GuestKind::Container, ground.id);
+    let grown = ground
+        .node
+        .guests()
+        .resize(kind, id, "rootfs", "+32M", USER);
+    assert_eq!(ground.done(grown).await, "OK");
+    let config = ground.node.guests().site().seat(kind, id).config().unwrap();
+    assert!(
+        config.get("rootfs").unwrap().ends_with("size=96M"),
+        "{config:?}"
+    );
+    assert_eq!(ground.act(Action::Start).await, "OK");
+    let rootfs = ground.state.path().join(format!("run/ct-{id}/rootfs"));
+    let space = rustix::fs::statvfs(rootfs).unwrap();
+    assert!(
+        space.f_frsize * space.f_blocks > 70 << 20,
+        "the file system has grown, too"
+    );
+    assert_eq!(ground.act(Action::Stop).await, "OK");
+}
+
+/// Destroyed, nothing of it is left.
+async fn goes(ground: &Ground) {
+    let (kind, id) = (GuestKind::Container, ground.id);
+    let destroyed = ground.node.guests().destroy(kind, id, false, USER);
+    assert_eq!(ground.done(destroyed).await, "OK");
+    let local = ground
+        .node
+        .storage()
+        .open(&"local".parse().unwrap())
+        .unwrap();
+    let left = local.list().await.unwrap();
+    assert_eq!(left.len(), 1, "only the template is left: {left:?}");
+    let gone = ground.node.guests().status(kind, id).await.unwrap_err();
+    let text = format!("Configuration file 'nodes/n1/lxc/{id}.conf' does not exist");
+    assert_eq!(gone.to_string(), text);
 }
 
 #[test]

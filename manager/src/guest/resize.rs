@@ -75,7 +75,7 @@ async fn grow_volume(resize: &mut Resize, task: &TaskContext) -> Result<(), Erro
 }
 
 async fn grow_file_system(resize: &mut Resize, task: &TaskContext) -> Result<(), Error> {
-    let Some((volume, _)) = &resize.grown else {
+    let Some((volume, size_bytes)) = &resize.grown else {
         return Ok(());
     };
     let running = matches!(guest(&resize.seat).phase(), Phase::Running { .. });
@@ -105,12 +105,21 @@ async fn grow_file_system(resize: &mut Resize, task: &TaskContext) -> Result<(),
         }
         image
     };
-    Program::new("resize2fs")
+    let grow = Program::new("resize2fs")
         .arg(&target)
-        .deadline(FILE_SYSTEM_MAX)
-        .run()
-        .await?;
-    Ok(())
+        .deadline(FILE_SYSTEM_MAX);
+    match grow.run().await {
+        // Growing it mounted takes CAP_SYS_RESOURCE, which a node that is itself a container may lack.
+        Err(error) if running => {
+            let size = disks::print_size(*size_bytes);
+            task.warn(&format!(
+                "{error}; stop {} and resize to {size} again to grow its file system",
+                resize.seat.title()
+            ));
+            Ok(())
+        }
+        other => Ok(other.map(drop)?),
+    }
 }
 
 /// The loop device that a mounted image is behind.

@@ -117,6 +117,43 @@ pub fn make_template(path: &Path) -> bool {
     };
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
+    plant_busybox(root, Path::new(busybox));
+    let script =
+        "#!/bin/sh\n[ \"$1\" = bound ] && ip address replace $ip/$mask dev $interface\nexit 0\n";
+    let files = [
+        (
+            "etc/inittab",
+            "::sysinit:/sbin/ifup -a\n::respawn:/bin/sh\n::ctrlaltdel:/sbin/reboot\n",
+            0o644,
+        ),
+        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n", 0o644),
+        ("etc/shadow", "root:*:19000:0:99999:7:::\n", 0o600),
+        ("usr/share/udhcpc/default.script", script, 0o755),
+    ];
+    for (name, text, mode) in files {
+        use std::os::unix::fs::PermissionsExt;
+        let path = root.join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    run(
+        "tar",
+        &[
+            "--create",
+            "--gzip",
+            "--file",
+            path.to_str().unwrap(),
+            "--directory",
+            root.to_str().unwrap(),
+            ".",
+        ],
+    );
+    true
+}
+
+/// Folders, busybox itself and its names.
+fn plant_busybox(root: &Path, busybox: &Path) {
     for name in [
         "bin",
         "sbin",
@@ -152,36 +189,4 @@ pub fn make_template(path: &Path) -> bool {
     for applet in ["init", "ifup", "ifdown", "poweroff", "reboot"] {
         std::os::unix::fs::symlink("../bin/busybox", root.join("sbin").join(applet)).unwrap();
     }
-    let script =
-        "#!/bin/sh\n[ \"$1\" = bound ] && ip address replace $ip/$mask dev $interface\nexit 0\n";
-    let files = [
-        (
-            "etc/inittab",
-            "::sysinit:/sbin/ifup -a\n::respawn:/bin/sh\n::ctrlaltdel:/sbin/reboot\n",
-            0o644,
-        ),
-        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n", 0o644),
-        ("etc/shadow", "root:*:19000:0:99999:7:::\n", 0o600),
-        ("usr/share/udhcpc/default.script", script, 0o755),
-    ];
-    for (name, text, mode) in files {
-        use std::os::unix::fs::PermissionsExt;
-        let path = root.join(name);
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-    }
-    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    run(
-        "tar",
-        &[
-            "--create",
-            "--gzip",
-            "--file",
-            path.to_str().unwrap(),
-            "--directory",
-            root.to_str().unwrap(),
-            ".",
-        ],
-    );
-    true
 }
