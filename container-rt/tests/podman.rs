@@ -1,6 +1,11 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! podman with `atoll-ct` as its runtime: the widest user of the command line there is. Its own storage in a
 //! temporary directory, an image imported from busybox, no network.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "tests fail by panicking and skip by a line"
+)]
 
 mod scene;
 
