@@ -101,6 +101,21 @@ fn make_system(config: &mut Value) {
         json!(["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger"]);
 }
 
+/// An unprivileged scene with the archive as its root file system.
+fn debian(archive: &Path) -> Scene {
+    let mut scene = Scene::new(&["/sbin/init"]).unprivileged();
+    std::fs::remove_dir_all(scene.path("rootfs")).unwrap();
+    std::fs::create_dir(scene.path("rootfs")).unwrap();
+    let mut tar = Command::new("tar");
+    tar.args(["--numeric-owner", "-xf"])
+        .arg(archive)
+        .arg("-C")
+        .arg(scene.path("rootfs"));
+    assert!(tar.status().unwrap().success());
+    make_system(&mut scene.config);
+    scene
+}
+
 #[test]
 fn unprivileged_debian_boots_and_leaves_nothing() {
     if !can_run() {
@@ -109,16 +124,7 @@ fn unprivileged_debian_boots_and_leaves_nothing() {
     let Some(archive) = archive() else {
         return;
     };
-    let mut scene = Scene::new(&["/sbin/init"]).unprivileged();
-    std::fs::remove_dir_all(scene.path("rootfs")).unwrap();
-    std::fs::create_dir(scene.path("rootfs")).unwrap();
-    let mut tar = Command::new("tar");
-    tar.args(["--numeric-owner", "-xf"])
-        .arg(&archive)
-        .arg("-C")
-        .arg(scene.path("rootfs"));
-    assert!(tar.status().unwrap().success());
-    make_system(&mut scene.config);
+    let scene = debian(&archive);
     scene.start(&["--monitor"]);
     let directory = scene.path("run").join(&scene.id);
 
