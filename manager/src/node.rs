@@ -145,6 +145,15 @@ impl Node {
         Ok(())
     }
 
+    /// Leaves the host as it was found, as far as no guest needs the node's network any more. Called when the daemon
+    /// ends in good order; guests that run keep their bridge.
+    pub async fn leave(&self) -> Result<(), Error> {
+        if self.guests().any_running()? {
+            return Ok(());
+        }
+        self.network().teardown().await
+    }
+
     /// Virtual machines and containers.
     pub fn guests(&self) -> &Guests {
         &self.shared.guests

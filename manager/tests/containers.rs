@@ -160,6 +160,9 @@ async fn answers(ground: &Ground) -> u32 {
         "{status:?}"
     );
     assert!(load.received_bytes > 0 && load.disk_bytes > 0, "{status:?}");
+    let interfaces = ground.node.guests().interfaces(id).await.unwrap();
+    let card = interfaces.iter().find(|card| card.name == "eth0").unwrap();
+    assert_eq!(card.ipv4, ["10.64.0.10/24"]);
     let init = status.pid.unwrap();
     let uid_map = std::fs::read_to_string(format!("/proc/{init}/uid_map")).unwrap();
     let base = 1_000_000 + (u32::from(id) - 100) * 65_536;

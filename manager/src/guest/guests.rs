@@ -18,6 +18,7 @@ use crate::guest::status::{self, CpuMeter, Status};
 use crate::guest::vm::Vm;
 use crate::guest::{Ask, Phase, container, guest, shutdown, start, stop, stored, update, vm};
 use crate::id::{GuestId, GuestKind};
+use crate::network::interfaces::{self, Inner};
 use crate::task::{NewTask, TaskContext, Tasks, Upid, run_steps};
 
 /// Parameters of a creation that are no config keys.
@@ -303,6 +304,25 @@ impl Guests {
             Phase::Running { .. } => guest.console(),
             _ => Err(Error::refused(format!("{} not running", seat.title()))),
         }
+    }
+
+    /// A running container's interfaces, as they are inside.
+    pub async fn interfaces(&self, id: GuestId) -> Result<Vec<Inner>, Error> {
+        let seat = self.site.seat(GuestKind::Container, id);
+        seat.config()?;
+        match guest(&seat).phase() {
+            Phase::Running { pid } => interfaces::of_process(pid).await,
+            _ => Err(Error::refused(format!("{} not running", seat.title()))),
+        }
+    }
+
+    /// Whether any guest of this node runs.
+    pub fn any_running(&self) -> Result<bool, Error> {
+        let mut guests = self.site.guests()?.into_iter();
+        Ok(guests.any(|(kind, id)| {
+            let seat = self.site.seat(kind, id);
+            matches!(guest(&seat).phase(), Phase::Running { .. })
+        }))
     }
 
     /// Tells a guest's console the size of the terminal.

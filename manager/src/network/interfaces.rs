@@ -27,6 +27,19 @@ pub struct Interface {
     pub ports: Vec<String>,
 }
 
+/// One interface of a container, as it is inside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inner {
+    /// Its name there.
+    pub name: String,
+    /// MAC address.
+    pub mac: String,
+    /// IPv4 addresses with their prefixes.
+    pub ipv4: Vec<String>,
+    /// IPv6 addresses with their prefixes, link-local ones too.
+    pub ipv6: Vec<String>,
+}
+
 #[derive(Debug, Deserialize)]
 struct Link {
     ifname: String,
@@ -75,6 +88,35 @@ pub async fn list() -> Result<Vec<Interface>, Error> {
         .run()
         .await?;
     parse(&links, &routes).map_err(|error| Error::failed("read what ip printed", error))
+}
+
+/// Reads those in the network namespace of a process.
+pub async fn of_process(pid: u32) -> Result<Vec<Inner>, Error> {
+    let text = Program::new("nsenter")
+        .arg(format!("--net=/proc/{pid}/ns/net"))
+        .args(["--", "ip", "-json", "address", "show"])
+        .run()
+        .await?;
+    parse_inner(&text).map_err(|error| Error::failed("read what ip printed", error))
+}
+
+fn parse_inner(text: &str) -> Result<Vec<Inner>, serde_json::Error> {
+    let links: Vec<Link> = serde_json::from_str(text)?;
+    let inner = links.iter().map(|link| {
+        let of = |family: &str| -> Vec<String> {
+            let addresses = link.addr_info.iter().filter(|a| a.family == family);
+            addresses
+                .map(|a| format!("{}/{}", a.local, a.prefixlen))
+                .collect()
+        };
+        Inner {
+            name: link.ifname.clone(),
+            mac: link.address.clone(),
+            ipv4: of("inet"),
+            ipv6: of("inet6"),
+        }
+    });
+    Ok(inner.collect())
 }
 
 fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error> {
@@ -150,5 +192,10 @@ mod tests {
         assert_eq!((found[1].kind.as_str(), found[1].active), ("bridge", false));
         assert_eq!(found[1].ports, ["eth0"]);
         assert_eq!(parse("[]", "").unwrap(), []);
+        let inner = parse_inner(links).unwrap();
+        assert_eq!(
+            (inner[1].ipv4.len(), inner[1].ipv6[0].as_str()),
+            (1, "fe80::1/64")
+        );
     }
 }

@@ -47,8 +47,9 @@ pub fn isolated<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F) {
         return;
     }
     let exe = std::env::current_exe().unwrap();
+    let number = std::process::id() % 30_000 + 30_000;
     let output = unshare(&[exe.to_str().unwrap(), "--exact", name, "--nocapture"])
-        .env(INSIDE, "1")
+        .env(INSIDE, number.to_string())
         .output()
         .unwrap();
     let (stdout, stderr) = (
@@ -56,6 +57,7 @@ pub fn isolated<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F) {
         String::from_utf8_lossy(&output.stderr),
     );
     println!("{stdout}");
+    remove_groups(number);
     assert!(output.status.success(), "{stderr}");
     assert!(stdout.contains("1 passed"), "no test is called {name}");
 }
@@ -75,13 +77,20 @@ pub fn has_binary(name: &str) -> bool {
     there
 }
 
-/// Number for a guest that no other test on this machine has now: control groups are named by it.
+/// Number for the guest of a test, which no other test on this machine has now: control groups are named by it, and
+/// they have no namespace that would take them along.
 pub fn guest_number() -> u32 {
-    let nanos = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap()
-        .subsec_nanos();
-    30_000 + nanos % 30_000
+    std::env::var(INSIDE).unwrap().parse().unwrap()
+}
+
+/// Removes the control groups that a failed test has left.
+fn remove_groups(number: u32) {
+    let find = ["/sys/fs/cgroup", "-depth", "-type", "d", "-path"];
+    let pattern = format!("*/atoll/?[tm]-{number}*");
+    let _ = Command::new("find")
+        .args(find)
+        .args([&pattern, "-exec", "rmdir", "{}", ";"])
+        .output();
 }
 
 /// Runs a host program and returns its output.

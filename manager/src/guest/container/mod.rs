@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! run/ct-101/       config.json  rootfs/ mp0/ … (mounted images)  pid  halt-signal
-//! run/ct/101/       atoll-ct's own: state, console.sock, console.log, exit.json
+//! run/ct/ct-101/    atoll-ct's own: state, console.sock, console.log, exit.json
 //! ```
 
 pub mod bundle;
@@ -60,7 +60,7 @@ impl Container {
             .arg("--root")
             .arg(self.seat.site.containers_folder())
             .args(args)
-            .arg(self.seat.id.to_string())
+            .arg(self.seat.name())
             .args(after)
             .deadline(COMMAND_MAX)
             .run()
@@ -102,10 +102,7 @@ impl Container {
     }
 
     fn state_folder(&self) -> PathBuf {
-        self.seat
-            .site
-            .containers_folder()
-            .join(self.seat.id.to_string())
+        self.seat.site.containers_folder().join(self.seat.name())
     }
 
     fn pid_file(&self) -> PathBuf {
