@@ -260,7 +260,7 @@ mod tests {
             Err(Error::Refused("gone\r\nSet-Cookie: x".into()).into()),
             expect![[r#"
                 500 Some("gone  Set-Cookie: x")
-                {"data":null,"message":"gone\r\nSet-Cookie: x\n"}"#]],
+                {"data":null,"message":"gone\r Set-Cookie: x\n"}"#]],
         );
     }
 }

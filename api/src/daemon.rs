@@ -101,11 +101,21 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let url = format!("https://{}:{}", host_of(options.listen), address.port());
     first_administrator(&daemon, &options.state, &url, &pki_dir).await?;
 
+    let storage_dir = daemon.node.settings().storage_dir();
+    daemon.node.storage().ensure_local(&storage_dir).await?;
     let follower = tokio::spawn({
         let daemon = Arc::clone(&daemon);
         async move { daemon.keyring.follow().await }
     });
     let stop = CancellationToken::new();
+    let manager = tokio::spawn({
+        let (node, stop) = (daemon.node.clone(), stop.clone());
+        async move {
+            if let Err(error) = node.run(stop).await {
+                tracing::error!(error = error.chain(), "the node is not kept in order");
+            }
+        }
+    });
     tokio::spawn(end_on_signal(stop.clone())?);
     let ready = json!({
         "pid": std::process::id(), "node": daemon.node.name(), "port": address.port(), "url": url,
@@ -120,7 +130,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     follower.abort();
     drop(std::fs::remove_file(&ready_file));
     daemon.node.tasks().stop_all().await;
-
+    manager.await.context("keep the node in order")?;
+    if let Err(error) = daemon.node.leave().await {
+        tracing::warn!(error = error.chain(), "take the guests' network down");
+    }
     tracing::info!("ended; guests go on");
     Ok(())
 }

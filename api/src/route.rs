@@ -231,13 +231,14 @@ impl Route {
                 wrong.push((name, text));
             }
         }
-        for param in self.parameters() {
-            let is_file = matches!(param.kind, Kind::Upload);
-            if param.required && !is_file && !values.contains_key(param.name) {
-                let known = wrong.iter().any(|(name, _)| name == param.name);
-                if !known {
-                    wrong.push((param.name.to_owned(), MISSING.to_owned()));
-                }
+        for param in self.parameters().filter(|param| param.required) {
+            // The fields of an upload are in its stream, where the handler meets them.
+            let is_in_path = self.path.contains(&format!("{{{}}}", param.name));
+            let is_known = values.contains_key(param.name)
+                || (self.has_upload() && !is_in_path)
+                || wrong.iter().any(|(name, _)| name == param.name);
+            if !is_known {
+                wrong.push((param.name.to_owned(), MISSING.to_owned()));
             }
         }
         match wrong.is_empty() {

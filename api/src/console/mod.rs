@@ -75,7 +75,7 @@ pub fn open(
     guest: GuestId,
     caller: &Identity,
 ) -> Result<Opened, Error> {
-    let socket = std::path::PathBuf::new();
+    let socket = daemon.node.guests().console(kind, guest)?;
     let user = caller.to_string();
     let (hand_over, handed_over) = oneshot::channel();
     let port = daemon.consoles.wait(Waiting {
@@ -242,7 +242,12 @@ impl Session {
                 .await
                 .map_err(|error| Error::failed("write to the guest's console", error)),
             Frame::Resize { columns, rows } => {
-                tracing::debug!(kind = ?self.kind, guest = %self.guest, columns, rows, "resize console");
+                let guests = self.daemon.node.guests();
+                let resized = guests.resize_console(self.kind, self.guest, columns, rows);
+                // A console that keeps its size is still a console.
+                if let Err(error) = resized.await {
+                    tracing::debug!(guest = %self.guest, error = error.chain(), "resize console");
+                }
                 Ok(())
             }
         }

@@ -2,12 +2,15 @@
 //! The cluster: everything that it has in one list, its members, its options, its pools.
 
 use atoll_manager::access::{Caller, Check, Privilege};
+use atoll_manager::cluster::OPTIONS;
 use atoll_manager::error::Error;
-use atoll_manager::schema::{Kind, Param};
+use atoll_manager::id::GuestId;
+use atoll_manager::schema::{Kind, Param, format};
 use bytes::Bytes;
 use serde::Serialize;
 use serde_json::json;
 
+use super::parameters::{DELETE, DIGEST};
 use super::storage::is_visible;
 use super::{serve, storage};
 use crate::answer::{Answer, Refusal};
@@ -65,6 +68,41 @@ pub const ROUTES: &[Route] = &[
         privileges: &[Privilege::SysAudit],
     }),
     Route::get(
+        "/cluster/nextid",
+        "The smallest free guest number, or whether one is free.",
+        serve!(next_id),
+    )
+    .params(&[Param::new(
+        "vmid",
+        Kind::Format(format::VMID),
+        "The number to look at.",
+    )])
+    .returns(Returns::Text)
+    .check(Check::AnyUser),
+    Route::get(
+        "/cluster/options",
+        "Show the options of the cluster.",
+        serve!(options),
+    )
+    .returns(Returns::Object(&[
+        "keyboard",
+        "console",
+        "mac_prefix",
+        "next-id",
+        "description",
+    ]))
+    .check(Check::AnyUser),
+    Route::put(
+        "/cluster/options",
+        "Change the options of the cluster.",
+        serve!(set_options),
+    )
+    .params(&OPTION_PARAMS)
+    .check(Check::All {
+        path: "/",
+        privileges: &[Privilege::SysModify],
+    }),
+    Route::get(
         "/pools",
         "List the pools: there are none yet.",
         serve!(pools),
@@ -72,6 +110,18 @@ pub const ROUTES: &[Route] = &[
     .returns(Returns::List(&["poolid"]))
     .check(Check::AnyUser),
 ];
+
+/// The options, and what a change of them has besides.
+const OPTION_PARAMS: [Param; OPTIONS.len() + 2] = {
+    let mut all = [DELETE; OPTIONS.len() + 2];
+    let mut index = 0;
+    while index < OPTIONS.len() {
+        all[index] = OPTIONS[index];
+        index += 1;
+    }
+    all[index] = DIGEST;
+    all
+};
 
 /// One resource. Kept as a struct so that a thousand of them are written without a map each.
 #[derive(Debug, Default, Serialize)]
@@ -141,6 +191,9 @@ async fn resources(call: Call) -> Result<Answer, Refusal> {
     }
     if wanted("storage") {
         parts.push(storages(&daemon, &caller).await?);
+    }
+    if wanted("vm") {
+        parts.push(guests(&daemon, &caller).await?);
     }
     // Each part is a list; they are joined between their brackets.
     let inner = parts
@@ -228,6 +281,46 @@ async fn storages(daemon: &Daemon, caller: &Caller) -> Result<Vec<u8>, Error> {
     text(&rows)
 }
 
+async fn guests(daemon: &Daemon, caller: &Caller) -> Result<Vec<u8>, Error> {
+    let all = daemon.node.guests().list().await?;
+    let seen = all
+        .iter()
+        .filter(|status| caller.has(&format!("/vms/{}", status.id), Privilege::VmAudit));
+    let rows: Vec<Resource<'_>> = seen
+        .map(|status| {
+            let kind = status.kind.word();
+            Resource {
+                id: format!("{kind}/{}", status.id),
+                kind,
+                node: daemon.node.name(),
+                status: if status.running { "running" } else { "stopped" },
+                vmid: Some(status.id.into()),
+                name: Some(&status.name),
+                figures: Some(Figures {
+                    cpu: status.cpu,
+                    maxcpu: status.cpus,
+                    mem: status.load.memory_bytes,
+                    maxmem: status.memory_bytes_max,
+                    uptime: status.uptime_s,
+                }),
+                traffic: Some(Traffic {
+                    netin: status.load.received_bytes,
+                    netout: status.load.sent_bytes,
+                    diskread: status.load.read_bytes,
+                    diskwrite: status.load.written_bytes,
+                }),
+                disk: Some(status.load.disk_bytes),
+                maxdisk: Some(status.disk_bytes_max),
+                template: Some(u8::from(status.template)),
+                tags: status.tags.as_deref(),
+                lock: status.lock.as_deref(),
+                ..Resource::default()
+            }
+        })
+        .collect();
+    text(&rows)
+}
+
 async fn members(call: Call) -> Result<Answer, Refusal> {
     let name = call.daemon.node.name();
     // A node alone has no row of type cluster, as in PVE.
@@ -235,6 +328,35 @@ async fn members(call: Call) -> Result<Answer, Refusal> {
         "type": "node", "id": format!("node/{name}"), "name": name, "nodeid": 0, "ip": call.daemon.address.to_string(),
         "local": 1, "online": 1, "level": "",
     }])))
+}
+
+async fn next_id(call: Call) -> Result<Answer, Refusal> {
+    let cluster = call.daemon.node.cluster();
+    let id = match call.values.number::<GuestId>("vmid") {
+        Some(id) => {
+            cluster.check_free(id)?;
+            id
+        }
+        None => cluster.next_id()?,
+    };
+    // A text, as PVE's nodes send it, whatever their schema says.
+    Ok(Answer::Data(json!(id.to_string())))
+}
+
+async fn options(call: Call) -> Result<Answer, Refusal> {
+    Ok(Answer::Data(call.daemon.node.cluster().options()?.into()))
+}
+
+async fn set_options(call: Call) -> Result<Answer, Refusal> {
+    let known = |name: &str| OPTIONS.iter().any(|option| option.name == name);
+    let set = call.values.filtered(known);
+    let delete = call.values.list("delete");
+    let digest = call.values.text("digest").map(str::to_owned);
+    let node = call.daemon.node.clone();
+    node.cluster()
+        .set_options(set, &delete, digest.as_deref())
+        .await?;
+    Ok(Answer::NULL)
 }
 
 async fn pools(_: Call) -> Result<Answer, Refusal> {

@@ -5,8 +5,11 @@
 mod access;
 mod atoll;
 mod cluster;
+mod guest_actions;
+mod guests;
 mod nodes;
 pub mod parameters;
+mod series;
 mod storage;
 mod tasks;
 mod ticket;
@@ -23,7 +26,15 @@ pub const TABLES: &[&[Route]] = &[
     access::ROUTES,
     atoll::ROUTES,
     cluster::ROUTES,
+    guest_actions::CONTAINERS,
+    guest_actions::RESET,
+    guest_actions::VMS,
+    guests::ASYNC_UPDATE,
+    guests::CONTAINERS,
+    guests::INTERFACES,
+    guests::VMS,
     nodes::ROUTES,
+    series::ROUTES,
     storage::ROUTES,
     tasks::ROUTES,
     ticket::ROUTES,

@@ -50,6 +50,29 @@ pub const ROUTES: &[Route] = &[
     )
     .returns(Returns::Object(&["version", "release", "repoid"]))
     .check(Check::AnyUser),
+    Route::post(
+        "/nodes/{node}/stopall",
+        "Shut down all guests of a node, by force those that do not obey.",
+        serve!(stop_all),
+    )
+    .params(&[
+        Param::new(
+            "force-stop",
+            Kind::Boolean,
+            "Accepted for PVE's clients: who does not obey is stopped.",
+        )
+        .default("1"),
+        Param::new(
+            "timeout",
+            Kind::Integer { min: 0, max: 7200 },
+            "Accepted for PVE's clients: each guest has a minute.",
+        ),
+    ])
+    .returns(Returns::Upid)
+    .check(Check::All {
+        path: "/vms",
+        privileges: &[Privilege::VmPowerMgmt],
+    }),
     Route::get(
         "/nodes/{node}/network",
         "List the network interfaces of a node.",
@@ -84,6 +107,15 @@ pub const ROUTES: &[Route] = &[
 
 async fn version(call: Call) -> Result<Answer, Refusal> {
     super::atoll::version(call).await
+}
+
+async fn stop_all(call: Call) -> Result<Answer, Refusal> {
+    let upid = call
+        .daemon
+        .node
+        .guests()
+        .stop_all(call.caller().identity())?;
+    Ok(Answer::Data(json!(upid.to_string())))
 }
 
 /// A node as listings show it; figures only for those who may see them.

@@ -1,8 +1,10 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Volumes: what is on a node's storages, and how files get there: allocation, upload, download.
 
+use atoll_manager::Node;
 use atoll_manager::access::{Caller, Check, Privilege, PrivilegeSet};
 use atoll_manager::error::Error;
+use atoll_manager::guest::stored;
 use atoll_manager::id::GuestId;
 use atoll_manager::schema::format::parse_size;
 use atoll_manager::schema::{Kind, Param, format};
@@ -342,7 +344,7 @@ async fn remove(call: Call) -> Result<Answer, Refusal> {
     let node = call.daemon.node.clone();
     authorize(call.caller(), &id, TO_REMOVE)?;
     if let Some(guest) = id.name.owner()
-        && false
+        && is_used(&node, guest, &id)?
     {
         let text =
             format!("cannot remove '{id}': guest {guest} uses it; take it out of its config first");
@@ -365,6 +367,23 @@ async fn remove(call: Call) -> Result<Answer, Refusal> {
             Ok(())
         })?;
     Ok(Answer::Data(json!(upid.to_string())))
+}
+
+/// Whether the config of the guest that owns a volume names it.
+fn is_used(node: &Node, guest: GuestId, volume: &VolumeId) -> Result<bool, Error> {
+    let Some((name, kind)) = stored::find(node.store().as_ref(), guest)? else {
+        return Ok(false);
+    };
+    let config = stored::load(node.store().as_ref(), &name, kind, guest)?.config;
+    let volume = volume.to_string();
+    let values = config.current.values.iter().chain(&config.pending.values);
+    // A disk that was taken out of the guest is kept as `unused[n]`: that one may go.
+    let mut disks = values.filter(|(key, _)| !key.starts_with("unused"));
+    Ok(disks.any(|(_, value)| {
+        value
+            .split(',')
+            .any(|item| item.trim_start_matches("file=") == volume)
+    }))
 }
 
 fn checksum(algorithm: Option<&str>, digest: Option<&str>) -> Result<Option<Checksum>, Error> {

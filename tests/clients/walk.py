@@ -1,0 +1,243 @@
+# Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+"""An unmodified PVE client against atolld, as a user would go: sign in, make guests, use them, remove them.
+
+Run by tests/it/api.rs with the daemon's state directory; prints a line a check, and ends at the first that fails.
+"""
+
+import json
+import pathlib
+import re
+import ssl
+import sys
+import time
+import urllib.parse
+
+import requests
+import websocket
+from proxmoxer import AuthenticationError, ProxmoxAPI, ResourceException
+
+STATE = pathlib.Path(sys.argv[1])
+LOGIN = json.loads((STATE / "initial-login.json").read_text())
+DAEMON = json.loads((STATE / "run/atolld.json").read_text())
+CA = LOGIN["ca_file"]
+URL = LOGIN["url"]
+VM, CT = 100, 101
+
+
+def said(text):
+    print("ok:", text, flush=True)
+
+
+def client(**credentials):
+    return ProxmoxAPI("localhost", port=DAEMON["port"], verify_ssl=CA, timeout=30, **credentials)
+
+
+def refused(call, *texts):
+    """The call is refused, and each of the texts is in what proxmoxer tells of it."""
+    try:
+        answer = call()
+    except ResourceException as error:
+        for text in texts:
+            assert text in str(error), f"expected {text!r} in {error}"
+        return error
+    raise AssertionError(f"not refused: {answer}")
+
+
+def finish(api, upid, expected="OK"):
+    """Waits for a task; its log must end as PVE's do."""
+    deadline = time.monotonic() + 120
+    node = api.nodes(upid.split(":")[1])
+    while (status := node.tasks(upid).status.get())["status"] != "stopped":
+        assert "exitstatus" not in status, status
+        assert time.monotonic() < deadline, f"{upid} does not end"
+        time.sleep(0.1)
+    lines = [row["t"] for row in node.tasks(upid).log.get(limit=500)]
+    if expected is not None:
+        assert status["exitstatus"] == expected, (status, lines)
+        assert lines[-1] == f"TASK {expected}", lines
+    return lines
+
+
+def signing_in():
+    started = time.monotonic()
+    try:
+        client(user=LOGIN["username"], password="wrong-password")
+        raise AssertionError("a wrong password was accepted")
+    except AuthenticationError:
+        pass
+    waited = time.monotonic() - started
+    assert waited >= 2.9, f"a wrong password was refused after {waited:.2f} s"
+    said("a wrong password is refused, late")
+    api = client(user=LOGIN["username"], password=LOGIN["password"])
+    assert api.version.get()["release"]
+    said("the first administrator signs in")
+    assert {row["realm"] for row in api.access.domains.get()} >= {"pam", "pve"}
+    return api
+
+
+def raw(method, path, headers=None, **options):
+    return requests.request(method, f"{URL}/api2/json{path}", headers=headers, verify=CA, timeout=30, **options)
+
+
+def wire_format():
+    """What clients other than proxmoxer look at: status line, content type, body."""
+    form = {"username": LOGIN["username"], "password": LOGIN["password"]}
+    answer = raw("POST", "/access/ticket", data=form)
+    assert answer.headers["Content-Type"] == "application/json;charset=UTF-8", answer.headers
+    ticket = answer.json()["data"]
+    assert re.fullmatch(r"PVE:admin@pve:[0-9A-F]{8}::.+", ticket["ticket"]), ticket
+    cookie = {"Cookie": "PVEAuthCookie=" + urllib.parse.quote(ticket["ticket"])}
+    token = {"CSRFPreventionToken": ticket["CSRFPreventionToken"]}
+
+    answer = raw("POST", "/access/users", cookie, data={"userid": "x@pve"})
+    assert (answer.status_code, answer.reason) == (401, "Permission denied - invalid csrf token"), answer.reason
+    said("a change without its CSRF token is refused")
+    answer = raw("GET", "/version")
+    assert (answer.status_code, answer.reason) == (401, "No ticket")
+    answer = raw("POST", "/access/users", cookie | token, json={"userid": "json@pve", "enable": True})
+    assert answer.json() == {"data": None}, answer.text
+    answer = raw("GET", "/nope", cookie)
+    assert (answer.status_code, answer.reason) == (501, "Method 'GET /nope' not implemented")
+    answer = requests.get(f"{URL}/api2/extjs/nope", headers=cookie, verify=CA, timeout=30)
+    assert (answer.status_code, answer.json()["success"], answer.json()["status"]) == (200, 0, 501)
+    renewed = raw("POST", "/access/ticket", data={"username": LOGIN["username"], "password": ticket["ticket"]})
+    assert renewed.status_code == 200
+    said("reason phrases, content type, both envelopes, JSON bodies, renewal by ticket")
+
+
+def users_and_tokens(admin):
+    admin.access.users.post(userid="ci@pve", password="correct horse", comment="builds")
+    limited = client(user="ci@pve", password="correct horse")
+    assert limited.cluster.resources.get(type="vm") == []
+    refused(lambda: limited.nodes(DAEMON["node"]).status.get(), "403", "Sys.Audit")
+    made = admin.access.users("ci@pve").token("deploy").post(privsep=0)
+    assert made["full-tokenid"] == "ci@pve!deploy"
+    by_token = client(user="ci@pve", token_name="deploy", token_value=made["value"])
+    assert by_token.version.get()["release"]
+    refused(lambda: by_token.nodes(DAEMON["node"]).status.get(), "403")
+    admin.access.acl.put(path="/", roles="PVEAuditor", users="ci@pve")
+    assert by_token.nodes(DAEMON["node"]).status.get()["memory"]["total"] > 0
+    assert by_token.access.permissions.get()["/"]["VM.Audit"] == 1
+    wrong = client(user="ci@pve", token_name="deploy", token_value="0" * 36)
+    refused(wrong.version.get, "401")
+    admin.access.users("ci@pve").token("deploy").delete()
+    refused(by_token.version.get, "401")
+    admin.access.users("ci@pve").delete()
+    said("users, roles and tokens: made, limited, used, removed")
+
+
+def storages(node):
+    local = next(row for row in node.storage.get() if row["storage"] == "local")
+    assert local["active"] == 1 and local["total"] > 0, local
+    iso = STATE / "small.iso"
+    iso.write_bytes(b"not much of an image")
+    with iso.open("rb") as file:
+        upid = node.storage("local").upload.post(content="iso", filename=file)
+    lines = finish(node_api, upid)
+    rows = node.storage("local").content.get(content="iso")
+    assert [row["volid"] for row in rows] == ["local:iso/small.iso"], (rows, lines)
+    finish(node_api, node.storage("local").content("local:iso/small.iso").delete())
+    assert node.storage("local").content.get(content="iso") == []
+    said("a file is uploaded, listed and removed")
+
+
+def schema(node):
+    listed = [row["name"] for row in node.get()]
+    assert {"qemu", "lxc", "storage", "tasks", "status"} <= set(listed), listed
+    error = refused(lambda: node.qemu.post(vmid=VM, nonsense=1), "400", "Parameter verification failed.")
+    assert "property is not defined in schema" in error.errors["nonsense"], error.errors
+    error = refused(lambda: node.qemu.post(vmid="x"), "400")
+    assert "vmid" in error.errors, error.errors
+    gone = f"Configuration file 'nodes/{DAEMON['node']}/qemu-server/9999.conf' does not exist"
+    refused(lambda: node.qemu(9999).config.get(), "500", gone)
+    refused(lambda: node.qemu(9999).status.start.post(), "500", gone)
+    said("unknown parameters and unknown guests are named")
+
+
+def machine(api, node):
+    finish(api, node.qemu.post(vmid=VM, name="probe", memory=128, cores=1, serial0="socket"))
+    assert api.cluster.nextid.get() != VM
+    error = refused(lambda: api.cluster.nextid.get(vmid=VM), "400")
+    assert f"VM {VM} already exists" in error.errors["vmid"], error.errors
+    refused(lambda: node.qemu.post(vmid=VM), "500", "already exists")
+    config = node.qemu(VM).config.get()
+    assert config["memory"] == "128" and config["cores"] == 1, config
+    node.qemu(VM).config.put(cores=2, digest=config["digest"])
+    refused(lambda: node.qemu(VM).config.put(cores=3, digest=config["digest"]), "500", "detected modified configuration")
+    finish(api, node.qemu(VM).config.post(description="by the walk"))
+    assert node.qemu(VM).config.get()["description"].strip() == "by the walk"
+    lines = finish(api, node.qemu(VM).status.start.post(), expected=None)
+    assert lines[-1].startswith("TASK ERROR") and "kernel" in lines[-1], lines
+    assert node.qemu(VM).status.current.get()["status"] == "stopped"
+    said("a VM: created, changed, a stale digest refused, a start without kernel told why")
+
+
+def container(api, node):
+    upid = node.lxc.post(
+        vmid=CT, ostemplate="local:vztmpl/small.tar.gz", hostname="small", memory=128, rootfs="local:1", unprivileged=1
+    )
+    lines = finish(api, upid)
+    assert len(lines) > 1, lines
+    finish(api, node.lxc(CT).status.start.post())
+    assert node.lxc(CT).status.current.get()["status"] == "running"
+    row = next(row for row in api.cluster.resources.get(type="vm") if row["id"] == f"lxc/{CT}")
+    assert row["status"] == "running" and row["node"] == DAEMON["node"], row
+    assert CT in [row["vmid"] for row in node.lxc.get()]
+    said("a container: created and running")
+
+
+def terminal(api, node):
+    opened = node.lxc(CT).termproxy.post()
+    for wrong in ({"port": int(opened["port"]) ^ 1}, {"vncticket": "PVEVNC:00000000::AAAA"}):
+        query = {"port": opened["port"], "vncticket": opened["ticket"]} | wrong
+        refused(lambda: node.lxc(CT).vncwebsocket.get(**query), "401")
+    query = urllib.parse.urlencode({"port": opened["port"], "vncticket": opened["ticket"]})
+    path = f"/api2/json/nodes/{DAEMON['node']}/lxc/{CT}/vncwebsocket?{query}"
+    ticket = urllib.parse.quote(api.get_tokens()[0])
+    socket = websocket.create_connection(
+        URL.replace("https", "wss") + path,
+        cookie=f"PVEAuthCookie={ticket}",
+        subprotocols=["binary"],
+        sslopt={"ca_certs": CA, "cert_reqs": ssl.CERT_REQUIRED},
+        timeout=30,
+    )
+    assert socket.subprotocol == "binary", socket.subprotocol
+    socket.send_binary(f"{opened['user']}:{opened['ticket']}\n".encode())
+    seen = socket.recv()
+    assert seen.startswith(b"OK"), seen
+    socket.send_binary(b"1:100:30:")
+    typed = b"echo typed-$((40+2))\n"
+    socket.send_binary(b"0:%d:%s" % (len(typed), typed))
+    deadline = time.monotonic() + 30
+    while b"typed-42" not in seen:
+        assert time.monotonic() < deadline, seen
+        seen += socket.recv()
+    socket.close()
+    lines = finish(api, opened["upid"])
+    said(f"a terminal: typed into and answered ({len(lines)} lines of log)")
+
+
+def removal(api, node):
+    refused_upid = node.lxc(CT).delete()
+    lines = finish(api, refused_upid, expected=None)
+    assert "is running" in lines[-1], lines
+    finish(api, node.lxc(CT).status.stop.post())
+    finish(api, node.lxc(CT).delete())
+    finish(api, node.qemu(VM).delete())
+    assert api.cluster.resources.get(type="vm") == []
+    types = {row["type"] for row in node.tasks.get(limit=100)}
+    assert {"vzcreate", "vzstart", "vncproxy", "vzstop", "vzdestroy", "qmcreate", "qmdestroy"} <= types, types
+    said("guests are stopped and removed, and the tasks are on record")
+
+
+signing_in()
+wire_format()
+node_api = client(user=LOGIN["username"], password=LOGIN["password"])
+here = node_api.nodes(DAEMON["node"])
+users_and_tokens(node_api)
+storages(here)
+schema(here)
+machine(node_api, here)
+container(node_api, here)
+terminal(node_api, here)
+removal(node_api, here)
