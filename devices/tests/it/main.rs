@@ -11,5 +11,6 @@ mod console;
 mod fuzz;
 mod hostile;
 mod net;
+mod pci;
 mod rng;
 mod transport;
