@@ -368,7 +368,7 @@ fn pausing_again_and_again_loses_no_request() {
         machine.client.act(Request::Pause).unwrap();
         machine.client.act(Request::Resume).unwrap();
     }
-    let said = machine.hear("\"ok\":", 2);
+    let said = machine.hear(PROMPT, 2);
     assert_eq!(said.matches("\"ok\":true").count(), 2, "{said}");
 }
 
