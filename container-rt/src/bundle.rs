@@ -147,6 +147,14 @@ fn check(spec: &Spec) -> Result<()> {
 
 /// Fills in what config.json leaves open and the runtime must decide.
 fn settle(spec: &mut Spec, id: &str) -> Result<()> {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        // Kernel file systems need none, but libcontainer does.
+        if mount.source().is_none() {
+            mount.set_source(mount.typ().clone().map(PathBuf::from));
+        }
+    }
+    spec.set_mounts(Some(mounts));
     let Some(mut linux) = spec.linux().clone() else {
         return Ok(());
     };
@@ -156,6 +164,13 @@ fn settle(spec: &mut Spec, id: &str) -> Result<()> {
         .filter(|p| !p.as_os_str().is_empty());
     let path = path.unwrap_or_else(|| Path::new(DEFAULT_CGROUP).join(id));
     linux.set_cgroups_path(Some(path));
+    // libcontainer always applies it to everything below, and knows only the names without the r for that.
+    let propagation = linux.rootfs_propagation().clone().filter(|p| !p.is_empty());
+    let propagation = propagation.map(|p| match p.as_str() {
+        "rprivate" | "rshared" | "rslave" | "runbindable" => p[1..].to_owned(),
+        _ => p,
+    });
+    linux.set_rootfs_propagation(propagation);
     let mut resources = linux.resources().clone().unwrap_or_default();
     close_devices(&mut resources);
     linux.set_resources(Some(resources));

@@ -130,44 +130,15 @@ fn unprivileged_debian_boots_and_leaves_nothing() {
 
     let mut answer = String::new();
     wait_for("systemd's end of booting", || {
-        answer = scene
-            .ct(&["exec", "ID", "systemctl", "is-system-running"])
-            .stdout;
+        answer = scene.exec("systemctl is-system-running").stdout;
         matches!(answer.trim(), "running" | "degraded")
     });
-    let failed = scene
-        .ct(&[
-            "exec",
-            "ID",
-            "systemctl",
-            "--failed",
-            "--plain",
-            "--no-legend",
-        ])
-        .stdout;
+    let failed = scene.exec("systemctl --failed --plain --no-legend").stdout;
     println!("systemd is {answer:?}; failed units: {failed:?}");
-    let owner = scene
-        .ct(&[
-            "exec",
-            "ID",
-            "stat",
-            "-c",
-            "%u:%g",
-            "/usr/bin/bash",
-            "/etc/shadow",
-        ])
-        .ok();
+    let owner = scene.exec("stat -c %u:%g /usr/bin/bash /etc/shadow").ok();
     assert_eq!(owner, "0:0\n0:42\n");
     let unit = scene
-        .ct(&[
-            "exec",
-            "ID",
-            "systemctl",
-            "show",
-            "-p",
-            "ControlGroup",
-            "dbus.service",
-        ])
+        .exec("systemctl show -p ControlGroup dbus.service")
         .ok();
     assert_eq!(unit, "ControlGroup=/system.slice/dbus.service\n");
     let log = std::fs::read_to_string(directory.join("console.log"));

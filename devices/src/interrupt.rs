@@ -5,7 +5,7 @@ use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// One wire to the interrupt controller (IOAPIC pin): the serial port's IRQ 4, the ACPI SCI.
+/// One wire to the interrupt controller (IOAPIC pin): the serial port's IRQ 4, the power button.
 ///
 /// Called from vCPU threads and from console threads; must not block.
 pub trait IrqLine: Send + Sync {

@@ -1,12 +1,12 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The hardware a guest sees: PCI, virtio, serial port, power management. Knows no KVM, no configuration file.
+//! The hardware a guest sees: PCI, virtio, serial port. Knows no KVM, no configuration file.
 //!
 //! The VMM (crate `atoll-vmm`) is the only caller. It gives guest memory ([`memory`]), interrupts
 //! ([`interrupt`]), doorbells ([`pci::DoorbellSink`]) and addresses, and gets objects for its port and memory
 //! buses ([`bus`]).
 //!
 //! ```text
-//!   vCPU exit ──► bus ──► platform (serial, pm, rtc, i8042)
+//!   vCPU exit ──► bus ──► platform (serial port)
 //!                  │
 //!                  └────► pci (config space, BARs, MSI-X) ──► virtio::pci ──► blk │ net │ console │ rng
 //!   doorbell (ioeventfd) ─────────────────────────► virtio::worker thread of one queue

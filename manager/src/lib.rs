@@ -27,6 +27,7 @@ pub mod network;
 mod node;
 pub mod process;
 pub mod reconcile;
+pub mod sampler;
 pub mod schema;
 mod settings;
 pub mod storage;

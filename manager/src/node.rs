@@ -15,6 +15,7 @@ use crate::id::InvalidId;
 use crate::metrics::Metrics;
 use crate::network::Network;
 use crate::reconcile::Reconciler;
+use crate::sampler::Sampler;
 use crate::settings::Settings;
 use crate::storage::Storages;
 use crate::store::{ConfigStore, RedbStore};
@@ -80,7 +81,7 @@ impl Node {
             storage: storage.clone(),
             locks: Locks::default(),
         };
-        let guests = Guests::new(Arc::new(site), tasks.clone());
+        let guests = Guests::new(Arc::new(site), tasks.clone(), cluster.clone());
         Ok(Self {
             shared: Arc::new(Shared {
                 settings,
@@ -132,16 +133,22 @@ impl Node {
     }
 
     /// Keeps the node in order until `stop`: storage `local`, the guests' network, guests that end or were left by a
-    /// former daemon. Guests run on when it returns.
+    /// former daemon; and records its load. Guests run on when it returns.
     pub async fn run(&self, stop: CancellationToken) -> Result<(), Error> {
         let shared = &self.shared;
         shared
             .storage
             .ensure_local(&shared.settings.storage_dir())
             .await?;
-        Reconciler::new(shared.guests.clone(), shared.network.clone())
-            .run(stop)
-            .await;
+        let reconciler = Reconciler::new(shared.guests.clone(), shared.network.clone());
+        let sampler = Sampler::new(
+            &shared.settings.node,
+            shared.guests.clone(),
+            shared.storage.clone(),
+            shared.cluster.clone(),
+            shared.metrics.clone(),
+        );
+        tokio::join!(reconciler.run(stop.clone()), sampler.run(stop));
         Ok(())
     }
 

@@ -9,12 +9,12 @@
 //! Guests that run are adopted by looking: their processes, sockets and folders tell everything, so a daemon that
 //! was killed has lost nothing. Not here: starting what a user asked for, which is a task.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::GuestSummary;
 use crate::error::Error;
 use crate::guest::container::Container;
 use crate::guest::site::Seat;
@@ -155,39 +155,23 @@ impl Reconciler {
         self.first = false;
     }
 
+    /// Guests without a folder of a run have nothing to look at: a tick costs what runs, not what is configured.
     fn look(&self) -> Result<World, Error> {
         let site = self.guests.site();
-        let mut known: BTreeSet<(GuestKind, GuestId)> = site.guests()?.into_iter().collect();
-        known.extend(self.run_folders());
-        let views = known
-            .into_iter()
-            .map(|(kind, id)| view(&site.seat(kind, id)));
+        let mut started = site.run_folders();
+        let mut views = Vec::new();
+        for summary in self.guests.summaries()? {
+            let seat = site.seat(summary.kind, summary.id);
+            let has_run = started.remove(&(summary.kind, summary.id));
+            views.push(view(&seat, Some(&summary), has_run));
+        }
+        let left_over = started.into_iter();
+        views.extend(left_over.map(|(kind, id)| view(&site.seat(kind, id), None, true)));
         Ok(World {
-            guests: views.collect(),
+            guests: views,
             host_started: self.first && boot_id() != std::fs::read_to_string(self.boot_file()).ok(),
             first: self.first,
         })
-    }
-
-    /// Guests that have a folder of a run, whether they have a config or not.
-    fn run_folders(&self) -> Vec<(GuestKind, GuestId)> {
-        let folder = self.guests.site().settings.run_dir();
-        let Ok(entries) = std::fs::read_dir(folder) else {
-            return Vec::new();
-        };
-        let guest_of = |name: &str| {
-            let (kind, id) = name.split_once('-')?;
-            let kind = match kind {
-                "vm" => GuestKind::Vm,
-                "ct" => GuestKind::Container,
-                _ => return None,
-            };
-            Some((kind, id.parse().ok()?))
-        };
-        entries
-            .flatten()
-            .filter_map(|entry| guest_of(entry.file_name().to_str()?))
-            .collect()
     }
 
     async fn apply(&self, remedy: Remedy) -> Result<(), Error> {
@@ -232,20 +216,20 @@ fn boot_id() -> Option<String> {
     std::fs::read_to_string(BOOT_ID).ok()
 }
 
-fn view(seat: &Seat) -> View {
-    let config = seat.config().ok();
-    let phase = guest(seat).phase();
+fn view(seat: &Seat, summary: Option<&GuestSummary>, has_run: bool) -> View {
+    let phase = match has_run {
+        true => guest(seat).phase(),
+        false => Phase::Stopped,
+    };
     let rebooted = seat.kind == GuestKind::Container
         && phase == Phase::Ended
         && Container::new(seat.clone()).wants_reboot();
     View {
         kind: seat.kind,
         id: seat.id,
-        configured: config.is_some(),
-        onboot: config
-            .as_ref()
-            .is_some_and(|config| config.is_set("onboot")),
-        lock: config.and_then(|config| config.get("lock").map(str::to_owned)),
+        configured: summary.is_some(),
+        onboot: summary.is_some_and(|summary| summary.onboot),
+        lock: summary.and_then(|summary| summary.lock.clone()),
         busy: seat.site.locks.is_held(seat.id),
         phase,
         rebooted,

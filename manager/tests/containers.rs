@@ -75,6 +75,11 @@ impl Ground {
         assert_eq!(self.done(created).await, "OK");
     }
 
+    async fn pid(&self) -> Option<u32> {
+        let status = self.node.guests().status(GuestKind::Container, self.id);
+        status.await.unwrap().pid
+    }
+
     async fn running(&self) -> bool {
         self.node
             .guests()
@@ -95,6 +100,15 @@ async fn open(state: &tempfile::TempDir) -> Node {
         .unwrap();
     node.network().ensure().await.unwrap();
     node
+}
+
+/// Waits until no task runs.
+async fn wait_idle(ground: &Ground) {
+    let deadline = Instant::now() + world::PATIENCE;
+    while ground.node.tasks().running_count() > 0 {
+        assert!(Instant::now() < deadline, "a task does not end");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// Types a line on a console and reads until the answer is there.
@@ -275,14 +289,25 @@ fn dhcp_gives_addresses_and_the_reconciler_notices_ends() {
                 std::fs::read_to_string(&leases).is_ok_and(|text| text.contains(" 10.64.0."))
             });
 
-            let pid = ground
+            let first = ground.pid().await.unwrap();
+            let console = ground
                 .node
                 .guests()
-                .status(GuestKind::Container, ground.id)
-                .await
-                .unwrap()
-                .pid
+                .console(GuestKind::Container, ground.id)
                 .unwrap();
+            ask_console(&console, "reboot\n", "reboot");
+            let deadline = Instant::now() + world::PATIENCE;
+            let pid = loop {
+                assert!(
+                    Instant::now() < deadline,
+                    "not started again after its reboot"
+                );
+                match ground.pid().await {
+                    Some(pid) if pid != first => break pid,
+                    _ => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+            };
+            wait_idle(&ground).await;
             world::run("kill", &["-9", &pid.to_string()]);
             let folder = ground.state.path().join(format!("run/ct-{}", ground.id));
             world::until("the reconciler to clean up", || !folder.exists());

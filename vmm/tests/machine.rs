@@ -364,6 +364,40 @@ fn more_memory_than_the_host_has_is_refused() {
     assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1));
 }
 
+/// Both machines are in a network namespace of their own, where the first one makes the tap.
+#[test]
+fn a_tap_that_another_machine_has_is_busy() {
+    let Some(guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    let run = format!(
+        "{BINARY} run --kernel kernel --memory 32 --cmdline stay --console null --net tap=t0"
+    );
+    let script = format!(
+        "{run} --api-socket first 2>first.log & first=$!
+         for i in $(seq 600); do {BINARY} ctl --api-socket first info >first.info 2>&1 && break; sleep 0.05; done
+         {run}; echo code $?; kill $first"
+    );
+    let output = Command::new("unshare")
+        .args(["--net", "bash", "-c", &script])
+        .current_dir(guest.folder.path())
+        .output()
+        .unwrap();
+    let first = std::fs::read_to_string(guest.path("first.log")).unwrap_or_default();
+    if first.contains("/dev/net/tun") || !guest.path("first.log").exists() {
+        println!("ATOLL-SKIP: no tap in a network namespace: {first}");
+        return;
+    }
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        "code 1\n",
+        "{said}"
+    );
+    assert!(said.contains("tap t0"), "{said}");
+    assert!(said.contains("busy"), "{said}");
+}
+
 #[test]
 fn what_is_no_kernel_is_named() {
     for (bytes, expected) in [

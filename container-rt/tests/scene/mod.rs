@@ -137,6 +137,13 @@ impl Scene {
         command
     }
 
+    /// Executes words in the container.
+    pub fn exec(&self, words: &str) -> Ended {
+        let mut arguments = vec!["exec", "ID"];
+        arguments.extend(words.split(' '));
+        self.ct(&arguments)
+    }
+
     /// Creates and starts; the program's output goes nowhere.
     #[track_caller]
     pub fn start(&self, options: &[&str]) {

@@ -50,7 +50,7 @@ pub struct QueueStart {
     pub queue: DeviceQueue,
     /// Feature bits that the driver accepted.
     pub features: u64,
-    /// Signalled by the driver (ioeventfd). Level kept by the eventfd's counter: a kick while stopped is not lost.
+    /// Signalled by the driver (ioeventfd). Never read: only its edges count.
     pub doorbell: EventFd,
     /// To be counted into.
     pub counters: Arc<QueueCounters>,

@@ -37,3 +37,27 @@ fn a_huge_claim_is_bounded() {
     driver.kick(0);
     assert_eq!(driver.wait_used(0).1, 4096);
 }
+
+/// More chains than a 16-bit index counts, with interrupts asked for by the event index all the way.
+#[test]
+fn ring_indices_wrap() {
+    let mut driver = Driver::new(Arc::new(Rng::new()));
+    driver.start(u64::MAX);
+    let ring = driver.rings[0];
+    let used_event = ring.available + 4 + 2 * u64::from(ring.size);
+    for batch in 1..=1100_u32 {
+        let last = u16::try_from((batch * 64 - 1) & 0xffff).unwrap();
+        driver.put(used_event, &last.to_le_bytes());
+        for _ in 0..64 {
+            driver.add(0, &[Segment::writable(DATA, 8)]);
+        }
+        driver.kick(0);
+        for _ in 0..64 {
+            assert_eq!(driver.wait_used(0).1, 8);
+        }
+        let told = driver
+            .interrupts
+            .wait(1, std::time::Duration::from_secs(20));
+        assert!(told, "batch {batch}");
+    }
+}

@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::Error;
 use crate::guest::GuestConfig;
+use crate::guest::container::bundle;
+use crate::guest::vm::resolve;
 use crate::id::{GuestId, GuestKind, parse_config_key};
 use crate::schema::format::parse_size;
-use crate::store::{ConfigStore, Entry, Revision};
+use crate::store::{ConfigStore, Revision};
 
 /// What listings say about a guest, as far as its config knows.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +36,8 @@ pub struct GuestSummary {
     pub cpus: f64,
     /// Memory that it may use.
     pub memory_bytes: u64,
+    /// Swap that it may use.
+    pub swap_bytes: u64,
     /// Size of its first disk.
     pub disk_bytes: u64,
     /// It starts with the node.
@@ -48,6 +52,54 @@ pub struct Inventory {
     /// Sorted by number.
     pub guests: Vec<Arc<GuestSummary>>,
     revision: Revision,
+}
+
+impl GuestSummary {
+    /// The summary of a config.
+    #[expect(clippy::cast_precision_loss, reason = "at most some thousand CPUs")]
+    pub fn new(config: &GuestConfig, node: &str, id: GuestId, revision: Revision) -> Self {
+        let text = |key: &str| config.get(key).map(str::to_owned);
+        let (name, cpus, memory_mib, swap_mib, disk) = match config.kind {
+            GuestKind::Vm => (
+                text("name").unwrap_or_else(|| format!("VM {id}")),
+                resolve::cpu_count(config) as f64,
+                resolve::memory_mib(config),
+                0,
+                resolve::disks(config)
+                    .ok()
+                    .and_then(|disks| Some(disks.first()?.key.clone())),
+            ),
+            GuestKind::Container => (
+                text("hostname").unwrap_or_else(|| format!("CT{id}")),
+                bundle::cpu_limit(config).unwrap_or_else(host_cpus),
+                bundle::memory_mib(config),
+                bundle::swap_mib(config),
+                Some("rootfs".to_owned()),
+            ),
+        };
+        let disk = disk.and_then(|key| config.properties(&key).ok().flatten());
+        let size = disk.and_then(|disk| parse_size(disk.get("size")?));
+        Self {
+            id,
+            kind: config.kind,
+            node: node.to_owned(),
+            name,
+            tags: text("tags"),
+            template: config.is_set("template"),
+            lock: text("lock"),
+            cpus,
+            memory_bytes: memory_mib << 20,
+            swap_bytes: swap_mib << 20,
+            disk_bytes: size.unwrap_or(0),
+            onboot: config.is_set("onboot"),
+            revision,
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "at most some thousand CPUs")]
+fn host_cpus() -> f64 {
+    std::thread::available_parallelism().map_or(1.0, |count| count.get() as f64)
 }
 
 impl Inventory {
@@ -87,70 +139,14 @@ impl Cache {
             let unchanged = former.filter(|g| g.revision == entry.revision && g.kind == kind);
             guests.push(match unchanged {
                 Some(summary) => Arc::clone(summary),
-                None => Arc::new(summarize(&entry, node, kind, id)),
+                None => {
+                    let config = GuestConfig::parse(kind, &String::from_utf8_lossy(&entry.value));
+                    Arc::new(GuestSummary::new(&config, node, id, entry.revision))
+                }
             });
         }
         guests.sort_by_key(|guest| guest.id);
         *last = Arc::new(Inventory { guests, revision });
         Ok(Arc::clone(&last))
     }
-}
-
-fn summarize(entry: &Entry, node: &str, kind: GuestKind, id: GuestId) -> GuestSummary {
-    let config = GuestConfig::parse(kind, &String::from_utf8_lossy(&entry.value));
-    let text = |key: &str| config.get(key).map(str::to_owned);
-    let name = match kind {
-        GuestKind::Vm => text("name").unwrap_or_else(|| format!("VM {id}")),
-        GuestKind::Container => text("hostname").unwrap_or_else(|| format!("CT{id}")),
-    };
-    GuestSummary {
-        id,
-        kind,
-        node: node.to_owned(),
-        name,
-        tags: text("tags"),
-        template: config.is_set("template"),
-        lock: text("lock"),
-        cpus: cpus(&config),
-        memory_bytes: memory_mib(&config) << 20,
-        disk_bytes: disk_bytes(&config),
-        onboot: config.is_set("onboot"),
-        revision: entry.revision,
-    }
-}
-
-fn cpus(config: &GuestConfig) -> f64 {
-    let cores: f64 = config.number("cores").unwrap_or(0.0);
-    let sockets: f64 = match config.kind {
-        GuestKind::Vm => config.number("sockets").unwrap_or(1.0),
-        GuestKind::Container => 1.0,
-    };
-    cores * sockets
-}
-
-fn memory_mib(config: &GuestConfig) -> u64 {
-    let bare = config.number("memory");
-    let current = || {
-        config
-            .properties("memory")
-            .ok()
-            .flatten()?
-            .number("current")
-    };
-    bare.or_else(current).unwrap_or(0)
-}
-
-/// The disk that PVE shows: a container's root, a VM's first in the order of buses.
-fn disk_bytes(config: &GuestConfig) -> u64 {
-    let families: &[&str] = match config.kind {
-        GuestKind::Vm => &["scsi[n]", "virtio[n]", "sata[n]", "ide[n]"],
-        GuestKind::Container => &[],
-    };
-    let members = families.iter().flat_map(|family| config.family(family));
-    let root = config.get("rootfs").map(|value| ("rootfs", value));
-    let size = |(key, _): (&str, &str)| {
-        let properties = config.properties(key).ok().flatten()?;
-        parse_size(properties.get("size")?)
-    };
-    root.into_iter().chain(members).find_map(size).unwrap_or(0)
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use atoll_vmm_protocol::api::Request;
 
+use crate::cluster::{Cluster, GuestSummary};
 use crate::error::Error;
 use crate::guest::config::{Applied, ConfigUpdate};
 use crate::guest::container::Container;
@@ -14,7 +15,7 @@ use crate::guest::create::{Draft, Params};
 use crate::guest::destroy::{self, Destroy};
 use crate::guest::resize::{self, Resize};
 use crate::guest::site::{Seat, Site};
-use crate::guest::status::{self, CpuMeter, Status};
+use crate::guest::status::{self, CpuMeter, RunningCache, Status};
 use crate::guest::vm::Vm;
 use crate::guest::{Ask, Phase, container, guest, shutdown, start, stop, stored, update, vm};
 use crate::id::{GuestId, GuestKind};
@@ -72,15 +73,19 @@ pub struct Guests {
     site: Arc<Site>,
     tasks: Tasks,
     meter: Arc<CpuMeter>,
+    cluster: Cluster,
+    running: Arc<RunningCache>,
 }
 
 impl Guests {
     /// The guests of a site, with their work done as `tasks`.
-    pub fn new(site: Arc<Site>, tasks: Tasks) -> Self {
+    pub fn new(site: Arc<Site>, tasks: Tasks, cluster: Cluster) -> Self {
         Self {
             site,
             tasks,
             meter: Arc::default(),
+            cluster,
+            running: Arc::default(),
         }
     }
 
@@ -276,18 +281,25 @@ impl Guests {
         status::read(&self.site.seat(kind, id), &self.meter).await
     }
 
-    /// All guests of this node, by number. One that cannot be read is left out.
+    /// All guests of this node, by number. Cheap: configs are those of the cluster's inventory, and what runs is looked
+    /// for at most every few seconds, or after a task has ended.
     pub async fn list(&self) -> Result<Vec<Status>, Error> {
-        let mut rows = Vec::new();
-        for (kind, id) in self.site.guests()? {
-            match self.status(kind, id).await {
-                Ok(status) => rows.push(status),
-                // It may have been removed since it was listed.
-                Err(error) => tracing::debug!(%id, error = error.chain(), "guest left out"),
-            }
-        }
-        rows.sort_by_key(|status| status.id);
-        Ok(rows)
+        let guests = self.summaries()?;
+        let ended = self.tasks.ended_count();
+        let running = self.running.get(&self.site, &self.meter, ended).await;
+        let status = |guest: &Arc<GuestSummary>| {
+            let running = running.get(&(guest.kind, guest.id));
+            Status::new(guest, running)
+        };
+        Ok(guests.iter().map(status).collect())
+    }
+
+    /// What the configs of this node's guests say, by number.
+    pub fn summaries(&self) -> Result<Vec<Arc<GuestSummary>>, Error> {
+        let inventory = self.cluster.guests()?;
+        let node = &self.site.settings.node;
+        let here = inventory.guests.iter().filter(|guest| guest.node == *node);
+        Ok(here.cloned().collect())
     }
 
     /// Whether a running guest's CPUs are held. Asks the guest's process.

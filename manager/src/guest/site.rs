@@ -3,6 +3,7 @@
 //!
 //! Task tables hold it in their contexts; it knows no kind of guest in particular.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -59,6 +60,28 @@ impl Site {
             Some((kind, id))
         });
         Ok(guests.collect())
+    }
+
+    /// Guests that have a folder of a run, or a state of the runtime, whether they have a config or not: all that run
+    /// are among them.
+    pub fn run_folders(&self) -> BTreeSet<(GuestKind, GuestId)> {
+        let guest_of = |name: &str| {
+            let (kind, id) = name.split_once('-')?;
+            let kind = match kind {
+                "vm" => GuestKind::Vm,
+                "ct" => GuestKind::Container,
+                _ => return None,
+            };
+            Some((kind, id.parse().ok()?))
+        };
+        let folders = [self.settings.run_dir(), self.containers_folder()];
+        let entries = folders
+            .into_iter()
+            .flat_map(std::fs::read_dir)
+            .flatten()
+            .flatten();
+        let names = entries.map(|entry| entry.file_name());
+        names.filter_map(|name| guest_of(name.to_str()?)).collect()
     }
 
     /// Path of one of our programs.

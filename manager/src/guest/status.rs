@@ -2,19 +2,21 @@
 //! What listings say about a guest: its config's main figures, and its load now.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::cluster::GuestSummary;
 use crate::error::Error;
-use crate::guest::config::GuestConfig;
-use crate::guest::container::bundle;
-use crate::guest::site::Seat;
-use crate::guest::vm::resolve;
-use crate::guest::{Load, Phase, disks, guest};
+use crate::guest::site::{Seat, Site};
+use crate::guest::{Load, Phase, guest};
 use crate::id::{GuestId, GuestKind};
 
 /// Shortest time over which CPU load is measured; asked sooner again, the last figure stands.
 const CPU_WINDOW: Duration = Duration::from_secs(1);
+
+/// How long what was found about running guests stands. The sampler looks more often than that, so that listings
+/// hardly ever have to.
+pub const FRESH: Duration = Duration::from_secs(3);
 
 /// One guest of a listing. Units are bytes and seconds; CPU is a fraction of all its CPUs.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,72 +98,106 @@ impl CpuMeter {
     }
 }
 
+/// A guest that runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Running {
+    pid: u32,
+    uptime_s: u64,
+    cpus_used: f64,
+    load: Load,
+}
+
+/// The guests that run, as they were found a moment ago: so that many listings cost one look.
+#[derive(Debug, Default)]
+pub struct RunningCache {
+    /// Held while somebody looks, so that the others wait for what he finds.
+    last: tokio::sync::Mutex<Option<Found>>,
+}
+
+#[derive(Debug)]
+struct Found {
+    at: Instant,
+    tasks_ended: u64,
+    guests: Arc<HashMap<(GuestKind, GuestId), Running>>,
+}
+
+impl RunningCache {
+    /// The guests that run, as found less than [`FRESH`] ago and after the last task that ended.
+    pub async fn get(
+        &self,
+        site: &Arc<Site>,
+        meter: &CpuMeter,
+        tasks_ended: u64,
+    ) -> Arc<HashMap<(GuestKind, GuestId), Running>> {
+        let mut last = self.last.lock().await;
+        if let Some(found) = last.as_ref()
+            && found.at.elapsed() < FRESH
+            && found.tasks_ended == tasks_ended
+        {
+            return Arc::clone(&found.guests);
+        }
+        let mut guests = HashMap::new();
+        for (kind, id) in site.run_folders() {
+            if let Some(running) = look(&site.seat(kind, id), meter).await {
+                guests.insert((kind, id), running);
+            }
+        }
+        let guests = Arc::new(guests);
+        *last = Some(Found {
+            at: Instant::now(),
+            tasks_ended,
+            guests: Arc::clone(&guests),
+        });
+        guests
+    }
+}
+
 /// The guest on a seat, with its load.
 pub async fn read(seat: &Seat, meter: &CpuMeter) -> Result<Status, Error> {
-    let config = seat.config()?;
+    let stored = seat.stored()?;
+    let summary = GuestSummary::new(&stored.config, &stored.node, seat.id, stored.revision);
+    let running = look(seat, meter).await;
+    Ok(Status::new(&summary, running.as_ref()))
+}
+
+async fn look(seat: &Seat, meter: &CpuMeter) -> Option<Running> {
     let guest = guest(seat);
-    let mut status = of_config(seat, &config);
-    if let Phase::Running { pid } = guest.phase() {
-        status.running = true;
-        status.pid = Some(pid);
-        status.uptime_s = crate::process::age_seconds(pid);
-        status.load = guest.load().await;
-        status.load.memory_bytes = status.load.memory_bytes.min(status.memory_bytes_max);
-        let used = meter.measure(pid, status.load.cpu_ns, Instant::now());
-        status.cpu = (used / status.cpus).clamp(0.0, 1.0);
-    }
-    Ok(status)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "at most some thousand CPUs")]
-fn of_config(seat: &Seat, config: &GuestConfig) -> Status {
-    let text = |key: &str| config.get(key).map(str::to_owned);
-    let (name, cpus, memory_mib, swap_mib, disk) = match seat.kind {
-        GuestKind::Vm => (
-            text("name").unwrap_or_else(|| format!("VM {}", seat.id)),
-            resolve::cpu_count(config) as f64,
-            resolve::memory_mib(config),
-            0,
-            resolve::disks(config)
-                .ok()
-                .and_then(|disks| Some(disks.first()?.key.clone())),
-        ),
-        GuestKind::Container => (
-            text("hostname").unwrap_or_else(|| format!("CT{}", seat.id)),
-            bundle::cpu_limit(config).unwrap_or_else(host_cpus),
-            bundle::memory_mib(config),
-            bundle::swap_mib(config),
-            Some("rootfs".to_owned()),
-        ),
+    let Phase::Running { pid } = guest.phase() else {
+        return None;
     };
-    let disk = disk.and_then(|key| text(&key));
-    let size = disk
-        .as_deref()
-        .and_then(|value| value.split(',').find_map(|item| item.strip_prefix("size=")));
-    Status {
-        kind: seat.kind,
-        id: seat.id,
-        name,
-        running: false,
-        lock: text("lock"),
-        template: config.is_set("template"),
-        tags: text("tags"),
-        pid: None,
-        uptime_s: 0,
-        cpu: 0.0,
-        cpus,
-        memory_bytes_max: memory_mib << 20,
-        swap_bytes_max: swap_mib << 20,
-        disk_bytes_max: size
-            .and_then(|size| disks::resized(size, 0).ok())
-            .unwrap_or(0),
-        load: Load::default(),
-    }
+    let load = guest.load().await;
+    Some(Running {
+        pid,
+        uptime_s: crate::process::age_seconds(pid),
+        cpus_used: meter.measure(pid, load.cpu_ns, Instant::now()),
+        load,
+    })
 }
 
-#[expect(clippy::cast_precision_loss, reason = "at most some thousand CPUs")]
-fn host_cpus() -> f64 {
-    std::thread::available_parallelism().map_or(1.0, |count| count.get() as f64)
+impl Status {
+    /// What a config says, and what was found running.
+    pub fn new(summary: &GuestSummary, running: Option<&Running>) -> Self {
+        let mut load = running.map_or_else(Load::default, |running| running.load);
+        load.memory_bytes = load.memory_bytes.min(summary.memory_bytes);
+        let cpus_used = running.map_or(0.0, |running| running.cpus_used);
+        Self {
+            kind: summary.kind,
+            id: summary.id,
+            name: summary.name.clone(),
+            running: running.is_some(),
+            lock: summary.lock.clone(),
+            template: summary.template,
+            tags: summary.tags.clone(),
+            pid: running.map(|running| running.pid),
+            uptime_s: running.map_or(0, |running| running.uptime_s),
+            cpu: (cpus_used / summary.cpus).clamp(0.0, 1.0),
+            cpus: summary.cpus,
+            memory_bytes_max: summary.memory_bytes,
+            swap_bytes_max: summary.swap_bytes,
+            disk_bytes_max: summary.disk_bytes,
+            load,
+        }
+    }
 }
 
 #[cfg(test)]

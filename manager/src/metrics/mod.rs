@@ -23,6 +23,7 @@ pub use ring::{Consolidation, Row, Timeframe};
 pub use series::{Column, GUEST_COLUMNS, NODE_COLUMNS, STORAGE_COLUMNS, Series};
 
 use crate::error::Error;
+use crate::id::GuestId;
 use series::Live;
 
 /// The time series of a node; cheap to clone.
@@ -108,6 +109,24 @@ impl Metrics {
         self.live().remove(series);
         // A series that was never flushed has no file.
         drop(std::fs::remove_file(self.file(series)));
+    }
+
+    /// Forgets the series of guests that are gone.
+    pub fn retain_guests(&self, keep: impl Fn(GuestId) -> bool) {
+        let Ok(entries) = std::fs::read_dir(&self.shared.directory) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.strip_prefix("guest-"));
+            if let Some(Ok(id)) = number.map(str::parse)
+                && !keep(id)
+            {
+                self.remove(&Series::Guest(id));
+            }
+        }
+        let is_kept = |series: &Series| !matches!(series, Series::Guest(id) if !keep(*id));
+        self.live().retain(|series, _| is_kept(series));
     }
 
     fn file(&self, series: &Series) -> PathBuf {

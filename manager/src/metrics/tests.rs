@@ -146,3 +146,17 @@ async fn a_broken_file_is_replaced_and_a_removed_series_is_gone() {
     let rows = hour(&metrics, &storage(), Consolidation::Average, START).await;
     assert!(rows.iter().all(|row| row.values == [None, None]));
 }
+
+#[tokio::test]
+async fn series_of_guests_that_are_gone_go_too() {
+    let (directory, metrics) = metrics();
+    metrics.record(&storage(), START, &[None, None]);
+    metrics.record(&guest(), START, &[Some(0.5)]);
+    metrics.flush().await.unwrap();
+    metrics.retain_guests(|_| true);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+    metrics.retain_guests(|id| id != "100".parse().unwrap());
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    metrics.flush().await.unwrap();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}

@@ -14,6 +14,8 @@ use crate::process::Process;
 
 /// Time for dnsmasq to end when told to.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a server that has started must last to count as running.
+const SETTLE: Duration = Duration::from_millis(200);
 /// How long a guest keeps an address without asking again.
 const LEASE: &str = "12h";
 
@@ -32,8 +34,17 @@ pub async fn ensure(network: &Network, bridge_is_new: bool) -> Result<(), Error>
         stop(network).await?;
     }
     let log = folder.join("dnsmasq.log");
-    let child = Program::new("dnsmasq").args(&args).spawn_detached(&log)?;
+    let mut child = Program::new("dnsmasq").args(&args).spawn_detached(&log)?;
     let pid = child.id().unwrap_or_default();
+    // What keeps it from starting (a port in use, a missing user) ends it within moments.
+    if let Ok(ended) = tokio::time::timeout(SETTLE, child.wait()).await {
+        let log = std::fs::read_to_string(&log).unwrap_or_default();
+        let said = log.lines().last().unwrap_or("no message").trim();
+        let status = ended.map_or_else(|e| e.to_string(), |status| status.to_string());
+        return Err(Error::refused(format!(
+            "dnsmasq ended at once ({status}): {said}"
+        )));
+    }
     tokio::fs::write(pid_file(network), format!("{pid}\n"))
         .await
         .map_err(|error| failed(pid_file(network).display(), error))

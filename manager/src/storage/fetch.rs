@@ -150,3 +150,65 @@ fn client(limits: Limits) -> Result<reqwest::Client, Error> {
         .build()
         .map_err(|error| Error::failed("cannot prepare the download".to_owned(), error))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::storage::incoming::Existing;
+
+    /// A server that answers one request with these bytes; returns the URL.
+    fn serve(answer: &'static str) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let serve = move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 4096];
+            assert!(stream.read(&mut request).unwrap() > 0);
+            stream.write_all(answer.as_bytes()).unwrap();
+        };
+        std::thread::Builder::new()
+            .name("server".to_owned())
+            .spawn(serve)
+            .unwrap();
+        format!("http://{address}/x.iso")
+    }
+
+    async fn fetched(url: &str, size_bytes_max: u64) -> Result<String, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let temporary = folder.path().join("part");
+        std::fs::write(&temporary, "").unwrap();
+        let incoming = Incoming::new(temporary, folder.path().join("x.iso"));
+        let limits = Limits {
+            size_bytes_max,
+            verify_certificates: true,
+        };
+        fetch(url, &incoming, limits, &|_| {}).await?;
+        let path = incoming.commit(None, Existing::Refuse).await?;
+        Ok(std::fs::read_to_string(path).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_is_served_arrives() {
+        let url = serve("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+        assert_eq!(fetched(&url, 100).await.unwrap(), "hello");
+    }
+
+    #[tokio::test]
+    async fn what_is_too_large_cut_off_or_absent_does_not() {
+        let large = serve("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+        assert!(fetched(&large, 4).await.is_err());
+        let unannounced = serve("HTTP/1.1 200 OK\r\n\r\nhello");
+        assert!(fetched(&unannounced, 4).await.is_err());
+        let cut = serve("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello");
+        assert!(fetched(&cut, 100).await.is_err());
+        let absent = serve("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
+        assert!(fetched(&absent, 100).await.is_err());
+        for url in ["file:///etc/passwd", "ftp://x/y", "x"] {
+            let error = fetched(url, 100).await.unwrap_err();
+            assert!(matches!(error, Error::Invalid(_)), "{url}");
+        }
+    }
+}

@@ -23,7 +23,7 @@ mod upid;
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -97,6 +97,7 @@ struct Shared {
     pstart: u64,
     next: AtomicU32,
     workers: Semaphore,
+    ended: AtomicU64,
     /// What runs and what ran. Innermost lock; never held over `.await`.
     state: Mutex<State>,
 }
@@ -135,6 +136,7 @@ impl Tasks {
                 pstart,
                 next: AtomicU32::new(1),
                 workers: Semaphore::new(workers_max.max(1)),
+                ended: AtomicU64::new(0),
                 state: Mutex::new(State {
                     running: HashMap::new(),
                     index,
@@ -235,6 +237,12 @@ impl Tasks {
         self.state().running.len()
     }
 
+    /// How many tasks have ended since the daemon started: when it is another number than before, what was known about
+    /// guests may be old.
+    pub fn ended_count(&self) -> u64 {
+        self.shared.ended.load(Ordering::Relaxed)
+    }
+
     /// A page of a task's log: from line `start` (0 is the first), at most `limit` lines (0 is all). Blocks on a
     /// file; use it in `spawn_blocking` for logs that may be long.
     pub fn log(&self, upid: &Upid, start: usize, limit: usize) -> Result<LogPage, Error> {
@@ -316,6 +324,7 @@ impl Tasks {
             Ok(()) => format!("TASK {status}"),
             Err(_) => format!("TASK ERROR: {status}"),
         });
+        self.shared.ended.fetch_add(1, Ordering::Relaxed);
         let upid = context.upid();
         let mut state = self.state();
         state.running.remove(upid);

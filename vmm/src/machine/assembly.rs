@@ -1,40 +1,34 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! From a spec to a machine that is ready to execute its first instruction.
 //!
-//! The ground (KVM, memory, interrupts, an empty PCI bus) is laid first, then [`STEPS`] adds the devices, in
-//! the order of their PCI slots, then vCPUs are started and held, and the kernel is loaded. A new kind of device
-//! is a new row.
+//! The ground (KVM, memory, interrupts, an empty PCI bus) is laid first, then [`STEPS`] add the devices, in
+//! the order of their PCI slots, then vCPUs are started and held, and the kernel is loaded.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_devices::bus::{Bus, BusDevice, BusError, BusRange};
-use atoll_devices::console::{Console, ConsoleBackend};
-use atoll_devices::interrupt::IrqLine;
+use atoll_devices::console::Console;
 use atoll_devices::memory::Memory;
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::platform::Serial;
-use atoll_devices::virtio::blk::{Blk, BlkOptions};
-use atoll_devices::virtio::console::VirtioConsole;
-use atoll_devices::virtio::net::{Net, NetOptions, Tap, TapError};
-use atoll_devices::virtio::rng::Rng;
+use atoll_devices::virtio::net::TapError;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
-use atoll_disk::{OpenError, OpenOptions, RawBackend};
-use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat, MachineSpec};
-use kvm_bindings::kvm_irqchip;
-use vm_memory::GuestMemoryMmap;
+use atoll_disk::OpenError;
+use atoll_vmm_protocol::spec::MachineSpec;
 
-use super::{GuestEvent, GuestVoice};
+use super::devices::STEPS;
+use super::owner::{GuestEvent, GuestVoice};
+use super::parts::{Parts, Pristine};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
 use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
+use crate::layout;
 use crate::loader::{BootFiles, LoadError};
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
-use crate::vcpu::state::VcpuState;
 use crate::vcpu::{Buses, Vcpu, setup};
-use crate::{check, layout};
 
 /// Why this host cannot build the machine.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +74,7 @@ pub enum BuildError {
 
 impl BuildError {
     /// For `map_err`: names the device.
-    fn device<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    pub(super) fn device<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
         device: impl Into<String>,
     ) -> impl FnOnce(E) -> Self {
         let device = device.into();
@@ -91,57 +85,23 @@ impl BuildError {
     }
 }
 
-/// Adds one kind of device to the machine.
-type Step = fn(&mut Assembly<'_>) -> Result<(), BuildError>;
-
-/// Every kind of device. The order is that of the PCI slots, which a guest sees: disks and cards first, so that
-/// their slots depend on nothing but the spec's own order.
-const STEPS: &[Step] = &[disks, nets, console, rng, serial];
-
 /// A machine in the making.
-struct Assembly<'a> {
-    spec: &'a MachineSpec,
+pub(super) struct Assembly<'a> {
+    pub(super) spec: &'a MachineSpec,
     voice: &'a GuestVoice,
     memory: Memory,
-    routes: Arc<Routes>,
+    pub(super) routes: Arc<Routes>,
     pci: Arc<PciBus>,
     /// Where the next function's BARs go.
     next_bar: u64,
     ports: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
-    disks: Vec<Arc<VirtioPci>>,
-    nets: Vec<Arc<VirtioPci>>,
-    consoles: Vec<Console>,
-    serial: Option<Arc<Serial>>,
-    serial_path: Option<PathBuf>,
-    console_path: Option<PathBuf>,
-}
-
-/// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
-pub(super) struct Parts {
-    pub(super) vcpus: Vec<Vcpu>,
-    /// Every virtio function, in slot order.
-    pub(super) functions: Vec<Arc<VirtioPci>>,
-    /// Those among them that are disks, in the spec's order; likewise network cards.
     pub(super) disks: Vec<Arc<VirtioPci>>,
     pub(super) nets: Vec<Arc<VirtioPci>>,
-    pub(super) power_button: Arc<dyn IrqLine>,
+    pub(super) consoles: Vec<Console>,
+    pub(super) serial: Option<Arc<Serial>>,
     pub(super) serial_path: Option<PathBuf>,
     pub(super) console_path: Option<PathBuf>,
-    serial: Option<Arc<Serial>>,
-    /// The consoles' threads, and what is on the other side.
-    _consoles: Vec<Console>,
-    pci: Arc<PciBus>,
-    boot_files: BootFiles,
-    pristine: Pristine,
-    machine: VirtualMachine,
-    memory: Arc<GuestMemoryMmap>,
-}
-
-/// State at power-on of what KVM keeps.
-struct Pristine {
-    vcpus: Vec<Arc<VcpuState>>,
-    irqchips: Vec<kvm_irqchip>,
 }
 
 /// Builds the machine: everything is opened, nothing of the guest has run.
@@ -205,120 +165,14 @@ pub(super) fn build(
     Ok(parts)
 }
 
-fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    for (index, disk) in assembly.spec.disks.iter().enumerate() {
-        let DiskFormat::Raw = disk.format;
-        let options = OpenOptions {
-            read_only: disk.readonly,
-            ..OpenOptions::default()
-        };
-        let backend = Arc::new(RawBackend::open(&disk.path, options)?);
-        let queues = u16::from(assembly.spec.cpu_count).min(check::QUEUE_COUNT_MAX);
-        let name = format!("blk{index}");
-        let device = Arc::new(Blk::new(BlkOptions {
-            name: name.clone(),
-            backend,
-            serial: disk
-                .serial
-                .clone()
-                .unwrap_or_else(|| format!("disk{index}")),
-            queue_count: disk.queue_count.unwrap_or(queues),
-        }));
-        let function = assembly.add(name, device)?;
-        assembly.disks.push(function);
-    }
-    Ok(())
-}
-
-fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    for (index, net) in assembly.spec.nets.iter().enumerate() {
-        let mac = match &net.mac {
-            Some(text) => check::mac(text).map_err(BuildError::device("network card"))?,
-            None => random_mac().map_err(BuildError::device("network card"))?,
-        };
-        let name = format!("net{index}");
-        let device = Arc::new(Net::new(NetOptions {
-            name: name.clone(),
-            tap: Tap::open(&net.tap)?,
-            mac,
-            mtu: net.mtu,
-        }));
-        let function = assembly.add(name, device)?;
-        assembly.nets.push(function);
-    }
-    Ok(())
-}
-
-/// A locally administered address of one card: bit 1 of the first octet set, bit 0 clear.
-fn random_mac() -> io::Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    rustix::rand::getrandom(&mut mac, rustix::rand::GetRandomFlags::empty())?;
-    mac[0] = (mac[0] | 2) & !1;
-    Ok(mac)
-}
-
-fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    let Some(spec) = &assembly.spec.console else {
-        return Ok(());
-    };
-    let console = open_console("virtio console", spec)?;
-    let device =
-        VirtioConsole::new(console.port()).map_err(BuildError::device("virtio console"))?;
-    assembly.add("console0".to_owned(), Arc::new(device))?;
-    assembly.console_path = path_of(spec, &console);
-    assembly.consoles.push(console);
-    Ok(())
-}
-
-fn rng(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    if assembly.spec.rng {
-        assembly.add("rng0".to_owned(), Arc::new(Rng::new()))?;
-    }
-    Ok(())
-}
-
-fn serial(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    let console = open_console("serial console", &assembly.spec.serial)?;
-    let irq = Arc::new(assembly.routes.pin(layout::SERIAL_GSI)?);
-    let device = Serial::new(console.port(), irq);
-    assembly.serial_path = path_of(&assembly.spec.serial, &console);
-    assembly.port(
-        "serial port",
-        layout::SERIAL_PORT,
-        layout::SERIAL_PORT_COUNT,
-        device.clone(),
-    );
-    assembly.serial = Some(device);
-    assembly.consoles.push(console);
-    Ok(())
-}
-
-fn open_console(what: &str, spec: &ConsoleSpec) -> Result<Console, BuildError> {
-    let backend = match spec {
-        ConsoleSpec::Null => ConsoleBackend::Null,
-        ConsoleSpec::Stdio => ConsoleBackend::Stdio,
-        ConsoleSpec::Pty => ConsoleBackend::Pty,
-        ConsoleSpec::Socket(path) => ConsoleBackend::Socket(path.clone()),
-    };
-    Console::open(&backend).map_err(BuildError::device(what))
-}
-
-/// What `info` tells about a console: the path that a user opens.
-fn path_of(spec: &ConsoleSpec, console: &Console) -> Option<PathBuf> {
-    match spec {
-        ConsoleSpec::Socket(path) => Some(path.clone()),
-        _ => console.pty_path().map(Path::to_owned),
-    }
-}
-
 impl Assembly<'_> {
     /// Puts a virtio device into the next PCI slot, with a vector for each queue and one for configuration.
-    fn add(
+    pub(super) fn add(
         &mut self,
         name: String,
         device: Arc<dyn VirtioDevice>,
     ) -> Result<Arc<VirtioPci>, BuildError> {
-        let vectors = u16::try_from(device.queue_sizes().len()).unwrap_or(u16::MAX - 1) + 1;
+        let queues = u16::try_from(device.queue_sizes().len()).expect("a handful of queues");
         let host = |source| BuildError::Host {
             what: "make eventfds for a device",
             source,
@@ -326,7 +180,7 @@ impl Assembly<'_> {
         let options = VirtioPciOptions {
             name,
             memory: self.memory.clone(),
-            msix: self.routes.vectors(vectors).map_err(host)?,
+            msix: self.routes.vectors(queues + 1).map_err(host)?,
         };
         let function = Arc::new(VirtioPci::new(device, options).map_err(host)?);
         // Slot 0 is the host bridge.
@@ -336,7 +190,14 @@ impl Assembly<'_> {
         Ok(function)
     }
 
-    fn port(&mut self, name: &'static str, base: u16, size: u16, device: Arc<dyn BusDevice>) {
+    /// Puts a device on the port bus.
+    pub(super) fn port(
+        &mut self,
+        name: &'static str,
+        base: u16,
+        size: u16,
+        device: Arc<dyn BusDevice>,
+    ) {
         self.ports.push(BusRange {
             base: base.into(),
             size: size.into(),
@@ -410,43 +271,4 @@ fn start_vcpus(
         })
     };
     (0..count).map(start).collect()
-}
-
-impl Pristine {
-    fn of(kvm: &Kvm, machine: &VirtualMachine, vcpus: &[Vcpu]) -> Result<Self, KvmError> {
-        let msr_indices: Arc<[u32]> = kvm.msr_indices()?.into();
-        let save = |vcpu: &Vcpu| vcpu.save(&msr_indices).map(Arc::new);
-        Ok(Self {
-            vcpus: vcpus.iter().map(save).collect::<Result<_, _>>()?,
-            irqchips: machine.irqchips()?,
-        })
-    }
-}
-
-impl Parts {
-    /// Loads the kernel and points the first vCPU at it.
-    fn load(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
-        let memory_bytes = spec.memory_mib << 20;
-        let entry = self
-            .boot_files
-            .load(&self.memory, memory_bytes, spec.cpu_count)?;
-        self.vcpus[0].enter(entry)?;
-        Ok(())
-    }
-
-    /// Puts a held machine back to its state before the first instruction.
-    pub(super) fn power_on(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
-        for function in &self.functions {
-            function.reset();
-        }
-        self.pci.reset();
-        if let Some(serial) = &self.serial {
-            serial.reset();
-        }
-        self.machine.set_irqchips(&self.pristine.irqchips)?;
-        for (vcpu, state) in self.vcpus.iter().zip(&self.pristine.vcpus) {
-            vcpu.restore(state)?;
-        }
-        self.load(spec)
-    }
 }

@@ -7,7 +7,7 @@ use atoll_devices::counters::CounterList;
 use atoll_devices::virtio::VirtioPci;
 use atoll_vmm_protocol::api::{Counters, DiskCounters, NetCounters, VcpuCounters};
 
-use super::assembly::Parts;
+use super::parts::Parts;
 use crate::vcpu::Vcpu;
 
 /// Everything that `GET /counters` tells.

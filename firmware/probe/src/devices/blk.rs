@@ -14,7 +14,7 @@ use virtio_drivers::device::blk::{BlkReq, BlkResp, SECTOR_SIZE, VirtIOBlk};
 
 use super::Device;
 use crate::clock::Clock;
-use crate::interrupts;
+use crate::interrupts::{self, Vector};
 use crate::measure::median;
 use crate::memory::Dma;
 use crate::options::Options;
@@ -26,10 +26,15 @@ const REQUEST_BYTES: usize = 4096;
 const REQUESTS_MAX: u64 = 16;
 const LATENCY_ROUNDS: usize = 65;
 
-struct Blk(VirtIOBlk<Dma, MsixTransport>);
+struct Blk {
+    driver: VirtIOBlk<Dma, MsixTransport>,
+    vector: Option<Vector>,
+}
 
 pub fn open(transport: MsixTransport) -> virtio_drivers::Result<Box<dyn Device>> {
-    Ok(Box::new(Blk(VirtIOBlk::new(transport)?)))
+    let vector = transport.taps().vectors[0].map(|(_, vector)| vector);
+    let driver = VirtIOBlk::new(transport)?;
+    Ok(Box::new(Blk { driver, vector }))
 }
 
 /// FNV-1a, 64 bits: small here and small in the test that computes it over the image file.
@@ -70,9 +75,9 @@ impl Blk {
         for request in 0..count {
             fill(request, &mut buffer);
             sum = checksum(sum, &buffer);
-            self.0.write_blocks(Blk::block(request), &buffer)?;
+            self.driver.write_blocks(Blk::block(request), &buffer)?;
         }
-        self.0.flush()?;
+        self.driver.flush()?;
         Ok(sum)
     }
 
@@ -81,7 +86,7 @@ impl Blk {
         let mut sum = CHECKSUM_START;
         for request in 0..count {
             buffer.fill(0xee);
-            self.0.read_blocks(Blk::block(request), &mut buffer)?;
+            self.driver.read_blocks(Blk::block(request), &mut buffer)?;
             sum = checksum(sum, &buffer);
         }
         Ok(sum)
@@ -94,25 +99,32 @@ impl Blk {
             (Box::new(BlkReq::default()), Box::new(BlkResp::default()));
         let mut buffer = vec![0; SECTOR_SIZE];
         for _ in 0..LATENCY_ROUNDS {
+            let seen = self.vector.map(Vector::count);
             let start = clock.now_ns();
             // SAFETY: all three buffers stay untouched until the request is completed below; when it never
-            // completes, the caller reports that and the machine ends.
+            // completes, they are never freed.
             let token = unsafe {
-                self.0
+                self.driver
                     .read_blocks_nb(0, &mut request, &mut buffer, &mut response)
             }
             .ok()?;
+            let vector = self.vector;
+            let mut used = || self.driver.peek_used().is_some();
             let done = match notice {
-                Notice::Poll => clock.wait(1000, || self.0.peek_used().is_some()),
-                Notice::Interrupt => interrupts::wait(|| self.0.peek_used().is_some()),
+                Notice::Poll => clock.wait(1000, used),
+                // Both: an interrupt of an earlier request may have been waiting until now.
+                Notice::Interrupt => interrupts::wait(|| {
+                    (vector.is_none() || vector.map(Vector::count) != seen) && used()
+                }),
             };
             if !done {
+                core::mem::forget((request, response, buffer));
                 return None;
             }
             samples.push(clock.now_ns() - start);
             // SAFETY: the same buffers as above, and the device has used them.
             unsafe {
-                self.0
+                self.driver
                     .complete_read_blocks(token, &request, &mut buffer, &mut response)
             }
             .ok()?;
@@ -128,10 +140,10 @@ impl Device for Blk {
 
     fn check(&mut self, report: &mut Report, clock: &Clock, options: &Options) {
         let count =
-            (self.0.capacity() * SECTOR_SIZE as u64 / REQUEST_BYTES as u64).min(REQUESTS_MAX);
-        report.number("sectors", self.0.capacity());
-        report.flag("readonly", self.0.readonly());
-        let written = if options.write && !self.0.readonly() {
+            (self.driver.capacity() * SECTOR_SIZE as u64 / REQUEST_BYTES as u64).min(REQUESTS_MAX);
+        report.number("sectors", self.driver.capacity());
+        report.flag("readonly", self.driver.readonly());
+        let written = if options.write && !self.driver.readonly() {
             match self.write(count) {
                 Ok(sum) => Some(sum),
                 Err(error) => return report.fail(error),

@@ -1,0 +1,208 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What the host's KVM offers, and one virtual machine of it.
+
+#![expect(unsafe_code, reason = "KVM is told raw host addresses of guest memory")]
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, kvm_irqchip, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::layout;
+
+/// Where KVM is.
+pub const DEVICE: &str = "/dev/kvm";
+/// The only version of the API there is.
+const API_VERSION: i32 = 12;
+
+/// Capabilities without which no machine of ours runs, and what each is for.
+const NEEDED: &[(Cap, &str)] = &[
+    (Cap::Irqchip, "interrupt controllers in the kernel"),
+    (Cap::UserMemory, "guest memory from this process"),
+    (Cap::SetTssAddr, "the task state segment's place"),
+    (Cap::ExtCpuid, "the list of CPU features"),
+    (Cap::MpState, "held vCPUs"),
+    (Cap::Irqfd, "interrupts by eventfd"),
+    (Cap::Ioeventfd, "doorbells by eventfd"),
+    (Cap::ImmediateExit, "stopping a vCPU"),
+    (Cap::Xsave, "floating-point state"),
+    (Cap::Xcrs, "extended control registers"),
+    (Cap::Debugregs, "debug registers"),
+    (Cap::VcpuEvents, "pending exceptions"),
+];
+
+/// Why this host gives no virtual machine, by what the user can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// No such device: virtualization is off, or this is a container without it.
+    #[error(
+        "{DEVICE} does not exist: enable virtualization in the firmware and load the module kvm_intel or kvm_amd"
+    )]
+    Absent,
+    /// The device is there, but not for this user.
+    #[error("open {DEVICE}: run as root or as a member of the group kvm")]
+    Denied(#[source] io::Error),
+    /// The device answers, but is too old or cut down.
+    #[error("{DEVICE} lacks {0}")]
+    Lacks(&'static str),
+    /// More vCPUs than this KVM allows.
+    #[error("{asked} vCPUs asked for, this host's KVM allows {allowed}")]
+    TooManyCpus {
+        /// From the spec.
+        asked: u8,
+        /// The host's limit.
+        allowed: usize,
+    },
+    /// A request of ours failed.
+    #[error("KVM: {what}")]
+    Failed {
+        /// What was asked of it.
+        what: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+impl KvmError {
+    /// For `map_err`: names what was asked.
+    pub fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Failed {
+            what,
+            source: error.into(),
+        }
+    }
+}
+
+/// The host's KVM.
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// Opens the device and checks that it has all that a machine needs.
+    pub fn open() -> Result<Self, KvmError> {
+        let fd = kvm_ioctls::Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Absent,
+            _ => KvmError::Denied(error.into()),
+        })?;
+        if fd.get_api_version() != API_VERSION {
+            return Err(KvmError::Lacks("the stable API, version 12"));
+        }
+        match NEEDED.iter().find(|(cap, _)| !fd.check_extension(*cap)) {
+            Some((_, what)) => Err(KvmError::Lacks(what)),
+            None => Ok(Self { fd }),
+        }
+    }
+
+    /// CPU features that this KVM can give a guest.
+    pub fn cpuid(&self) -> Result<CpuId, KvmError> {
+        self.fd
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::failed("list the CPU's features"))
+    }
+
+    /// MSRs that belong to a vCPU's state.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self
+            .fd
+            .get_msr_index_list()
+            .map_err(KvmError::failed("list the MSRs"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// Whether local APIC timers can be set to a value of the time stamp counter.
+    #[must_use]
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.fd.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Makes a virtual machine with its interrupt controllers, no memory and no vCPU.
+    pub fn create(&self, cpu_count: u8) -> Result<VirtualMachine, KvmError> {
+        let allowed = self.fd.get_max_vcpus();
+        if usize::from(cpu_count) > allowed {
+            return Err(KvmError::TooManyCpus {
+                asked: cpu_count,
+                allowed,
+            });
+        }
+        let fd = self
+            .fd
+            .create_vm()
+            .map_err(KvmError::failed("create a virtual machine"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(KvmError::failed("place the identity map"))?;
+        fd.set_tss_address(layout::KVM_TSS)
+            .map_err(KvmError::failed("place the task state segment"))?;
+        fd.create_irq_chip()
+            .map_err(KvmError::failed("create the interrupt controllers"))?;
+        Ok(VirtualMachine { fd: Arc::new(fd) })
+    }
+}
+
+/// One virtual machine. Clones are the same machine.
+#[derive(Clone)]
+pub struct VirtualMachine {
+    fd: Arc<VmFd>,
+}
+
+impl VirtualMachine {
+    /// The kernel's interface to it.
+    #[must_use]
+    pub fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    /// Makes every region of `memory` the guest's RAM, one slot each.
+    pub fn set_memory(&self, memory: &Arc<GuestMemoryMmap>) -> Result<(), KvmError> {
+        for (slot, region) in (0_u32..).zip(memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is one mapping of this process, `region` says its length, and the mapping
+            // outlives the machine: `memory` is kept by the machine's owner, beside this descriptor, and
+            // dropped after the vCPUs have ended.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(KvmError::failed("give the guest its memory"))?;
+        }
+        Ok(())
+    }
+
+    /// State of the interrupt controllers that vCPUs share: both PICs and the I/O APIC.
+    pub fn irqchips(&self) -> Result<Vec<kvm_irqchip>, KvmError> {
+        [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ]
+        .into_iter()
+        .map(|chip_id| {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.fd
+                .get_irqchip(&mut chip)
+                .map_err(KvmError::failed("read an interrupt controller"))?;
+            Ok(chip)
+        })
+        .collect()
+    }
+
+    /// Puts it back.
+    pub fn set_irqchips(&self, chips: &[kvm_irqchip]) -> Result<(), KvmError> {
+        chips.iter().try_for_each(|chip| {
+            self.fd
+                .set_irqchip(chip)
+                .map_err(KvmError::failed("set an interrupt controller"))
+        })
+    }
+}

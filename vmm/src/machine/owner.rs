@@ -1,0 +1,272 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The owner of a machine: the thread that builds it, holds and releases its vCPUs, and ends it.
+//!
+//! ```text
+//!              pause                                reset: held, everything as at power-on, then as before
+//!   Running ──────────► Paused        Running, Paused ────────────────────────────────► the same
+//!      ▲                  │
+//!      └──────────────────┘           Running, Paused ── shutdown, power-off, crash ──► Stopped (process ends)
+//!             resume
+//! ```
+//!
+//! Nobody else changes the machine: vCPUs, the control API and signals send an [`Event`], and the owner takes
+//! them one at a time. Events that a guest caused are numbered by its boot, so that what it asked for twice, or
+//! just before a reset, does not reach its next life.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::time::Instant;
+
+use atoll_devices::platform::MachineControl;
+use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
+use atoll_vmm_protocol::spec::MachineSpec;
+use nix::sys::signal::{SigSet, Signal};
+
+use super::parts::Parts;
+use super::{Outcome, RunError, counters};
+use crate::api::{self, Answer};
+use crate::layout;
+use crate::vcpu::{Report, Vcpu};
+
+/// What the owner is told.
+pub(super) enum Event {
+    /// By the control API; the answer goes back to its thread.
+    Request(Request, SyncSender<Answer>),
+    /// By a guest, in its boot of that number.
+    Guest(u64, GuestEvent),
+    /// By SIGTERM or SIGINT.
+    Terminate,
+}
+
+pub(super) enum GuestEvent {
+    PowerOff,
+    Reset,
+    Stopped(Report),
+}
+
+/// The guest's way to the owner.
+#[derive(Clone)]
+pub(super) struct GuestVoice {
+    boot: Arc<AtomicU64>,
+    events: Sender<Event>,
+}
+
+impl GuestVoice {
+    /// A voice that speaks to the owner who receives from `events`.
+    pub(super) fn new(events: Sender<Event>) -> Self {
+        Self {
+            boot: Arc::default(),
+            events,
+        }
+    }
+
+    pub(super) fn say(&self, event: GuestEvent) {
+        let boot = self.boot.load(Ordering::SeqCst);
+        // Without an owner there is no machine any more.
+        let _ = self.events.send(Event::Guest(boot, event));
+    }
+}
+
+impl MachineControl for GuestVoice {
+    fn power_off(&self) {
+        self.say(GuestEvent::PowerOff);
+    }
+
+    fn reset(&self) {
+        self.say(GuestEvent::Reset);
+    }
+}
+
+/// The control API's side of a request: passes it on and waits for the answer.
+pub(super) fn ask_owner(events: Sender<Event>) -> impl Fn(Request) -> Answer + Send + 'static {
+    move |request| {
+        let (sender, answer) = sync_channel(1);
+        let sent = events.send(Event::Request(request, sender));
+        match sent.ok().and_then(|()| answer.recv().ok()) {
+            Some(answer) => answer,
+            None => api::refusal(503, "the machine has ended"),
+        }
+    }
+}
+
+/// Keeps SIGTERM and SIGINT away from all threads but one, which passes them on.
+pub(super) fn end_on_signals(events: Sender<Event>) -> io::Result<()> {
+    let mut ending = SigSet::empty();
+    ending.add(Signal::SIGTERM);
+    ending.add(Signal::SIGINT);
+    ending.thread_block()?;
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            while ending.wait().is_ok() {
+                if events.send(Event::Terminate).is_err() {
+                    return;
+                }
+            }
+        })?;
+    Ok(())
+}
+
+/// A built machine, in its owner's hands.
+pub(super) struct Machine<'a> {
+    spec: &'a MachineSpec,
+    parts: Parts,
+    /// Number of resets so far; the guest's events carry it.
+    boot: Arc<AtomicU64>,
+    state: MachineState,
+    started: Instant,
+}
+
+impl<'a> Machine<'a> {
+    /// A machine whose vCPUs are about to run.
+    pub(super) fn new(spec: &'a MachineSpec, parts: Parts, voice: GuestVoice) -> Self {
+        Self {
+            spec,
+            parts,
+            boot: voice.boot,
+            state: MachineState::Running,
+            started: Instant::now(),
+        }
+    }
+
+    /// Takes events until the machine ends.
+    pub(super) fn drive(&mut self, events: &Receiver<Event>) -> Result<Outcome, RunError> {
+        loop {
+            match events.recv() {
+                Ok(Event::Request(request, sender)) => {
+                    let answer = self.answer(request)?;
+                    // A client that has gone away is not told.
+                    let _ = sender.send(answer);
+                    if self.state == MachineState::Stopped {
+                        return Ok(Outcome::ShutDown);
+                    }
+                }
+                Ok(Event::Guest(boot, event)) => {
+                    let current = self.boot.load(Ordering::SeqCst);
+                    if boot == current
+                        && let Some(outcome) = self.obey_guest(event)?
+                    {
+                        return Ok(outcome);
+                    }
+                }
+                // The sender is held by `run_machine` and the guest's voice, so the channel does not close.
+                Ok(Event::Terminate) | Err(_) => return Ok(Outcome::ShutDown),
+            }
+        }
+    }
+
+    fn obey_guest(&mut self, event: GuestEvent) -> Result<Option<Outcome>, RunError> {
+        match event {
+            GuestEvent::PowerOff => Ok(Some(Outcome::PoweredOff)),
+            GuestEvent::Reset => {
+                self.reset()?;
+                Ok(None)
+            }
+            GuestEvent::Stopped(Report::TripleFault { vcpu }) => Ok(Some(Outcome::Crashed {
+                reason: format!("the guest crashed: triple fault on vcpu{vcpu}"),
+            })),
+            GuestEvent::Stopped(Report::Failed { vcpu, reason }) => {
+                Err(RunError::Vcpu { vcpu, reason })
+            }
+        }
+    }
+
+    fn answer(&mut self, request: Request) -> Result<Answer, RunError> {
+        match request {
+            Request::Info => return Ok(api::json(200, &self.info())),
+            Request::Counters => {
+                let counters = counters::of(&self.parts, self.uptime_ms());
+                return Ok(api::json(200, &counters));
+            }
+            Request::Pause => self.pause(),
+            Request::Resume => self.resume()?,
+            Request::PowerButton if self.state == MachineState::Paused => {
+                let text = "the machine is paused and cannot see its power button: resume it first";
+                return Ok(api::refusal(409, text));
+            }
+            Request::PowerButton => self.parts.power_button.pulse(),
+            Request::Reset => self.reset()?,
+            Request::Shutdown => {
+                self.hold();
+                self.state = MachineState::Stopped;
+            }
+        }
+        Ok(api::json(200, &Acted { state: self.state }))
+    }
+
+    fn info(&self) -> Info {
+        Info {
+            name: self.spec.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            machine_version: layout::MACHINE_VERSION,
+            pid: std::process::id(),
+            state: self.state,
+            uptime_ms: self.uptime_ms(),
+            cpu_count: self.spec.cpu_count,
+            memory_mib: self.spec.memory_mib,
+            reset_count: self.boot.load(Ordering::SeqCst),
+            serial_path: self.parts.serial_path.clone(),
+            console_path: self.parts.console_path.clone(),
+        }
+    }
+
+    fn uptime_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn run_vcpus(&self) {
+        self.parts.vcpus.iter().for_each(Vcpu::run);
+    }
+
+    /// vCPUs first, since they ring doorbells; then the devices, which finish what they began.
+    pub(super) fn hold(&self) {
+        let held: Vec<_> = self.parts.vcpus.iter().map(Vcpu::hold).collect();
+        for vcpu in held {
+            // No answer means that its thread has ended, which is held enough.
+            let _ = vcpu.recv();
+        }
+        for function in &self.parts.functions {
+            function.pause();
+        }
+    }
+
+    fn release(&self) -> Result<(), RunError> {
+        for function in &self.parts.functions {
+            function.resume().map_err(RunError::Resume)?;
+        }
+        self.run_vcpus();
+        Ok(())
+    }
+
+    fn pause(&mut self) {
+        if self.state == MachineState::Running {
+            self.hold();
+            self.state = MachineState::Paused;
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), RunError> {
+        if self.state == MachineState::Paused {
+            self.release()?;
+            self.state = MachineState::Running;
+        }
+        Ok(())
+    }
+
+    /// Everything as at power-on, but for the bytes in RAM that the kernel does not overwrite.
+    fn reset(&mut self) -> Result<(), RunError> {
+        if self.state == MachineState::Running {
+            self.hold();
+        }
+        // Whatever the guest said before now belongs to its past life.
+        self.boot.fetch_add(1, Ordering::SeqCst);
+        tracing::info!(name = self.spec.name, "machine resets");
+        self.parts.power_on(self.spec).map_err(RunError::Reset)?;
+        if self.state == MachineState::Running {
+            self.run_vcpus();
+        }
+        Ok(())
+    }
+}

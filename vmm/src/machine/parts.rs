@@ -1,0 +1,91 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What a built machine consists of, and how it is put back to its state before the first instruction.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use atoll_devices::console::Console;
+use atoll_devices::interrupt::IrqLine;
+use atoll_devices::pci::PciBus;
+use atoll_devices::platform::Serial;
+use atoll_devices::virtio::VirtioPci;
+use atoll_vmm_protocol::spec::MachineSpec;
+use kvm_bindings::kvm_irqchip;
+use vm_memory::GuestMemoryMmap;
+
+use super::assembly::BuildError;
+use crate::kvm::{Kvm, KvmError, VirtualMachine};
+use crate::loader::BootFiles;
+use crate::vcpu::Vcpu;
+use crate::vcpu::state::VcpuState;
+
+/// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
+pub(super) struct Parts {
+    pub(super) vcpus: Vec<Vcpu>,
+    /// Every virtio function, in slot order.
+    pub(super) functions: Vec<Arc<VirtioPci>>,
+    /// Those among them that are disks, in the spec's order; likewise network cards.
+    pub(super) disks: Vec<Arc<VirtioPci>>,
+    pub(super) nets: Vec<Arc<VirtioPci>>,
+    pub(super) power_button: Arc<dyn IrqLine>,
+    pub(super) serial_path: Option<PathBuf>,
+    pub(super) console_path: Option<PathBuf>,
+    pub(super) serial: Option<Arc<Serial>>,
+    /// The consoles' threads, and what is on the other side.
+    pub(super) _consoles: Vec<Console>,
+    pub(super) pci: Arc<PciBus>,
+    pub(super) boot_files: BootFiles,
+    pub(super) pristine: Pristine,
+    pub(super) machine: VirtualMachine,
+    pub(super) memory: Arc<GuestMemoryMmap>,
+}
+
+/// State at power-on of what KVM keeps.
+pub(super) struct Pristine {
+    vcpus: Vec<Arc<VcpuState>>,
+    irqchips: Vec<kvm_irqchip>,
+}
+
+impl Pristine {
+    /// Of a machine that has not run.
+    pub(super) fn of(
+        kvm: &Kvm,
+        machine: &VirtualMachine,
+        vcpus: &[Vcpu],
+    ) -> Result<Self, KvmError> {
+        let msr_indices: Arc<[u32]> = kvm.msr_indices()?.into();
+        let save = |vcpu: &Vcpu| vcpu.save(&msr_indices).map(Arc::new);
+        Ok(Self {
+            vcpus: vcpus.iter().map(save).collect::<Result<_, _>>()?,
+            irqchips: machine.irqchips()?,
+        })
+    }
+}
+
+impl Parts {
+    /// Loads the kernel and points the first vCPU at it.
+    pub(super) fn load(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
+        let memory_bytes = spec.memory_mib << 20;
+        let entry = self
+            .boot_files
+            .load(&self.memory, memory_bytes, spec.cpu_count)?;
+        self.vcpus[0].enter(entry)?;
+        Ok(())
+    }
+
+    /// Puts a held machine back to its state before the first instruction.
+    pub(super) fn power_on(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
+        for function in &self.functions {
+            function.reset();
+        }
+        self.pci.reset();
+        if let Some(serial) = &self.serial {
+            serial.reset();
+        }
+        self.machine.set_irqchips(&self.pristine.irqchips)?;
+        for (vcpu, state) in self.vcpus.iter().zip(&self.pristine.vcpus) {
+            vcpu.restore(state)?;
+        }
+        self.load(spec)
+    }
+}

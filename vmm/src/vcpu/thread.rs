@@ -1,0 +1,396 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! One vCPU: a thread named `vcpu0`, `vcpu1`, … that runs the guest, answers its exits, and obeys its owner.
+//!
+//! ```text
+//!            Command::Run              Command::Hold
+//!   held ────────────────────► running ────────────────► held
+//!    │  ◄── save, restore, enter                           │
+//!    └── Command::End ──► thread ends ◄────────────────────┘
+//! ```
+//!
+//! **Stopping.** The owner sends a command, then sets `immediate_exit` in the vCPU's shared page, then sends a
+//! signal: whether the thread is in the guest, on its way into it, or answering an exit, its next or current
+//! `KVM_RUN` returns EINTR, and only then does the thread look at its commands. So an access that the guest
+//! has begun is always finished: KVM completes it at the start of that `KVM_RUN` (`api.rst` §5, the note on
+//! KVM_EXIT_IO), and a vCPU that is held has no half-done instruction. The thread clears `immediate_exit`
+//! before it reads its commands, hence none is missed.
+//!
+//! No lock is held while a guest runs or while an exit is answered.
+
+#![expect(
+    unsafe_code,
+    reason = "a byte of the page that KVM shares with this process, and signals to a thread"
+)]
+
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use atoll_devices::bus::Bus;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::setup::{self, Entry};
+use super::state::{self, VcpuState};
+use crate::kvm::KvmError;
+
+/// What a vCPU reports to its owner.
+#[derive(Debug)]
+pub enum Report {
+    /// The guest cannot go on: it triple-faulted.
+    TripleFault {
+        /// Which vCPU.
+        vcpu: u8,
+    },
+    /// KVM cannot go on.
+    Failed {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Why, in one sentence.
+        reason: String,
+    },
+}
+
+/// The buses that exits are answered from.
+#[derive(Clone)]
+pub struct Buses {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Guest-physical addresses that are not RAM.
+    pub memory: Bus,
+}
+
+/// Exits so far, by kind.
+#[derive(Debug, Default)]
+pub struct Exits {
+    /// Port accesses.
+    pub port: AtomicU64,
+    /// Memory-mapped accesses.
+    pub mmio: AtomicU64,
+    /// All others.
+    pub other: AtomicU64,
+}
+
+enum Command {
+    Run,
+    Hold(SyncSender<()>),
+    Save(Arc<[u32]>, SyncSender<Result<VcpuState, KvmError>>),
+    Restore(Arc<VcpuState>, SyncSender<Result<(), KvmError>>),
+    Enter(Entry, SyncSender<Result<(), KvmError>>),
+    End,
+}
+
+/// The owner's end of a vCPU.
+pub struct Vcpu {
+    commands: Sender<Command>,
+    immediate_exit: ImmediateExit,
+    /// The thread gives its descriptor back, so that the shared page is mapped for as long as this exists.
+    thread: Option<JoinHandle<VcpuFd>>,
+    clock: libc::clockid_t,
+    exits: Arc<Exits>,
+}
+
+/// The byte of a vCPU's shared page that makes `KVM_RUN` return at once.
+#[derive(Clone, Copy)]
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the pointer is to a byte of a shared mapping that is only ever accessed atomically through this
+// type and by the kernel, and that stays mapped until `Vcpu` has joined the thread which owns it.
+unsafe impl Send for ImmediateExit {}
+
+impl ImmediateExit {
+    fn of(fd: &mut VcpuFd) -> Self {
+        Self(
+            (&raw mut fd.get_kvm_run().immediate_exit)
+                .cast_const()
+                .cast(),
+        )
+    }
+
+    fn set(self, value: u8) {
+        // SAFETY: see `Send`; an AtomicU8 has the size and alignment of the byte.
+        let byte = unsafe { &*self.0 };
+        byte.store(value, Ordering::SeqCst);
+    }
+}
+
+impl Vcpu {
+    /// Starts the thread of vCPU `id`, held: it has not executed anything.
+    pub fn start(
+        id: u8,
+        mut fd: VcpuFd,
+        buses: Buses,
+        report: impl Fn(Report) + Send + 'static,
+    ) -> io::Result<Self> {
+        let immediate_exit = ImmediateExit::of(&mut fd);
+        let (commands, received) = channel();
+        let exits = Arc::new(Exits::default());
+        let mut body = Body {
+            id,
+            fd,
+            buses,
+            exits: exits.clone(),
+            commands: received,
+            immediate_exit,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || {
+                body.obey(&report);
+                body.fd
+            })?;
+        let mut clock = 0;
+        // SAFETY: the thread has not been joined, so its id is valid; `clock` is writable.
+        let result = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };
+        if result != 0 {
+            return Err(io::Error::from_raw_os_error(result));
+        }
+        Ok(Self {
+            commands,
+            immediate_exit,
+            thread: Some(thread),
+            clock,
+            exits,
+        })
+    }
+
+    /// Lets the guest go on.
+    pub fn run(&self) {
+        self.send(Command::Run);
+    }
+
+    /// Stops the guest; the answer comes when the vCPU is at rest. Ask all vCPUs, then wait for all.
+    #[must_use]
+    pub fn hold(&self) -> Receiver<()> {
+        let (answer, held) = sync_channel(1);
+        self.send(Command::Hold(answer));
+        self.kick();
+        held
+    }
+
+    /// The state of a held vCPU.
+    pub fn save(&self, msr_indices: &Arc<[u32]>) -> Result<VcpuState, KvmError> {
+        let (answer, saved) = sync_channel(1);
+        self.send(Command::Save(msr_indices.clone(), answer));
+        saved.recv().unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Puts a held vCPU into a state.
+    pub fn restore(&self, state: &Arc<VcpuState>) -> Result<(), KvmError> {
+        let (answer, restored) = sync_channel(1);
+        self.send(Command::Restore(state.clone(), answer));
+        restored.recv().unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Points a held vCPU, whose state is that of power-on, at a kernel.
+    pub fn enter(&self, entry: Entry) -> Result<(), KvmError> {
+        let (answer, entered) = sync_channel(1);
+        self.send(Command::Enter(entry, answer));
+        entered.recv().unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// Exits so far.
+    #[must_use]
+    pub fn exits(&self) -> &Exits {
+        &self.exits
+    }
+
+    /// CPU time of the thread so far, in microseconds.
+    #[must_use]
+    pub fn cpu_time_us(&self) -> u64 {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the clock is that of a thread of this process, `time` is writable. Once the thread has
+        // ended, the call fails, which reads as no time at all.
+        let result = unsafe { libc::clock_gettime(self.clock, &raw mut time) };
+        if result != 0 {
+            return 0;
+        }
+        let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+        let nanoseconds = u64::try_from(time.tv_nsec).unwrap_or_default();
+        seconds * 1_000_000 + nanoseconds / 1000
+    }
+
+    fn send(&self, command: Command) {
+        // A thread that has ended has dropped its receiver, and obeys nothing any more.
+        let _ = self.commands.send(command);
+    }
+
+    fn kick(&self) {
+        let Some(thread) = &self.thread else { return };
+        self.immediate_exit.set(1);
+        // SAFETY: the thread has not been joined, so its id is valid; the signal has a handler.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.send(Command::End);
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn ended() -> KvmError {
+    KvmError::Failed {
+        what: "reach a vCPU",
+        source: io::Error::other("its thread has ended"),
+    }
+}
+
+/// The signal that interrupts `KVM_RUN`. Its handler does nothing: the interruption is the message.
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+/// Installs the handler; once a process, before the first vCPU starts.
+pub fn handle_kicks() -> io::Result<()> {
+    extern "C" fn ignore(_: libc::c_int) {}
+    let handler: extern "C" fn(libc::c_int) = ignore;
+    // SAFETY: all zeroes is a valid sigaction: no flags, an empty mask, no restorer.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as libc::sighandler_t;
+    // SAFETY: `action` is initialized, and the handler is async-signal-safe, as it does nothing. SA_RESTART is
+    // not set, so that KVM_RUN returns.
+    let result = unsafe { libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// What the thread owns.
+struct Body {
+    id: u8,
+    fd: VcpuFd,
+    buses: Buses,
+    exits: Arc<Exits>,
+    commands: Receiver<Command>,
+    immediate_exit: ImmediateExit,
+}
+
+/// Why the guest does not run at the moment.
+enum Stop {
+    Interrupted,
+    Reported(Report),
+}
+
+impl Body {
+    /// The thread: obeys commands until it is told to end, or its owner is gone.
+    fn obey(&mut self, report: &impl Fn(Report)) {
+        let mut running = false;
+        loop {
+            let command = if running {
+                match self.commands.try_recv() {
+                    Ok(command) => Some(command),
+                    Err(TryRecvError::Empty) => None,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            } else {
+                match self.commands.recv() {
+                    Ok(command) => Some(command),
+                    Err(_) => return,
+                }
+            };
+            match command {
+                Some(Command::Run) => running = true,
+                Some(Command::Hold(answer)) => {
+                    running = false;
+                    // Tells a guest with a paravirtual clock that time it did not see is no lockup; KVM
+                    // refuses for a guest without one.
+                    let _ = self.fd.kvmclock_ctrl();
+                    let _ = answer.send(());
+                }
+                Some(Command::Save(indices, answer)) => {
+                    let _ = answer.send(state::save(&self.fd, &indices));
+                }
+                Some(Command::Restore(state, answer)) => {
+                    let _ = answer.send(state::restore(&self.fd, &state));
+                }
+                Some(Command::Enter(entry, answer)) => {
+                    let _ = answer.send(setup::entry(&self.fd, entry));
+                }
+                Some(Command::End) => return,
+                None => {
+                    if let Stop::Reported(text) = self.run_until_interrupted() {
+                        running = false;
+                        report(text);
+                    }
+                    self.immediate_exit.set(0);
+                }
+            }
+        }
+    }
+
+    fn run_until_interrupted(&mut self) -> Stop {
+        loop {
+            if let Some(stop) = self.run_once() {
+                return stop;
+            }
+        }
+    }
+
+    /// One entry into the guest and the answer to the exit that ends it.
+    fn run_once(&mut self) -> Option<Stop> {
+        let count = |counter: &AtomicU64| {
+            counter.fetch_add(1, Ordering::Relaxed);
+        };
+        match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                count(&self.exits.port);
+                self.buses.ports.read(port.into(), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                count(&self.exits.port);
+                self.buses.ports.write(port.into(), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                count(&self.exits.mmio);
+                self.buses.memory.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                count(&self.exits.mmio);
+                self.buses.memory.write(address, data);
+            }
+            Ok(VcpuExit::Shutdown) => {
+                return Some(Stop::Reported(Report::TripleFault { vcpu: self.id }));
+            }
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
+                count(&self.exits.other);
+            }
+            Ok(exit) => {
+                let reason = format!("{exit:?}");
+                return Some(Stop::Reported(self.failed(&reason)));
+            }
+            Err(error) => match error.errno() {
+                libc::EINTR => return Some(Stop::Interrupted),
+                // A vCPU that waited for its SIPI was woken: enter again.
+                libc::EAGAIN => count(&self.exits.other),
+                _ => return Some(Stop::Reported(self.failed(&error.to_string()))),
+            },
+        }
+        None
+    }
+
+    /// One sentence about an exit that ends the machine: what KVM says and where the guest was.
+    fn failed(&self, reason: &str) -> Report {
+        let place = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => {
+                format!("at rip {:#x}, cr3 {:#x}", regs.rip, sregs.cr3)
+            }
+            _ => "at an unknown address".to_owned(),
+        };
+        Report::Failed {
+            vcpu: self.id,
+            reason: format!("KVM stopped with {reason} {place}"),
+        }
+    }
+}
