@@ -5,12 +5,12 @@
 
 mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use atoll_manager::guest::{Action, Ask};
+use atoll_manager::guest::{Action, Ask, ConfigUpdate};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::task::Upid;
 use atoll_manager::{Node, Settings};
@@ -174,6 +174,23 @@ async fn answers(ground: &Ground) -> u32 {
         "{status:?}"
     );
     assert!(load.received_bytes > 0 && load.disk_bytes > 0, "{status:?}");
+    let wish = BTreeMap::from([("memory".to_owned(), "96".to_owned())]);
+    let update = ConfigUpdate::new(kind, wish, BTreeSet::new(), BTreeSet::new(), None).unwrap();
+    let applied = ground.node.guests().update(kind, id, update).await.unwrap();
+    assert_eq!(
+        (applied.now.len(), applied.pending.len()),
+        (1, 0),
+        "limits change at once"
+    );
+    let limits = [
+        "memory/atoll/ct-ID/memory.limit_in_bytes",
+        "atoll/ct-ID/memory.max",
+    ];
+    let limit = limits.iter().find_map(|path| {
+        let path = format!("/sys/fs/cgroup/{}", path.replace("ID", &id.to_string()));
+        std::fs::read_to_string(path).ok()
+    });
+    assert_eq!(limit.unwrap().trim(), (96 << 20).to_string());
     let interfaces = ground.node.guests().interfaces(id).await.unwrap();
     let card = interfaces.iter().find(|card| card.name == "eth0").unwrap();
     assert_eq!(card.ipv4, ["10.64.0.10/24"]);

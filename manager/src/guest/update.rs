@@ -3,7 +3,7 @@
 
 use crate::error::Error;
 use crate::guest::config::{Applied, ConfigUpdate, GuestConfig};
-use crate::guest::container::format;
+use crate::guest::container::{Container, format};
 use crate::guest::site::Seat;
 use crate::guest::{Phase, disks, guest, hardware};
 use crate::id::GuestKind;
@@ -11,6 +11,9 @@ use crate::storage::name::VolumeId;
 
 /// Unused volumes that a guest can have, as many as its key's family.
 const UNUSED_MAX: u16 = 256;
+
+/// Keys of limits that reach a running container at once.
+const LIMITS: &[&str] = &["cores", "cpulimit", "cpuunits", "memory", "swap"];
 
 /// Applies an update. What it made is removed again when it cannot be written.
 pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Error> {
@@ -24,6 +27,13 @@ pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Er
         let applied = stored.config.apply(&update, running)?;
         let freed = keep_volumes(&mut stored.config, &applied);
         hardware::complete(&mut stored.config);
+        let limits = applied
+            .now
+            .iter()
+            .any(|(key, _, _)| LIMITS.contains(&key.as_str()));
+        if running && limits && seat.kind == GuestKind::Container {
+            Container::new(seat.clone()).limit(&stored.config).await?;
+        }
         stored.save(&seat.site.store).await?;
         Ok((applied, freed))
     };

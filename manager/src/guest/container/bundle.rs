@@ -17,8 +17,11 @@ use crate::schema::Properties;
 /// Memory and swap when the config's values cannot be read, in MiB; its table has the same defaults.
 const MEMORY_MIB: u64 = 512;
 const SWAP_MIB: u64 = 512;
-/// Weight of CPU time when the config names none, in v1's unit, which atoll-ct converts for v2.
-const CPU_SHARES: u64 = 1024;
+/// Weight of CPU time: the config counts as cgroup v2 does, where 100 is usual; OCI as v1, where 1024 is.
+const WEIGHT_USUAL: u64 = 100;
+const SHARES_USUAL: u64 = 1024;
+/// Fewest shares that the kernel takes.
+const SHARES_MIN: u64 = 2;
 /// Period of the CPU quota, in microseconds: the kernel's default.
 const CPU_PERIOD_US: u64 = 100_000;
 /// Processes and threads of one container: enough for any distribution, and no fork bomb takes the host down.
@@ -105,7 +108,7 @@ pub fn bundle(id: GuestId, config: &GuestConfig, folder: &Path) -> Result<Value,
     let mut linux = json!({
         "cgroupsPath": Group::new(format!("ct-{id}")).path(),
         "devices": [],
-        "resources": resources(config),
+        "resources": all_resources(config),
     });
     let mut annotations = json!({});
     if unprivileged {
@@ -329,23 +332,30 @@ fn mounts(config: &GuestConfig, folder: &Path) -> Result<Value, Error> {
     Ok(Value::Array(mounts))
 }
 
+fn all_resources(config: &GuestConfig) -> Value {
+    let mut all = resources(config);
+    // The runtime adds the devices that every container has (null, zero, random, tty, ptmx).
+    all["devices"] = json!([{ "allow": false, "access": "rwm" }]);
+    all
+}
+
+/// Limits: those that can change while it runs.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     clippy::cast_precision_loss,
     reason = "a quota of at most some thousand CPUs, rounded to microseconds"
 )]
-fn resources(config: &GuestConfig) -> Value {
+pub fn resources(config: &GuestConfig) -> Value {
     let memory = memory_mib(config) << 20;
     let swap = swap_mib(config) << 20;
-    let shares: u64 = config.number("cpuunits").unwrap_or(CPU_SHARES);
+    let weight: u64 = config.number("cpuunits").unwrap_or(WEIGHT_USUAL);
+    let shares = (weight * SHARES_USUAL / WEIGHT_USUAL).max(SHARES_MIN);
     let mut cpu = json!({ "shares": shares, "period": CPU_PERIOD_US });
     if let Some(limit) = cpu_limit(config) {
         cpu["quota"] = json!((limit * CPU_PERIOD_US as f64) as u64);
     }
     json!({
-        // The runtime adds the devices that every container has (null, zero, random, tty, ptmx).
-        "devices": [{ "allow": false, "access": "rwm" }],
         // OCI counts memory and swap together in "swap".
         "memory": { "limit": memory, "swap": memory + swap },
         "cpu": cpu,
@@ -382,6 +392,8 @@ mod tests {
             json!({ "limit": 256 << 20, "swap": 256 << 20 })
         );
         assert_eq!(resources["cpu"]["quota"], 150_000);
+        assert_eq!(resources["cpu"]["shares"], 1024);
+        assert_eq!(resources["devices"][0]["allow"], false);
         assert_eq!(bundle["linux"]["maskedPaths"], json!(MASKED));
     }
 

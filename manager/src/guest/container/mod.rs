@@ -22,6 +22,7 @@ use async_trait::async_trait;
 use crate::error::Error;
 use crate::exec::{ExecError, Program};
 use crate::guest::cgroup::Group;
+use crate::guest::config::GuestConfig;
 use crate::guest::site::Seat;
 use crate::guest::{Guest, Load, Phase};
 use crate::network::link;
@@ -65,6 +66,18 @@ impl Container {
             .deadline(COMMAND_MAX)
             .run()
             .await
+    }
+
+    /// Gives a running container the limits of a config.
+    pub async fn limit(&self, config: &GuestConfig) -> Result<(), Error> {
+        let path = self.seat.run_folder().join("resources.json");
+        let text = bundle::resources(config).to_string();
+        tokio::fs::write(&path, text)
+            .await
+            .map_err(|e| Error::failed(format!("write {}", path.display()), e))?;
+        let args = ["update", "--resources", &path.to_string_lossy()];
+        self.command(&args, &[]).await?;
+        Ok(())
     }
 
     /// Removes what a container that has ended leaves: the runtime's state, links, mount, control group, folder.

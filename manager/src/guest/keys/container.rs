@@ -289,18 +289,26 @@ const MOUNT_VOLUME: Format = Format {
     },
 };
 
+const NO_FEATURE: Format = Format {
+    name: "unavailable",
+    check: |value| match value {
+        "0" => Ok(()),
+        _ => Err("this feature is not available yet".to_owned()),
+    },
+};
+
 const FEATURES: Kind = Kind::PropertyString {
     keys: &[
         Param::new("nesting", Kind::Boolean, "Run containers inside."),
-        Param::new("keyctl", Kind::Boolean, "The keyctl system call."),
-        Param::new("fuse", Kind::Boolean, "File systems in user space."),
-        Param::new("mknod", Kind::Boolean, "Make device nodes."),
         Param::new(
-            "mount",
-            Kind::Text { length_max: 256 },
-            "File systems it may mount, divided by semicolons.",
+            "keyctl",
+            Kind::Boolean,
+            "The keyctl system call, which is always allowed.",
         ),
-        Param::new("force_rw_sys", Kind::Boolean, "A writable /sys."),
+        absent("fuse", NO_FEATURE),
+        absent("mknod", NO_FEATURE),
+        absent("mount", NO_FEATURE),
+        absent("force_rw_sys", NO_FEATURE),
     ],
     default_key: None,
     value_key: None,
