@@ -6,7 +6,7 @@
 //! the thread waiting. Not here: what a request does (`machine`).
 
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use atoll_vmm_protocol::api::{ROUTES, Refused, Request};
 use atoll_vmm_protocol::http::{self, MessageError};
+
+use crate::socket;
 
 /// How long a client may take to send its request or to read the answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
@@ -117,17 +119,12 @@ fn listen(path: &Path) -> Result<UnixListener, ApiError> {
             path: path.to_owned(),
         });
     }
-    let is_socket = |path: &Path| {
-        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
-    };
-    if is_socket(path) {
-        if UnixStream::connect(path).is_ok() {
-            return Err(ApiError::InUse {
-                path: path.to_owned(),
-            });
-        }
-        std::fs::remove_file(path).map_err(failed)?;
-    }
+    socket::remove_stale(path).map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ApiError::InUse {
+            path: path.to_owned(),
+        },
+        _ => failed(source),
+    })?;
     let listener = UnixListener::bind(path).map_err(failed)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok(listener)

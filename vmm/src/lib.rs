@@ -23,5 +23,6 @@ pub mod machine;
 pub mod memory;
 pub mod power;
 pub mod probe;
+pub mod socket;
 pub mod terminal;
 pub mod vcpu;

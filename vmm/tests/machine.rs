@@ -309,7 +309,7 @@ fn a_killed_machine_leaves_no_obstacle() {
             "--cmdline",
             "stay",
         ])
-        .args(["--console", "null", "--api-socket", "api"])
+        .args(["--console", "socket=serial", "--api-socket", "api"])
         .stdin(Stdio::null())
         .spawn()
         .unwrap();

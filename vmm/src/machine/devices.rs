@@ -15,7 +15,7 @@ use atoll_disk::{OpenOptions, RawBackend};
 use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat};
 
 use super::assembly::{Assembly, BuildError};
-use crate::{check, layout};
+use crate::{check, layout, socket};
 
 /// Adds one kind of device to the machine.
 pub(super) type Step = fn(&mut Assembly<'_>) -> Result<(), BuildError>;
@@ -117,7 +117,11 @@ fn open_console(what: &str, spec: &ConsoleSpec) -> Result<Console, BuildError> {
         ConsoleSpec::Null => ConsoleBackend::Null,
         ConsoleSpec::Stdio => ConsoleBackend::Stdio,
         ConsoleSpec::Pty => ConsoleBackend::Pty,
-        ConsoleSpec::Socket(path) => ConsoleBackend::Socket(path.clone()),
+        ConsoleSpec::Socket(path) => {
+            let device = format!("{what} {}", path.display());
+            socket::remove_stale(path).map_err(BuildError::device(device))?;
+            ConsoleBackend::Socket(path.clone())
+        }
     };
     Console::open(&backend).map_err(BuildError::device(what))
 }
