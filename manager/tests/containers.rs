@@ -62,6 +62,7 @@ impl Ground {
             ("vmid", self.id.to_string().as_str()),
             ("ostemplate", "local:vztmpl/busybox.tar.gz"),
             ("rootfs", "local:0.0625"),
+            ("mp0", "local:0.0625,mp=/srv"),
             ("hostname", "box"),
             ("memory", "128"),
             ("password", "secret"),
@@ -161,6 +162,8 @@ async fn answers(ground: &Ground) -> u32 {
     let console = ground.node.guests().console(kind, id).unwrap();
     world::until("the console's socket", || console.exists());
     ask_console(&console, "id; hostname\n", "uid=0");
+    ask_console(&console, "touch /srv/new && ls -ln /srv\n", " 0        0 ");
+    ask_console(&console, "ls /srv\n", "lost+found");
     world::until("an answer from 10.64.0.10", || {
         let ping = ["ping", "-c1", "-W1", "10.64.0.10"];
         let output = std::process::Command::new("busybox").args(ping).output();
