@@ -23,6 +23,7 @@ pub mod resize;
 pub mod site;
 pub mod status;
 pub mod stored;
+pub mod tables;
 pub mod update;
 pub mod view;
 pub mod vm;

@@ -11,7 +11,6 @@
 //! see or stop a task (crate `atoll-api`), and what tasks do (each table is beside what it works on).
 
 mod context;
-#[cfg(test)]
 pub mod fault;
 mod index;
 mod log;

@@ -1,0 +1,80 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Every step table of guests, and what holds when one of its steps fails. `tests/faults.rs` fails each step of each
+//! table in this list, before and after its work; a table that is not in it is not tested.
+
+use super::{container, destroy, resize, vm};
+use crate::task::TaskStep;
+
+/// What is true after a failed step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Promise {
+    /// The world is as it was before.
+    Undone,
+    /// There is no way back, but the same table run again succeeds; after a shutdown, a stop.
+    Repeatable,
+}
+
+/// A table by name, with its promise and the names of its steps.
+#[derive(Debug, Clone, Copy)]
+pub struct Table {
+    /// The task type, or the types when several share the table.
+    pub name: &'static str,
+    /// What holds after a failure.
+    pub promise: Promise,
+    /// Names of the steps.
+    pub steps: fn() -> Vec<&'static str>,
+}
+
+/// All of them.
+pub const TABLES: &[Table] = &[
+    Table::new("qmcreate", Promise::Undone, || names(vm::create::STEPS)),
+    Table::new("qmstart", Promise::Undone, || names(vm::start::STEPS)),
+    Table::new("qmstop", Promise::Repeatable, || names(vm::stop::STOP)),
+    Table::new("qmshutdown", Promise::Repeatable, || {
+        names(vm::stop::SHUTDOWN)
+    }),
+    Table::new("vzcreate", Promise::Undone, || {
+        names(container::create::STEPS)
+    }),
+    Table::new("vzstart", Promise::Undone, || {
+        names(container::start::STEPS)
+    }),
+    Table::new("vzstop", Promise::Repeatable, || {
+        names(container::stop::STOP)
+    }),
+    Table::new("vzshutdown", Promise::Repeatable, || {
+        names(container::stop::SHUTDOWN)
+    }),
+    Table::new("resize", Promise::Repeatable, || names(resize::STEPS)),
+    Table::new("destroy", Promise::Repeatable, || names(destroy::STEPS)),
+];
+
+impl Table {
+    const fn new(name: &'static str, promise: Promise, steps: fn() -> Vec<&'static str>) -> Self {
+        Self {
+            name,
+            promise,
+            steps,
+        }
+    }
+}
+
+fn names<C>(steps: &[TaskStep<C>]) -> Vec<&'static str> {
+    steps.iter().map(|step| step.name).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_have_names_of_their_own() {
+        for table in TABLES {
+            let mut steps = (table.steps)();
+            let count = steps.len();
+            steps.sort_unstable();
+            steps.dedup();
+            assert_eq!(steps.len(), count, "{}", table.name);
+        }
+    }
+}

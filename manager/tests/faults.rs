@@ -1,0 +1,293 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Every step of every table of guests fails, with real disks, mounts, links, processes and control groups: what
+//! promises to be undone leaves nothing, what promises to be repeatable succeeds when it is done again.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test")]
+
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use atoll_manager::guest::create::Draft;
+use atoll_manager::guest::destroy::{self, Destroy};
+use atoll_manager::guest::resize::{self, Resize};
+use atoll_manager::guest::site::Seat;
+use atoll_manager::guest::tables::TABLES;
+use atoll_manager::guest::{Ask, container, stop, vm};
+use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::task::{TaskContext, TaskStep, fault, run_steps};
+use atoll_manager::{Node, Settings};
+
+/// What a task can leave behind: files, store keys, mounts, links, control groups.
+type Traces = BTreeSet<String>;
+
+struct Ground {
+    node: Node,
+    state: tempfile::TempDir,
+    id: GuestId,
+    kind: GuestKind,
+}
+
+impl Ground {
+    async fn new(kind: GuestKind) -> Self {
+        let state = tempfile::Builder::new().prefix("at").tempdir().unwrap();
+        let mut settings = Settings::new("n1", state.path());
+        settings.bin_dir = world::bin_dir();
+        let node = Node::open(settings).await.unwrap();
+        let storage = node.settings().storage_dir();
+        node.storage().ensure_local(&storage).await.unwrap();
+        node.network().ensure().await.unwrap();
+        let id = world::guest_number().try_into().unwrap();
+        Self {
+            node,
+            state,
+            id,
+            kind,
+        }
+    }
+
+    fn seat(&self) -> Seat {
+        self.node.guests().site().seat(self.kind, self.id)
+    }
+
+    fn draft(&self, keys: &[(&str, &str)]) -> Draft {
+        let keys = keys.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        Draft::new(self.seat(), keys.collect()).unwrap()
+    }
+
+    async fn traces(&self) -> Traces {
+        let mut traces = Traces::new();
+        for folder in ["run", "storage"] {
+            walk(&self.state.path().join(folder), &mut traces);
+        }
+        for entry in self.node.store().list("nodes/").unwrap() {
+            traces.insert(format!("{} {:?}", entry.key, entry.value));
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let below = self.state.path().to_str().unwrap().to_owned();
+        let mounts = mounts.lines().filter(|line| line.contains(&below));
+        traces.extend(mounts.map(|line| line.split(' ').take(2).collect::<Vec<_>>().join(" ")));
+        // Not /sys/class/net: the mount there shows the namespace that it was made in.
+        let links = world::run("ip", &["-o", "link"]);
+        let names = links.lines().filter_map(|line| line.split(": ").nth(1));
+        traces.extend(names.map(|name| format!("link {name}")));
+        let pattern = format!("*/atoll/?[tm]-{}*", self.id);
+        let groups = world::run("find", &["/sys/fs/cgroup", "-type", "d", "-path", &pattern]);
+        traces.extend(groups.lines().map(str::to_owned));
+        traces
+    }
+
+    /// Runs a table that must succeed.
+    async fn pass<C>(&self, steps: &[TaskStep<C>], mut context: C) {
+        let task = TaskContext::detached(fault::upid(), None);
+        run_steps(steps, &mut context, &task).await.unwrap();
+    }
+
+    /// Ends the guest and removes it, whatever state it is in.
+    async fn forget(&self) {
+        let seat = self.seat();
+        if seat.config().is_err() {
+            return;
+        }
+        let task = TaskContext::detached(fault::upid(), None);
+        stop(&seat, Ask::default(), &task).await.unwrap();
+        self.pass(destroy::STEPS, Destroy::new(seat, false)).await;
+    }
+}
+
+/// Names and sizes below a folder; sockets and logs of the programs themselves are left out.
+fn walk(folder: &Path, traces: &mut Traces) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (path, kind) = (entry.path(), entry.metadata().unwrap());
+        if kind.is_dir() {
+            traces.insert(format!("{}", path.display()));
+            walk(&path, traces);
+        } else if !path.to_string_lossy().contains("dnsmasq") {
+            traces.insert(format!("{} {}", path.display(), kind.len()));
+        }
+    }
+}
+
+/// The folder of all containers is made once and stays.
+fn make_lasting_folders(ground: &Ground) {
+    std::fs::create_dir_all(ground.node.guests().site().containers_folder()).unwrap();
+    std::fs::create_dir_all(ground.state.path().join("storage/images")).unwrap();
+}
+
+const VM: &[(&str, &str)] = &[
+    ("name", "probe"),
+    ("memory", "64"),
+    ("kernel", "local:snippets/probe"),
+    ("cmdline", "stay"),
+    ("scsi0", "local:0.0625"),
+    ("net0", "virtio=BC:24:11:00:00:01,bridge=vmbr0"),
+];
+
+#[test]
+fn machines() {
+    world::isolated("machines", async || {
+        let ground = Ground::new(GuestKind::Vm).await;
+        make_lasting_folders(&ground);
+        let make = async || (&ground, ground.draft(VM));
+        let traces = async |ground: &&Ground| ground.traces().await;
+        fault::fails_cleanly(vm::create::STEPS, make, traces).await;
+
+        let created = async || {
+            ground.forget().await;
+            ground.pass(vm::create::STEPS, ground.draft(VM)).await;
+            &ground
+        };
+        let grow =
+            async |ground: &&Ground| Resize::new(ground.seat(), "scsi0".into(), "80M".into());
+        let sizes = async |ground: &&Ground| {
+            let config = ground.seat().config().unwrap();
+            config.get("scsi0").map(str::to_owned)
+        };
+        fault::can_be_repeated(resize::STEPS, resize::STEPS, created, grow, sizes).await;
+        let end = async |ground: &&Ground| Destroy::new(ground.seat(), false);
+        fault::can_be_repeated(destroy::STEPS, destroy::STEPS, created, end, traces).await;
+        running_machines(&ground).await;
+    });
+}
+
+async fn running_machines(ground: &Ground) {
+    let kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    if !world::has_binary("atoll-vmm") || kvm.is_err() {
+        println!("ATOLL-SKIP: machines cannot be started here");
+        return;
+    }
+    let snippets = ground.state.path().join("storage/snippets");
+    std::fs::create_dir_all(&snippets).unwrap();
+    let (vmm, probe) = (world::bin_dir().join("atoll-vmm"), snippets.join("probe"));
+    let arguments = ["probe", "--extract", probe.to_str().unwrap()];
+    world::run(vmm.to_str().unwrap(), &arguments);
+    ground.forget().await;
+    ground.pass(vm::create::STEPS, ground.draft(VM)).await;
+    let start = || vm::start::Start::new(ground.seat());
+    let traces = async |ground: &&Ground| ground.traces().await;
+    fault::fails_cleanly(vm::start::STEPS, async || (ground, start()), traces).await;
+
+    let running = async || {
+        if !ground
+            .node
+            .guests()
+            .status(ground.kind, ground.id)
+            .await
+            .unwrap()
+            .running
+        {
+            ground.pass(vm::start::STEPS, start()).await;
+        }
+        ground
+    };
+    let ask = Ask {
+        timeout: std::time::Duration::from_millis(100),
+        force: true,
+    };
+    let end = async |ground: &&Ground| vm::stop::Stop::new(ground.seat(), ask);
+    fault::can_be_repeated(vm::stop::STOP, vm::stop::STOP, running, end, traces).await;
+    fault::can_be_repeated(vm::stop::SHUTDOWN, vm::stop::STOP, running, end, traces).await;
+    ground.forget().await;
+}
+
+const CONTAINER: &[(&str, &str)] = &[
+    ("hostname", "box"),
+    ("memory", "128"),
+    ("rootfs", "local:0.0625"),
+    ("unprivileged", "1"),
+    ("net0", "name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:02"),
+];
+
+#[test]
+fn containers() {
+    world::isolated("containers", async || {
+        let ground = Ground::new(GuestKind::Container).await;
+        let template = ground
+            .state
+            .path()
+            .join("storage/template/cache/busybox.tar.gz");
+        if !world::make_template(&template) {
+            return;
+        }
+        make_lasting_folders(&ground);
+        let create = || {
+            let template = "local:vztmpl/busybox.tar.gz".parse().unwrap();
+            container::create::Create::new(ground.draft(CONTAINER), template, None, None)
+        };
+        let traces = async |ground: &&Ground| ground.traces().await;
+        fault::fails_cleanly(
+            container::create::STEPS,
+            async || (&ground, create()),
+            traces,
+        )
+        .await;
+        if !world::has_binary("atoll-ct") {
+            return;
+        }
+        ground.pass(container::create::STEPS, create()).await;
+        let start = || container::start::Start::new(ground.seat());
+        // The file system inside the image is mounted while it starts: the image's size stays, which is what is seen.
+        fault::fails_cleanly(container::start::STEPS, async || (&ground, start()), traces).await;
+
+        let running = async || {
+            if !ground
+                .node
+                .guests()
+                .status(ground.kind, ground.id)
+                .await
+                .unwrap()
+                .running
+            {
+                ground.pass(container::start::STEPS, start()).await;
+            }
+            &ground
+        };
+        let ask = Ask {
+            timeout: std::time::Duration::from_secs(1),
+            force: true,
+        };
+        let end = async |ground: &&Ground| container::stop::Stop::new(ground.seat(), ask);
+        fault::can_be_repeated(
+            container::stop::STOP,
+            container::stop::STOP,
+            running,
+            end,
+            traces,
+        )
+        .await;
+        fault::can_be_repeated(
+            container::stop::SHUTDOWN,
+            container::stop::STOP,
+            running,
+            end,
+            traces,
+        )
+        .await;
+        ground.forget().await;
+    });
+}
+
+/// The tests above name their tables; this one says when the list has one more.
+#[test]
+fn no_table_is_left_out() {
+    let tested = [
+        "qmcreate",
+        "qmstart",
+        "qmstop",
+        "qmshutdown",
+        "vzcreate",
+        "vzstart",
+        "vzstop",
+        "vzshutdown",
+        "resize",
+        "destroy",
+    ];
+    let listed: Vec<&str> = TABLES.iter().map(|table| table.name).collect();
+    assert_eq!(listed, tested);
+    let steps: BTreeMap<_, _> = TABLES.iter().map(|t| (t.name, (t.steps)().len())).collect();
+    assert!(steps.values().all(|count| *count > 0), "{steps:?}");
+}
