@@ -8,8 +8,8 @@ use std::path::{Component, Path, PathBuf};
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{utils, validator::Validator};
 use oci_spec::runtime::{
-    LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceType,
-    LinuxResources, Spec,
+    Capabilities, Hook, Hooks, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder,
+    LinuxDeviceType, LinuxNamespaceType, LinuxResources, Process, Spec,
 };
 
 use crate::cgroup::Owner;
@@ -124,8 +124,19 @@ fn check(spec: &Spec) -> Result<()> {
             format!("{profile}: AppArmor is not enabled on this host: leave it out"),
         ));
     }
-    if spec.linux().is_none() {
-        return Err(wrong("linux", "is missing"));
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| wrong("linux", "is missing"))?;
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let empty = |list: &Option<Vec<_>>| list.as_ref().is_none_or(Vec::is_empty);
+    if namespaces
+        .iter()
+        .any(|n| n.typ() == LinuxNamespaceType::User && n.path().is_none())
+        && (empty(linux.uid_mappings()) || empty(linux.gid_mappings()))
+    {
+        let reason = "a new user namespace needs both";
+        return Err(wrong("linux.uidMappings, linux.gidMappings", reason));
     }
     for mount in spec.mounts().as_deref().unwrap_or_default() {
         if !mount.destination().is_absolute() {
@@ -136,10 +147,13 @@ fn check(spec: &Spec) -> Result<()> {
             ));
         }
     }
+    check_by_libcontainer(spec)
+}
+
+fn check_by_libcontainer(spec: &Spec) -> Result<()> {
     let invalid = |reason: String| Error::Init(reason);
     let syscall = create_syscall();
     Validator::validate_spec(spec).map_err(|e| invalid(e.to_string()))?;
-    utils::validate_spec_for_new_user_ns(spec, &*syscall).map_err(|e| invalid(e.to_string()))?;
     utils::validate_spec_for_net_devices(spec, &*syscall).map_err(|e| invalid(e.to_string()))?;
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     utils::validate_mount_options(mounts).map_err(|e| invalid(e.to_string()))
@@ -155,6 +169,11 @@ fn settle(spec: &mut Spec, id: &str) -> Result<()> {
         }
     }
     spec.set_mounts(Some(mounts));
+    inherit_environment(spec);
+    if let Some(mut process) = spec.process().clone() {
+        close_capabilities(&mut process);
+        spec.set_process(Some(process));
+    }
     let Some(mut linux) = spec.linux().clone() else {
         return Ok(());
     };
@@ -176,6 +195,45 @@ fn settle(spec: &mut Spec, id: &str) -> Result<()> {
     linux.set_resources(Some(resources));
     spec.set_linux(Some(linux));
     Ok(())
+}
+
+/// One kind of hooks.
+type Hooked = fn(&mut Hooks) -> &mut Option<Vec<Hook>>;
+
+/// Hooks in the host that name no environment get ours, as under runc and crun. Later ones get it in `hooks`.
+fn inherit_environment(spec: &mut Spec) {
+    let Some(mut hooks) = spec.hooks().clone() else {
+        return;
+    };
+    let own: Vec<String> = std::env::vars()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    for list in [Hooks::prestart_mut, Hooks::create_runtime_mut as Hooked] {
+        for hook in list(&mut hooks)
+            .iter_mut()
+            .flatten()
+            .filter(|hook| hook.env().is_none())
+        {
+            hook.set_env(Some(own.clone()));
+        }
+    }
+    spec.set_hooks(Some(hooks));
+}
+
+/// Makes every capability set definite: one that config.json leaves out is empty. libcontainer would leave it as
+/// it is, with everything that this process may do.
+pub(crate) fn close_capabilities(process: &mut Process) {
+    let mut sets = LinuxCapabilities::default();
+    let given = process.capabilities().as_ref();
+    let set = |get: fn(&LinuxCapabilities) -> &Option<Capabilities>| {
+        Some(given.and_then(|sets| get(sets).clone()).unwrap_or_default())
+    };
+    sets.set_bounding(set(LinuxCapabilities::bounding));
+    sets.set_effective(set(LinuxCapabilities::effective));
+    sets.set_permitted(set(LinuxCapabilities::permitted));
+    sets.set_inheritable(set(LinuxCapabilities::inheritable));
+    sets.set_ambient(set(LinuxCapabilities::ambient));
+    process.set_capabilities(Some(sets));
 }
 
 /// The path of a cgroup as all hierarchies have it: absolute, without dots, and never a hierarchy's root, which

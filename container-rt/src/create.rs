@@ -23,7 +23,7 @@ use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::user_ns::UserNamespaceConfig;
-use oci_spec::runtime::{LinuxDeviceCgroup, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::bundle::{self, Bundle, wrong};
 use crate::cgroup::{self, Prepared};
@@ -136,7 +136,9 @@ fn create_in(
         terminal,
         console,
     };
+    let namespace = several_ranges(&mut spec)?;
     let result = enter_and_launch(&plan, &spec, &cgroup, &saved);
+    drop(namespace);
     drop(mounts);
     let pid = match result {
         Ok(pid) => pid,
@@ -282,6 +284,28 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
             None => described(&error),
         }),
     }
+}
+
+/// Makes the user namespace of a container with several ranges of ids, and has libcontainer join it: by itself it
+/// writes one range, and leaves more to the setuid helpers of rootless containers.
+fn several_ranges(spec: &mut Spec) -> Result<Option<OwnedFd>> {
+    let Some(mut linux) = spec.linux().clone() else {
+        return Ok(None);
+    };
+    let several = |list: &Option<Vec<_>>| list.as_ref().is_some_and(|list| list.len() > 1);
+    if !several(linux.uid_mappings()) && !several(linux.gid_mappings()) {
+        return Ok(None);
+    }
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    let user = |n: &&mut LinuxNamespace| n.typ() == LinuxNamespaceType::User && n.path().is_none();
+    let Some(user) = namespaces.iter_mut().find(user) else {
+        return Ok(None);
+    };
+    let made = idmap::container_mappings(spec)?;
+    user.set_path(Some(format!("/proc/self/fd/{}", made.as_raw_fd()).into()));
+    linux.set_namespaces(Some(namespaces));
+    spec.set_linux(Some(linux));
+    Ok(Some(made))
 }
 
 /// What is left to do once there is an init.

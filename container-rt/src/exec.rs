@@ -263,6 +263,7 @@ fn process(spec: &Spec, request: &Request) -> Result<Process> {
     }
     process.set_env(Some(environment));
     set_user(&mut process, request)?;
+    crate::bundle::close_capabilities(&mut process);
     add_capabilities(&mut process, &request.capabilities)?;
     Ok(process)
 }

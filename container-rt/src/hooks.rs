@@ -41,8 +41,15 @@ pub fn after_start(spec: &Spec, saved: &Saved) -> Result<()> {
         return Ok(());
     };
     let state = state(saved, Status::Running);
-    run_hooks(hooks.poststart().as_ref(), Some(&state), None, None, None)
-        .map_err(|e| Error::Argument(format!("poststart hook: {}", one_line(&e))))
+    let own = std::env::vars().collect();
+    run_hooks(
+        hooks.poststart().as_ref(),
+        Some(&state),
+        None,
+        None,
+        Some(&own),
+    )
+    .map_err(|e| Error::Argument(format!("poststart hook: {}", one_line(&e))))
 }
 
 /// Runs the poststop hooks. The runtime-spec: a failure is a warning, and the next hook runs.
@@ -53,7 +60,8 @@ pub fn after_delete(spec: &Spec, saved: &Saved) -> Vec<String> {
         .and_then(|h| h.poststop().clone())
         .unwrap_or_default();
     let state = state(saved, Status::Stopped);
-    let run = |hook| run_hooks(Some(&vec![hook]), Some(&state), None, None, None);
+    let own = std::env::vars().collect();
+    let run = |hook| run_hooks(Some(&vec![hook]), Some(&state), None, None, Some(&own));
     hooks
         .into_iter()
         .filter_map(|hook| {

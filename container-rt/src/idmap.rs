@@ -203,7 +203,7 @@ fn use_instead(mount: &mut Mount, target: PathBuf) {
 }
 
 /// A user namespace with the container's own mappings.
-fn container_mappings(spec: &Spec) -> Result<OwnedFd> {
+pub fn container_mappings(spec: &Spec) -> Result<OwnedFd> {
     let linux = spec.linux().as_ref();
     let uids = linux
         .and_then(|l| l.uid_mappings().as_deref())

@@ -17,6 +17,9 @@ use crate::{bundle, cgroup, hooks, idmap, sys};
 /// How long a killed init may take to end: its memory is given back meanwhile.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a killed init may take before it is looked for in a freezer.
+const THAW_AFTER: Duration = Duration::from_millis(100);
+
 /// How long the monitor may take to write the exit record after the init's end.
 const MONITOR_LIMIT: Duration = Duration::from_secs(2);
 
@@ -139,7 +142,7 @@ impl Container {
         };
         init.signal(signal)
             .context(|| format!("signal the init of {}", self.saved.id))?;
-        if self.status == Status::Paused && signal == libc::SIGKILL {
+        if signal == libc::SIGKILL && cgroup::is_frozen(&self.saved.cgroups) {
             // A frozen v1 process does not even die.
             cgroup::thaw(&self.saved.cgroups)?;
         }
@@ -186,8 +189,9 @@ impl Container {
         if let Some(init) = self.saved.init.and_then(crate::process::ProcessId::open) {
             // It may have ended meanwhile.
             init.signal(libc::SIGKILL).ok();
-            if self.status == Status::Paused {
-                cgroup::thaw(&self.saved.cgroups)?;
+            if !init.wait_end(THAW_AFTER) {
+                // Perhaps it is frozen, by us or by itself; in a v1 freezer it cannot even die.
+                cgroup::thaw_for_kill(&self.saved.cgroups);
             }
             if !init.wait_end(KILL_LIMIT) {
                 return Err(Error::Argument(format!(

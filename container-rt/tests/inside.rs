@@ -86,6 +86,41 @@ fn exec_answers_the_exit_code_and_joins_everything() {
 }
 
 #[test]
+fn id_maps_of_several_ranges_need_no_helper() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = Scene::new(&["cat", "/proc/self/uid_map", "/proc/self/gid_map"]).unprivileged();
+    let map = json!([
+        { "containerID": 0, "hostID": 1_200_000, "size": 1000 },
+        { "containerID": 1000, "hostID": 1000, "size": 1 },
+        { "containerID": 1001, "hostID": 1_201_001, "size": 64535 },
+    ]);
+    scene.config["linux"]["uidMappings"] = map.clone();
+    scene.config["linux"]["gidMappings"] = map;
+    let out = scene.ct(&["run", "ID"]).ok();
+    let numbers: Vec<&str> = out.split_whitespace().collect();
+    let expected = [
+        "0", "1200000", "1000", "1000", "1000", "1", "1001", "1201001", "64535",
+    ];
+    assert_eq!(numbers, [expected, expected].concat());
+}
+
+#[test]
+fn absent_capabilities_are_none() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = Scene::new(&["grep", "Cap", "/proc/self/status"]);
+    scene.config["process"]["capabilities"].take();
+    let out = scene.ct(&["run", "ID"]).ok();
+    assert!(
+        out.lines().all(|line| line.ends_with("\t0000000000000000")),
+        "{out}"
+    );
+}
+
+#[test]
 fn exec_has_the_seccomp_filter() {
     if !can_run() {
         return;

@@ -515,7 +515,7 @@ pub fn thaw(directories: &[PathBuf]) -> Result<()> {
 }
 
 /// Thaws the container and every freezer that it made itself.
-fn thaw_for_kill(directories: &[PathBuf]) {
+pub fn thaw_for_kill(directories: &[PathBuf]) {
     let mut pending = directories.to_vec();
     while let Some(directory) = pending.pop() {
         let file = directory.join("freezer.state");
