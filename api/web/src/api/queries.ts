@@ -52,7 +52,7 @@ export function guestPath(guest: Pick<Guest, 'node' | 'type' | 'vmid'>): string 
 export const useResources = () => useGet<Resource[]>('/cluster/resources', { every: POLL_MS.resources });
 export const useTasks = () => useGet<Task[]>('/cluster/tasks', { every: POLL_MS.tasks });
 export const useRealms = () => useGet<Realm[]>('/access/domains');
-export const useVersion = () => useGet<{ version: string; release: string }>('/version');
+export const useVersion = () => useGet<{ version: string; atoll?: string }>('/version');
 export const useDatacenterOptions = () => useGet<Record<string, unknown>>('/cluster/options');
 
 export function isGuest(resource: Resource): resource is Guest {

@@ -79,7 +79,8 @@ function Summary() {
               ['Nodes', `${nodes.filter((node) => node.status === 'online').length} of ${nodes.length} online`],
               ['Virtual machines', `${count('qemu', 'running')} of ${total('qemu')} running`],
               ['Containers', `${count('lxc', 'running')} of ${total('lxc')} running`],
-              ['Version', version.data ? version.data.version : '–'],
+              ['Version', version.data?.atoll ?? version.data?.version ?? '–'],
+              ['API of Proxmox VE', version.data?.atoll ? version.data.version : '–'],
             ]}
           />
         </Panel>
