@@ -14,7 +14,7 @@ use atoll_manager::storage::fetch::{self, Limits};
 use atoll_manager::storage::incoming::{Existing, Incoming};
 use atoll_manager::storage::name::{Content, StorageName, VolumeId, VolumeName};
 use atoll_manager::task::{NewTask, TaskContext};
-use axum::extract::FromRequest as _;
+use axum::extract::{DefaultBodyLimit, FromRequest as _};
 use axum::extract::multipart::{Field, Multipart};
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -416,9 +416,11 @@ async fn upload(call: Call) -> Result<Answer, Refusal> {
     let Call {
         daemon,
         caller,
-        request,
+        mut request,
         ..
     } = call;
+    // The file goes to the storage as it arrives; only the disk limits it.
+    DefaultBodyLimit::disable().apply(&mut request);
     let caller = caller.expect("an upload needs a privilege");
     let bad = |error: &dyn std::fmt::Display| {
         Refusal::new(StatusCode::BAD_REQUEST, format!("not an upload: {error}"))

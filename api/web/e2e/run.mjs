@@ -41,7 +41,7 @@ async function uploadTemplate({ page, ...rest }) {
     await dialog.locator('input[type=file]').setInputFiles(ATOLL_TEMPLATE);
     await dialog.getByRole('button', { name: 'Upload' }).click();
     await taskEnds(page, 120);
-    await page.getByRole('cell', { name: `local:vztmpl/${path.basename(ATOLL_TEMPLATE)}` }).waitFor();
+    await page.getByRole('cell', { name: `local:vztmpl/${path.basename(ATOLL_TEMPLATE)}`, exact: true }).waitFor();
   }
   await picture({ page, ...rest }, '03-storage');
 }
