@@ -6,7 +6,7 @@
 //! has the mark `atoll`. Pure functions of the tables.
 
 use atoll_manager::access::{Check, Privilege};
-use atoll_manager::guest::keys;
+use atoll_manager::guest::keys::{self, Effect};
 use atoll_manager::id::GuestKind;
 use atoll_manager::schema::{Kind, Param};
 use serde_json::{Map, Value, json};
@@ -41,10 +41,17 @@ pub fn document() -> Value {
 
 /// One method of one path as the page's forms read it.
 pub fn form(route: &Route) -> Value {
-    let parameters: Map<String, Value> = route
-        .parameters()
-        .map(|param| (param.name.to_owned(), schema(param)))
-        .collect();
+    let own_keys = route.keys.map_or(&[][..], keys::table);
+    let member = |param: &'static Param| {
+        let mut schema = schema(param);
+        let key = own_keys.iter().find(|key| key.param.name == param.name);
+        if let Some((effect, why)) = key.and_then(|key| effect(key.effect)) {
+            schema["effect"] = json!(effect);
+            schema["why"] = json!(why);
+        }
+        (param.name.to_owned(), schema)
+    };
+    let parameters: Map<String, Value> = route.parameters().map(member).collect();
     json!({
         "method": route.method.name(),
         "path": route.path,
@@ -53,6 +60,16 @@ pub fn form(route: &Route) -> Value {
         "permissions": check(&route.check),
         "atoll": u8::from(route.own),
     })
+}
+
+/// What a config key does here, when it is less than its description says, and why.
+fn effect(effect: Effect) -> Option<(&'static str, &'static str)> {
+    match effect {
+        Effect::Full => None,
+        Effect::None(why) => Some(("none", why)),
+        Effect::Server => Some(("server", "set by the server")),
+        Effect::Unavailable(why) => Some(("unavailable", why)),
+    }
 }
 
 /// One parameter in PVE's words.
@@ -70,6 +87,12 @@ fn schema(param: &Param) -> Value {
     }
     if is_own(param) {
         schema["atoll"] = json!(1);
+    }
+    if let Kind::Format(format) = param.kind
+        && format.name == keys::UNAVAILABLE
+    {
+        schema["effect"] = json!("unavailable");
+        schema["why"] = json!((format.check)("").err());
     }
     schema
 }

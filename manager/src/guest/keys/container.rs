@@ -222,7 +222,7 @@ const NET: Kind = Kind::PropertyString {
 };
 
 const NO_HOST_MANAGED: Format = Format {
-    name: "unavailable",
+    name: super::UNAVAILABLE,
     check: |_| Err("DHCP by the host is not available yet: use ip=dhcp or an address".to_owned()),
 };
 
@@ -290,7 +290,7 @@ const MOUNT_VOLUME: Format = Format {
 };
 
 const NO_FEATURE: Format = Format {
-    name: "unavailable",
+    name: super::UNAVAILABLE,
     check: |value| match value {
         "0" => Ok(()),
         _ => Err("this feature is not available yet".to_owned()),

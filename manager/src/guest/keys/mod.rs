@@ -251,18 +251,21 @@ const LINK_BRIDGE: Param = Param::new(
     "Bridge that the card is on.",
 );
 
+/// Name of the format of members of property strings that cannot be set yet; its check says why.
+pub const UNAVAILABLE: &str = "unavailable";
+
 /// A property of a network card that would isolate or limit it: to ignore it would mislead.
 const fn absent(name: &'static str, format: Format) -> Param {
     Param::new(name, Kind::Format(format), "Not available yet.")
 }
 
 const NO_VLAN: Format = Format {
-    name: "unavailable",
+    name: UNAVAILABLE,
     check: |_| Err("VLANs are not available yet; use a bridge of its own".to_owned()),
 };
 
 const NO_RATE: Format = Format {
-    name: "unavailable",
+    name: UNAVAILABLE,
     check: |_| Err("rate limits of cards are not available yet".to_owned()),
 };
 

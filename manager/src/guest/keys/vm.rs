@@ -436,14 +436,14 @@ const DRIVE: Kind = Kind::PropertyString {
 };
 
 const NO_IMPORT: Format = Format {
-    name: "unavailable",
+    name: super::UNAVAILABLE,
     check: |_| {
         Err("importing a volume is not available yet: make the disk and write to it".to_owned())
     },
 };
 
 const NO_DISK_LIMIT: Format = Format {
-    name: "unavailable",
+    name: super::UNAVAILABLE,
     check: |_| Err("rate limits of disks are not available yet".to_owned()),
 };
 
