@@ -11,7 +11,7 @@ export STATE
 
 pid=
 if [ -e "$STATE/run/atolld.json" ]; then
-    pid=$(python3 -c 'import json,sys; print(json.load(sys.stdin)["pid"])' < "$STATE/run/atolld.json")
+    pid=$(jq .pid < "$STATE/run/atolld.json")
     [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = atolld ] || pid=
 fi
 

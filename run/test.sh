@@ -7,6 +7,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 mkdir -p target/test
+# A failed assertion says what it compared; the frames of the test harness below it only hide that.
+export RUST_BACKTRACE=0
 images() {
     tests/lab/host-image.sh && run/guest-image.sh
 }

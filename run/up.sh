@@ -25,7 +25,7 @@ export STATE
 
 say() { echo "atoll: $*"; }
 atoll() { "$BIN/atoll" "$@"; }
-field() { python3 -c 'import json,sys; print(json.load(sys.stdin).get(sys.argv[1], ""))' "$1"; }
+field() { jq -r ".$1 // empty"; }
 daemon_pid() { [ -e "$STATE/run/atolld.json" ] && field pid < "$STATE/run/atolld.json"; }
 daemon_runs() {
     local pid
@@ -109,11 +109,11 @@ ensure_vm() {
             report='{"kvm": false, "linux": false, "reason": "there is no usable /dev/kvm"}'
         fi
         reason=$(field reason <<<"$report")
-        if [ "$(field kvm <<<"$report")" != True ]; then
+        if [ "$(field kvm <<<"$report")" != true ]; then
             say "no VM here: $reason"
             return
         fi
-        if [ "$(field linux <<<"$report")" = True ]; then
+        if [ "$(field linux <<<"$report")" = true ]; then
             create_debian_vm
         else
             say "the VM is the probe guest, since stock kernels do not run at speed here: $reason"
@@ -128,10 +128,8 @@ ensure_vm() {
 container_address() {
     local tries address
     for tries in $(seq 120); do
-        address=$(atoll get "/nodes/$node/lxc/$container/interfaces" --output json 2>/dev/null | python3 -c '
-import json, sys
-for card in json.load(sys.stdin):
-    if card["name"] == "eth0" and card.get("inet"): print(card["inet"].split("/")[0])') || address=
+        address=$(atoll get "/nodes/$node/lxc/$container/interfaces" --output json 2>/dev/null |
+            jq -r '.[] | select(.name == "eth0") | .inet // empty | split("/")[0]') || address=
         [ -n "$address" ] && { echo "$address"; return; }
         sleep 0.5
     done

@@ -151,7 +151,7 @@ fetch_qemu
 say "installing $suite from Debian's packages (about four minutes, once)"
 packages=systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,nftables,procps,util-linux,bash,linux-image-amd64
 packages+=,ethtool,tcpdump,curl,ca-certificates,socat,busybox-static,zstd,xz-utils,e2fsprogs,psmisc,strace,dnsmasq-base
-packages+=,libseccomp2,libpam-modules,fdisk,openssl,python3-minimal
+packages+=,libseccomp2,libpam-modules,fdisk,openssl,python3-minimal,jq
 mmdebstrap --variant=minbase --mode=root --format=directory --quiet \
     --aptopt='APT::Install-Recommends "false"' \
     --dpkgopt='path-exclude=/usr/share/man/*' \

@@ -35,7 +35,7 @@ fn guests_start_by_one_command_and_outlive_the_daemon() {
 
     // The daemon is killed; its guests go on, and the next daemon takes them over.
     host.check(
-        "kill -9 $(python3 -c 'import json; print(json.load(open(\"/var/lib/atoll/run/atolld.json\"))[\"pid\"])')",
+        "kill -9 $(jq .pid /var/lib/atoll/run/atolld.json)",
         SECOND * 10,
     )
     .unwrap();
