@@ -36,7 +36,7 @@ async function uploadTemplate({ page, ...rest }) {
   await page.getByRole('treeitem', { name: /^local, storage/ }).first().click();
   await page.getByRole('heading', { name: /^Storage local/ }).waitFor();
   if (ATOLL_TEMPLATE) {
-    await page.getByRole('button', { name: 'Upload' }).click();
+    await page.locator('.atoll-page').getByRole('button', { name: 'Upload' }).click();
     const dialog = page.getByRole('dialog');
     await dialog.locator('input[type=file]').setInputFiles(ATOLL_TEMPLATE);
     await dialog.getByRole('button', { name: 'Upload' }).click();
