@@ -11,8 +11,9 @@ use serde::de::DeserializeOwned;
 use crate::api::{Acted, Counters, Info, Refused, Request};
 use crate::http::{self, MessageError};
 
-/// How long one answer may take unless the caller says otherwise.
-pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one answer may take unless the caller says otherwise: a reset loads the kernel again, which has
+/// taken more than ten seconds on an emulated host.
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a request has no answer, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +26,15 @@ pub enum ClientError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// Connected, but the exchange broke off or took too long.
+    /// Connected, but there was no answer in time; the machine may still do what it was asked.
+    #[error("no answer from the virtual machine on {path} within {seconds} s")]
+    Late {
+        /// The socket.
+        path: PathBuf,
+        /// The limit.
+        seconds: u64,
+    },
+    /// Connected, but the exchange broke off.
     #[error("talk to the virtual machine on {path}")]
     Exchange {
         /// The socket.
@@ -110,9 +119,18 @@ impl Client {
     }
 
     fn exchange(&self, method: &str, target: &str) -> Result<http::ResponseMessage, ClientError> {
-        let failed = |source: MessageError| ClientError::Exchange {
-            path: self.path.clone(),
-            source,
+        let failed = |source: MessageError| match source {
+            // How a read from a socket with a timeout says that it has passed.
+            MessageError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                ClientError::Late {
+                    path: self.path.clone(),
+                    seconds: self.timeout.as_secs(),
+                }
+            }
+            source => ClientError::Exchange {
+                path: self.path.clone(),
+                source,
+            },
         };
         let mut stream = UnixStream::connect(&self.path).map_err(|source| ClientError::Absent {
             path: self.path.clone(),
