@@ -255,7 +255,12 @@ impl Receive {
                 return Ok(false);
             }
             self.held += 1;
-            room += self.chains[next].writable().size();
+            let size = self.chains[next].writable().size();
+            if size == 0 {
+                // Enough of these would be held for ever, and every packet lost without a word.
+                return Err(self.chains[next].malformed("a receive buffer without room"));
+            }
+            room += size;
         }
         if room < wanted {
             // Too small for it whatever else comes: the driver's fault, the packet's loss.

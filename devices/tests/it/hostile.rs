@@ -2,6 +2,7 @@
 //! Drivers that mean harm: every broken ring or chain ends in NEEDS_RESET, for every kind of device, and a reset
 //! makes the device whole again.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use atoll_devices::virtio::console::VirtioConsole;
 use atoll_devices::virtio::rng::Rng;
 
 use crate::blk::{device, memory_disk};
+use crate::net::{self, Rig};
 
 const DATA: u64 = 0x10_0000;
 const NEXT: u16 = 1;
@@ -87,11 +89,22 @@ fn raw(driver: &mut Driver, queue: usize, descriptors: &[(u64, u32, u16, u16)]) 
 
 /// Runs every attack on `queue`; `works` shows that the device is whole.
 fn withstands(driver: &mut Driver, queue: usize, works: impl Fn(&mut Driver)) {
+    withstands_when(driver, queue, || {}, works);
+}
+
+/// The same for a device that looks at its buffers only when something from outside `happens`.
+fn withstands_when(
+    driver: &mut Driver,
+    queue: usize,
+    happens: impl Fn(),
+    works: impl Fn(&mut Driver),
+) {
     for (name, attack) in ATTACKS {
         println!("{name}");
         driver.start(u64::MAX);
         attack(driver, queue);
         driver.kick(queue);
+        happens();
         driver.wait_broken();
         assert!(driver.interrupts.wait(0, Duration::from_secs(20)), "told");
         driver.kick(queue);
@@ -127,6 +140,128 @@ fn blk_withstands() {
         driver.kick(1);
         assert_eq!(driver.wait_used(1).1, 513);
     });
+}
+
+/// Packets that show that a card is whole: 1000 bytes out of one buffer, and any into one that is large enough.
+fn sends(driver: &mut Driver) {
+    let mut packet = vec![0; 12];
+    packet.extend(net::frame(1000));
+    driver.put(DATA, &packet);
+    driver.add(1, &[Segment::readable(DATA, 1012)]);
+    driver.kick(1);
+    driver.wait_used(1);
+    assert_eq!(driver.status(), 15);
+}
+
+fn receives(driver: &mut Driver, mut wire: &std::fs::File) {
+    driver.add(0, &[Segment::writable(DATA, 2048)]);
+    driver.kick(0);
+    wire.write_all(&net::frame(1000)).unwrap();
+    assert!(driver.wait_used(0).1 >= 12 + 14);
+    assert_eq!(driver.status(), 15);
+}
+
+#[test]
+fn net_transmit_withstands() {
+    let Some(Rig { mut driver, .. }) = net::rig(u64::MAX) else {
+        return;
+    };
+    driver.reset();
+    withstands(&mut driver, 1, sends);
+}
+
+#[test]
+fn net_receive_withstands() {
+    let Some(Rig { mut driver, wire }) = net::rig(u64::MAX) else {
+        return;
+    };
+    driver.reset();
+    let packet = || (&wire).write_all(&net::frame(60)).unwrap();
+    withstands_when(&mut driver, 0, packet, |driver| receives(driver, &wire));
+}
+
+/// Each attack again behind good buffers that are too few for the packet.
+#[test]
+fn net_withstands_in_the_middle_of_a_packet() {
+    let Some(Rig { mut driver, wire }) = net::rig(u64::MAX) else {
+        return;
+    };
+    for (name, attack) in ATTACKS {
+        println!("{name}");
+        driver.reset();
+        driver.start(u64::MAX);
+        for i in 0..2 {
+            // Out of the way of what the attacks write to descriptors 0 and 1.
+            let ring = driver.rings[0];
+            driver.put_descriptor(ring.descriptors, 8 + i, (DATA + 0x1000, 256, WRITE, 0));
+            driver.offer(0, 8 + i);
+        }
+        attack(&mut driver, 0);
+        driver.kick(0);
+        (&wire).write_all(&net::frame(1000)).unwrap();
+        driver.wait_broken();
+        assert!(driver.used(0).is_none(), "part of a packet was delivered");
+        driver.reset();
+        driver.start(u64::MAX);
+        sends(&mut driver);
+        receives(&mut driver, &wire);
+    }
+}
+
+/// Packets that land in the rings that describe them: whatever comes of it, a reset makes the card whole.
+#[test]
+fn net_buffers_over_the_rings() {
+    let Some(Rig { mut driver, wire }) = net::rig(u64::MAX) else {
+        return;
+    };
+    for offset in [0, 0x2000, 0x2004, 0x3000, 0x3004] {
+        driver.reset();
+        driver.start(u64::MAX);
+        let target = driver.rings[0].descriptors + offset;
+        for _ in 0..8 {
+            driver.add(0, &[Segment::writable(target, 2048)]);
+        }
+        driver.kick(0);
+        for _ in 0..8 {
+            (&wire).write_all(&net::frame(1000)).unwrap();
+        }
+        driver.wait_until("packets, or the end", |driver| {
+            let (counters, _) = driver.device.counters();
+            let received = counters.iter().find(|(name, _)| *name == "received");
+            driver.status() & 0x40 != 0 || received.is_some_and(|(_, count)| *count > 0)
+        });
+        driver.reset();
+        assert_eq!(driver.status(), 0);
+        driver.start(u64::MAX);
+        sends(&mut driver);
+        receives(&mut driver, &wire);
+    }
+}
+
+/// Headers that promise offloads of every kind, on frames of every small size: the kernel's to refuse, not ours
+/// to die of.
+#[test]
+fn net_headers_of_every_kind() {
+    let Some(Rig { mut driver, .. }) = net::rig(u64::MAX) else {
+        return;
+    };
+    for flags in 0..8u8 {
+        for gso in [0, 1, 3, 4, 5, 0x80, 0x81, 0xff] {
+            for (length, start) in [(0, 0), (14, 14), (0xffff, 0xfff0), (0, 0xffff)] {
+                let mut packet = vec![flags, gso];
+                for field in [length, length, start, start, 1u16] {
+                    packet.extend(field.to_le_bytes());
+                }
+                packet.extend(net::frame(40));
+                driver.put(DATA, &packet);
+                driver.add(1, &[Segment::readable(DATA, 12 + 14 + u32::from(flags))]);
+                driver.kick(1);
+                driver.wait_used(1);
+            }
+        }
+    }
+    assert_eq!(driver.status(), 15);
+    sends(&mut driver);
 }
 
 #[test]

@@ -19,13 +19,13 @@ const DATA: u64 = 0x10_0000;
 const ETHERTYPE: u16 = 0x88b5;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
-struct Rig {
-    driver: Driver,
-    wire: File,
+pub struct Rig {
+    pub driver: Driver,
+    pub wire: File,
 }
 
 /// A device on tap `t0`, and a packet socket on the same interface. `None` without the privileges.
-fn rig(features: u64) -> Option<Rig> {
+pub fn rig(features: u64) -> Option<Rig> {
     // SAFETY: plain numbers; moves only this thread, which ends with its test, to another namespace.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         println!("ATOLL-SKIP: a network namespace needs root");
@@ -84,7 +84,8 @@ fn packet_socket() -> File {
     socket
 }
 
-fn frame(size: usize) -> Vec<u8> {
+/// An Ethernet frame of `size` bytes, of no protocol that anybody speaks.
+pub fn frame(size: usize) -> Vec<u8> {
     let mut frame = [MAC, [2, 0, 0, 0, 0, 2]].concat();
     frame.extend(ETHERTYPE.to_be_bytes());
     frame.extend((0..=255).cycle().take(size - 14));
