@@ -27,7 +27,10 @@ export const queryClient = new QueryClient({
     queries: {
       retry: (count, error) => count < 2 && error instanceof ApiError && error.status === 0,
       staleTime: 1000,
+      networkMode: 'always',
     },
+    // A node on this machine answers also while the browser believes to be offline.
+    mutations: { networkMode: 'always' },
   },
 });
 
