@@ -39,17 +39,12 @@ pub fn rig(features: u64) -> Option<Rig> {
         }
         Err(error) => panic!("{error}"),
     };
-    let up = [
-        "link",
-        "set",
-        "t0",
-        "addrgenmode",
-        "none",
-        "mtu",
-        "9000",
-        "up",
-    ];
-    assert!(Command::new("ip").args(up).status().unwrap().success());
+    // In two steps: with the kernel's own address not yet forbidden when it comes up, it would talk.
+    for settings in ["addrgenmode none mtu 9000", "up"] {
+        let mut ip = Command::new("ip");
+        ip.args(["link", "set", "t0"]).args(settings.split(' '));
+        assert!(ip.status().unwrap().success());
+    }
     let mut driver = Driver::new(Arc::new(Net::new(NetOptions {
         name: "net0".to_owned(),
         tap,
