@@ -1,14 +1,12 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The API end to end: `atolld` with real guests in namespaces of its own, walked through by the unmodified
-//! `proxmoxer` client (tests/clients/walk.py).
-//!
-//! Everything that the daemon starts, mounts and makes on the network ends with its namespaces, also when the test
-//! fails half way.
+//! The API end to end, as the unmodified `proxmoxer` client and our own command use it: `atolld` with real guests,
+//! in namespaces that end with the test. What the client does is in `tests/clients`.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+
+use atoll_tests::{daemon, skip, tree};
 
 /// What the client needs from the Python package index.
 const PACKAGES: &[&str] = &[
@@ -17,99 +15,13 @@ const PACKAGES: &[&str] = &[
     "websocket-client==1.9.2",
 ];
 
-/// How long the daemon may take to serve.
-const START_MAX: Duration = Duration::from_secs(60);
-
 /// First program of the test's container: a shell on the console.
 const INIT: &str =
     "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\nexec /bin/sh\n";
 
-/// A daemon in its own network, mount and process namespaces.
-struct Atolld {
-    namespaces: Child,
-    state: tempfile::TempDir,
-}
-
-impl Atolld {
-    fn start() -> Self {
-        let state = tempfile::tempdir().unwrap();
-        let log = std::fs::File::create(state.path().join("log")).unwrap();
-        let namespaces = Command::new("unshare")
-            .args([
-                "--net",
-                "--mount",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-            ])
-            .args(["sh", "-c", "ip link set lo up && exec \"$0\" \"$@\""])
-            .arg(binaries().join("atolld"))
-            .args(["--port", "0", "--node", "walk", "--state"])
-            .arg(state.path())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let mut atolld = Self { namespaces, state };
-        let deadline = Instant::now() + START_MAX;
-        while !atolld.state.path().join("run/atolld.json").exists() {
-            let ended = atolld.namespaces.try_wait().unwrap();
-            assert!(
-                ended.is_none(),
-                "atolld ended ({ended:?}): {}",
-                atolld.log()
-            );
-            assert!(
-                Instant::now() < deadline,
-                "atolld does not serve: {}",
-                atolld.log()
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        atolld
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.state.path().join("log")).unwrap_or_default()
-    }
-
-    /// A program in the daemon's network.
-    fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new("nsenter");
-        let net = format!("--net=/proc/{}/ns/net", self.namespaces.id());
-        command.arg(net).arg(program);
-        command
-    }
-}
-
-impl Drop for Atolld {
-    fn drop(&mut self) {
-        // Its first process is killed with it, and with that one every process of the namespace.
-        drop(self.namespaces.kill());
-        drop(self.namespaces.wait());
-    }
-}
-
-/// Where the binaries of this build are: the folder above that of the running test.
-fn binaries() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let directory = test.parent().and_then(Path::parent).unwrap().to_owned();
-    for name in ["atolld", "atoll", "atoll-ct", "atoll-vmm"] {
-        let file = directory.join(name);
-        assert!(
-            file.exists(),
-            "{} is missing: cargo build --workspace --bins",
-            file.display()
-        );
-    }
-    directory
-}
-
 /// A Python with the client's packages, made once a target directory; why not, when that fails.
 fn python() -> Result<PathBuf, String> {
-    let directory = binaries().join("clients");
+    let directory = tree::bin_dir().join("clients");
     let python = directory.join("bin/python3");
     let run = |command: &mut Command| {
         let output = command.output().map_err(|error| error.to_string())?;
@@ -153,62 +65,52 @@ fn template(file: &Path) -> Result<(), String> {
     Ok(())
 }
 
-#[test]
-fn proxmoxer_walks_through_the_api() {
-    let unshare = Command::new("unshare")
-        .args(["--net", "--mount", "--pid", "--fork", "true"])
-        .output();
-    if !unshare.is_ok_and(|output| output.status.success()) {
-        println!("ATOLL-SKIP: no right to make namespaces");
-        return;
-    }
-    let python = match python() {
-        Ok(python) => python,
-        Err(reason) => {
-            return println!("ATOLL-SKIP: no proxmoxer from the package index: {reason}");
-        }
-    };
-    let atolld = Atolld::start();
-    if let Err(reason) = template(
-        &atolld
-            .state
-            .path()
-            .join("storage/template/cache/small.tar.gz"),
-    ) {
-        return println!("ATOLL-SKIP: no template: {reason}");
-    }
-    let walk = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/walk.py");
-    let output = atolld
+/// Runs one of `tests/clients` against a node of its own that `prepare` has put files on, or says why it cannot.
+fn run_client(
+    script: &str,
+    prepare: impl FnOnce(&Path) -> Result<(), String>,
+) -> Result<(), String> {
+    daemon::isolation()?;
+    let python =
+        python().map_err(|reason| format!("no proxmoxer from the package index: {reason}"))?;
+    let node = daemon::Daemon::launch().unwrap();
+    prepare(&node.state().join("storage"))?;
+    let output = node
         .command(&python)
-        .arg(walk)
-        .arg(atolld.state.path())
+        .arg("-B") // no compiled files in the checkout
+        .arg(tree::root().join("tests/clients").join(script))
+        .arg(node.state())
         .output()
         .unwrap();
     assert!(
         output.status.success(),
-        "{}\n{}\natolld said:\n{}",
+        "{}\n{}",
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
-        atolld.log()
     );
+    Ok(())
+}
+
+#[test]
+fn proxmoxer_walks_through_the_api() {
+    let prepared = |storage: &Path| template(&storage.join("template/cache/small.tar.gz"));
+    if let Err(reason) = run_client("walk.py", prepared) {
+        skip!("{reason}");
+    }
 }
 
 #[test]
 fn the_command_uses_the_api_and_fails_in_one_line() {
-    let unshare = Command::new("unshare")
-        .args(["--net", "--mount", "--pid", "--fork", "true"])
-        .output();
-    if !unshare.is_ok_and(|output| output.status.success()) {
-        println!("ATOLL-SKIP: no right to make namespaces");
-        return;
+    if let Err(reason) = daemon::isolation() {
+        skip!("{reason}");
     }
-    let atolld = Atolld::start();
+    let node = daemon::Daemon::launch().unwrap();
     let atoll = |args: &[&str]| {
-        let mut command = atolld.command(&binaries().join("atoll"));
+        let mut command = node.command(tree::binary("atoll"));
         let command = command
             .args(args)
-            .env("STATE", atolld.state.path())
-            .env("HOME", atolld.state.path());
+            .env("STATE", node.state())
+            .env("HOME", node.state());
         let output = command.output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (

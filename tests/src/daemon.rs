@@ -3,6 +3,7 @@
 //!
 //! Network, mounts and processes are the node's alone, so that tests run beside each other and nothing of a test
 //! outlives it: when the node's first process is killed, the kernel ends its guests, mounts, bridges and `dnsmasq`.
+//! It is killed when the [`Daemon`] is dropped, and by the kernel when the test itself is killed.
 //! Only cgroups are shared with the machine; tests that start guests belong to the test group `node`.
 
 use std::fs::File;
@@ -55,13 +56,14 @@ pub fn isolation() -> Result<(), String> {
             "no namespaces of one's own here: {}",
             String::from_utf8_lossy(&output.stderr).trim()
         )),
-        Err(error) => Err(format!("unshare cannot be run: {error}")),
+        Err(error) => Err(format!("setpriv cannot be run: {error}")),
     }
 }
 
-/// A command in new namespaces, with its loopback interface up.
+/// A command in new namespaces, with its loopback interface up, which ends with the calling thread.
 fn isolated(program: &Path) -> Command {
-    let mut command = Command::new("unshare");
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "unshare"]);
     command.args(["--net", "--mount", "--pid", "--fork", "--kill-child"]);
     command.args(["--mount-proc", "--", "sh", "-c"]);
     command.args([r#"ip link set lo up && exec "$@""#, "sh"]);
@@ -84,7 +86,7 @@ impl Daemon {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .context("start unshare")?;
+            .context("start setpriv")?;
         let mut daemon = Self {
             process,
             state,
