@@ -1,61 +1,18 @@
 # Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 """An unmodified PVE client against atolld, as a user would go: sign in, make guests, use them, remove them.
 
-Run by tests/it/api.rs with the daemon's state directory; prints a line a check, and ends at the first that fails.
+Run by tests/it/api.rs; containers are real here, machine.py does the same for a virtual machine.
 """
 
-import json
-import pathlib
 import re
-import ssl
-import sys
 import time
 import urllib.parse
 
 import requests
-import websocket
-from proxmoxer import AuthenticationError, ProxmoxAPI, ResourceException
+from proxmoxer import AuthenticationError
+from pve import CA, DAEMON, LOGIN, STATE, URL, Terminal, client, finish, refused, said
 
-STATE = pathlib.Path(sys.argv[1])
-LOGIN = json.loads((STATE / "initial-login.json").read_text())
-DAEMON = json.loads((STATE / "run/atolld.json").read_text())
-CA = LOGIN["ca_file"]
-URL = LOGIN["url"]
 VM, CT = 100, 101
-
-
-def said(text):
-    print("ok:", text, flush=True)
-
-
-def client(**credentials):
-    return ProxmoxAPI("localhost", port=DAEMON["port"], verify_ssl=CA, timeout=30, **credentials)
-
-
-def refused(call, *texts):
-    """The call is refused, and each of the texts is in what proxmoxer tells of it."""
-    try:
-        answer = call()
-    except ResourceException as error:
-        for text in texts:
-            assert text in str(error), f"expected {text!r} in {error}"
-        return error
-    raise AssertionError(f"not refused: {answer}")
-
-
-def finish(api, upid, expected="OK"):
-    """Waits for a task; its log must end as PVE's do."""
-    deadline = time.monotonic() + 120
-    node = api.nodes(upid.split(":")[1])
-    while (status := node.tasks(upid).status.get())["status"] != "stopped":
-        assert "exitstatus" not in status, status
-        assert time.monotonic() < deadline, f"{upid} does not end"
-        time.sleep(0.1)
-    lines = [row["t"] for row in node.tasks(upid).log.get(limit=500)]
-    if expected is not None:
-        assert status["exitstatus"] == expected, (status, lines)
-        assert lines[-1] == f"TASK {expected}", lines
-    return lines
 
 
 def signing_in():
@@ -191,29 +148,11 @@ def terminal(api, node):
     for wrong in ({"port": int(opened["port"]) ^ 1}, {"vncticket": "PVEVNC:00000000::AAAA"}):
         query = {"port": opened["port"], "vncticket": opened["ticket"]} | wrong
         refused(lambda: node.lxc(CT).vncwebsocket.get(**query), "401")
-    query = urllib.parse.urlencode({"port": opened["port"], "vncticket": opened["ticket"]})
-    path = f"/api2/json/nodes/{DAEMON['node']}/lxc/{CT}/vncwebsocket?{query}"
-    ticket = urllib.parse.quote(api.get_tokens()[0])
-    socket = websocket.create_connection(
-        URL.replace("https", "wss") + path,
-        cookie=f"PVEAuthCookie={ticket}",
-        subprotocols=["binary"],
-        sslopt={"ca_certs": CA, "cert_reqs": ssl.CERT_REQUIRED},
-        timeout=30,
-    )
-    assert socket.subprotocol == "binary", socket.subprotocol
-    socket.send_binary(f"{opened['user']}:{opened['ticket']}\n".encode())
-    seen = socket.recv()
-    assert seen.startswith(b"OK"), seen
-    socket.send_binary(b"1:100:30:")
-    typed = b"echo typed-$((40+2))\n"
-    socket.send_binary(b"0:%d:%s" % (len(typed), typed))
-    deadline = time.monotonic() + 30
-    while b"typed-42" not in seen:
-        assert time.monotonic() < deadline, seen
-        seen += socket.recv()
-    socket.close()
-    lines = finish(api, opened["upid"])
+    console = Terminal(api, f"lxc/{CT}", opened)
+    console.type("echo typed-$((40+2))\n")
+    console.expect("typed-42")
+    console.socket.close()
+    lines = finish(api, console.upid)
     said(f"a terminal: typed into and answered ({len(lines)} lines of log)")
 
 

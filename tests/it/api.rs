@@ -100,6 +100,28 @@ fn proxmoxer_walks_through_the_api() {
 }
 
 #[test]
+fn proxmoxer_runs_a_machine() {
+    let vmm = |arguments: &[&str]| {
+        let mut command = Command::new(tree::binary("atoll-vmm"));
+        command.arg("probe").args(arguments).output().unwrap()
+    };
+    let probed = vmm(&[]);
+    if !probed.status.success() {
+        skip!("{}", String::from_utf8_lossy(&probed.stdout).trim());
+    }
+    let prepared = |storage: &Path| {
+        let snippets = storage.join("snippets");
+        std::fs::create_dir_all(&snippets).unwrap();
+        let extracted = vmm(&["--extract", snippets.join("probe").to_str().unwrap()]);
+        assert!(extracted.status.success());
+        Ok(())
+    };
+    if let Err(reason) = run_client("machine.py", prepared) {
+        skip!("{reason}");
+    }
+}
+
+#[test]
 fn the_command_uses_the_api_and_fails_in_one_line() {
     if let Err(reason) = daemon::isolation() {
         skip!("{reason}");
