@@ -124,6 +124,20 @@ fn check(spec: &Spec) -> Result<()> {
             format!("{profile}: AppArmor is not enabled on this host: leave it out"),
         ));
     }
+    for mount in spec.mounts().as_deref().unwrap_or_default() {
+        if !mount.destination().is_absolute() {
+            let destination = mount.destination().display();
+            return Err(wrong(
+                "mounts",
+                format!("destination {destination} is not absolute"),
+            ));
+        }
+    }
+    check_linux(spec)?;
+    check_by_libcontainer(spec)
+}
+
+fn check_linux(spec: &Spec) -> Result<()> {
     let linux = spec
         .linux()
         .as_ref()
@@ -138,16 +152,14 @@ fn check(spec: &Spec) -> Result<()> {
         let reason = "a new user namespace needs both";
         return Err(wrong("linux.uidMappings, linux.gidMappings", reason));
     }
-    for mount in spec.mounts().as_deref().unwrap_or_default() {
-        if !mount.destination().is_absolute() {
-            let destination = mount.destination().display();
-            return Err(wrong(
-                "mounts",
-                format!("destination {destination} is not absolute"),
-            ));
+    for device in linux.devices().as_deref().unwrap_or_default() {
+        if !device.path().starts_with("/dev") {
+            let path = device.path().display();
+            let reason = format!("{path}: devices can be made below /dev only");
+            return Err(wrong("linux.devices", reason));
         }
     }
-    check_by_libcontainer(spec)
+    Ok(())
 }
 
 fn check_by_libcontainer(spec: &Spec) -> Result<()> {

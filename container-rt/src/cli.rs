@@ -109,6 +109,9 @@ pub(crate) enum Command {
     Console { id: String },
     /// Set the size of a monitored container's terminal
     Resize { id: String, columns: u16, rows: u16 },
+    /// The hook of library module `own_dev`
+    #[command(name = atoll_container_rt::own_dev::COMMAND, hide = true)]
+    UncoverDev { rootfs: PathBuf },
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,7 @@ use atoll_container_rt::lifecycle::{self, Container, Force};
 use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::Status;
-use atoll_container_rt::{bundle, cgroup, console, exec, monitor, terminal};
+use atoll_container_rt::{bundle, cgroup, console, exec, monitor, own_dev, terminal};
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
@@ -48,6 +48,7 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
             let container = Container::load(root, &id)?;
             console::resize(&container.directory, columns, rows)?;
         }
+        Command::UncoverDev { rootfs } => own_dev::uncover(&rootfs)?,
     }
     Ok(0)
 }

@@ -31,7 +31,7 @@ use crate::error::{Context, Error, Result};
 use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, now, write_atomically};
-use crate::{hooks, idmap, program, sys, terminal};
+use crate::{hooks, idmap, own_dev, program, sys, terminal};
 
 /// What to create, as `atoll-ct create` and `run` take it.
 #[derive(Debug, Clone, Default)]
@@ -126,6 +126,7 @@ fn create_in(
     };
     let (rootfs, mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
     saved.mounts = mounts.paths().to_vec();
+    own_dev::cover(&mut spec, &rootfs)?;
     // From here on a creator that is killed leaves what `delete --force` can find.
     directory.save(&saved)?;
     write_atomically(&directory.config(), &bundle.text)?;

@@ -27,6 +27,7 @@ pub mod idmap;
 pub mod lifecycle;
 pub mod log;
 pub mod monitor;
+pub mod own_dev;
 pub mod process;
 mod program;
 pub mod run;

@@ -106,6 +106,52 @@ fn id_maps_of_several_ranges_need_no_helper() {
     assert_eq!(numbers, [expected, expected].concat());
 }
 
+/// A `/dev` that is bound, here a directory with what a host's has: used as it is, and not written to.
+#[test]
+fn a_bound_dev_is_used_as_it_is() {
+    if !can_run() {
+        return;
+    }
+    for user_namespace in [false, true] {
+        let script = "set -e; cd /dev; busybox ls -x; cat fd; cat shm/new 2>/dev/null || echo none; \
+             busybox stat -c %F/%t:%T null ptmx; echo x > null";
+        let mut scene = Scene::new(&["sh", "-c", script]);
+        if user_namespace {
+            scene = scene.unprivileged();
+        }
+        let dev = scene.path("host-dev");
+        for sub in ["pts", "shm"] {
+            std::fs::create_dir_all(dev.join(sub)).unwrap();
+        }
+        std::fs::write(dev.join("fd"), "the host's\n").unwrap();
+        std::fs::write(dev.join("null"), "").unwrap();
+        std::fs::write(dev.join("ptmx"), "").unwrap();
+        let mounts = scene.config["mounts"].as_array_mut().unwrap();
+        let at = mounts.iter().position(|m| m["destination"] == "/dev");
+        let bind = |from: &str, to: &str| {
+            json!({ "destination": to, "type": "bind", "source": from,
+                    "options": ["rbind", "rw"] })
+        };
+        mounts[at.unwrap()] = bind(dev.to_str().unwrap(), "/dev");
+        mounts.retain(|m| m["destination"] != "/dev/mqueue");
+        mounts.push(bind("/dev/null", "/dev/null"));
+        let out = scene.ct(&["run", "ID"]).ok();
+        let lines: Vec<&str> = out.lines().collect();
+        let listed: Vec<&str> = lines[0].split_whitespace().collect();
+        assert_eq!(listed, ["fd", "null", "ptmx", "pts", "shm"], "{out}");
+        let node = "character special file";
+        let nodes = [format!("{node}/1:3"), format!("{node}/5:2")];
+        assert_eq!(lines[1..3], ["the host's", "none"], "{out}");
+        assert_eq!(lines[3..], nodes, "{out}");
+        let mut left: Vec<_> = std::fs::read_dir(&dev)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["fd", "null", "ptmx", "pts", "shm"]);
+    }
+}
+
 #[test]
 fn absent_capabilities_are_none() {
     if !can_run() {
