@@ -1,7 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! systemd as the init of an unprivileged container: a Debian root file system boots, takes commands, shuts down
-//! by systemd's signal, and leaves nothing on the host. The root file system is made once from Debian's packages
-//! (some minutes) and kept in the target directory.
+//! by systemd's signal, and leaves nothing on the host.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -16,44 +15,21 @@ use std::process::Command;
 use scene::{Scene, can_run, wait_for};
 use serde_json::{Value, json};
 
+/// The stock Debian guest's root file system, made once from Debian's packages and cached (`run/guest-image.sh`).
 /// Debian 12 has the last systemd that still boots on cgroup v1.
-const SUITE: &str = "bookworm";
-
-/// The kept archive, made when it is missing.
 fn archive() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{SUITE}-systemd.tar"));
-    if path.exists() {
-        return Some(path);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../run/guest-image.sh");
+    let output = Command::new(script).output().unwrap();
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        println!(
+            "ATOLL-SKIP: run/guest-image.sh: {}",
+            text.lines().last().unwrap_or_default()
+        );
+        return None;
     }
-    let making = path.with_file_name(format!("{SUITE}-{}.tar", std::process::id()));
-    let output = Command::new("mmdebstrap")
-        .args([
-            "--variant=minbase",
-            "--include=systemd,systemd-sysv,dbus,iproute2",
-            SUITE,
-        ])
-        .arg(&making)
-        .output();
-    match output {
-        Ok(output) if output.status.success() => {
-            std::fs::rename(&making, &path).unwrap();
-            Some(path)
-        }
-        Ok(output) => {
-            let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            println!(
-                "ATOLL-SKIP: mmdebstrap: {}",
-                text.lines().last().unwrap_or_default()
-            );
-            None
-        }
-        Err(error) => {
-            println!(
-                "ATOLL-SKIP: mmdebstrap cannot be executed: {error} (Debian package mmdebstrap)"
-            );
-            None
-        }
-    }
+    let directory = String::from_utf8(output.stdout).unwrap();
+    Some(Path::new(directory.trim()).join("template.tar.zst"))
 }
 
 /// What a system container needs beyond a program's: more capabilities, a writable cgroup, /run, the variable.
