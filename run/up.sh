@@ -102,12 +102,16 @@ create_probe_vm() {
         --virtio0 local:1 --net0 virtio,bridge=vmbr0 --wait
 }
 
+# What this host's KVM can do, before anything else keeps the host busy.
+judge_host() {
+    exists qemu $vm && return
+    report=$("$BIN/atoll-vmm" probe --json 2>/dev/null) || true
+    [ -n "$report" ] || report='{"kvm": false, "linux": false, "reason": "atoll-vmm probe does not answer"}'
+}
+
 ensure_vm() {
-    local report
+    local reason
     if ! exists qemu $vm; then
-        if ! report=$("$BIN/atoll-vmm" probe --json 2>/dev/null); then
-            report='{"kvm": false, "linux": false, "reason": "there is no usable /dev/kvm"}'
-        fi
         reason=$(field reason <<<"$report")
         if [ "$(field kvm <<<"$report")" != true ]; then
             say "no VM here: $reason"
@@ -141,6 +145,7 @@ node=$(field node < "$STATE/run/atolld.json")
 if [ -z "${GUEST:-}" ] && ! exists lxc $container; then
     GUEST=$("$here/guest-image.sh")
 fi
+judge_host
 ensure_container
 ensure_vm
 

@@ -181,8 +181,11 @@ pub fn prepare(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
         check_free(&directory, path)?;
         let ours = !hierarchy.is_libcgroups(unified);
         let delegated = owner.filter(|_| hierarchy.is_delegable());
-        // On a unified host the device filter is attached before libcgroups gets there.
-        if ours || unified || delegated.is_some() {
+        if unified {
+            // The device filter is attached before libcgroups gets there, and libcgroups passes controllers on
+            // only where it creates the directory itself.
+            create_with_controllers(&hierarchy.mount, relative)?;
+        } else if ours || delegated.is_some() {
             fs::create_dir_all(&directory).at("create", &directory)?;
         }
         if let Some(owner) = delegated {
@@ -196,6 +199,31 @@ pub fn prepare(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
         prepared.directories.push(directory);
     }
     Ok(prepared)
+}
+
+/// Creates a v2 directory that has every controller of the host: each level above it passes them on.
+fn create_with_controllers(mount: &Path, relative: &Path) -> Result<()> {
+    let path = mount.join("cgroup.controllers");
+    let available = fs::read_to_string(&path).at("read", &path)?;
+    let mut directory = mount.to_owned();
+    for component in relative.components() {
+        for controller in available.split_whitespace() {
+            // One write each, and errors wait: one that cannot be passed on here must not keep the others off,
+            // and is missed only by a container that sets a limit of it, which then fails by name.
+            let _ = fs::write(
+                directory.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
+        }
+        directory.push(component);
+        match fs::create_dir(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).at("create", &directory);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 impl Prepared {
