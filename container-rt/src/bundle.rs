@@ -152,13 +152,6 @@ fn check_linux(spec: &Spec) -> Result<()> {
         let reason = "a new user namespace needs both";
         return Err(wrong("linux.uidMappings, linux.gidMappings", reason));
     }
-    for device in linux.devices().as_deref().unwrap_or_default() {
-        if !device.path().starts_with("/dev") {
-            let path = device.path().display();
-            let reason = format!("{path}: devices can be made below /dev only");
-            return Err(wrong("linux.devices", reason));
-        }
-    }
     Ok(())
 }
 

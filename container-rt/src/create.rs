@@ -31,7 +31,7 @@ use crate::error::{Context, Error, Result};
 use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, now, write_atomically};
-use crate::{hooks, idmap, own_dev, program, sys, terminal};
+use crate::{devices, hooks, idmap, own_dev, program, sys, terminal};
 
 /// What to create, as `atoll-ct create` and `run` take it.
 #[derive(Debug, Clone, Default)]
@@ -124,7 +124,8 @@ fn create_in(
         mounts: Vec::new(),
         has_hooks: hooks::any_after_create(&spec),
     };
-    let (rootfs, mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
+    let (rootfs, mut mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
+    devices::prepare(&mut spec, &mut mounts)?;
     saved.mounts = mounts.paths().to_vec();
     own_dev::cover(&mut spec, &rootfs)?;
     // From here on a creator that is killed leaves what `delete --force` can find.

@@ -54,8 +54,13 @@ impl Drop for Transient {
 }
 
 impl Transient {
+    /// Takes charge of a mount in the directory.
+    pub(crate) fn keep(&mut self, mounted: &Path) {
+        self.mounted.push(mounted.to_owned());
+    }
+
     /// The directory of this container's mounts, made when the first is needed.
-    fn directory(&mut self, owner: Option<Owner>) -> Result<PathBuf> {
+    pub(crate) fn directory(&mut self, owner: Option<Owner>) -> Result<PathBuf> {
         if let Some(directory) = &self.directory {
             return Ok(directory.clone());
         }

@@ -20,6 +20,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod console;
 pub mod create;
+mod devices;
 pub mod error;
 pub mod exec;
 mod hooks;

@@ -33,12 +33,17 @@ fn binds_dev(mount: &Mount) -> bool {
         .eq(Path::new("/dev").components())
 }
 
+/// Whether the container's `/dev` is somebody else's directory.
+pub(crate) fn is_bound(spec: &Spec) -> bool {
+    spec.mounts().iter().flatten().any(binds_dev)
+}
+
 /// Covers a bound `/dev` for as long as libcontainer furnishes it.
 pub(crate) fn cover(spec: &mut Spec, rootfs: &Path) -> Result<()> {
-    let mut mounts = spec.mounts().clone().unwrap_or_default();
-    if !mounts.iter().any(binds_dev) {
+    if !is_bound(spec) {
         return Ok(());
     }
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
     let scratch = MountBuilder::default()
         .destination("/dev")
         .typ("tmpfs")

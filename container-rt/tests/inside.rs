@@ -152,6 +152,39 @@ fn a_bound_dev_is_used_as_it_is() {
     }
 }
 
+/// Nodes as config.json has them, in and outside `/dev`, also where the host has no such node to be bound.
+#[test]
+fn devices_have_their_numbers_modes_and_owners() {
+    if !can_run() {
+        return;
+    }
+    for user_namespace in [false, true] {
+        let paths = "/dev/own /sub/own";
+        let script = format!("busybox stat -c %F/%t:%T/%a/%u:%g {paths}; echo x > /dev/own");
+        let mut scene = Scene::new(&["sh", "-c", &script]);
+        if user_namespace {
+            scene = scene.unprivileged();
+        }
+        scene.config["linux"]["devices"] = json!([
+            { "path": "/dev/own", "type": "c", "major": 1, "minor": 3,
+              "fileMode": 0o662, "uid": 10, "gid": 11 },
+            { "path": "/sub/own", "type": "b", "major": 7, "minor": 200 },
+        ]);
+        let expected = "character special file/1:3/662/10:11\nblock special file/7:c8/666/0:0\n";
+        assert_eq!(scene.ct(&["run", "ID"]).ok(), expected, "{user_namespace}");
+    }
+    let mut scene = Scene::new(&["true"]).unprivileged();
+    scene.config["linux"]["devices"] =
+        json!([{ "path": "/dev/own", "type": "c", "major": 1, "minor": 3, "uid": 70_000 }]);
+    let ended = scene.ct(&["run", "ID"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended.stderr.contains("owner 70000 has no mapping"),
+        "{}",
+        ended.stderr
+    );
+}
+
 #[test]
 fn absent_capabilities_are_none() {
     if !can_run() {

@@ -1,0 +1,111 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Device nodes of config.json that libcontainer cannot make: in a user namespace, where it would bind the host's
+//! node of the same path, if there is one, with the host's owner; and outside `/dev`. They are made in a transient
+//! file system of the host and become bind mounts of the container. Called by `create`.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxIdMapping, MountBuilder, Spec};
+
+use crate::bundle::{self, wrong};
+use crate::error::{Context, Result};
+use crate::idmap::Transient;
+use crate::own_dev;
+
+/// Where config.json lists them.
+const FIELD: &str = "linux.devices";
+
+/// Takes the devices out of `spec` that libcontainer must not see, and puts mounts in for them.
+pub(crate) fn prepare(spec: &mut Spec, transient: &mut Transient) -> Result<()> {
+    let Some(mut linux) = spec.linux().clone() else {
+        return Ok(());
+    };
+    let owner = bundle::owner(spec);
+    let bound = own_dev::is_bound(spec);
+    let in_dev = |device: &LinuxDevice| device.path().starts_with("/dev");
+    let mut devices = linux.devices().clone().unwrap_or_default();
+    // In a directory of somebody else's nothing is made.
+    devices.retain(|device| !(bound && in_dev(device)));
+    let (ours, theirs): (Vec<_>, Vec<_>) = devices
+        .into_iter()
+        .partition(|device| owner.is_some() || !in_dev(device));
+    linux.set_devices(Some(theirs));
+    if !ours.is_empty() {
+        let directory = transient.directory(owner)?.join("devices");
+        fs::create_dir(&directory).at("create", &directory)?;
+        mount(
+            Some("tmpfs"),
+            &directory,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some("mode=755,size=64k"),
+        )
+        .map_err(std::io::Error::from)
+        .at("mount a tmpfs at", &directory)?;
+        transient.keep(&directory);
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for (number, device) in ours.iter().enumerate() {
+            let node = directory.join(number.to_string());
+            let uids = owner.and(linux.uid_mappings().as_deref());
+            let gids = owner.and(linux.gid_mappings().as_deref());
+            let uid = on_host(device.uid().unwrap_or(0), uids)?;
+            let gid = on_host(device.gid().unwrap_or(0), gids)?;
+            make(device, &node)?;
+            chown(&node, Some(uid), Some(gid)).at("chown", &node)?;
+            let mount = MountBuilder::default()
+                .destination(device.path())
+                .typ("bind")
+                .source(node)
+                .options(vec!["bind".to_owned()]);
+            mounts.push(mount.build().expect("every field is given"));
+        }
+        spec.set_mounts(Some(mounts));
+    }
+    spec.set_linux(Some(linux));
+    Ok(())
+}
+
+fn make(device: &LinuxDevice, node: &Path) -> Result<()> {
+    let kind = match device.typ() {
+        LinuxDeviceType::B => SFlag::S_IFBLK,
+        LinuxDeviceType::C | LinuxDeviceType::U => SFlag::S_IFCHR,
+        LinuxDeviceType::P => SFlag::S_IFIFO,
+        LinuxDeviceType::A => return Err(wrong(FIELD, "type a is for rules, not for nodes")),
+    };
+    let number = |number: i64| {
+        u64::try_from(number).map_err(|_| wrong(FIELD, format!("device number {number}")))
+    };
+    let mode = device.file_mode().unwrap_or(0o666) & 0o777;
+    mknod(
+        node,
+        kind,
+        Mode::empty(),
+        makedev(number(device.major())?, number(device.minor())?),
+    )
+    .map_err(std::io::Error::from)
+    .at("make the device", device.path())?;
+    // Not by mknod, which subtracts the umask.
+    fs::set_permissions(node, std::os::unix::fs::PermissionsExt::from_mode(mode)).at("chmod", node)
+}
+
+/// The host's id for the container's; without mappings they are the same.
+fn on_host(id: u32, mappings: Option<&[LinuxIdMapping]>) -> Result<u32> {
+    let Some(mappings) = mappings else {
+        return Ok(id);
+    };
+    let inside = |m: &LinuxIdMapping| {
+        let distance = id.checked_sub(m.container_id())?;
+        (distance < m.size()).then(|| m.host_id().checked_add(distance))?
+    };
+    let missing = || {
+        wrong(
+            FIELD,
+            format!("owner {id} has no mapping in the user namespace"),
+        )
+    };
+    mappings.iter().find_map(inside).ok_or_else(missing)
+}
