@@ -73,7 +73,8 @@ ensure_container() {
     if ! exists lxc $container; then
         say "creating container $container (Debian, unprivileged)"
         offer "$GUEST/template.tar.zst" template/cache/debian-12-standard_amd64.tar.zst
-        atoll create "/nodes/$node/lxc" --vmid $container --hostname debian \
+        (umask 077 && head -c 12 /dev/urandom | base64 > "$STATE/container-password")
+        atoll create "/nodes/$node/lxc" --vmid $container --hostname debian --password "@$STATE/container-password" \
             --ostemplate local:vztmpl/debian-12-standard_amd64.tar.zst --unprivileged 1 \
             --rootfs local:2 --memory 512 --cores 1 --net0 name=eth0,bridge=vmbr0,ip=dhcp --wait
     fi
@@ -155,11 +156,13 @@ echo "Atoll runs:   $(field url < "$login")"
 echo "sign in:      $(field username < "$login")  $(field password < "$login")    (from $login)"
 if address=$(container_address); then
     echo "container:    $container debian, running, address $address"
+    echo "              $BIN/atoll ct console $container    root, password in $STATE/container-password"
 else
     echo "container:    $container debian, $(status lxc $container), no address yet"
 fi
 if exists qemu $vm; then
     echo "VM:           $vm, $(status qemu $vm)"
+    echo "              $BIN/atoll vm console $vm    (Debian: root, password atoll)"
 else
     echo "VM:           none (see above)"
 fi

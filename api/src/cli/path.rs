@@ -18,7 +18,8 @@ pub struct Args {
     /// Path below /api2/json, such as /nodes/n1/qemu.
     path: String,
     /// Parameters as `--key value`. Two are the command's own: `--output json|table`, and `--wait`, which follows
-    /// the task that was begun. A file to be uploaded is `--filename @FILE`.
+    /// the task that was begun. A value `@FILE` is the file's text, without the end of its last line, `@-` standard
+    /// input: so no password shows in a list of processes. `@@` is one `@`. Only `--filename @FILE` uploads the file.
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
@@ -74,9 +75,31 @@ pub fn parse(args: Args, output: Output) -> Result<ByPath, CliError> {
             })?;
             continue;
         }
+        let value = if name == "filename" {
+            value
+        } else {
+            text_of(value)?
+        };
         parsed.params.push((name, value));
     }
     Ok(parsed)
+}
+
+/// A value as it is, or the text that `@` sends us to.
+fn text_of(value: String) -> Result<String, CliError> {
+    let Some(source) = value.strip_prefix('@') else {
+        return Ok(value);
+    };
+    if source.starts_with('@') {
+        return Ok(source.to_owned());
+    }
+    let text = match source {
+        "-" => std::io::read_to_string(std::io::stdin()),
+        path => std::fs::read_to_string(path),
+    };
+    let mut text = text.map_err(|error| CliError::Local(format!("{source}: {error}")))?;
+    text.truncate(text.trim_end_matches(['\r', '\n']).len());
+    Ok(text)
 }
 
 impl ByPath {
@@ -171,6 +194,15 @@ mod tests {
         let params = params.map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert_eq!(parsed.params, params);
         assert!(parsed.wait && parsed.output == Output::Json);
+        let directory = tempfile::tempdir().unwrap();
+        let secret = directory.path().join("secret");
+        std::fs::write(&secret, "hidden\n").unwrap();
+        let at_file = format!("@{}", secret.display());
+        let parsed = line(&["--password", &at_file, "--comment", "@@home"]).unwrap();
+        let params = [("password", "hidden"), ("comment", "@home")];
+        let params = params.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(parsed.params, params);
+        assert!(line(&["--password", "@/does/not/exist"]).is_err());
         assert!(line(&["stray"]).is_err());
         assert!(line(&["--last"]).is_err());
         assert!(line(&["--output", "xml"]).is_err());
