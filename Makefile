@@ -52,6 +52,11 @@ test: ## every test; the table goes to target/test/summary.tsv
 	@$(MAKE) --no-print-directory $(WEB)
 	@run/test.sh
 
+soak: ## the slow forms of tests: 1 GiB through a guest's disk in the lab
+	@run/deps.sh build run test
+	cargo build --workspace --bins --locked
+	ATOLL_LAB_DATA_MIB=1024 cargo nextest run --locked --profile soak -p atoll-tests --test lab
+
 bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv
 	@run/deps.sh run test
 	cargo run --release --locked -p atoll-benches

@@ -62,6 +62,26 @@ pub struct NoRoom {
     ceiling: u64,
 }
 
+/// What a processor finds at the reset vector, in real mode: a write to the reset register, whose port is given,
+/// and then rest. Linux ends here where the ACPI is hardware-reduced and there is no EFI: its `reboot_init` then
+/// prefers EFI's way to restart, and after that the PC's, a jump to F000:FFF0 (`machine_real_restart`).
+#[must_use]
+pub const fn reset_code(reset_port: u16) -> [u8; 9] {
+    let [low, high] = reset_port.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    [
+        0xba,
+        low,
+        high,
+        0xb0,
+        crate::acpi::RESET_VALUE,
+        0xee,
+        0xf4,
+        0xeb,
+        0xfd,
+    ]
+}
+
 /// Address of an initial RAM disk of `size` bytes: as high as possible, so that it is out of the kernel's way,
 /// between `floor` (end of the kernel, once it is unpacked) and `ceiling`.
 pub fn initrd_address(size: u64, floor: u64, ceiling: u64) -> Result<u64, NoRoom> {

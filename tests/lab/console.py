@@ -60,17 +60,14 @@ def main():
     # the line is echoed after all, the echo does not look like the answer.
     mark = f"M{os.getpid()}x{int(time.time())}"
     hello = f"stty -echo; bind 'set enable-bracketed-paste off'; PS1='# '; printf '<%s:%s>\\n' ready {mark}\r"
+    ready = f"<ready:{mark}>".encode()
     console.send("\r")
+    # What is seen first may be from before a restart of the guest, so every answer is good at any time.
     while True:
-        index, _ = console.wait(rb"login: ?$", rb"Password: ?$", rb"[#$] ?$", rb"\x1b\[6n", nudge="\r")
+        index, _ = console.wait(ready, rb"login: ?$", rb"Password: ?$", rb"[#$] ?$", nudge="\r")
         if index == 0:
-            console.send("root\r")
-        elif index == 1:
-            console.send(PASSWORD + "\r")
-        elif index == 2:
             break
-    console.send(hello)
-    console.wait(f"<ready:{mark}>".encode(), nudge=hello)
+        console.send(["", "root\r", PASSWORD + "\r", hello][index])
     console.send(f"{command}\rprintf '\\n<%s:%d>\\n' {mark} $?\r")
     _, match = console.wait(f"<{mark}:(\\d+)>".encode())
     text = match.string[: match.start()].decode(errors="replace").replace("\r", "")

@@ -43,7 +43,10 @@ pub const CMDLINE_BYTES_MAX: u64 = 0x1_0000;
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables, the RSDP first, where a kernel that is not told searches for it.
 pub const ACPI: u64 = 0xe_0000;
-/// Kernel image; also the end of the ACPI tables' room.
+/// Where a PC's processors begin after a reset, as real mode sees it (F000:FFF0): a kernel that gives up on
+/// other ways to restart jumps here. Also the end of the ACPI tables' room.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// Kernel image.
 pub const KERNEL: u64 = 0x10_0000;
 /// End (exclusive) of RAM below the holes for devices under 4 GiB.
 pub const LOW_RAM_END: u64 = 3 << 30;

@@ -128,8 +128,14 @@ impl BootFiles {
             initrd,
             rsdp_address: layout::ACPI,
         };
-        let tables = acpi::tables(&layout::platform(cpu_count));
-        let mut pieces = vec![(layout::ACPI, tables), (layout::IDT, vec![0; 8])];
+        let platform = layout::platform(cpu_count);
+        let tables = acpi::tables(&platform);
+        let reset = boot::reset_code(platform.reset_port).to_vec();
+        let mut pieces = vec![
+            (layout::ACPI, tables),
+            (layout::RESET_VECTOR, reset),
+            (layout::IDT, vec![0; 8]),
+        ];
         match &image.setup_header {
             Some(header) => pieces.extend([
                 (layout::GDT, descriptors(paging::GDT)),
