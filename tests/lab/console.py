@@ -71,7 +71,9 @@ def main():
     console.send(f"{command}\rprintf '\\n<%s:%d>\\n' {mark} $?\r")
     _, match = console.wait(f"<{mark}:(\\d+)>".encode())
     text = match.string[: match.start()].decode(errors="replace").replace("\r", "")
-    print("\n".join(line.removeprefix("# ") for line in text.split("\n")).strip())
+    # A prompt that was answered twice is ready twice.
+    lines = [line.removeprefix("# ") for line in text.split("\n") if mark not in line]
+    print("\n".join(lines).strip())
     sys.exit(int(match.group(1)))
 
 
