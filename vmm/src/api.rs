@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use atoll_vmm_protocol::api::{ROUTES, Refused, Request};
 use atoll_vmm_protocol::http::{self, MessageError};
+use serde_json::Value;
 
 use crate::socket;
 
@@ -59,6 +60,11 @@ pub fn refusal(status: u16, error: impl Into<String>) -> Answer {
     json(status, &refused)
 }
 
+/// A request's body as the type that it takes, or the refusal.
+pub fn body<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, Answer> {
+    serde_json::from_value(value).map_err(|error| refusal(400, format!("the body: {error}")))
+}
+
 /// An answer of a type of the API.
 #[must_use]
 pub fn json(status: u16, value: &impl serde::Serialize) -> Answer {
@@ -77,7 +83,7 @@ impl ApiServer {
     /// Listens on `path`, for this user only. `answer` is called on the `api` thread and may wait.
     pub fn start(
         path: &Path,
-        answer: impl Fn(Request) -> Answer + Send + 'static,
+        answer: impl Fn(Request, Value) -> Answer + Send + 'static,
     ) -> Result<Self, ApiError> {
         let failed = |source| ApiError::Socket {
             path: path.to_owned(),
@@ -130,7 +136,7 @@ fn listen(path: &Path) -> Result<UnixListener, ApiError> {
     Ok(listener)
 }
 
-fn serve(listener: &UnixListener, answer: &impl Fn(Request) -> Answer) {
+fn serve(listener: &UnixListener, answer: &impl Fn(Request, Value) -> Answer) {
     loop {
         match listener.accept() {
             Ok((stream, _)) => converse(stream, answer),
@@ -145,18 +151,26 @@ fn serve(listener: &UnixListener, answer: &impl Fn(Request) -> Answer) {
 }
 
 /// One exchange. A client that breaks it off has nobody to be told.
-fn converse(mut stream: UnixStream, answer: &impl Fn(Request) -> Answer) {
+fn converse(mut stream: UnixStream, answer: &impl Fn(Request, Value) -> Answer) {
     let _ = stream.set_read_timeout(Some(CLIENT_PATIENCE));
     let _ = stream.set_write_timeout(Some(CLIENT_PATIENCE));
     let (status, body) = match http::read_request(&mut stream) {
-        Ok(message) => match route(&message.method, &message.target) {
-            Ok(request) => answer(request),
-            Err(refused) => refused,
-        },
+        Ok(message) => route(&message.method, &message.target)
+            .and_then(|request| Ok(answer(request, parse(&message.body)?)))
+            .unwrap_or_else(|refused| refused),
         Err(error @ MessageError::TooLong(_)) => refusal(413, error.to_string()),
         Err(error) => refusal(400, error.to_string()),
     };
     let _ = http::write_response(&mut stream, status, &body);
+}
+
+/// The body's JSON; an empty body is an empty object.
+fn parse(body: &[u8]) -> Result<Value, Answer> {
+    if body.is_empty() {
+        return Ok(Value::Object(serde_json::Map::new()));
+    }
+    serde_json::from_slice(body)
+        .map_err(|error| refusal(400, format!("the body is not JSON: {error}")))
 }
 
 fn route(method: &str, target: &str) -> Result<Request, Answer> {
@@ -185,7 +199,7 @@ mod tests {
     use std::io::Write;
 
     fn server(path: &Path) -> ApiServer {
-        ApiServer::start(path, |request| match request {
+        ApiServer::start(path, |request, _| match request {
             Request::Pause => refusal(409, "the machine is stopped"),
             _ => json(200, &serde_json::json!({"state": "running"})),
         })
@@ -216,6 +230,10 @@ mod tests {
             (&b"GET /nonsense HTTP/1.1\r\n\r\n"[..], 404),
             (b"GET /pause HTTP/1.1\r\n\r\n", 405),
             (b"nonsense\r\n\r\n", 400),
+            (
+                b"PUT /set-link HTTP/1.1\r\nContent-Length: 2\r\n\r\n{]",
+                400,
+            ),
             (&[b'a'; 9000], 413),
         ] {
             let mut stream = UnixStream::connect(&path).unwrap();
@@ -232,9 +250,11 @@ mod tests {
         let path = folder.path().join("api");
         drop(UnixListener::bind(&path).unwrap());
         let _running = server(&path);
-        let second = ApiServer::start(&path, |_| refusal(500, ""));
+        let second = ApiServer::start(&path, |_, _| refusal(500, ""));
         assert!(matches!(second, Err(ApiError::InUse { .. })));
-        let long = ApiServer::start(&folder.path().join("x".repeat(100)), |_| refusal(500, ""));
+        let long = ApiServer::start(&folder.path().join("x".repeat(100)), |_, _| {
+            refusal(500, "")
+        });
         assert!(matches!(long, Err(ApiError::TooLong { .. })));
     }
 }

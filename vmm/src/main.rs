@@ -14,11 +14,10 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 
 use anyhow::Context;
-use atoll_vmm::cli::{Cli, Command, CtlArguments, RunArguments};
+use atoll_vmm::cli::{Cli, Command, CtlArguments, CtlRequest, RunArguments};
 use atoll_vmm::machine::{self, Options, Outcome, Signals};
 use atoll_vmm::terminal::RawTerminal;
 use atoll_vmm::{check, probe};
-use atoll_vmm_protocol::api::ROUTES;
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 use clap::Parser;
@@ -122,12 +121,17 @@ fn log_to(path: Option<&Path>) -> anyhow::Result<()> {
 }
 
 fn ctl(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {
-    let route = ROUTES
-        .iter()
-        .find(|route| route.path[1..] == arguments.request)
-        .expect("the parser takes only paths of ROUTES");
-    let client = Client::new(&arguments.api_socket);
-    let answer: serde_json::Value = client.ask(route.request)?;
+    // Not required by the parser, which would not take it behind the request as well.
+    let Some(socket) = &arguments.api_socket else {
+        eprintln!("atoll-vmm: --api-socket <PATH> is missing (see ctl --help)");
+        return Ok(ExitCode::from(USAGE));
+    };
+    let client = Client::new(socket);
+    let CtlRequest { route, body } = &arguments.request;
+    let answer: serde_json::Value = match route.parameters {
+        [] => client.ask(route.request)?,
+        _ => client.ask_with(route.request, body)?,
+    };
     println!("{}", serde_json::to_string_pretty(&answer)?);
     Ok(ExitCode::SUCCESS)
 }

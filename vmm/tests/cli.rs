@@ -152,7 +152,13 @@ fn a_control_socket_that_nobody_listens_on() {
     check(
         &format!("ctl --api-socket {} fly", path.display()),
         2,
-        "atoll-vmm: invalid value 'fly'…power-button…",
+        "atoll-vmm: unrecognized subcommand 'fly'…",
+    );
+    check("ctl info", 2, "atoll-vmm: --api-socket <PATH> is missing…");
+    check(
+        "ctl --api-socket /s set-link --id net0 --up maybe",
+        2,
+        "atoll-vmm: invalid value 'maybe' for '--up <true|false>'…",
     );
 }
 
@@ -162,6 +168,7 @@ fn help_teaches_and_goes_to_standard_output() {
         ("--help", "Exit codes:"),
         ("run --help", "Examples:"),
         ("ctl --help", "power-button"),
+        ("ctl set-link --help", "Whether the plug is in"),
     ] {
         let output = run(arguments);
         assert_eq!(output.status.code(), Some(0));

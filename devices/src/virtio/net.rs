@@ -9,20 +9,22 @@ mod tap;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
     VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 use vmm_sys_util::epoll::EventSet;
 
 pub use self::tap::{HEADER_BYTES, Tap, TapError};
 use super::worker::{self, Progress, QueueHandler};
 use super::{
-    Chain, DeviceQueue, QueueError, QueueStart, StartError, StartedQueue, VirtioDevice, device_id,
+    Chain, DeviceInterrupts, DeviceQueue, QueueError, QueueStart, StartError, StartedQueue,
+    VirtioDevice, device_id,
 };
 use crate::counters::{Counter, CounterList};
 
@@ -58,13 +60,21 @@ struct Counters {
     dropped: Counter,
 }
 
+/// What the queues' threads and the control side share.
+struct Shared {
+    link_up: AtomicBool,
+    counters: Counters,
+}
+
 /// The card.
 pub struct Net {
     name: String,
     tap: Arc<Tap>,
     mac: [u8; 6],
     mtu: Option<u16>,
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
+    /// Leaf lock: how to tell the driver of changes, once there is one.
+    interrupts: Mutex<Option<DeviceInterrupts>>,
 }
 
 impl Net {
@@ -75,16 +85,41 @@ impl Net {
             tap: Arc::new(options.tap),
             mac: options.mac,
             mtu: options.mtu,
-            counters: Arc::default(),
+            shared: Arc::new(Shared {
+                link_up: AtomicBool::new(true),
+                counters: Counters::default(),
+            }),
+            interrupts: Mutex::default(),
         }
+    }
+
+    /// Pulls the plug or puts it in: without it packets are lost in both directions, and the guest is told.
+    pub fn set_link(&self, up: bool) {
+        if self.shared.link_up.swap(up, Ordering::AcqRel) != up {
+            let interrupts = self.lock_interrupts().clone();
+            if let Some(interrupts) = interrupts {
+                interrupts.config_changed();
+            }
+        }
+    }
+
+    /// Whether the plug is in.
+    pub fn link_up(&self) -> bool {
+        self.shared.link_up.load(Ordering::Acquire)
+    }
+
+    fn lock_interrupts(&self) -> MutexGuard<'_, Option<DeviceInterrupts>> {
+        self.interrupts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `struct virtio_net_config` up to `mtu`, §5.1.4.
     fn config(&self) -> [u8; 12] {
         let mut config = [0; 12];
-        let link_up = u16::try_from(VIRTIO_NET_S_LINK_UP).expect("bit 0");
+        // Bit 0: VIRTIO_NET_S_LINK_UP.
         config[0..6].copy_from_slice(&self.mac);
-        config[6..8].copy_from_slice(&link_up.to_le_bytes());
+        config[6] = u8::from(self.link_up());
         config[8..10].copy_from_slice(&1u16.to_le_bytes());
         config[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         config
@@ -131,16 +166,24 @@ impl VirtioDevice for Net {
         super::read_config(&self.config(), offset, data);
     }
 
+    fn connect(&self, interrupts: DeviceInterrupts) {
+        *self.lock_interrupts() = Some(interrupts);
+    }
+
+    fn reset(&self) {
+        *self.lock_interrupts() = None;
+    }
+
     fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
         let index = start.index;
-        let (tap, counters) = (self.tap.clone(), self.counters.clone());
+        let (tap, shared) = (self.tap.clone(), self.shared.clone());
         if index == RECEIVE {
             let offloads = tap::offloads(start.features);
             tap.set_offloads(offloads)
                 .map_err(|source| StartError { index, source })?;
             let handler = Receive {
                 tap,
-                counters,
+                shared,
                 merge: start.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
                 packet: vec![0; PACKET_BYTES_MAX],
                 waiting: 0,
@@ -151,7 +194,7 @@ impl VirtioDevice for Net {
         } else {
             let handler = Transmit {
                 tap,
-                counters,
+                shared,
                 chain: Chain::new(),
                 packet: vec![0; PACKET_BYTES_MAX],
             };
@@ -160,7 +203,7 @@ impl VirtioDevice for Net {
     }
 
     fn counters(&self) -> CounterList {
-        let counters = &self.counters;
+        let counters = &self.shared.counters;
         vec![
             ("received", counters.received.value()),
             ("received_bytes", counters.received_bytes.value()),
@@ -174,7 +217,7 @@ impl VirtioDevice for Net {
 /// Host to guest.
 struct Receive {
     tap: Arc<Tap>,
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
     merge: bool,
     packet: Vec<u8>,
     /// Bytes of a packet that was read and has no buffers yet; 0 when there is none.
@@ -195,6 +238,7 @@ impl QueueHandler for Receive {
         for _ in 0..queue.size() {
             if self.waiting == 0 {
                 match self.tap.read(&mut self.packet) {
+                    Ok(_) if !self.shared.link_up.load(Ordering::Acquire) => continue,
                     Ok(size) => self.waiting = size,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         // Nothing to deliver: buffers that come in need no doorbell until the next packet.
@@ -264,7 +308,7 @@ impl Receive {
         }
         if room < wanted {
             // Too small for it whatever else comes: the driver's fault, the packet's loss.
-            self.counters.dropped.add(1);
+            self.shared.counters.dropped.add(1);
             self.waiting = 0;
             return Ok(true);
         }
@@ -291,8 +335,8 @@ impl Receive {
         }
         self.chains[..self.held.into()].rotate_left(count.into());
         self.held -= count;
-        self.counters.received.add(1);
-        self.counters.received_bytes.add(self.waiting as u64);
+        self.shared.counters.received.add(1);
+        self.shared.counters.received_bytes.add(self.waiting as u64);
         self.waiting = 0;
         Ok(true)
     }
@@ -301,7 +345,7 @@ impl Receive {
 /// Guest to host.
 struct Transmit {
     tap: Arc<Tap>,
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
     chain: Chain,
     /// For the rare packet in too many pieces.
     packet: Vec<u8>,
@@ -323,10 +367,15 @@ impl QueueHandler for Transmit {
             if size < HEADER_BYTES as u64 + FRAME_BYTES_MIN || size > PACKET_BYTES_MAX as u64 {
                 return Err(self.chain.malformed("a packet of impossible size"));
             }
+            if !self.shared.link_up.load(Ordering::Acquire) {
+                self.shared.counters.dropped.add(1);
+                queue.push(self.chain.head(), 0)?;
+                continue;
+            }
             match self.tap.write(data, &mut self.packet) {
                 Ok(()) => {
-                    self.counters.sent.add(1);
-                    self.counters.sent_bytes.add(size);
+                    self.shared.counters.sent.add(1);
+                    self.shared.counters.sent_bytes.add(size);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     queue.undo_pop(1);
@@ -334,7 +383,7 @@ impl QueueHandler for Transmit {
                     return Ok(Progress::Sleep); // Until the tap takes more.
                 }
                 // A header that the kernel refuses, an interface that is down: as on a wire, nobody answers.
-                Err(_) => self.counters.dropped.add(1),
+                Err(_) => self.shared.counters.dropped.add(1),
             }
             queue.push(self.chain.head(), 0)?;
         }

@@ -172,7 +172,10 @@ fn net_transmit_withstands() {
 
 #[test]
 fn net_receive_withstands() {
-    let Some(Rig { mut driver, wire }) = net::rig(u64::MAX) else {
+    let Some(Rig {
+        mut driver, wire, ..
+    }) = net::rig(u64::MAX)
+    else {
         return;
     };
     driver.reset();
@@ -183,7 +186,10 @@ fn net_receive_withstands() {
 /// Each attack again behind good buffers that are too few for the packet.
 #[test]
 fn net_withstands_in_the_middle_of_a_packet() {
-    let Some(Rig { mut driver, wire }) = net::rig(u64::MAX) else {
+    let Some(Rig {
+        mut driver, wire, ..
+    }) = net::rig(u64::MAX)
+    else {
         return;
     };
     for (name, attack) in ATTACKS {
@@ -211,7 +217,10 @@ fn net_withstands_in_the_middle_of_a_packet() {
 /// Packets that land in the rings that describe them: whatever comes of it, a reset makes the card whole.
 #[test]
 fn net_buffers_over_the_rings() {
-    let Some(Rig { mut driver, wire }) = net::rig(u64::MAX) else {
+    let Some(Rig {
+        mut driver, wire, ..
+    }) = net::rig(u64::MAX)
+    else {
         return;
     };
     for offset in [0, 0x2000, 0x2004, 0x3000, 0x3004] {

@@ -21,6 +21,7 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 pub struct Rig {
     pub driver: Driver,
+    pub net: Arc<Net>,
     pub wire: File,
 }
 
@@ -45,15 +46,17 @@ pub fn rig(features: u64) -> Option<Rig> {
         ip.args(["link", "set", "t0"]).args(settings.split(' '));
         assert!(ip.status().unwrap().success());
     }
-    let mut driver = Driver::new(Arc::new(Net::new(NetOptions {
+    let net = Arc::new(Net::new(NetOptions {
         name: "net0".to_owned(),
         tap,
         mac: MAC,
         mtu: Some(9000),
-    })));
+    }));
+    let mut driver = Driver::new(net.clone());
     driver.start(features);
     Some(Rig {
         driver,
+        net,
         wire: packet_socket(),
     })
 }
@@ -189,6 +192,36 @@ fn a_packet_waits_for_buffers_and_is_lost_in_too_small_ones() {
     rig.wire.write_all(&frame(100)).unwrap();
     let (head, written) = rig.driver.wait_used(0);
     assert_eq!(rig.buffer(head, 256, written)[12..], frame(100));
+}
+
+#[test]
+fn a_pulled_plug_is_told_and_loses_packets_both_ways() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    (0..4).for_each(|i| {
+        rig.driver.add(0, &[buffer(i, 2048)]);
+    });
+    rig.net.set_link(false);
+    assert_eq!(rig.driver.device_config::<2>(6), [0, 0]);
+    assert_eq!(rig.driver.interrupts.take(0), 1);
+    rig.net.set_link(false);
+    assert_eq!(rig.driver.interrupts.take(0), 0);
+    rig.wire.write_all(&frame(100)).unwrap();
+    rig.driver.kick(0);
+    rig.driver
+        .put(DATA + 0x8_0000, &[vec![0; 12], frame(90)].concat());
+    let packet = Segment::readable(DATA + 0x8_0000, 102);
+    rig.driver.add(1, &[packet]);
+    rig.driver.kick(1);
+    rig.driver.wait_used(1);
+    rig.net.set_link(true);
+    assert_eq!(rig.driver.device_config::<2>(6), [1, 0]);
+    rig.wire.write_all(&frame(80)).unwrap();
+    assert_eq!(rig.receive(2048).1, frame(80));
+    rig.driver.add(1, &[packet]);
+    rig.driver.kick(1);
+    let mut seen = vec![0; 2000];
+    let count = rig.wire.read(&mut seen).unwrap();
+    assert_eq!(seen[..count], frame(90));
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub enum Request {
     Reset,
     /// End the machine now, without asking the guest; completed disk writes are flushed.
     Shutdown,
+    /// Pull a network card's plug, or put it in; takes [`SetLink`].
+    SetLink,
 }
 
 /// One row of the control API.
@@ -38,8 +40,34 @@ pub struct Route {
     pub path: &'static str,
     /// One sentence for help and documentation.
     pub summary: &'static str,
+    /// Values that it takes, as one JSON object; none when the body is empty.
+    pub parameters: &'static [Parameter],
     /// Name of the answer's type among this module's.
     pub answer: &'static str,
+}
+
+/// One value that a request takes: a field of its body, and an option of `atoll-vmm ctl`.
+#[derive(Debug, Clone, Copy)]
+pub struct Parameter {
+    /// Field of the body; with dashes for underscores the name of the option.
+    pub name: &'static str,
+    /// What may be given.
+    pub kind: ParameterKind,
+    /// Whether the request makes no sense without it.
+    pub required: bool,
+    /// One sentence for help and documentation.
+    pub summary: &'static str,
+}
+
+/// What a parameter's value is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ParameterKind {
+    /// A number, 0 or more.
+    Integer,
+    /// Any text.
+    Text,
+    /// `true` or `false`.
+    Switch,
 }
 
 /// Every request of the control API.
@@ -49,6 +77,7 @@ pub const ROUTES: &[Route] = &[
         method: "GET",
         path: "/info",
         summary: "What the machine is and what it is doing",
+        parameters: &[],
         answer: "Info",
     },
     Route {
@@ -56,6 +85,7 @@ pub const ROUTES: &[Route] = &[
         method: "GET",
         path: "/counters",
         summary: "What vCPUs, disks and network cards have done since the machine was built",
+        parameters: &[],
         answer: "Counters",
     },
     Route {
@@ -63,6 +93,7 @@ pub const ROUTES: &[Route] = &[
         method: "PUT",
         path: "/pause",
         summary: "Hold the vCPUs and the devices' queues; a paused machine stays paused",
+        parameters: &[],
         answer: "Acted",
     },
     Route {
@@ -70,6 +101,7 @@ pub const ROUTES: &[Route] = &[
         method: "PUT",
         path: "/resume",
         summary: "Let a paused machine go on; a running machine goes on running",
+        parameters: &[],
         answer: "Acted",
     },
     Route {
@@ -77,6 +109,7 @@ pub const ROUTES: &[Route] = &[
         method: "PUT",
         path: "/power-button",
         summary: "Press the ACPI power button: the guest decides what to do about it",
+        parameters: &[],
         answer: "Acted",
     },
     Route {
@@ -84,6 +117,7 @@ pub const ROUTES: &[Route] = &[
         method: "PUT",
         path: "/reset",
         summary: "Start the machine again from its first instruction",
+        parameters: &[],
         answer: "Acted",
     },
     Route {
@@ -91,6 +125,28 @@ pub const ROUTES: &[Route] = &[
         method: "PUT",
         path: "/shutdown",
         summary: "End the machine and its process now, without asking the guest",
+        parameters: &[],
+        answer: "Acted",
+    },
+    Route {
+        request: Request::SetLink,
+        method: "PUT",
+        path: "/set-link",
+        summary: "Pull a network card's plug, or put it in",
+        parameters: &[
+            Parameter {
+                name: "id",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "The card: net0 is the first of the spec",
+            },
+            Parameter {
+                name: "up",
+                kind: ParameterKind::Switch,
+                required: true,
+                summary: "Whether the plug is in",
+            },
+        ],
         answer: "Acted",
     },
 ];
@@ -203,6 +259,16 @@ pub struct NetCounters {
     pub sent_bytes: u64,
     /// Frames that the guest sent.
     pub sent_packets: u64,
+}
+
+/// Body of `PUT /set-link`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetLink {
+    /// The card: `net0` is the first of the spec.
+    pub id: String,
+    /// Whether the plug is in.
+    pub up: bool,
 }
 
 /// Answer of the requests that change what the machine does.

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::{Acted, Counters, Info, Refused, Request};
@@ -101,10 +102,24 @@ impl Client {
         self.ask(request)
     }
 
-    /// Sends one request and gives the answer's JSON, whatever its type.
+    /// Sends one request without a body and gives the answer's JSON, whatever its type.
     pub fn ask<T: DeserializeOwned>(&self, request: Request) -> Result<T, ClientError> {
+        self.send(request, b"")
+    }
+
+    /// Sends one request with its body (the type that [`Request`] names) and gives the answer's JSON.
+    pub fn ask_with<T: DeserializeOwned>(
+        &self,
+        request: Request,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).expect("the API's types have string keys only");
+        self.send(request, &body)
+    }
+
+    fn send<T: DeserializeOwned>(&self, request: Request, body: &[u8]) -> Result<T, ClientError> {
         let route = request.route();
-        let response = self.exchange(route.method, route.path)?;
+        let response = self.exchange(route.method, route.path, body)?;
         let foreign = |_| ClientError::Foreign {
             path: self.path.clone(),
         };
@@ -118,7 +133,12 @@ impl Client {
         })
     }
 
-    fn exchange(&self, method: &str, target: &str) -> Result<http::ResponseMessage, ClientError> {
+    fn exchange(
+        &self,
+        method: &str,
+        target: &str,
+        body: &[u8],
+    ) -> Result<http::ResponseMessage, ClientError> {
         let failed = |source: MessageError| match source {
             // How a read from a socket with a timeout says that it has passed.
             MessageError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -140,7 +160,7 @@ impl Client {
         stream
             .set_read_timeout(timeout)
             .and_then(|()| stream.set_write_timeout(timeout))
-            .and_then(|()| http::write_request(&mut stream, method, target, b""))
+            .and_then(|()| http::write_request(&mut stream, method, target, body))
             .map_err(|error| failed(error.into()))?;
         http::read_response(&mut stream).map_err(failed)
     }

@@ -45,6 +45,41 @@ fn paths_are_the_route_table() {
     assert_eq!(listed, routes);
 }
 
+#[test]
+fn bodies_are_the_parameters() {
+    let document = document();
+    for route in ROUTES {
+        let operation = &document["paths"][route.path][route.method.to_lowercase()];
+        let body = &operation["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+        let Some(reference) = body.as_str() else {
+            assert!(route.parameters.is_empty(), "{}: no body", route.path);
+            continue;
+        };
+        let schema = document.pointer(&reference[1..]).expect(reference);
+        let mut described = BTreeSet::new();
+        for (name, property) in schema["properties"].as_object().unwrap() {
+            let required = schema["required"].as_array().unwrap();
+            described.insert((
+                name.as_str(),
+                property["type"].as_str().unwrap(),
+                required.iter().any(|one| one == name),
+                property["description"].as_str().unwrap(),
+            ));
+        }
+        let kind = |kind| match kind {
+            ParameterKind::Integer => "integer",
+            ParameterKind::Text => "string",
+            ParameterKind::Switch => "boolean",
+        };
+        let parameters: BTreeSet<_> = route
+            .parameters
+            .iter()
+            .map(|one| (one.name, kind(one.kind), one.required, one.summary))
+            .collect();
+        assert_eq!(described, parameters, "{}", route.path);
+    }
+}
+
 /// Compares an instance, all of whose fields are set, with its schema: same names, matching types.
 #[track_caller]
 fn check(name: &str, instance: impl serde::Serialize) {
@@ -74,6 +109,7 @@ fn compare(document: &Value, at: &str, schema: &Value, value: &Value) {
         Value::Array(_) => "array",
         Value::String(_) => "string",
         Value::Number(_) => "integer",
+        Value::Bool(_) => "boolean",
         other => panic!("{at}: {other} in the example; set every field"),
     };
     assert!(kinds.contains(&kind), "{at}: {kind} is not in {kinds:?}");
@@ -137,4 +173,11 @@ fn schemas_are_the_types() {
         },
     );
     check("Refused", Refused { error: "e".into() });
+    check(
+        "SetLink",
+        SetLink {
+            id: "net0".into(),
+            up: true,
+        },
+    );
 }

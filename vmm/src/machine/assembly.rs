@@ -20,7 +20,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::devices::STEPS;
 use super::owner::{GuestEvent, GuestVoice};
-use super::parts::{Parts, Pristine};
+use super::parts::{Card, Parts, Pristine};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
 use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
@@ -97,7 +97,7 @@ pub(super) struct Assembly<'a> {
     ports: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
     pub(super) disks: Vec<Arc<VirtioPci>>,
-    pub(super) nets: Vec<Arc<VirtioPci>>,
+    pub(super) nets: Vec<Card>,
     pub(super) consoles: Vec<Console>,
     pub(super) serial: Option<Arc<Serial>>,
     pub(super) serial_path: Option<PathBuf>,

@@ -17,7 +17,11 @@ pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
         resident_bytes: resident_bytes(),
         vcpus: parts.vcpus.iter().map(vcpu).collect(),
         disks: parts.disks.iter().map(|disk| disk_counters(disk)).collect(),
-        nets: parts.nets.iter().map(|net| net_counters(net)).collect(),
+        nets: parts
+            .nets
+            .iter()
+            .map(|net| net_counters(&net.function))
+            .collect(),
     }
 }
 

@@ -15,6 +15,7 @@ use atoll_disk::{OpenOptions, RawBackend};
 use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat};
 
 use super::assembly::{Assembly, BuildError};
+use super::parts::Card;
 use crate::{check, layout, socket};
 
 /// Adds one kind of device to the machine.
@@ -62,8 +63,8 @@ fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
             mac,
             mtu: net.mtu,
         }));
-        let function = assembly.add(name, device)?;
-        assembly.nets.push(function);
+        let function = assembly.add(name, device.clone())?;
+        assembly.nets.push(Card { function, device });
     }
     Ok(())
 }

@@ -20,9 +20,10 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::time::Instant;
 
 use atoll_devices::platform::MachineControl;
-use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
+use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request, SetLink};
 use atoll_vmm_protocol::spec::MachineSpec;
 use nix::sys::signal::{SigSet, Signal};
+use serde_json::Value;
 
 use super::parts::Parts;
 use super::{Outcome, RunError, counters};
@@ -33,7 +34,7 @@ use crate::vcpu::{Report, Vcpu};
 /// What the owner is told.
 pub(super) enum Event {
     /// By the control API; the answer goes back to its thread.
-    Request(Request, SyncSender<Answer>),
+    Request(Request, Value, SyncSender<Answer>),
     /// By a guest, in its boot of that number.
     Guest(u64, GuestEvent),
     /// By SIGTERM or SIGINT.
@@ -80,10 +81,12 @@ impl MachineControl for GuestVoice {
 }
 
 /// The control API's side of a request: passes it on and waits for the answer.
-pub(super) fn ask_owner(events: Sender<Event>) -> impl Fn(Request) -> Answer + Send + 'static {
-    move |request| {
+pub(super) fn ask_owner(
+    events: Sender<Event>,
+) -> impl Fn(Request, Value) -> Answer + Send + 'static {
+    move |request, body| {
         let (sender, answer) = sync_channel(1);
-        let sent = events.send(Event::Request(request, sender));
+        let sent = events.send(Event::Request(request, body, sender));
         match sent.ok().and_then(|()| answer.recv().ok()) {
             Some(answer) => answer,
             None => api::refusal(503, "the machine has ended"),
@@ -135,8 +138,8 @@ impl<'a> Machine<'a> {
     pub(super) fn drive(&mut self, events: &Receiver<Event>) -> Result<Outcome, RunError> {
         loop {
             match events.recv() {
-                Ok(Event::Request(request, sender)) => {
-                    let answer = self.answer(request)?;
+                Ok(Event::Request(request, body, sender)) => {
+                    let answer = self.answer(request, body)?;
                     // A client that has gone away is not told.
                     let _ = sender.send(answer);
                     if self.state == MachineState::Stopped {
@@ -173,7 +176,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn answer(&mut self, request: Request) -> Result<Answer, RunError> {
+    fn answer(&mut self, request: Request, body: Value) -> Result<Answer, RunError> {
         match request {
             Request::Info => return Ok(api::json(200, &self.info())),
             Request::Counters => {
@@ -192,8 +195,27 @@ impl<'a> Machine<'a> {
                 self.hold();
                 self.state = MachineState::Stopped;
             }
+            Request::SetLink => {
+                if let Err(refused) = api::body(body).and_then(|body| self.set_link(&body)) {
+                    return Ok(refused);
+                }
+            }
         }
         Ok(api::json(200, &Acted { state: self.state }))
+    }
+
+    fn set_link(&self, body: &SetLink) -> Result<(), Answer> {
+        let net = self
+            .parts
+            .nets
+            .iter()
+            .find(|net| net.function.name() == body.id);
+        let net = net.ok_or_else(|| {
+            let text = format!("no network card {}; the first is net0", body.id);
+            api::refusal(404, text)
+        })?;
+        net.device.set_link(body.up);
+        Ok(())
     }
 
     fn info(&self) -> Info {

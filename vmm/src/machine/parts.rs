@@ -9,6 +9,7 @@ use atoll_devices::interrupt::IrqLine;
 use atoll_devices::pci::PciBus;
 use atoll_devices::platform::Serial;
 use atoll_devices::virtio::VirtioPci;
+use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::kvm_irqchip;
 use vm_memory::GuestMemoryMmap;
@@ -26,7 +27,7 @@ pub(super) struct Parts {
     pub(super) functions: Vec<Arc<VirtioPci>>,
     /// Those among them that are disks, in the spec's order; likewise network cards.
     pub(super) disks: Vec<Arc<VirtioPci>>,
-    pub(super) nets: Vec<Arc<VirtioPci>>,
+    pub(super) nets: Vec<Card>,
     pub(super) power_button: Arc<dyn IrqLine>,
     pub(super) serial_path: Option<PathBuf>,
     pub(super) console_path: Option<PathBuf>,
@@ -38,6 +39,12 @@ pub(super) struct Parts {
     pub(super) pristine: Pristine,
     pub(super) machine: VirtualMachine,
     pub(super) memory: Arc<GuestMemoryMmap>,
+}
+
+/// A network card: its function, whose name is the card's id, and its device.
+pub(super) struct Card {
+    pub(super) function: Arc<VirtioPci>,
+    pub(super) device: Arc<Net>,
 }
 
 /// State at power-on of what KVM keeps.
