@@ -34,4 +34,10 @@ if [ "${1:-}" = --remove-state ] && [ -d "$STATE" ]; then
     [ -e "$STATE/store.redb" ] || { echo "atoll: $STATE is not a node's state" >&2; exit 1; }
     echo "atoll: removing $STATE"
     rm -rf --one-file-system "$STATE"
+    # The parent of the guests' cgroups; another node's guests keep it.
+    for parent in /sys/fs/cgroup/atoll /sys/fs/cgroup/*/atoll; do
+        if [ -d "$parent" ]; then
+            rmdir "$parent" 2>/dev/null || true
+        fi
+    done
 fi

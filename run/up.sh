@@ -161,8 +161,10 @@ else
     echo "container:    $container debian, $(status lxc $container), no address yet"
 fi
 if exists qemu $vm; then
-    echo "VM:           $vm, $(status qemu $vm)"
-    echo "              $BIN/atoll vm console $vm    (Debian: root, password atoll)"
+    name=$(atoll get "/nodes/$node/qemu/$vm/config" --output json | field name)
+    [ "$name" = probe ] && hint="type help" || hint="root, password atoll"
+    echo "VM:           $vm $name, $(status qemu $vm)"
+    echo "              $BIN/atoll vm console $vm    $hint"
 else
     echo "VM:           none (see above)"
 fi
