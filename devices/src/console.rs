@@ -7,6 +7,9 @@
 //!
 //! Output goes into one ring. Each client has a position in it; a client that falls behind by more than the
 //! ring loses the oldest bytes and nobody waits for it. A new client of a socket begins [`BACKLOG_BYTES`] back.
+//!
+//! Opening ([`ConsoleEnd::open`]) and starting the thread ([`Console::start`]) are two steps, since a VMM opens
+//! everything before it enters its sandbox and makes threads only after.
 
 mod pump;
 
@@ -17,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
+use atoll_thread::Kind;
 use rustix::event::{EventfdFlags, eventfd};
 
 /// Output that a new client first gets.
@@ -151,22 +155,29 @@ pub struct Console {
     pty: Option<PathBuf>,
 }
 
-impl Console {
-    /// Opens the backend and starts its thread.
+/// A console's backend, open, before its thread.
+pub struct ConsoleEnd {
+    /// None for [`ConsoleBackend::Null`].
+    clients: Option<pump::Clients>,
+    socket: Option<PathBuf>,
+    pty: Option<PathBuf>,
+}
+
+impl ConsoleEnd {
+    /// Opens the backend. Makes no thread.
     pub fn open(backend: &ConsoleBackend) -> Result<Self, ConsoleError> {
-        let (clients, pty) = match backend {
-            ConsoleBackend::Null => {
-                return Ok(Self {
-                    port: Arc::new(ConsolePort::new(None)),
-                    thread: None,
-                    socket: None,
-                    pty: None,
-                });
-            }
-            ConsoleBackend::Stdio => (pump::Clients::stdio(), None),
+        let mut end = Self {
+            clients: None,
+            socket: None,
+            pty: None,
+        };
+        end.clients = match backend {
+            ConsoleBackend::Null => None,
+            ConsoleBackend::Stdio => Some(pump::Clients::stdio()),
             ConsoleBackend::Pty => {
                 let (clients, path) = pump::Clients::pty().map_err(ConsoleError::Pty)?;
-                (clients, Some(path))
+                end.pty = Some(path);
+                Some(clients)
             }
             ConsoleBackend::Socket(path) => {
                 let clients =
@@ -174,26 +185,41 @@ impl Console {
                         path: path.clone(),
                         source,
                     })?;
-                (clients, None)
+                end.socket = Some(path.clone());
+                Some(clients)
             }
+        };
+        Ok(end)
+    }
+}
+
+impl Console {
+    /// Opens the backend and starts its thread.
+    pub fn open(backend: &ConsoleBackend) -> Result<Self, ConsoleError> {
+        Self::start(ConsoleEnd::open(backend)?)
+    }
+
+    /// Starts the thread of an open backend.
+    pub fn start(end: ConsoleEnd) -> Result<Self, ConsoleError> {
+        let Some(clients) = end.clients else {
+            return Ok(Self {
+                port: Arc::new(ConsolePort::new(None)),
+                thread: None,
+                socket: None,
+                pty: None,
+            });
         };
         let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
         let wake = eventfd(0, flags).map_err(|errno| ConsoleError::Thread(errno.into()))?;
         let port = Arc::new(ConsolePort::new(Some(wake)));
         let carrier = pump::Pump::new(port.clone(), clients);
-        let thread = std::thread::Builder::new()
-            .name("console".to_owned())
-            .spawn(move || carrier.run())
+        let thread = atoll_thread::spawn(Kind::Console, "console", move || carrier.run())
             .map_err(ConsoleError::Thread)?;
-        let socket = match backend {
-            ConsoleBackend::Socket(path) => Some(path.clone()),
-            _ => None,
-        };
         Ok(Self {
             port,
             thread: Some(thread),
-            socket,
-            pty,
+            socket: end.socket,
+            pty: end.pty,
         })
     }
 

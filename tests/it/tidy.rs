@@ -16,6 +16,10 @@ const ARROWS: &[(&str, &str)] = &[
     ("atoll-vmm", "atoll-disk"),
     ("atoll-vmm", "atoll-firmware"),
     ("atoll-devices", "atoll-disk"),
+    // A leaf: what a thread is for, and the one function that makes it.
+    ("atoll-vmm", "atoll-thread"),
+    ("atoll-devices", "atoll-thread"),
+    ("atoll-disk", "atoll-thread"),
 ];
 
 /// Crates that only some crates may depend on, whatever the version.
@@ -217,6 +221,38 @@ fn no_file_outgrows_a_reader() {
         "split by concept (at most {FILE_LINES_MAX} lines):\n{}",
         wrong.join("\n")
     );
+}
+
+/// A thread of a virtual machine's process that is made in any other way would run unconfined.
+#[test]
+fn the_vmm_makes_threads_by_kind_only() {
+    let files = tracked();
+    let mut wrong = Vec::new();
+    for path in with_extension(&files, &["rs"]) {
+        let name = path.to_string_lossy();
+        let confined = ["vmm/src/", "devices/src/", "devices/disk/src/"]
+            .iter()
+            .any(|folder| name.starts_with(folder));
+        // The probe is a command of its own, which runs a VMM as its child; the others are tests' code.
+        let elsewhere = [
+            "vmm/src/probe",
+            "devices/src/testing",
+            "devices/disk/src/conformance",
+        ];
+        if !confined || elsewhere.iter().any(|start| name.starts_with(start)) {
+            continue;
+        }
+        let text = std::fs::read_to_string(root().join(path)).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for way in ["thread::Builder", "thread::spawn(", "thread::scope("] {
+            if code.replace("atoll_thread::spawn(", "").contains(way) {
+                wrong.push(format!(
+                    "{name}: {way}: use atoll_thread::spawn with a kind"
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

@@ -5,15 +5,20 @@
 //! Bounds: a request's head and body (`atoll_vmm_protocol::http`), and the time for which a client may keep
 //! the thread waiting. Not here: what a request does (`machine`).
 
+use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{ROUTES, Refused, Request};
-use atoll_vmm_protocol::http::{self, MessageError};
+use atoll_vmm_protocol::files::Receiving;
+use atoll_vmm_protocol::http::{self, MessageError, RequestMessage};
 use serde_json::Value;
 
 use crate::socket;
@@ -22,6 +27,28 @@ use crate::socket;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest path of a Unix socket, without its final zero (`sockaddr_un`, unix(7)).
 const PATH_BYTES_MAX: usize = 107;
+
+/// A request as it came.
+#[derive(Debug)]
+pub struct Asked {
+    /// What is asked for.
+    pub request: Request,
+    /// An empty object when there is none; see [`body`].
+    pub body: Value,
+    /// Open files that came with it, in the order that the body names them.
+    pub files: VecDeque<OwnedFd>,
+}
+
+impl Asked {
+    /// The next file; `what` names it in the refusal of a request that has none.
+    pub fn file(&mut self, what: &str) -> Result<File, Answer> {
+        let file = self.files.pop_front().map(File::from);
+        file.ok_or_else(|| {
+            let text = format!("{what}: comes as a descriptor with the request, and there is none");
+            refusal(400, text)
+        })
+    }
+}
 
 /// An answer: HTTP status and JSON body.
 pub type Answer = (u16, Vec<u8>);
@@ -72,6 +99,23 @@ pub fn json(status: u16, value: &impl serde::Serialize) -> Answer {
     (status, body)
 }
 
+/// The listening socket, before its thread. Connections wait until there is one.
+#[derive(Debug)]
+pub struct ApiSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ApiSocket {
+    /// Listens on `path`, for this user only. Replaces the socket of a machine that was killed.
+    pub fn open(path: &Path) -> Result<Self, ApiError> {
+        Ok(Self {
+            listener: listen(path)?,
+            path: path.to_owned(),
+        })
+    }
+}
+
 /// The listening socket and its thread. Dropping it ends both and removes the socket's file.
 pub struct ApiServer {
     listener: UnixListener,
@@ -80,24 +124,22 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Listens on `path`, for this user only. `answer` is called on the `api` thread and may wait.
+    /// Serves an open socket. `answer` is called on the `api` thread and may wait.
     pub fn start(
-        path: &Path,
-        answer: impl Fn(Request, Value) -> Answer + Send + 'static,
+        socket: ApiSocket,
+        answer: impl Fn(Asked) -> Answer + Send + 'static,
     ) -> Result<Self, ApiError> {
+        let ApiSocket { listener, path } = socket;
         let failed = |source| ApiError::Socket {
-            path: path.to_owned(),
+            path: path.clone(),
             source,
         };
-        let listener = listen(path)?;
         let accepting = listener.try_clone().map_err(failed)?;
-        let thread = std::thread::Builder::new()
-            .name("api".to_owned())
-            .spawn(move || serve(&accepting, &answer))
-            .map_err(failed)?;
+        let serve = move || serve(&accepting, &answer);
+        let thread = atoll_thread::spawn(Kind::Api, "api", serve).map_err(failed)?;
         Ok(Self {
             listener,
-            path: path.to_owned(),
+            path,
             thread: Some(thread),
         })
     }
@@ -136,7 +178,7 @@ fn listen(path: &Path) -> Result<UnixListener, ApiError> {
     Ok(listener)
 }
 
-fn serve(listener: &UnixListener, answer: &impl Fn(Request, Value) -> Answer) {
+fn serve(listener: &UnixListener, answer: &impl Fn(Asked) -> Answer) {
     loop {
         match listener.accept() {
             Ok((stream, _)) => converse(stream, answer),
@@ -151,12 +193,15 @@ fn serve(listener: &UnixListener, answer: &impl Fn(Request, Value) -> Answer) {
 }
 
 /// One exchange. A client that breaks it off has nobody to be told.
-fn converse(mut stream: UnixStream, answer: &impl Fn(Request, Value) -> Answer) {
+fn converse(mut stream: UnixStream, answer: &impl Fn(Asked) -> Answer) {
     let _ = stream.set_read_timeout(Some(CLIENT_PATIENCE));
     let _ = stream.set_write_timeout(Some(CLIENT_PATIENCE));
-    let (status, body) = match http::read_request(&mut stream) {
-        Ok(message) => route(&message.method, &message.target)
-            .and_then(|request| Ok(answer(request, parse(&message.body)?)))
+    let mut receiving = Receiving::new(&stream);
+    let message = http::read_request(&mut receiving);
+    let files = receiving.into_files().into();
+    let (status, body) = match message {
+        Ok(message) => understand(&message, files)
+            .map(answer)
             .unwrap_or_else(|refused| refused),
         Err(error @ MessageError::TooLong(_)) => refusal(413, error.to_string()),
         Err(error) => refusal(400, error.to_string()),
@@ -171,6 +216,14 @@ fn parse(body: &[u8]) -> Result<Value, Answer> {
     }
     serde_json::from_slice(body)
         .map_err(|error| refusal(400, format!("the body is not JSON: {error}")))
+}
+
+fn understand(message: &RequestMessage, files: VecDeque<OwnedFd>) -> Result<Asked, Answer> {
+    Ok(Asked {
+        request: route(&message.method, &message.target)?,
+        body: parse(&message.body)?,
+        files,
+    })
 }
 
 fn route(method: &str, target: &str) -> Result<Request, Answer> {
@@ -197,11 +250,14 @@ mod tests {
     use super::*;
     use atoll_vmm_protocol::client::{Client, ClientError};
     use std::io::Write;
+    use std::os::fd::AsFd;
 
     fn server(path: &Path) -> ApiServer {
-        ApiServer::start(path, |request, _| match request {
-            Request::Pause => refusal(409, "the machine is stopped"),
-            _ => json(200, &serde_json::json!({"state": "running"})),
+        ApiServer::start(ApiSocket::open(path).unwrap(), |asked| {
+            match asked.request {
+                Request::Pause => refusal(409, "the machine is stopped"),
+                _ => json(200, &serde_json::json!({"state": "running"})),
+            }
         })
         .unwrap()
     }
@@ -219,6 +275,31 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         drop(running);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn files_and_bodies_reach_the_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let socket = ApiSocket::open(&path).unwrap();
+        let _running = ApiServer::start(socket, |mut asked| {
+            let said = (|| {
+                let name: String = body(asked.body.take())?;
+                let text = io::read_to_string(asked.file("the disk")?).unwrap();
+                Ok(json(200, &format!("{name}: {text}")))
+            })();
+            said.unwrap_or_else(|refused| refused)
+        });
+        let client = Client::new(&path);
+        std::fs::write(folder.path().join("disk"), "sectors").unwrap();
+        let disk = File::open(folder.path().join("disk")).unwrap();
+        let answer: String = client
+            .ask_with_files(Request::Resume, &"vda", &[disk.as_fd()])
+            .unwrap();
+        assert_eq!(answer, "vda: sectors");
+        let refused = client.ask_with::<String>(Request::Resume, &"vda");
+        let said = refused.unwrap_err().to_string();
+        assert!(said.starts_with("the disk: comes as a"), "{said}");
     }
 
     #[test]
@@ -250,11 +331,9 @@ mod tests {
         let path = folder.path().join("api");
         drop(UnixListener::bind(&path).unwrap());
         let _running = server(&path);
-        let second = ApiServer::start(&path, |_, _| refusal(500, ""));
+        let second = ApiSocket::open(&path);
         assert!(matches!(second, Err(ApiError::InUse { .. })));
-        let long = ApiServer::start(&folder.path().join("x".repeat(100)), |_, _| {
-            refusal(500, "")
-        });
+        let long = ApiSocket::open(&folder.path().join("x".repeat(100)));
         assert!(matches!(long, Err(ApiError::TooLong { .. })));
     }
 }

@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use atoll_disk::{BlockBackend, BlockQueue, Completion, Operation, SECTOR_BYTES, Segments};
+use atoll_thread::Kind;
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -137,7 +138,7 @@ impl VirtioDevice for Blk {
             .handler(&start.queue, start.features)
             .map_err(|source| StartError { index, source })?;
         let name = format!("{}-q{index}", self.name);
-        worker::spawn(&name, start, Box::new(handler))
+        worker::spawn(Kind::Disk, &name, start, Box::new(handler))
     }
 
     fn counters(&self) -> CounterList {

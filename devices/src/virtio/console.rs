@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use atoll_thread::Kind;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -80,14 +81,14 @@ impl VirtioDevice for VirtioConsole {
                 counters,
                 typed: self.typed.clone(),
             };
-            worker::spawn("console-rx", start, Box::new(handler))
+            worker::spawn(Kind::Queue, "console-rx", start, Box::new(handler))
         } else {
             let handler = Transmit {
                 chain,
                 port,
                 counters,
             };
-            worker::spawn("console-tx", start, Box::new(handler))
+            worker::spawn(Kind::Queue, "console-tx", start, Box::new(handler))
         }
     }
 

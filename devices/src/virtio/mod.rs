@@ -76,7 +76,8 @@ pub trait StartedQueue: Send {
 
 /// A virtio device without its transport.
 ///
-/// The transport calls these on vCPU threads and on the VMM's control thread, never two at once.
+/// The transport calls these on vCPU threads and on the VMM's control thread, never two at once; `start_queue` on
+/// the process's `starter` (crate `atoll-thread`), since the others may neither open anything nor make threads.
 pub trait VirtioDevice: Send + Sync {
     /// One of [`device_id`].
     fn device_id(&self) -> u16;

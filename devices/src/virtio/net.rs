@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use atoll_thread::Kind;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
@@ -190,7 +191,12 @@ impl VirtioDevice for Net {
                 chains: Vec::new(),
                 held: 0,
             };
-            worker::spawn(&format!("{}-rx", self.name), start, Box::new(handler))
+            worker::spawn(
+                Kind::Net,
+                &format!("{}-rx", self.name),
+                start,
+                Box::new(handler),
+            )
         } else {
             let handler = Transmit {
                 tap,
@@ -198,7 +204,12 @@ impl VirtioDevice for Net {
                 chain: Chain::new(),
                 packet: vec![0; PACKET_BYTES_MAX],
             };
-            worker::spawn(&format!("{}-tx", self.name), start, Box::new(handler))
+            worker::spawn(
+                Kind::Net,
+                &format!("{}-tx", self.name),
+                start,
+                Box::new(handler),
+            )
         }
     }
 

@@ -291,13 +291,17 @@ impl VirtioPci {
         let doorbell = self.doorbells[at]
             .try_clone()
             .map_err(|source| StartError { index, source })?;
-        slot.running = Some(self.device.start_queue(QueueStart {
+        let start = QueueStart {
             index,
             queue,
             features,
             doorbell,
             counters,
-        })?);
+        };
+        // This may be a vCPU's thread, which is not allowed to make rings and threads.
+        let device = self.device.clone();
+        let started = atoll_thread::in_starter(move || device.start_queue(start));
+        slot.running = Some(started?);
         Ok(())
     }
 

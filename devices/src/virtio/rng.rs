@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use atoll_thread::Kind;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::worker::{self, Progress, QueueHandler};
@@ -50,7 +51,7 @@ impl VirtioDevice for Rng {
             buffer: vec![0; CHAIN_BYTES_MAX],
             bytes: self.bytes.clone(),
         };
-        worker::spawn("rng", start, Box::new(handler))
+        worker::spawn(Kind::Queue, "rng", start, Box::new(handler))
     }
 
     fn counters(&self) -> CounterList {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use atoll_thread::Kind;
 use virtio_queue::QueueState;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -60,8 +61,10 @@ impl StartedQueue for Running {
     }
 }
 
-/// Starts a thread `name` (at most 15 bytes are shown by the kernel) that serves the queue with `handler`.
+/// Starts a thread `name` (at most 15 bytes are shown by the kernel) that serves the queue with `handler`, under
+/// the system-call filter of `kind`.
 pub fn spawn(
+    kind: Kind,
     name: &str,
     start: QueueStart,
     handler: Box<dyn QueueHandler>,
@@ -87,9 +90,7 @@ pub fn spawn(
             start,
             handler,
         };
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || worker.run())?;
+        let thread = atoll_thread::spawn(kind, name, move || worker.run())?;
         Ok(Running { stop, thread })
     };
     match spawned() {

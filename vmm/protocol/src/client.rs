@@ -2,6 +2,7 @@
 //! A blocking client of the control API; used by `atoll-vmm ctl` and by the manager (on its blocking threads).
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,7 +10,8 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::{Acted, Counters, Info, Refused, Request};
+use crate::api::{Acted, Counters, Info, Refused, Request, Route};
+use crate::files::Sending;
 use crate::http::{self, MessageError};
 
 /// How long one answer may take unless the caller says otherwise: a reset loads the kernel again, which has
@@ -104,7 +106,7 @@ impl Client {
 
     /// Sends one request without a body and gives the answer's JSON, whatever its type.
     pub fn ask<T: DeserializeOwned>(&self, request: Request) -> Result<T, ClientError> {
-        self.send(request, b"")
+        self.send(request, b"", &[])
     }
 
     /// Sends one request with its body (the type that [`Request`] names) and gives the answer's JSON.
@@ -113,13 +115,28 @@ impl Client {
         request: Request,
         body: &impl Serialize,
     ) -> Result<T, ClientError> {
-        let body = serde_json::to_vec(body).expect("the API's types have string keys only");
-        self.send(request, &body)
+        self.ask_with_files(request, body, &[])
     }
 
-    fn send<T: DeserializeOwned>(&self, request: Request, body: &[u8]) -> Result<T, ClientError> {
-        let route = request.route();
-        let response = self.exchange(route.method, route.path, body)?;
+    /// The same with open files, of which the body says by their order what they are: the machine can open
+    /// nothing itself.
+    pub fn ask_with_files<T: DeserializeOwned>(
+        &self,
+        request: Request,
+        body: &impl Serialize,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).expect("the API's types have string keys only");
+        self.send(request, &body, files)
+    }
+
+    fn send<T: DeserializeOwned>(
+        &self,
+        request: Request,
+        body: &[u8],
+        files: &[BorrowedFd<'_>],
+    ) -> Result<T, ClientError> {
+        let response = self.exchange(request.route(), body, files)?;
         let foreign = |_| ClientError::Foreign {
             path: self.path.clone(),
         };
@@ -135,9 +152,9 @@ impl Client {
 
     fn exchange(
         &self,
-        method: &str,
-        target: &str,
+        route: &Route,
         body: &[u8],
+        files: &[BorrowedFd<'_>],
     ) -> Result<http::ResponseMessage, ClientError> {
         let failed = |source: MessageError| match source {
             // How a read from a socket with a timeout says that it has passed.
@@ -160,7 +177,11 @@ impl Client {
         stream
             .set_read_timeout(timeout)
             .and_then(|()| stream.set_write_timeout(timeout))
-            .and_then(|()| http::write_request(&mut stream, method, target, body))
+            .and_then(|()| {
+                let stream = &stream;
+                let mut sending = Sending { stream, files };
+                http::write_request(&mut sending, route.method, route.path, body)
+            })
             .map_err(|error| failed(error.into()))?;
         http::read_response(&mut stream).map_err(failed)
     }

@@ -10,5 +10,6 @@
 
 pub mod api;
 pub mod client;
+pub mod files;
 pub mod http;
 pub mod spec;

@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! From a spec to a machine that is ready to execute its first instruction.
 //!
-//! The ground (KVM, memory, interrupts, an empty PCI bus) is laid first, then [`STEPS`] add the devices, in
+//! The ground (KVM, memory, interrupts, an empty PCI bus) is laid first, then [`KINDS`] add the devices, in
 //! the order of their PCI slots, then vCPUs are started and held, and the kernel is loaded.
 
 use std::io;
@@ -18,14 +18,15 @@ use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 use atoll_disk::OpenError;
 use atoll_vmm_protocol::spec::MachineSpec;
 
-use super::devices::STEPS;
+use super::devices::KINDS;
+use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
 use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
 use crate::layout;
-use crate::loader::{BootFiles, LoadError};
+use crate::loader::LoadError;
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
 use crate::vcpu::{Buses, Vcpu, setup};
@@ -88,6 +89,7 @@ impl BuildError {
 /// A machine in the making.
 pub(super) struct Assembly<'a> {
     pub(super) spec: &'a MachineSpec,
+    pub(super) opened: &'a mut Opened,
     voice: &'a GuestVoice,
     memory: Memory,
     pub(super) routes: Arc<Routes>,
@@ -104,18 +106,17 @@ pub(super) struct Assembly<'a> {
     pub(super) console_path: Option<PathBuf>,
 }
 
-/// Builds the machine: everything is opened, nothing of the guest has run.
+/// Builds the machine from what is open; nothing of the guest has run.
 pub(super) fn build(
     spec: &MachineSpec,
+    mut opened: Opened,
     backing: Backing,
     voice: &GuestVoice,
 ) -> Result<Parts, BuildError> {
-    let boot_files = BootFiles::open(&spec.boot)?;
-    let kvm = Kvm::open()?;
-    let supported = kvm.cpuid()?;
+    let supported = opened.kvm.cpuid()?;
     let address_bits = cpuid::address_bits(supported.as_slice());
     let memory = Arc::new(memory::allocate(spec.memory_mib, address_bits, backing)?);
-    let machine = kvm.create(spec.cpu_count)?;
+    let machine = opened.kvm.create(spec.cpu_count)?;
     machine.set_memory(&memory)?;
     let routes = Routes::new(machine.clone())?;
     let window = Window {
@@ -124,6 +125,7 @@ pub(super) fn build(
     };
     let mut assembly = Assembly {
         spec,
+        opened: &mut opened,
         voice,
         memory: Memory::from(memory.clone()),
         pci: PciBus::new(vec![window], Arc::new(Doorbells(machine.clone()))),
@@ -138,13 +140,19 @@ pub(super) fn build(
         serial_path: None,
         console_path: None,
     };
-    for step in STEPS {
-        step(&mut assembly)?;
+    for kind in KINDS {
+        (kind.add)(&mut assembly)?;
     }
     let power_button = Arc::new(assembly.routes.pin(layout::POWER_GSI)?);
     let buses = assembly.buses(&window)?;
-    let vcpus = start_vcpus(&kvm, &machine, spec.cpu_count, &buses, voice)?;
-    let pristine = Pristine::of(&kvm, &machine, &vcpus)?;
+    let vcpus = start_vcpus(
+        &assembly.opened.kvm,
+        &machine,
+        spec.cpu_count,
+        &buses,
+        voice,
+    )?;
+    let pristine = Pristine::of(&assembly.opened.kvm, &machine, &vcpus)?;
     let mut parts = Parts {
         vcpus,
         functions: assembly.functions,
@@ -156,7 +164,8 @@ pub(super) fn build(
         serial_path: assembly.serial_path,
         console_path: assembly.console_path,
         pci: assembly.pci,
-        boot_files,
+        statm: opened.statm,
+        boot_files: opened.boot_files,
         pristine,
         machine,
         memory,

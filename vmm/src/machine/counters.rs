@@ -1,6 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The machine's numbers, gathered from where they are counted into the control API's form.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
 use atoll_devices::counters::CounterList;
@@ -14,7 +16,7 @@ use crate::vcpu::Vcpu;
 pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
     Counters {
         uptime_ms,
-        resident_bytes: resident_bytes(),
+        resident_bytes: resident_bytes(parts.statm.as_ref()),
         vcpus: parts.vcpus.iter().map(vcpu).collect(),
         disks: parts.disks.iter().map(|disk| disk_counters(disk)).collect(),
         nets: parts
@@ -67,9 +69,11 @@ fn net_counters(net: &VirtioPci) -> NetCounters {
 }
 
 /// Second number of `/proc/self/statm`, in pages (proc(5)); 0 where there is no /proc.
-fn resident_bytes() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm")
-        .ok()
+fn resident_bytes(statm: Option<&File>) -> u64 {
+    let mut text = [0; 128];
+    let pages = statm
+        .and_then(|file| file.read_at(&mut text, 0).ok())
+        .and_then(|size| std::str::from_utf8(&text[..size]).ok())
         .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok());
     pages.unwrap_or_default() * rustix::param::page_size() as u64
 }

@@ -1,38 +1,74 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! One row a kind of device: from its part of the spec to the device on its bus. Called by `assembly`.
+//! One row a kind of device: from its part of the spec to what the host has for it, and to the device on its bus.
+//! Called by `opened`, then by `assembly`.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use atoll_devices::console::{Console, ConsoleBackend};
+use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_devices::virtio::console::VirtioConsole;
 use atoll_devices::virtio::net::{Net, NetOptions, Tap};
 use atoll_devices::virtio::rng::Rng;
 use atoll_disk::{OpenOptions, RawBackend};
-use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat};
+use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
+use super::opened::{Opened, WAS_OPENED};
 use super::parts::Card;
 use crate::{check, layout, socket};
 
-/// Adds one kind of device to the machine.
-pub(super) type Step = fn(&mut Assembly<'_>) -> Result<(), BuildError>;
+/// One kind of device, in two acts (see `opened`).
+pub(super) struct DeviceKind {
+    /// Before the sandbox: opens what the host has for all devices of the kind. Makes no thread.
+    pub(super) open: fn(&MachineSpec, &mut Opened) -> Result<(), BuildError>,
+    /// In the sandbox: puts the devices on their bus, with what was opened. Opens no path.
+    pub(super) add: fn(&mut Assembly<'_>) -> Result<(), BuildError>,
+}
 
 /// Every kind of device. The order is that of the PCI slots, which a guest sees: disks and cards first, so that
 /// their slots depend on nothing but the spec's own order.
-pub(super) const STEPS: &[Step] = &[disks, nets, console, rng, serial];
+pub(super) const KINDS: &[DeviceKind] = &[
+    DeviceKind {
+        open: open_disks,
+        add: disks,
+    },
+    DeviceKind {
+        open: open_taps,
+        add: nets,
+    },
+    DeviceKind {
+        open: open_virtio_console,
+        add: console,
+    },
+    DeviceKind {
+        open: |_, _| Ok(()),
+        add: rng,
+    },
+    DeviceKind {
+        open: open_serial,
+        add: serial,
+    },
+];
 
-fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    for (index, disk) in assembly.spec.disks.iter().enumerate() {
+fn open_disks(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    for disk in &spec.disks {
         let DiskFormat::Raw = disk.format;
         let options = OpenOptions {
             read_only: disk.readonly,
             ..OpenOptions::default()
         };
-        let backend = Arc::new(RawBackend::open(&disk.path, options)?);
+        let backend = RawBackend::open(&disk.path, options)?;
+        opened.disks.push_back(Arc::new(backend));
+    }
+    Ok(())
+}
+
+fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    for (index, disk) in assembly.spec.disks.iter().enumerate() {
+        let backend = assembly.opened.disks.pop_front().expect(WAS_OPENED);
         let queues = u16::from(assembly.spec.cpu_count).min(check::QUEUE_COUNT_MAX);
         let name = format!("blk{index}");
         let device = Arc::new(Blk::new(BlkOptions {
@@ -50,6 +86,13 @@ fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
+fn open_taps(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    for net in &spec.nets {
+        opened.taps.push_back(Tap::open(&net.tap)?);
+    }
+    Ok(())
+}
+
 fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     for (index, net) in assembly.spec.nets.iter().enumerate() {
         let mac = match &net.mac {
@@ -59,7 +102,7 @@ fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
         let name = format!("net{index}");
         let device = Arc::new(Net::new(NetOptions {
             name: name.clone(),
-            tap: Tap::open(&net.tap)?,
+            tap: assembly.opened.taps.pop_front().expect(WAS_OPENED),
             mac,
             mtu: net.mtu,
         }));
@@ -77,11 +120,19 @@ fn random_mac() -> io::Result<[u8; 6]> {
     Ok(mac)
 }
 
+fn open_virtio_console(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    if let Some(spec) = &spec.console {
+        opened.console = Some(open_console("virtio console", spec)?);
+    }
+    Ok(())
+}
+
 fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     let Some(spec) = &assembly.spec.console else {
         return Ok(());
     };
-    let console = open_console("virtio console", spec)?;
+    let end = assembly.opened.console.take().expect(WAS_OPENED);
+    let console = Console::start(end).map_err(BuildError::device("virtio console"))?;
     let device =
         VirtioConsole::new(console.port()).map_err(BuildError::device("virtio console"))?;
     assembly.add("console0".to_owned(), Arc::new(device))?;
@@ -97,8 +148,14 @@ fn rng(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
+fn open_serial(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    opened.serial = Some(open_console("serial console", &spec.serial)?);
+    Ok(())
+}
+
 fn serial(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    let console = open_console("serial console", &assembly.spec.serial)?;
+    let end = assembly.opened.serial.take().expect(WAS_OPENED);
+    let console = Console::start(end).map_err(BuildError::device("serial console"))?;
     let irq = Arc::new(assembly.routes.pin(layout::SERIAL_GSI)?);
     let device = Serial::new(console.port(), irq);
     assembly.serial_path = path_of(&assembly.spec.serial, &console);
@@ -113,7 +170,7 @@ fn serial(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn open_console(what: &str, spec: &ConsoleSpec) -> Result<Console, BuildError> {
+fn open_console(what: &str, spec: &ConsoleSpec) -> Result<ConsoleEnd, BuildError> {
     let backend = match spec {
         ConsoleSpec::Null => ConsoleBackend::Null,
         ConsoleSpec::Stdio => ConsoleBackend::Stdio,
@@ -124,7 +181,7 @@ fn open_console(what: &str, spec: &ConsoleSpec) -> Result<Console, BuildError> {
             ConsoleBackend::Socket(path.clone())
         }
     };
-    Console::open(&backend).map_err(BuildError::device(what))
+    ConsoleEnd::open(&backend).map_err(BuildError::device(what))
 }
 
 /// What `info` tells about a console: the path that a user opens.

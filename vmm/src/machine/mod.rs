@@ -2,6 +2,7 @@
 //! One machine: built from a spec, run by its owner, ended.
 //!
 //! ```text
+//! opened    what the host gives: paths become descriptors, before the sandbox
 //! owner     the thread that holds and releases vCPUs, and takes one event at a time
 //! assembly  from a spec to a machine that is ready for its first instruction
 //! devices   one row a kind of device
@@ -12,6 +13,7 @@
 mod assembly;
 mod counters;
 mod devices;
+mod opened;
 mod owner;
 mod parts;
 
@@ -26,7 +28,8 @@ use crate::memory::Backing;
 use crate::{check, vcpu};
 
 pub use assembly::BuildError;
-use owner::{GuestVoice, Machine, ask_owner, end_on_signals};
+use opened::Opened;
+use owner::{GuestVoice, Machine, ask_owner, block_ending_signals, end_on_signals};
 
 /// What a caller decides about a run that is not the machine's own business.
 #[derive(Debug, Clone, Default)]
@@ -98,16 +101,18 @@ pub enum RunError {
 pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, RunError> {
     check::spec(spec)?;
     let (events, received) = channel();
+    let (opened, api_socket) = Opened::of(spec, options)?;
     // Before any thread is started, so that all of them inherit the mask.
     if options.signals == Signals::ShutDown {
-        end_on_signals(events.clone()).map_err(RunError::Signals)?;
+        let ending = block_ending_signals().map_err(RunError::Signals)?;
+        end_on_signals(ending, events.clone()).map_err(RunError::Signals)?;
     }
     vcpu::handle_kicks().map_err(RunError::Signals)?;
     let voice = GuestVoice::new(events.clone());
-    let parts = assembly::build(spec, options.backing, &voice)?;
+    let parts = assembly::build(spec, opened, options.backing, &voice)?;
     let mut machine = Machine::new(spec, parts, voice);
-    let server = match &options.api_socket {
-        Some(path) => Some(ApiServer::start(path, ask_owner(events))?),
+    let server = match api_socket {
+        Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
         None => None,
     };
     tracing::info!(

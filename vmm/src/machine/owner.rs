@@ -20,21 +20,21 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::time::Instant;
 
 use atoll_devices::platform::MachineControl;
+use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request, SetLink};
 use atoll_vmm_protocol::spec::MachineSpec;
 use nix::sys::signal::{SigSet, Signal};
-use serde_json::Value;
 
 use super::parts::Parts;
 use super::{Outcome, RunError, counters};
-use crate::api::{self, Answer};
+use crate::api::{self, Answer, Asked};
 use crate::layout;
 use crate::vcpu::{Report, Vcpu};
 
 /// What the owner is told.
 pub(super) enum Event {
     /// By the control API; the answer goes back to its thread.
-    Request(Request, Value, SyncSender<Answer>),
+    Request(Asked, SyncSender<Answer>),
     /// By a guest, in its boot of that number.
     Guest(u64, GuestEvent),
     /// By SIGTERM or SIGINT.
@@ -81,12 +81,10 @@ impl MachineControl for GuestVoice {
 }
 
 /// The control API's side of a request: passes it on and waits for the answer.
-pub(super) fn ask_owner(
-    events: Sender<Event>,
-) -> impl Fn(Request, Value) -> Answer + Send + 'static {
-    move |request, body| {
+pub(super) fn ask_owner(events: Sender<Event>) -> impl Fn(Asked) -> Answer + Send + 'static {
+    move |asked| {
         let (sender, answer) = sync_channel(1);
-        let sent = events.send(Event::Request(request, body, sender));
+        let sent = events.send(Event::Request(asked, sender));
         match sent.ok().and_then(|()| answer.recv().ok()) {
             Some(answer) => answer,
             None => api::refusal(503, "the machine has ended"),
@@ -94,21 +92,25 @@ pub(super) fn ask_owner(
     }
 }
 
-/// Keeps SIGTERM and SIGINT away from all threads but one, which passes them on.
-pub(super) fn end_on_signals(events: Sender<Event>) -> io::Result<()> {
+/// Keeps SIGTERM and SIGINT away from this thread and all that are made later, so that one thread can wait for
+/// them.
+pub(super) fn block_ending_signals() -> io::Result<SigSet> {
     let mut ending = SigSet::empty();
     ending.add(Signal::SIGTERM);
     ending.add(Signal::SIGINT);
     ending.thread_block()?;
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            while ending.wait().is_ok() {
-                if events.send(Event::Terminate).is_err() {
-                    return;
-                }
+    Ok(ending)
+}
+
+/// Starts the thread that waits for the `ending` signals.
+pub(super) fn end_on_signals(ending: SigSet, events: Sender<Event>) -> io::Result<()> {
+    atoll_thread::spawn(Kind::Signals, "signals", move || {
+        while ending.wait().is_ok() {
+            if events.send(Event::Terminate).is_err() {
+                return;
             }
-        })?;
+        }
+    })?;
     Ok(())
 }
 
@@ -138,8 +140,8 @@ impl<'a> Machine<'a> {
     pub(super) fn drive(&mut self, events: &Receiver<Event>) -> Result<Outcome, RunError> {
         loop {
             match events.recv() {
-                Ok(Event::Request(request, body, sender)) => {
-                    let answer = self.answer(request, body)?;
+                Ok(Event::Request(asked, sender)) => {
+                    let answer = self.answer(asked)?;
                     // A client that has gone away is not told.
                     let _ = sender.send(answer);
                     if self.state == MachineState::Stopped {
@@ -176,8 +178,8 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn answer(&mut self, request: Request, body: Value) -> Result<Answer, RunError> {
-        match request {
+    fn answer(&mut self, asked: Asked) -> Result<Answer, RunError> {
+        match asked.request {
             Request::Info => return Ok(api::json(200, &self.info())),
             Request::Counters => {
                 let counters = counters::of(&self.parts, self.uptime_ms());
@@ -196,7 +198,7 @@ impl<'a> Machine<'a> {
                 self.state = MachineState::Stopped;
             }
             Request::SetLink => {
-                if let Err(refused) = api::body(body).and_then(|body| self.set_link(&body)) {
+                if let Err(refused) = api::body(asked.body).and_then(|body| self.set_link(&body)) {
                     return Ok(refused);
                 }
             }

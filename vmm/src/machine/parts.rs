@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! What a built machine consists of, and how it is put back to its state before the first instruction.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,6 +36,8 @@ pub(super) struct Parts {
     /// The consoles' threads, and what is on the other side.
     pub(super) _consoles: Vec<Console>,
     pub(super) pci: Arc<PciBus>,
+    /// See [`super::opened::Opened`].
+    pub(super) statm: Option<File>,
     pub(super) boot_files: BootFiles,
     pub(super) pristine: Pristine,
     pub(super) machine: VirtualMachine,

@@ -30,6 +30,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_
 use std::thread::JoinHandle;
 
 use atoll_devices::bus::Bus;
+use atoll_thread::Kind;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::setup::{self, Entry};
@@ -135,12 +136,10 @@ impl Vcpu {
             commands: received,
             immediate_exit,
         };
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{id}"))
-            .spawn(move || {
-                body.obey(&report);
-                body.fd
-            })?;
+        let thread = atoll_thread::spawn(Kind::Vcpu, &format!("vcpu{id}"), move || {
+            body.obey(&report);
+            body.fd
+        })?;
         let mut clock = 0;
         // SAFETY: the thread has not been joined, so its id is valid; `clock` is writable.
         let result = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };

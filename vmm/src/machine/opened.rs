@@ -1,0 +1,69 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Everything of the host that a machine needs, open: what is done before the process enters its sandbox.
+//!
+//! ```text
+//! check ─► Opened::of(spec) ─► sandbox ─► assembly::build(spec, opened) ─► vCPUs run
+//!          paths become          no path    makes memory, threads, devices
+//!          descriptors           any more
+//! ```
+//!
+//! **The rule.** Nothing here makes a thread, since a sandbox is entered by one thread and inherited by those that
+//! it makes. Nothing after it opens a path: what a machine needs later (a disk that is plugged in, a snapshot's
+//! files) is opened by whoever asks for it, and comes with the request as descriptors (`api`).
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::sync::Arc;
+
+use atoll_devices::console::ConsoleEnd;
+use atoll_devices::virtio::net::Tap;
+use atoll_disk::BlockBackend;
+use atoll_vmm_protocol::spec::MachineSpec;
+
+use super::assembly::BuildError;
+use super::devices::KINDS;
+use super::{Options, RunError};
+use crate::api::ApiSocket;
+use crate::kvm::Kvm;
+use crate::loader::BootFiles;
+
+/// What the host gives to one machine. Each row of [`KINDS`] fills its fields, and later takes them out in the
+/// same order.
+pub(super) struct Opened {
+    pub(super) kvm: Kvm,
+    pub(super) boot_files: BootFiles,
+    /// Its second number is the process's resident pages (proc(5)); absent where there is no /proc.
+    pub(super) statm: Option<File>,
+    /// In the spec's order.
+    pub(super) disks: VecDeque<Arc<dyn BlockBackend>>,
+    /// In the spec's order.
+    pub(super) taps: VecDeque<Tap>,
+    pub(super) console: Option<ConsoleEnd>,
+    pub(super) serial: Option<ConsoleEnd>,
+}
+
+impl Opened {
+    /// Opens what the spec names, and binds the control API's socket.
+    pub(super) fn of(
+        spec: &MachineSpec,
+        options: &Options,
+    ) -> Result<(Self, Option<ApiSocket>), RunError> {
+        let mut opened = Self {
+            boot_files: BootFiles::open(&spec.boot).map_err(BuildError::from)?,
+            kvm: Kvm::open().map_err(BuildError::from)?,
+            statm: File::open("/proc/self/statm").ok(),
+            disks: VecDeque::new(),
+            taps: VecDeque::new(),
+            console: None,
+            serial: None,
+        };
+        for kind in KINDS {
+            (kind.open)(spec, &mut opened)?;
+        }
+        let socket = options.api_socket.as_deref().map(ApiSocket::open);
+        Ok((opened, socket.transpose()?))
+    }
+}
+
+/// For a row that takes out what it has put in.
+pub(super) const WAS_OPENED: &str = "the row's `open` has put one in for each device of the spec";
