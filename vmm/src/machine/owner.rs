@@ -169,9 +169,10 @@ impl<'a> Machine<'a> {
                 self.reset()?;
                 Ok(None)
             }
-            GuestEvent::Stopped(Report::TripleFault { vcpu }) => Ok(Some(Outcome::Crashed {
-                reason: format!("the guest crashed: triple fault on vcpu{vcpu}"),
-            })),
+            GuestEvent::Stopped(Report::TripleFault { vcpu, place }) => {
+                let reason = format!("the guest crashed: triple fault on vcpu{vcpu} {place}");
+                Ok(Some(Outcome::Crashed { reason }))
+            }
             GuestEvent::Stopped(Report::Failed { vcpu, reason }) => {
                 Err(RunError::Vcpu { vcpu, reason })
             }

@@ -44,6 +44,8 @@ pub enum Report {
     TripleFault {
         /// Which vCPU.
         vcpu: u8,
+        /// Its registers, for whoever looks for the reason.
+        place: String,
     },
     /// KVM cannot go on.
     Failed {
@@ -360,7 +362,10 @@ impl Body {
                 self.buses.memory.write(address, data);
             }
             Ok(VcpuExit::Shutdown) => {
-                return Some(Stop::Reported(Report::TripleFault { vcpu: self.id }));
+                return Some(Stop::Reported(Report::TripleFault {
+                    vcpu: self.id,
+                    place: self.place(),
+                }));
             }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
                 count(&self.exits.other);
@@ -381,15 +386,29 @@ impl Body {
 
     /// One sentence about an exit that ends the machine: what KVM says and where the guest was.
     fn failed(&self, reason: &str) -> Report {
-        let place = match (self.fd.get_regs(), self.fd.get_sregs()) {
-            (Ok(regs), Ok(sregs)) => {
-                format!("at rip {:#x}, cr3 {:#x}", regs.rip, sregs.cr3)
-            }
-            _ => "at an unknown address".to_owned(),
-        };
         Report::Failed {
             vcpu: self.id,
-            reason: format!("KVM stopped with {reason} {place}"),
+            reason: format!("KVM stopped with {reason} {}", self.place()),
         }
+    }
+
+    /// Where the guest was, and the registers that say in which mode.
+    fn place(&self) -> String {
+        let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else {
+            return "at an unknown address".to_owned();
+        };
+        format!(
+            "at rip {:#x}, cs {:#x}, rsp {:#x}, cr0 {:#x}, cr2 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}, idt {:#x}+{:#x}",
+            regs.rip,
+            sregs.cs.selector,
+            regs.rsp,
+            sregs.cr0,
+            sregs.cr2,
+            sregs.cr3,
+            sregs.cr4,
+            sregs.efer,
+            sregs.idt.base,
+            sregs.idt.limit,
+        )
     }
 }
