@@ -22,6 +22,7 @@ pub mod interrupt;
 pub mod memory;
 pub mod pci;
 pub mod platform;
+pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtio;

@@ -1,11 +1,149 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The type of guest memory, chosen in one place. Not the memory itself: the VMM makes that.
+//! The type of guest memory, chosen in one place, and the log of pages that this process has written in it. Not
+//! the memory itself: the VMM makes that.
+//!
+//! KVM logs what vCPUs write; what devices write is logged here, since the kernel does not see it. Whatever
+//! goes through `vm-memory` is logged by itself. Who lets the kernel write by a raw pointer (io_uring, readv)
+//! calls [`mark`] once the bytes are there.
 
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{
+    GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 /// One snapshot of guest RAM: what a queue thread works on for one wake-up.
-pub type Ram = GuestMemoryMmap<()>;
+pub type Ram = GuestMemoryMmap<DirtyLog>;
 
 /// Guest RAM as devices hold it. Regions may be added while they run; every user takes a snapshot by
 /// `GuestAddressSpace::memory()`, and keeps it for as long as a host pointer into it lives.
 pub type Memory = GuestMemoryAtomic<Ram>;
+
+/// Bytes of a page, the unit of the log; KVM's log has the same.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Pages of one region that were written since they were last asked for. Logs nothing, and costs one load a
+/// write, until it is switched on.
+#[derive(Debug, Default)]
+pub struct DirtyLog {
+    on: AtomicBool,
+    /// One bit a page, lowest first.
+    words: Vec<AtomicU64>,
+}
+
+impl DirtyLog {
+    /// Logs from now on (or no longer). A write that is under way on another thread may be missed: whoever
+    /// switches it on reads all of memory afterwards.
+    pub fn switch(&self, on: bool) {
+        self.on.store(on, Ordering::SeqCst);
+        for word in &self.words {
+            word.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Adds the written pages to `words`, which has a bit a page, and forgets them.
+    pub fn take(&self, words: &mut [u64]) {
+        for (to, from) in words.iter_mut().zip(&self.words) {
+            if from.load(Ordering::Relaxed) != 0 {
+                *to |= from.swap(0, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for DirtyLog {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for DirtyLog {
+    fn mark_dirty(&self, offset: usize, length: usize) {
+        if !self.on.load(Ordering::Relaxed) || length == 0 {
+            return;
+        }
+        let last = offset.saturating_add(length - 1) / PAGE_BYTES;
+        for page in offset / PAGE_BYTES..=last {
+            let Some(word) = self.words.get(page / 64) else {
+                return;
+            };
+            let bit = 1 << (page % 64);
+            // Rings are written again and again: a page that is in the log already costs no locked instruction.
+            if word.load(Ordering::SeqCst) & bit == 0 {
+                word.fetch_or(bit, Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = offset / PAGE_BYTES;
+        let word = self.words.get(page / 64);
+        word.is_some_and(|word| word.load(Ordering::SeqCst) & 1 << (page % 64) != 0)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
+
+impl NewBitmap for DirtyLog {
+    fn with_len(bytes: usize) -> Self {
+        let words = bytes.div_ceil(PAGE_BYTES).div_ceil(64);
+        Self {
+            on: AtomicBool::new(false),
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+}
+
+/// The log of one region.
+pub fn log(region: &GuestRegionMmap<DirtyLog>) -> &DirtyLog {
+    let mapping: &MmapRegion<DirtyLog> = region;
+    mapping.bitmap()
+}
+
+/// Logs `size` bytes at a guest-physical address, which the kernel has written by a raw pointer.
+pub fn mark(ram: &Ram, address: u64, size: u64) {
+    let mut at = address;
+    let end = address.saturating_add(size);
+    // A range may span two adjacent regions.
+    while at < end
+        && let Some((region, start)) = ram.to_region_addr(GuestAddress(at))
+    {
+        let part = (region.len() - start.0).min(end - at);
+        let bytes = |value: u64| usize::try_from(value).expect("64-bit host");
+        log(region).mark_dirty(bytes(start.0), bytes(part));
+        at += part;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn what_is_written_is_logged_once_it_is_switched_on() {
+        let half = 128 * PAGE_BYTES;
+        let start = GuestAddress(half as u64);
+        let ram = Ram::from_ranges(&[(GuestAddress(0), half), (start, half)]).unwrap();
+        let logs: Vec<&DirtyLog> = ram.iter().map(log).collect();
+        ram.write_obj(1_u8, GuestAddress(0)).unwrap();
+        logs.iter().for_each(|log| log.switch(true));
+        ram.write_slice(&[1; 2], GuestAddress(2 * 4096 - 1))
+            .unwrap();
+        ram.store(1_u16, GuestAddress(65 * 4096), Ordering::Release)
+            .unwrap();
+        mark(&ram, half as u64 - 1, 2);
+        let mut words = [0; 2];
+        logs[0].take(&mut words);
+        assert_eq!(words, [0b110, 1 << 63 | 0b10]);
+        words = [0; 2];
+        logs[0].take(&mut words);
+        assert_eq!(words, [0; 2]);
+        logs[1].take(&mut words);
+        assert_eq!(words, [1, 0]);
+        assert!(!logs[1].dirty_at(0));
+    }
+}

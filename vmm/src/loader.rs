@@ -7,13 +7,14 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use atoll_devices::memory::Ram;
 use atoll_firmware::acpi;
 use atoll_firmware::boot::{self, Parameters};
 use atoll_firmware::paging;
 use atoll_vmm_protocol::spec::BootSpec;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use crate::layout;
 use crate::vcpu::setup::Entry;
@@ -113,7 +114,7 @@ impl BootFiles {
     /// Writes everything that must be in memory before the first instruction, and says where that is.
     pub fn load(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Ram,
         memory_bytes: u64,
         cpu_count: u8,
     ) -> Result<Entry, LoadError> {
@@ -161,11 +162,7 @@ impl BootFiles {
         Ok(image.entry)
     }
 
-    fn load_kernel(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        memory_bytes: u64,
-    ) -> Result<Image, LoadError> {
+    fn load_kernel(&mut self, memory: &Ram, memory_bytes: u64) -> Result<Image, LoadError> {
         let (path, file) = &mut self.kernel;
         let unreadable = |source| LoadError::File {
             what: "kernel",
@@ -203,7 +200,7 @@ impl BootFiles {
 
     fn load_initrd(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &Ram,
         image: &Image,
     ) -> Result<Option<(u64, u64)>, LoadError> {
         let Some((path, file)) = &mut self.initrd else {
@@ -230,7 +227,7 @@ impl BootFiles {
         Ok(Some((address, size)))
     }
 
-    fn load_cmdline(&self, memory: &GuestMemoryMmap, image: &Image) -> Result<u32, LoadError> {
+    fn load_cmdline(&self, memory: &Ram, image: &Image) -> Result<u32, LoadError> {
         let bytes = self.cmdline.len() as u64;
         if bytes > image.cmdline_bytes_max || self.cmdline.contains('\0') {
             return Err(LoadError::Cmdline {

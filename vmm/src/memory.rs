@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io;
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use atoll_devices::memory::Ram;
+use vm_memory::{FileOffset, GuestAddress};
 
 use crate::layout;
 
@@ -52,11 +53,7 @@ pub enum MemoryError {
 
 /// Maps `memory_mib` of zeroed RAM, in the ranges of the address map. `address_bits` is the width of a
 /// guest-physical address.
-pub fn allocate(
-    memory_mib: u64,
-    address_bits: u8,
-    backing: Backing,
-) -> Result<GuestMemoryMmap, MemoryError> {
+pub fn allocate(memory_mib: u64, address_bits: u8, backing: Backing) -> Result<Ram, MemoryError> {
     let host_mib = host_bytes() >> 20;
     if memory_mib > host_mib {
         return Err(MemoryError::MoreThanHost {
@@ -90,7 +87,7 @@ pub fn allocate(
         ranges.push((GuestAddress(base), length, part));
         offset += size;
     }
-    GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|error| failed(io::Error::other(error)))
+    Ram::from_ranges_with_files(ranges).map_err(|error| failed(io::Error::other(error)))
 }
 
 /// RAM and swap of the host.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use atoll_devices::bus::BusDevice;
 use atoll_devices::platform::MachineControl;
+use atoll_devices::state::{DeviceState, Saved, SavedState, StateError};
 use atoll_firmware::acpi::{RESET_VALUE, SLEEP_ENABLE, SLEEP_TYPE_OFF};
+use serde::{Deserialize, Serialize};
 
 /// Bits 2 to 4 of the sleep control register (ACPI 6.5 §4.8.3.7).
 const SLEEP_TYPE_SHIFT: u8 = 2;
@@ -21,6 +23,25 @@ impl PowerRegisters {
     /// Registers that tell `control`, from the vCPU thread that wrote them.
     pub fn new(control: Arc<dyn MachineControl>) -> Self {
         Self { control }
+    }
+}
+
+/// Nothing: a wish has been passed on before the vCPU that wrote it stops.
+#[derive(Serialize, Deserialize)]
+struct PowerState {}
+
+impl SavedState for PowerState {
+    const KIND: &'static str = "power-registers";
+    const VERSION: u32 = 1;
+}
+
+impl DeviceState for PowerRegisters {
+    fn save(&self) -> Saved {
+        Saved::of(&PowerState {})
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        saved.open::<PowerState>().map(drop)
     }
 }
 

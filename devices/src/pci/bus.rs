@@ -8,6 +8,8 @@
 //! in a window. While a guest sizes a BAR the registers hold no such address, and the old mapping stays: sizing
 //! costs nothing. A range that another enabled function has is refused with a log line.
 
+mod state;
+
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

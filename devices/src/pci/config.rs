@@ -175,6 +175,25 @@ impl ConfigSpace {
         }
     }
 
+    /// All bytes.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes over what a guest may have written of `bytes`, which were saved; false if they are of another
+    /// function.
+    pub(super) fn restore(&mut self, bytes: &[u8]) -> bool {
+        let identity = 0x00..COMMAND;
+        if bytes.len() != CONFIG_BYTES || bytes[identity.clone()] != self.bytes[identity] {
+            return false;
+        }
+        for (index, byte) in bytes.iter().enumerate() {
+            let mask = self.writable[index];
+            self.bytes[index] = self.bytes[index] & !mask | byte & mask;
+        }
+        true
+    }
+
     /// The host's own write, past the mask: live registers, building.
     pub fn put(&mut self, offset: usize, data: &[u8]) {
         self.bytes[offset..offset + data.len()].copy_from_slice(data);

@@ -11,7 +11,7 @@ mod msix;
 
 pub use bus::{ConfigPorts, DoorbellSink, Ecam, PciBus, PciBusError, PciWindow, Window};
 pub use config::{Bar, Capability, ConfigSpace, Identity};
-pub use msix::{Msix, TABLE_ENTRY_BYTES};
+pub use msix::{Msix, MsixState, TABLE_ENTRY_BYTES};
 
 use vmm_sys_util::eventfd::EventFd;
 

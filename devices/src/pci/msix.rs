@@ -8,6 +8,8 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::interrupt::{MsiMessage, MsixSink, RouteChange};
 use crate::rate_limited::{RateLimit, warn_limited};
 
@@ -36,6 +38,21 @@ struct Entry {
 struct Table {
     entries: Vec<Entry>,
     control: u16,
+}
+
+/// State of one function's vectors, as it is saved.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    vectors: Vec<VectorState>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct VectorState {
+    address: u64,
+    data: u32,
+    masked: bool,
+    pending: bool,
 }
 
 /// Table, pending bits and the VMM's end of one function's vectors.
@@ -163,6 +180,48 @@ impl Msix {
                 bits | u8::from(pending) << bit
             });
         }
+    }
+
+    /// The table and what is pending.
+    pub fn save(&self) -> MsixState {
+        let table = self.lock();
+        let vector = |(entry, state): (&Entry, &AtomicU8)| VectorState {
+            address: entry.message.address,
+            data: entry.message.data,
+            masked: entry.control & ENTRY_MASKED != 0,
+            pending: state.load(Ordering::Acquire) == PENDING,
+        };
+        MsixState {
+            control: table.control,
+            vectors: table
+                .entries
+                .iter()
+                .zip(&self.vectors)
+                .map(vector)
+                .collect(),
+        }
+    }
+
+    /// Puts a saved table into one as after reset; false if it is of another number of vectors.
+    pub fn restore(&self, state: &MsixState) -> bool {
+        let mut table = self.lock();
+        if state.vectors.len() != table.entries.len() {
+            return false;
+        }
+        table.control = state.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        for (index, vector) in state.vectors.iter().enumerate() {
+            table.entries[index] = Entry {
+                message: MsiMessage {
+                    address: vector.address,
+                    data: vector.data,
+                },
+                control: if vector.masked { ENTRY_MASKED } else { 0 },
+            };
+            let waiting = if vector.pending { PENDING } else { MASKED };
+            self.vectors[index].store(waiting, Ordering::Release);
+        }
+        self.apply(&table, 0..self.vector_count());
+        true
     }
 
     /// Makes routes and vector states follow the table.

@@ -4,12 +4,15 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, SerialState};
 
 use crate::bus::BusDevice;
 use crate::console::ConsolePort;
 use crate::counters::{Counter, CounterList};
 use crate::interrupt::IrqLine;
+use crate::state::{DeviceState, Saved, SavedState, StateError};
 
 struct Wire(Arc<dyn IrqLine>);
 
@@ -40,7 +43,7 @@ impl io::Write for Output {
     }
 }
 
-type Uart = vm_superio::Serial<Wire, vm_superio::serial::NoEvents, Output>;
+type Uart = vm_superio::Serial<Wire, NoEvents, Output>;
 
 /// One serial port, COM1 as a rule.
 pub struct Serial {
@@ -108,6 +111,69 @@ impl Serial {
 
     fn lock(&self) -> MutexGuard<'_, Uart> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The port's registers, by their names in the 16550's data sheet.
+#[derive(Serialize, Deserialize)]
+struct UartState {
+    divisor: u16,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    /// Bytes in the receive FIFO.
+    received: Vec<u8>,
+}
+
+impl SavedState for UartState {
+    const KIND: &'static str = "serial-16550";
+    const VERSION: u32 = 1;
+}
+
+impl DeviceState for Serial {
+    fn save(&self) -> Saved {
+        let uart = self.lock().state();
+        Saved::of(&UartState {
+            divisor: u16::from_le_bytes([uart.baud_divisor_low, uart.baud_divisor_high]),
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            received: uart.in_buffer,
+        })
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let state: UartState = saved.open()?;
+        let [low, high] = state.divisor.to_le_bytes();
+        let registers = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received,
+        };
+        let mut uart = self.lock();
+        let (irq, output) = (uart.interrupt_evt().0.clone(), uart.writer().clone());
+        // An interrupt that was pending is raised again; one too many is harmless on an edge-triggered wire.
+        let restored = Uart::from_state(&registers, Wire(irq), NoEvents, output);
+        *uart = restored.map_err(|error| StateError::Differs {
+            kind: UartState::KIND,
+            what: error.to_string(),
+        })?;
+        Ok(())
     }
 }
 

@@ -5,11 +5,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{CountingSink, NoDoorbells};
 use crate::bus::BusDevice;
-use crate::memory::Memory;
+use crate::interrupt::MsixSink as _;
+use crate::memory::{Memory, Ram};
 use crate::pci::{Ecam, PciBus, PciDevice, PciWindow, Window};
 use crate::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 
@@ -98,16 +99,18 @@ pub struct Driver {
     pub doorbells: Arc<NoDoorbells>,
     /// Rings, after [`Driver::start`].
     pub rings: Vec<Ring>,
+    /// The bus that the device is on, in slot 1.
+    pub bus: Arc<PciBus>,
     ecam: Ecam,
     window: PciWindow,
 }
 
 impl Driver {
-    /// Puts `device` on a bus and turns on its memory and its vectors. Its status is still 0.
-    pub fn new(device: Arc<dyn VirtioDevice>) -> Self {
+    /// Puts `device` on a bus, as it is before anybody found it.
+    pub fn bare(device: Arc<dyn VirtioDevice>) -> Self {
         let half = usize::try_from(RAM_BYTES / 2).unwrap();
         let ranges = [(GuestAddress(0), half), (GuestAddress(RAM_BYTES / 2), half)];
-        let memory = Memory::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let memory = Memory::new(Ram::from_ranges(&ranges).unwrap());
         let queues = u16::try_from(device.queue_sizes().len()).unwrap();
         let interrupts = Arc::new(CountingSink::new(queues + 1));
         let options = VirtioPciOptions {
@@ -120,17 +123,24 @@ impl Driver {
         let bus = PciBus::new(vec![WINDOW], doorbells.clone());
         let function: Arc<dyn PciDevice> = device.clone();
         bus.add(1, function, WINDOW.base).unwrap();
-        let driver = Self {
+        Self {
             memory,
             device,
             interrupts,
             doorbells,
             rings: Vec::new(),
             ecam: Ecam(bus.clone()),
-            window: PciWindow::new(bus, WINDOW.base),
-        };
+            window: PciWindow::new(bus.clone(), WINDOW.base),
+            bus,
+        }
+    }
+
+    /// Puts `device` on a bus and turns on its memory and its vectors. Its status is still 0.
+    pub fn new(device: Arc<dyn VirtioDevice>) -> Self {
+        let driver = Self::bare(device);
+        let queues = u64::from(driver.interrupts.vector_count()) - 1;
         driver.config_write(4, &6u16.to_le_bytes()); // Memory space, bus master.
-        for vector in 0..=u64::from(queues) {
+        for vector in 0..=queues {
             let entry = MSIX_TABLE + vector * 16;
             driver.write(entry, &0xfee0_0000_u64.to_le_bytes());
             driver.write(entry + 8, &(0x30 + vector).to_le_bytes());
@@ -321,6 +331,13 @@ impl Driver {
     pub fn kick(&self, queue: usize) {
         let offset = DOORBELLS + 4 * u64::try_from(queue).unwrap();
         self.write(offset, &u16::try_from(queue).unwrap().to_le_bytes());
+    }
+
+    /// Rings the doorbell of `queue` of a device whose BAR the test has moved to `bar`.
+    pub fn kick_at(&self, bar: u64, queue: usize) {
+        let offset = bar - WINDOW.base + DOORBELLS + 4 * u64::try_from(queue).unwrap();
+        let bytes = u16::try_from(queue).unwrap().to_le_bytes();
+        self.window.write(offset, &bytes);
     }
 
     /// Takes the next used element of `queue` if there is one: head and bytes written.

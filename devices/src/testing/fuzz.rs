@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use atoll_disk::{Geometry, MemoryBackend};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::CountingSink;
-use crate::memory::Memory;
+use crate::memory::{Memory, Ram};
 use crate::pci::Msix;
 use crate::virtio::blk::request::{Action, Request};
 use crate::virtio::blk::{Blk, BlkOptions};
@@ -34,7 +34,7 @@ fn machine(input: &[u8]) -> Option<(Memory, DeviceQueue)> {
     let entries = (2 * usize::from(size)).min(rest.len());
     let (entries, descriptors) = rest.split_at(entries);
     let ranges = [(GuestAddress(0), RAM_BYTES)];
-    let ram = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    let ram = Ram::from_ranges(&ranges).unwrap();
     let descriptors = &descriptors[..descriptors.len().min(RAM_BYTES / 2)];
     let low = descriptors.len().min(0x4000);
     ram.write_slice(&descriptors[..low], GuestAddress(DESCRIPTORS))

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use atoll_disk::{BlockBackend, BlockQueue, Completion, Operation, SECTOR_BYTES, Segments};
 use atoll_thread::Kind;
 use rustix::event::{PollFd, PollFlags, poll};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
 };
@@ -23,11 +24,12 @@ use vmm_sys_util::epoll::EventSet;
 use self::request::{Action, Request, Status};
 use super::worker::{self, Progress, QueueHandler};
 use super::{
-    Chain, DeviceQueue, GuestBuffers, QueueError, QueueStart, StartError, StartedQueue,
+    Chain, DeviceQueue, GuestBuffers, QueueError, QueueStart, Segment, StartError, StartedQueue,
     VirtioDevice, device_id,
 };
 use crate::counters::{Counter, CounterList};
-use crate::memory::Ram;
+use crate::memory::{self, Ram};
+use crate::state::{DeviceState, Saved, SavedState, StateError, same};
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -154,6 +156,30 @@ impl VirtioDevice for Blk {
     }
 }
 
+/// What the guest has seen of the disk, beside the transport.
+#[derive(Serialize, Deserialize)]
+struct BlkState {
+    size_bytes: u64,
+}
+
+impl SavedState for BlkState {
+    const KIND: &'static str = "virtio-blk";
+    const VERSION: u32 = 1;
+}
+
+impl DeviceState for Blk {
+    fn save(&self) -> Saved {
+        let size_bytes = self.backend.geometry().size_bytes;
+        Saved::of(&BlkState { size_bytes })
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let state: BlkState = saved.open()?;
+        let now = self.backend.geometry().size_bytes;
+        same::<BlkState, _>("the disk's size in bytes", state.size_bytes, now)
+    }
+}
+
 /// A request that the backend has.
 struct Slot {
     head: u16,
@@ -163,6 +189,8 @@ struct Slot {
     operation: Operation,
     /// Keeps the data's pages mapped.
     ram: Arc<Ram>,
+    /// What a read fills, for the log of written pages.
+    filled: Vec<Segment>,
 }
 
 pub(crate) struct Handler {
@@ -265,6 +293,10 @@ impl Handler {
             written: u32::try_from(written).expect("a chain is shorter than 4 GiB"),
             operation,
             ram,
+            filled: match (operation, data) {
+                (Operation::Read, Some(data)) => data.segments().collect(),
+                _ => Vec::new(),
+            },
         };
         let mut segments = self.spare.pop().unwrap_or_default();
         if let Some(data) = data {
@@ -320,6 +352,10 @@ impl Handler {
                 continue;
             }
             self.spare.push(completion.segments);
+            // Also after an error: some of it may have been written.
+            for segment in &slot.filled {
+                memory::mark(&slot.ram, segment.address, segment.size.into());
+            }
             let status = match completion.result {
                 Ok(()) => Status::Ok,
                 Err(error) => {

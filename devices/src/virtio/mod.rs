@@ -29,6 +29,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::counters::{CounterList, QueueCounters};
+use crate::state::DeviceState;
 
 /// Device ID numbers. VIRTIO 1.2 §5.
 pub mod device_id {
@@ -78,7 +79,9 @@ pub trait StartedQueue: Send {
 ///
 /// The transport calls these on vCPU threads and on the VMM's control thread, never two at once; `start_queue` on
 /// the process's `starter` (crate `atoll-thread`), since the others may neither open anything nor make threads.
-pub trait VirtioDevice: Send + Sync {
+/// Its state ([`DeviceState`]) is what the transport does not know of: registers, interrupts and rings are saved
+/// for it.
+pub trait VirtioDevice: DeviceState {
     /// One of [`device_id`].
     fn device_id(&self) -> u16;
 

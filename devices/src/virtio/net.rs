@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_thread::Kind;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
@@ -28,6 +29,7 @@ use super::{
     VirtioDevice, device_id,
 };
 use crate::counters::{Counter, CounterList};
+use crate::state::{DeviceState, Saved, SavedState, StateError, same};
 
 /// Entries of both queues.
 const QUEUE_SIZE: u16 = 256;
@@ -71,7 +73,8 @@ struct Shared {
 pub struct Net {
     name: String,
     tap: Arc<Tap>,
-    mac: [u8; 6],
+    /// Changed only by a restore, since the address may be a random one. Leaf lock, held for a copy.
+    mac: Mutex<[u8; 6]>,
     mtu: Option<u16>,
     shared: Arc<Shared>,
     /// Leaf lock: how to tell the driver of changes, once there is one.
@@ -84,7 +87,7 @@ impl Net {
         Self {
             name: options.name,
             tap: Arc::new(options.tap),
-            mac: options.mac,
+            mac: Mutex::new(options.mac),
             mtu: options.mtu,
             shared: Arc::new(Shared {
                 link_up: AtomicBool::new(true),
@@ -115,11 +118,15 @@ impl Net {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn mac(&self) -> [u8; 6] {
+        *self.mac.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// `struct virtio_net_config` up to `mtu`, §5.1.4.
     fn config(&self) -> [u8; 12] {
         let mut config = [0; 12];
         // Bit 0: VIRTIO_NET_S_LINK_UP.
-        config[0..6].copy_from_slice(&self.mac);
+        config[0..6].copy_from_slice(&self.mac());
         config[6] = u8::from(self.link_up());
         config[8..10].copy_from_slice(&1u16.to_le_bytes());
         config[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
@@ -222,6 +229,39 @@ impl VirtioDevice for Net {
             ("sent_bytes", counters.sent_bytes.value()),
             ("dropped", counters.dropped.value()),
         ]
+    }
+}
+
+/// What the guest has seen of the card, beside the transport.
+#[derive(Serialize, Deserialize)]
+struct NetState {
+    mac: [u8; 6],
+    /// 0 when none was announced.
+    mtu: u16,
+    /// Whether the plug is in.
+    link_up: bool,
+}
+
+impl SavedState for NetState {
+    const KIND: &'static str = "virtio-net";
+    const VERSION: u32 = 1;
+}
+
+impl DeviceState for Net {
+    fn save(&self) -> Saved {
+        Saved::of(&NetState {
+            mac: self.mac(),
+            mtu: self.mtu.unwrap_or(0),
+            link_up: self.link_up(),
+        })
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let state: NetState = saved.open()?;
+        same::<NetState, _>("the MTU", state.mtu, self.mtu.unwrap_or(0))?;
+        *self.mac.lock().unwrap_or_else(PoisonError::into_inner) = state.mac;
+        self.shared.link_up.store(state.link_up, Ordering::Release);
+        Ok(())
     }
 }
 

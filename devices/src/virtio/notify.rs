@@ -109,6 +109,25 @@ impl DeviceInterrupts {
         self.0.needs_reset.store(false, Ordering::Release);
     }
 
+    /// Configuration vector, generation, ISR byte and whether the device is broken: for its saved state.
+    pub(super) fn save(&self) -> (u16, u8, u8, bool) {
+        let isr = self.0.isr.load(Ordering::Acquire);
+        (
+            self.config_vector(),
+            self.generation(),
+            isr,
+            self.is_broken(),
+        )
+    }
+
+    /// Puts [`DeviceInterrupts::save`] back.
+    pub(super) fn restore(&self, (vector, generation, isr, broken): (u16, u8, u8, bool)) {
+        self.set_config_vector(vector);
+        self.0.generation.store(generation, Ordering::Release);
+        self.0.isr.store(isr, Ordering::Release);
+        self.0.needs_reset.store(broken, Ordering::Release);
+    }
+
     fn existing(&self, vector: u16) -> u16 {
         if vector < self.0.msix.vector_count() {
             vector

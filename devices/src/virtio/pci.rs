@@ -9,6 +9,8 @@
 //! ```
 //! Not here: the rings (`queue`), the threads (`worker`), what the device does (its [`VirtioDevice`]).
 
+mod state;
+
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -94,6 +96,8 @@ struct State {
     driver_features: u64,
     queue_select: u16,
     queues: Vec<Slot>,
+    /// The queues that `resume` starts come from another machine.
+    restored: bool,
 }
 
 struct Slot {
@@ -113,6 +117,28 @@ struct Setup {
     descriptors: u64,
     driver: u64,
     device: u64,
+}
+
+impl Setup {
+    /// Rings of which nothing has been used yet.
+    fn position(self, max_size: u16, event_index: bool) -> QueueState {
+        QueueState {
+            max_size,
+            next_avail: 0,
+            next_used: 0,
+            event_idx_enabled: event_index,
+            size: self.size,
+            ready: true,
+            desc_table: self.descriptors,
+            avail_ring: self.driver,
+            used_ring: self.device,
+        }
+    }
+}
+
+/// Whether the driver took interrupt suppression by index.
+fn event_index(driver_features: u64) -> bool {
+    driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0
 }
 
 impl VirtioPci {
@@ -151,6 +177,7 @@ impl VirtioPci {
                 driver_features: 0,
                 queue_select: 0,
                 queues: sizes.iter().map(slot).collect(),
+                restored: false,
             }),
             device,
             msix,
@@ -172,11 +199,17 @@ impl VirtioPci {
         }
     }
 
-    /// Starts again what [`VirtioPci::pause`] stopped.
+    /// Starts again what [`VirtioPci::pause`] stopped, here or on the machine whose state was restored.
     pub fn resume(&self) -> Result<(), PauseError> {
         let mut state = self.lock();
+        let restored = std::mem::take(&mut state.restored);
         for index in 0..state.queues.len() {
             if let Some(position) = state.queues[index].paused.take() {
+                // An interrupt on its way from the eventfd to the local APIC is in no saved state; one too many
+                // only makes the driver look.
+                if restored {
+                    state.queues[index].interrupt.signal();
+                }
                 self.start_queue(&mut state, index, position)
                     .map_err(|source| PauseError {
                         device: self.name.clone(),
@@ -237,23 +270,13 @@ impl VirtioPci {
     fn start(&self, state: &mut State) {
         state.status |= status::DRIVER_OK;
         self.device.connect(self.interrupts.clone());
-        let event_idx = state.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let event_index = event_index(state.driver_features);
         for index in 0..state.queues.len() {
             let slot = &state.queues[index];
             if !slot.setup.enabled {
                 continue;
             }
-            let position = QueueState {
-                max_size: slot.max_size,
-                next_avail: 0,
-                next_used: 0,
-                event_idx_enabled: event_idx,
-                size: slot.setup.size,
-                ready: true,
-                desc_table: slot.setup.descriptors,
-                avail_ring: slot.setup.driver,
-                used_ring: slot.setup.device,
-            };
+            let position = slot.setup.position(slot.max_size, event_index);
             if let Err(error) = self.start_queue(state, index, position) {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 let cause = cause.unwrap_or_default();

@@ -277,7 +277,7 @@ impl<'a> GuestBuffers<'a> {
     }
 
     /// Calls `each` with the host's pointer to every piece, and its length. The pointers are good while
-    /// [`GuestBuffers::ram`] is held.
+    /// [`GuestBuffers::ram`] is held. Who lets the kernel write through them tells [`mark`](crate::memory::mark) afterwards.
     pub fn each_host_range(&self, mut each: impl FnMut(*mut u8, usize)) {
         for segment in self.segments() {
             let size = usize::try_from(segment.size).expect("64-bit host");

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use atoll_thread::Kind;
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
 
 use super::worker::{self, Progress, QueueHandler};
 use super::{
     Chain, DeviceQueue, QueueError, QueueStart, StartError, StartedQueue, VirtioDevice, device_id,
 };
 use crate::counters::{Counter, CounterList};
+use crate::state::{DeviceState, Saved, SavedState, StateError};
 
 /// Entries of the one queue.
 const QUEUE_SIZE: u16 = 64;
@@ -56,6 +58,25 @@ impl VirtioDevice for Rng {
 
     fn counters(&self) -> CounterList {
         vec![("bytes", self.bytes.value())]
+    }
+}
+
+/// Nothing beside the transport.
+#[derive(Serialize, Deserialize)]
+struct RngState {}
+
+impl SavedState for RngState {
+    const KIND: &'static str = "virtio-rng";
+    const VERSION: u32 = 1;
+}
+
+impl DeviceState for Rng {
+    fn save(&self) -> Saved {
+        Saved::of(&RngState {})
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        saved.open::<RngState>().map(drop)
     }
 }
 

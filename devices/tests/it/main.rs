@@ -13,4 +13,5 @@ mod hostile;
 mod net;
 mod pci;
 mod rng;
+mod state;
 mod transport;

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 
 use atoll_devices::bus::BusDevice;
-use atoll_devices::memory::Memory;
+use atoll_devices::memory::{Memory, Ram};
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::testing::{ControlLog, CountingSink, NoDoorbells};
 use atoll_devices::virtio::rng::Rng;
 use atoll_devices::virtio::{VirtioPci, VirtioPciOptions};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 const WINDOW: Window = Window {
     base: 0xc000_0000,
@@ -17,7 +17,7 @@ const WINDOW: Window = Window {
 };
 
 fn function() -> Arc<VirtioPci> {
-    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+    let ram = Ram::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
     let options = VirtioPciOptions {
         name: "rng0".to_owned(),
         memory: Memory::new(ram),

@@ -6,12 +6,13 @@
 use std::io;
 use std::sync::Arc;
 
+use atoll_devices::memory::Ram;
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout;
 
@@ -158,7 +159,7 @@ impl VirtualMachine {
     }
 
     /// Makes every region of `memory` the guest's RAM, one slot each.
-    pub fn set_memory(&self, memory: &Arc<GuestMemoryMmap>) -> Result<(), KvmError> {
+    pub fn set_memory(&self, memory: &Arc<Ram>) -> Result<(), KvmError> {
         for (slot, region) in (0_u32..).zip(memory.iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,

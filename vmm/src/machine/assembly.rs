@@ -13,6 +13,7 @@ use atoll_devices::console::Console;
 use atoll_devices::memory::Memory;
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::platform::Serial;
+use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::net::TapError;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 use atoll_disk::OpenError;
@@ -98,6 +99,7 @@ pub(super) struct Assembly<'a> {
     next_bar: u64,
     ports: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
+    states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) disks: Vec<Arc<VirtioPci>>,
     pub(super) nets: Vec<Card>,
     pub(super) consoles: Vec<Console>,
@@ -133,6 +135,7 @@ pub(super) fn build(
         next_bar: layout::WINDOW.into(),
         ports: Vec::new(),
         functions: Vec::new(),
+        states: Vec::new(),
         disks: Vec::new(),
         nets: Vec::new(),
         consoles: Vec::new(),
@@ -163,6 +166,7 @@ pub(super) fn build(
         power_button,
         serial_path: assembly.serial_path,
         console_path: assembly.console_path,
+        states: assembly.states,
         pci: assembly.pci,
         statm: opened.statm,
         boot_files: opened.boot_files,
@@ -187,7 +191,7 @@ impl Assembly<'_> {
             source,
         };
         let options = VirtioPciOptions {
-            name,
+            name: name.clone(),
             memory: self.memory.clone(),
             msix: self.routes.vectors(queues + 1).map_err(host)?,
         };
@@ -196,17 +200,19 @@ impl Assembly<'_> {
         let slot = self.functions.len() + 1;
         self.next_bar = self.pci.add(slot, function.clone(), self.next_bar)?;
         self.functions.push(function.clone());
+        self.states.push((name, function.clone()));
         Ok(function)
     }
 
-    /// Puts a device on the port bus.
+    /// Puts a device on the port bus. Its name is also that of its saved state.
     pub(super) fn port(
         &mut self,
         name: &'static str,
         base: u16,
         size: u16,
-        device: Arc<dyn BusDevice>,
+        device: Arc<impl BusDevice + DeviceState + 'static>,
     ) {
+        self.states.push((name.to_owned(), device.clone()));
         self.ports.push(BusRange {
             base: base.into(),
             size: size.into(),

@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
+use atoll_devices::memory::Ram;
 use atoll_devices::pci::PciBus;
 use atoll_devices::platform::Serial;
+use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::kvm_irqchip;
-use vm_memory::GuestMemoryMmap;
 
 use super::assembly::BuildError;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
@@ -40,8 +41,11 @@ pub(super) struct Parts {
     pub(super) statm: Option<File>,
     pub(super) boot_files: BootFiles,
     pub(super) pristine: Pristine,
+    /// Every device whose state is saved, with the name under which it is; in the order of restoring.
+    #[expect(dead_code, reason = "read by the snapshot, which comes next")]
+    pub(super) states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) machine: VirtualMachine,
-    pub(super) memory: Arc<GuestMemoryMmap>,
+    pub(super) memory: Arc<Ram>,
 }
 
 /// A network card: its function, whose name is the card's id, and its device.
