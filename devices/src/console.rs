@@ -243,8 +243,10 @@ impl Drop for Console {
                 tracing::error!("the console's thread panicked");
             }
         }
+        // In a sandbox there is no such path: the next machine replaces the socket.
         if let Some(path) = &self.socket
             && let Err(error) = std::fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(path = %path.display(), %error, "remove the console's socket");
         }

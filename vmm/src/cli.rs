@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
 use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
-use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
+use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::{check, probe};
 
 /// Runs one virtual machine on KVM, in the foreground, until its guest ends.
@@ -24,7 +25,8 @@ Exit codes:
   0  the guest powered off, or was shut down
   1  the host could not do it; standard error says why in one line
   2  the arguments or the spec are wrong
-  3  the guest crashed (triple fault)";
+  3  the guest crashed (triple fault)
+  4  a thread made a system call that its filter denies; the log names it";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -94,6 +96,38 @@ pub struct RunArguments {
     /// Append the log to this file instead of standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    /// Once everything is open, give up the file system, the network and (root only) the user
+    #[arg(long, value_name = "WHETHER", default_value = "on")]
+    pub sandbox: Switch,
+    /// System-call filters: `log` lets a denied call pass and leaves it to the kernel's log
+    #[arg(long, value_name = "WHETHER", default_value = "on")]
+    pub seccomp: Filters,
+    /// Run as this user instead of one of its own [default: 4290000000 + process number]; root only
+    #[arg(long, value_name = "NUMBER")]
+    pub uid: Option<u32>,
+    /// Run as this group [default: the user's number]; root only
+    #[arg(long, value_name = "NUMBER")]
+    pub gid: Option<u32>,
+}
+
+/// `on` or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// Values of `--seccomp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Filters {
+    /// A denied call ends the process.
+    On,
+    /// A denied call is logged by the kernel.
+    Log,
+    /// No filters.
+    Off,
 }
 
 /// What `--spec` stands instead of.
@@ -198,6 +232,21 @@ fn option(parameter: &'static Parameter) -> clap::Arg {
 }
 
 impl RunArguments {
+    /// How the process is to be confined, but for its log.
+    #[must_use]
+    pub fn to_confinement(&self) -> Confinement {
+        let identity = Identity::new(self.uid, self.gid);
+        Confinement {
+            sandbox: (self.sandbox == Switch::On).then_some(identity),
+            seccomp: match self.seccomp {
+                Filters::On => Seccomp::On,
+                Filters::Log => Seccomp::Log,
+                Filters::Off => Seccomp::Off,
+            },
+            log: None,
+        }
+    }
+
     /// The machine that the arguments describe, when there is no `--spec`.
     #[must_use]
     pub fn to_spec(&self) -> MachineSpec {

@@ -8,6 +8,7 @@
 //!                              ├─► memory    guest RAM        layout   where everything is
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
 //!                              ├─► vcpu      threads vcpu0, vcpu1, …
+//!                              ├─► sandbox   what the process may still do, once everything is open
 //!                              └─► api       control API, thread api
 //! ```
 //! The thread that calls [`machine::run_machine`] owns the machine; vCPUs, the control API and signals send it
@@ -23,6 +24,7 @@ pub mod machine;
 pub mod memory;
 pub mod power;
 pub mod probe;
+pub mod sandbox;
 pub mod socket;
 pub mod terminal;
 pub mod vcpu;

@@ -9,6 +9,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::BufReader;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -16,6 +17,7 @@ use std::sync::Mutex;
 use anyhow::Context;
 use atoll_vmm::cli::{Cli, Command, CtlArguments, CtlRequest, RunArguments};
 use atoll_vmm::machine::{self, Options, Outcome, Signals};
+use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::RawTerminal;
 use atoll_vmm::{check, probe};
 use atoll_vmm_protocol::client::Client;
@@ -66,7 +68,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
-    log_to(arguments.log_file.as_deref())?;
+    let log = log_to(arguments.log_file.as_deref())?;
     let spec = match &arguments.spec {
         Some(path) => read_spec(path)?,
         None => arguments.to_spec(),
@@ -79,6 +81,10 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     let options = Options {
         api_socket: arguments.api_socket.clone(),
         signals: Signals::ShutDown,
+        confinement: Confinement {
+            log,
+            ..arguments.to_confinement()
+        },
         ..Options::default()
     };
     let on_stdio = spec.serial == ConsoleSpec::Stdio || spec.console == Some(ConsoleSpec::Stdio);
@@ -103,21 +109,25 @@ fn read_spec(path: &Path) -> anyhow::Result<MachineSpec> {
     serde_json::from_reader(BufReader::new(file)).with_context(context)
 }
 
-/// One line an event, on standard error or at the end of a file.
-fn log_to(path: Option<&Path>) -> anyhow::Result<()> {
+/// One line an event, on standard error or at the end of a file, whose descriptor is the answer.
+fn log_to(path: Option<&Path>) -> anyhow::Result<Option<RawFd>> {
     let lines = tracing_subscriber::fmt()
         .with_target(false)
         .with_ansi(false);
     match path {
-        None => lines.with_writer(std::io::stderr).init(),
+        None => {
+            lines.with_writer(std::io::stderr).init();
+            Ok(None)
+        }
         Some(path) => {
             let mut options = OpenOptions::new();
             let file = options.append(true).create(true).open(path);
             let file = file.with_context(|| format!("log file {}", path.display()))?;
+            let fd = file.as_raw_fd();
             lines.with_writer(Mutex::new(file)).init();
+            Ok(Some(fd))
         }
     }
-    Ok(())
 }
 
 fn ctl(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {

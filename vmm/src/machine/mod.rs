@@ -25,6 +25,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 
 use crate::api::{ApiError, ApiServer};
 use crate::memory::Backing;
+use crate::sandbox::{self, Confinement, SandboxError};
 use crate::{check, vcpu};
 
 pub use assembly::BuildError;
@@ -40,6 +41,8 @@ pub struct Options {
     pub backing: Backing,
     /// What SIGTERM and SIGINT do.
     pub signals: Signals,
+    /// What the process may do once everything is open. For good, and for the whole process.
+    pub confinement: Confinement,
 }
 
 /// What SIGTERM and SIGINT do while a machine runs.
@@ -78,6 +81,9 @@ pub enum RunError {
     /// The control API's socket.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// The process could not be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// KVM gave up on a vCPU.
     #[error("vcpu{vcpu}: {reason}")]
     Vcpu {
@@ -102,9 +108,13 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
     check::spec(spec)?;
     let (events, received) = channel();
     let (opened, api_socket) = Opened::of(spec, options)?;
-    // Before any thread is started, so that all of them inherit the mask.
-    if options.signals == Signals::ShutDown {
-        let ending = block_ending_signals().map_err(RunError::Signals)?;
+    // Before any thread is made, so that all of them inherit the mask.
+    let ending = match options.signals {
+        Signals::Leave => None,
+        Signals::ShutDown => Some(block_ending_signals().map_err(RunError::Signals)?),
+    };
+    sandbox::enter(&options.confinement, &opened.directories)?;
+    if let Some(ending) = ending {
         end_on_signals(ending, events.clone()).map_err(RunError::Signals)?;
     }
     vcpu::handle_kicks().map_err(RunError::Signals)?;
@@ -115,6 +125,7 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
         None => None,
     };
+    sandbox::seal();
     tracing::info!(
         name = spec.name,
         cpus = spec.cpu_count,

@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
@@ -34,6 +35,9 @@ pub(super) struct Opened {
     pub(super) boot_files: BootFiles,
     /// Its second number is the process's resident pages (proc(5)); absent where there is no /proc.
     pub(super) statm: Option<File>,
+    /// What must be reached by path while the machine runs, because the guest says when (sockets that it connects
+    /// to). Absolute.
+    pub(super) directories: Vec<PathBuf>,
     /// In the spec's order.
     pub(super) disks: VecDeque<Arc<dyn BlockBackend>>,
     /// In the spec's order.
@@ -52,6 +56,7 @@ impl Opened {
             boot_files: BootFiles::open(&spec.boot).map_err(BuildError::from)?,
             kvm: Kvm::open().map_err(BuildError::from)?,
             statm: File::open("/proc/self/statm").ok(),
+            directories: Vec::new(),
             disks: VecDeque::new(),
             taps: VecDeque::new(),
             console: None,

@@ -1,0 +1,299 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Compiles the tables of `filters`, installs them on threads, and names a denied call in the log.
+//!
+//! A filter holds for the thread that installs it and for all that this one makes. So the threads of the machine's
+//! start are made before the starter gets its own, and have exactly one filter each; a vCPU's exits cost one.
+
+#![expect(
+    unsafe_code,
+    reason = "a signal handler, and the registers of the denied call"
+)]
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::os::fd::RawFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use atoll_thread::Kind;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
+
+use super::filters::{self, Call, When};
+use super::{DENIED_EXIT_CODE, SandboxError, Seccomp, names};
+
+/// What happens with a denied call; set once, by [`arm`].
+static MODE: OnceLock<Seccomp> = OnceLock::new();
+/// Compiled when the first thread of a kind asks.
+static PROGRAMS: [OnceLock<BpfProgram>; Kind::ALL.len()] =
+    [const { OnceLock::new() }; Kind::ALL.len()];
+/// Where the handler writes its line.
+static LOG: AtomicI32 = AtomicI32::new(libc::STDERR_FILENO);
+
+/// From now on every thread that is made gets the filter of its kind. Call [`seal`] when the machine is built.
+pub(super) fn arm(mode: Seccomp, log: RawFd) -> Result<(), SandboxError> {
+    if mode == Seccomp::Off {
+        return Ok(());
+    }
+    LOG.store(log, Ordering::Relaxed);
+    #[cfg(target_env = "gnu")]
+    keep_one_heap();
+    let _ = MODE.set(mode);
+    // Looked up once, by a call that no filter allows.
+    let _ = rustix::param::page_size();
+    name_denied_calls().map_err(SandboxError::Handler)?;
+    atoll_thread::confine(enter).map_err(SandboxError::Starter)
+}
+
+/// Of all threads. Otherwise the C library, before it makes one more, opens a file in /sys to count CPUs. Threads
+/// that serve a guest allocate rarely, and one heap is less memory.
+#[cfg(target_env = "gnu")]
+fn keep_one_heap() {
+    // SAFETY: sets a number, before there are other threads.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// The last two filters: that of the starter, and that of the calling thread, which owns the machine.
+pub(super) fn seal() {
+    if MODE.get().is_some() {
+        atoll_thread::in_starter(|| enter(Kind::Starter));
+        enter(Kind::Owner);
+    }
+}
+
+/// Puts the calling thread under the filter of `kind`.
+fn enter(kind: Kind) {
+    let program = PROGRAMS[kind as usize].get_or_init(|| compile(kind));
+    if let Err(error) = apply_filter(program) {
+        // A thread without its filter must not run, and nobody waits for its result who could say so better.
+        tracing::error!(?kind, %error, "this kernel does not take a system-call filter: start with --seccomp off");
+        std::process::exit(DENIED_EXIT_CODE);
+    }
+}
+
+fn compile(kind: Kind) -> BpfProgram {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    let mut add_kind = |kind: Kind| {
+        let tables = filters::tables(kind);
+        tables
+            .iter()
+            .copied()
+            .flatten()
+            .for_each(|call| add(&mut rules, call));
+    };
+    add_kind(kind);
+    if kind == Kind::Starter {
+        filters::LATE.iter().copied().for_each(add_kind);
+    }
+    let denied = match MODE.get() {
+        Some(Seccomp::Log) => SeccompAction::Log,
+        _ => SeccompAction::Trap,
+    };
+    let architecture = TargetArch::try_from(std::env::consts::ARCH)
+        .expect("this program is for the architectures that the filters are for");
+    SeccompFilter::new(rules, denied, SeccompAction::Allow, architecture)
+        .and_then(TryInto::try_into)
+        .expect("the tables are constants, and a test compiles them all")
+}
+
+/// No condition is stronger than any: an empty list of rules.
+fn add(rules: &mut BTreeMap<i64, Vec<SeccompRule>>, call: &Call) {
+    let known = rules.contains_key(&call.number);
+    let alternatives = rules.entry(call.number).or_default();
+    if known && alternatives.is_empty() {
+        return;
+    }
+    match call.when {
+        When::Always => alternatives.clear(),
+        When::Argument {
+            index,
+            mask,
+            one_of,
+        } => alternatives.extend(one_of.iter().map(|value| {
+            SeccompCondition::new(
+                index,
+                SeccompCmpArgLen::Dword,
+                SeccompCmpOp::MaskedEq(mask.into()),
+                (*value).into(),
+            )
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+            .expect("the tables are constants, and a test compiles them all")
+        })),
+    }
+}
+
+/// Installs the handler of SIGSYS, which the kernel sends instead of carrying out a denied call.
+fn name_denied_calls() -> io::Result<()> {
+    let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = denied;
+    // SAFETY: all zeroes is a valid sigaction: no flags, an empty mask, no restorer.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as libc::sighandler_t;
+    action.sa_flags = libc::SA_SIGINFO;
+    // SAFETY: `action` is initialized; the handler takes three arguments, as SA_SIGINFO says, and calls only what
+    // is safe in a handler.
+    let result = unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Says which thread made which call, and ends the process. Allocates nothing and takes no lock.
+extern "C" fn denied(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes the interrupted thread's context to a handler with SA_SIGINFO.
+    let context = unsafe { &*context.cast::<libc::ucontext_t>() };
+    let registers = &context.uc_mcontext.gregs;
+    let at = |register: libc::c_int| {
+        let index = usize::try_from(register).unwrap_or_default();
+        registers.get(index).copied().unwrap_or_default()
+    };
+    let mut line = Line::default();
+    let mut thread = [0_u8; 16];
+    // SAFETY: PR_GET_NAME writes at most 16 bytes, the last of them zero.
+    unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
+    let end = thread.iter().position(|byte| *byte == 0);
+    let thread = std::str::from_utf8(&thread[..end.unwrap_or_default()]).unwrap_or("?");
+    // What does not fit is cut off.
+    let number = at(libc::REG_RAX);
+    let name = names::name(number).unwrap_or("?");
+    let _ = write!(
+        line,
+        "atoll-vmm: thread {thread} made a system call that its filter denies: {name} (number {number}), arguments"
+    );
+    for register in [
+        libc::REG_RDI,
+        libc::REG_RSI,
+        libc::REG_RDX,
+        libc::REG_R10,
+        libc::REG_R8,
+        libc::REG_R9,
+    ] {
+        let _ = write!(line, " {:#x}", at(register));
+    }
+    let _ = line.write_all(b"; the machine ends\n");
+    // SAFETY: the bytes are initialized. The descriptor is the log's; if it is closed, nobody is told.
+    unsafe {
+        libc::write(
+            LOG.load(Ordering::Relaxed),
+            line.bytes.as_ptr().cast(),
+            line.size,
+        )
+    };
+    // SAFETY: ends the process without running anything of it.
+    unsafe { libc::_exit(DENIED_EXIT_CODE) };
+}
+
+/// A line on the stack.
+struct Line {
+    bytes: [u8; 320],
+    size: usize,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self {
+            bytes: [0; 320],
+            size: 0,
+        }
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = &mut self.bytes[self.size..];
+        let count = room.len().min(bytes.len());
+        room[..count].copy_from_slice(&bytes[..count]);
+        self.size += count;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn every_table_compiles_within_the_kernels_limit() {
+        for kind in Kind::ALL {
+            let program = compile(*kind);
+            // BPF_MAXINSNS of `linux/bpf_common.h`.
+            assert!((1..=4096).contains(&program.len()), "{kind:?}");
+        }
+    }
+
+    const CHILD: &str = "ATOLL_TEST_DENIED";
+
+    /// Runs the test `name` of this file in a process of its own, which it may end.
+    fn run_alone(name: &str, how: &str) -> (Option<i32>, String) {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &format!("sandbox::seccomp::tests::{name}")])
+            .arg("--nocapture")
+            .env(CHILD, how)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    }
+
+    fn opens_a_file() -> bool {
+        std::fs::File::open("/dev/null").is_ok()
+    }
+
+    #[test]
+    fn a_denied_call_is_named_with_its_thread_and_ends_the_process() {
+        if std::env::var(CHILD).is_ok() {
+            arm(Seccomp::On, libc::STDERR_FILENO).unwrap();
+            let thread = atoll_thread::spawn(Kind::Disk, "blk0-q0", opens_a_file);
+            thread.unwrap().join().unwrap();
+            return;
+        }
+        let name = "a_denied_call_is_named_with_its_thread_and_ends_the_process";
+        let (code, said) = run_alone(name, "on");
+        assert_eq!(code, Some(DENIED_EXIT_CODE), "{said}");
+        let line = "atoll-vmm: thread blk0-q0 made a system call that its filter denies: openat (number 257)";
+        assert!(said.contains(line), "{said}");
+    }
+
+    #[test]
+    fn logged_calls_are_carried_out() {
+        if std::env::var(CHILD).is_ok() {
+            arm(Seccomp::Log, libc::STDERR_FILENO).unwrap();
+            let thread = atoll_thread::spawn(Kind::Vcpu, "vcpu0", opens_a_file);
+            assert!(thread.unwrap().join().unwrap());
+            return;
+        }
+        let (code, said) = run_alone("logged_calls_are_carried_out", "log");
+        assert_eq!(code, Some(0), "{said}");
+    }
+
+    #[test]
+    fn every_kind_of_thread_can_be_made_end_and_allocate() {
+        if std::env::var(CHILD).is_ok() {
+            arm(Seccomp::On, libc::STDERR_FILENO).unwrap();
+            // Before the seal with one filter, after it with two.
+            for sealed in [false, true] {
+                if sealed {
+                    seal();
+                }
+                for kind in filters::LATE {
+                    let body = || vec![1_u8; 3 << 20].iter().map(|one| u64::from(*one)).sum();
+                    let thread = atoll_thread::spawn(*kind, "any", body).unwrap();
+                    let sum: u64 = thread.join().unwrap();
+                    assert_eq!(sum, 3 << 20);
+                }
+            }
+            // The test's own harness has made threads that this thread's filter does not know.
+            std::process::exit(0);
+        }
+        let name = "every_kind_of_thread_can_be_made_end_and_allocate";
+        let (code, said) = run_alone(name, "on");
+        assert_eq!(code, Some(0), "{said}");
+    }
+}

@@ -1,0 +1,179 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What the system shows of a running machine's confinement: the process as `/proc` sees it from outside.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests fail by panicking, and say what they skip"
+)]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use atoll_vmm::probe::PROBE_ELF;
+use atoll_vmm::sandbox::UID_BASE;
+use atoll_vmm_protocol::client::Client;
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
+
+/// A machine with a disk, its serial port on a pipe, past its report: every queue has been started.
+struct Guest {
+    folder: TempDir,
+    process: Child,
+    _output: BufReader<ChildStdout>,
+}
+
+impl Guest {
+    /// `None` where there is no KVM, or this is not root's process.
+    fn start(more: &[&str]) -> Option<Self> {
+        if let Err(error) = atoll_vmm::kvm::Kvm::open() {
+            println!("ATOLL-SKIP: {error}");
+            return None;
+        }
+        if !rustix::process::geteuid().is_root() {
+            println!("ATOLL-SKIP: only root's machines leave the file system and the user");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("kernel"), PROBE_ELF).unwrap();
+        fs::File::create(path("disk"))
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        let mut process = Command::new(BINARY)
+            .current_dir(folder.path())
+            .args(["run", "--kernel", "kernel", "--memory", "32", "--cpus", "2"])
+            .args(["--cmdline", "stay", "--disk", "path=disk,format=raw"])
+            .args(["--api-socket", "api"])
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(fs::File::create(path("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(process.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("everything works") {
+            line.clear();
+            let size = output.read_line(&mut line).unwrap();
+            assert!(size > 0, "{}", fs::read_to_string(path("stderr")).unwrap());
+        }
+        Some(Self {
+            folder,
+            process,
+            _output: output,
+        })
+    }
+
+    fn proc(&self, name: &str) -> PathBuf {
+        Path::new("/proc")
+            .join(self.process.id().to_string())
+            .join(name)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail when the process has ended.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The value of a line of `/proc/PID/status`, its white space made single.
+fn status(path: &Path, key: &str) -> String {
+    let text = fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let words: Vec<&str> = line.unwrap()[1..].split_whitespace().collect();
+    words.join(" ")
+}
+
+#[test]
+fn a_machine_of_roots_is_nobody_and_sees_nothing() {
+    let Some(guest) = Guest::start(&[]) else {
+        return;
+    };
+    let own = (UID_BASE + guest.process.id()).to_string();
+    let four_times = [own.as_str(); 4].join(" ");
+    let of_process = guest.proc("status");
+    assert_eq!(status(&of_process, "Uid"), four_times);
+    assert_eq!(status(&of_process, "Gid"), four_times);
+    assert_eq!(status(&of_process, "Groups"), "");
+    for kind in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert_eq!(status(&of_process, kind), "0000000000000000", "{kind}");
+    }
+    assert_eq!(status(&of_process, "NoNewPrivs"), "1");
+    for kind in ["mnt", "net", "ipc", "uts"] {
+        let theirs = fs::read_link(guest.proc("ns").join(kind)).unwrap();
+        let ours = fs::read_link(Path::new("/proc/self/ns").join(kind)).unwrap();
+        assert_ne!(theirs, ours, "{kind}");
+    }
+    let root: Vec<_> = fs::read_dir(guest.proc("root")).unwrap().collect();
+    assert!(root.is_empty(), "{root:?}");
+    let mounts = fs::read_to_string(guest.proc("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains(" / / ro,"), "{mounts}");
+    let limits = fs::read_to_string(guest.proc("limits")).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core"));
+    assert!(core.unwrap().contains(" 0  "), "{limits}");
+}
+
+#[test]
+fn every_thread_has_its_filter_and_vcpus_only_one() {
+    let Some(guest) = Guest::start(&[]) else {
+        return;
+    };
+    let mut seen = Vec::new();
+    for task in fs::read_dir(guest.proc("task")).unwrap() {
+        let path = task.unwrap().path().join("status");
+        let name = status(&path, "Name");
+        // A thread of the kernel's, where KVM or io_uring runs one in the process.
+        if name.starts_with("kvm-") || name.starts_with("iou-") {
+            continue;
+        }
+        assert_eq!(status(&path, "Seccomp"), "2", "{name}");
+        assert_eq!(status(&path, "NoNewPrivs"), "1", "{name}");
+        let filters = status(&path, "Seccomp_filters");
+        if name.starts_with("vcpu") {
+            assert_eq!(filters, "1", "{name}: every exit pays for each");
+        }
+        seen.push(name);
+    }
+    seen.sort();
+    let expected = [
+        "api",
+        "atoll-vmm",
+        "blk0-q0",
+        "console",
+        "rng",
+        "signals",
+        "starter",
+        "vcpu0",
+        "vcpu1",
+    ];
+    for name in expected {
+        assert!(seen.iter().any(|one| one == name), "no {name} in {seen:?}");
+    }
+}
+
+#[test]
+fn the_user_can_be_chosen_and_the_sandbox_left_out() {
+    let Some(guest) = Guest::start(&["--uid", "3000000100", "--gid", "3000000200"]) else {
+        return;
+    };
+    let status_file = guest.proc("status");
+    assert!(status(&status_file, "Uid").starts_with("3000000100 "));
+    assert!(status(&status_file, "Gid").starts_with("3000000200 "));
+    // The socket was made before; whoever may connect to it still may.
+    Client::new(guest.folder.path().join("api")).info().unwrap();
+    drop(guest);
+
+    let guest = Guest::start(&["--sandbox", "off", "--seccomp", "off"]).unwrap();
+    let status_file = guest.proc("status");
+    assert_eq!(status(&status_file, "Uid"), "0 0 0 0");
+    assert_eq!(status(&status_file, "Seccomp"), "0");
+}
