@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use atoll_vmm_protocol::spec::{ConsoleSpec, DiskSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::spec::{ConsoleSpec, DiskSpec, MachineSpec, NetLimits, NetSpec, VhostNet};
 
 use crate::layout;
 
@@ -17,6 +17,8 @@ use crate::layout;
 const DEVICE_COUNT_MAX: usize = 29;
 /// Most virtqueues of a disk.
 pub const QUEUE_COUNT_MAX: u16 = 16;
+/// Most pairs of queues of a network card, as PVE has it.
+const NET_QUEUE_PAIRS_MAX: u16 = 64;
 /// Bytes of a disk's serial number. VIRTIO 1.2 §5.2.6.
 const SERIAL_BYTES_MAX: usize = 20;
 /// Bytes of an interface's name (`IFNAMSIZ`, less its zero).
@@ -108,6 +110,18 @@ fn net(net: &NetSpec) -> Result<(), SpecError> {
     {
         return refuse(format!("tap {tap}: MTU {mtu}: at least {MTU_MIN}"));
     }
+    if let Some(count) = net.queue_pairs
+        && !(1..=NET_QUEUE_PAIRS_MAX).contains(&count)
+    {
+        return refuse(format!(
+            "tap {tap}: {count} pairs of queues: 1 to {NET_QUEUE_PAIRS_MAX}"
+        ));
+    }
+    if net.vhost == VhostNet::On && net.limits != NetLimits::default() {
+        return refuse(format!(
+            "tap {tap}: vhost-net limits no rate: leave out either the limit or vhost=on"
+        ));
+    }
     net.mac
         .as_deref()
         .map_or(Ok(()), |text| mac(text).map(drop))
@@ -189,6 +203,17 @@ mod tests {
         check(
             |m| m["nets"] = serde_json::json!([{"tap": "a name too long!"}]),
             "tap \"a name too long!\": an interface's name has 1 to 15 characters, no space, slash or percent",
+        );
+        check(
+            |m| m["nets"] = serde_json::json!([{"tap": "t", "queue_pairs": 65}]),
+            "tap t: 65 pairs of queues: 1 to 64",
+        );
+        check(
+            |m| {
+                let limits = serde_json::json!({"send_bytes_per_second": 1});
+                m["nets"] = serde_json::json!([{"tap": "t", "vhost": "on", "limits": limits}]);
+            },
+            "tap t: vhost-net limits no rate: leave out either the limit or vhost=on",
         );
         check(
             |m| m["nets"] = serde_json::json!([{"tap": "t", "mac": "01:00:00:00:00:00"}]),

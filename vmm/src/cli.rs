@@ -4,7 +4,9 @@
 use std::path::PathBuf;
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
-use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::spec::{
+    BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec, VhostNet,
+};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
@@ -75,7 +77,8 @@ pub struct RunArguments {
     /// A disk: path=FILE,format=raw[,readonly][,serial=TEXT][,queues=N]; may be repeated
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
-    /// A network card: tap=NAME[,mac=AA:BB:CC:DD:EE:FF][,mtu=N]; may be repeated
+    /// A network card: tap=NAME[,mac=AA:BB:CC:DD:EE:FF][,mtu=N][,queues=PAIRS][,vhost=auto|on|off]
+    /// [,rate=BYTES a second, each way][,link=up|down]; may be repeated
     #[arg(long, value_name = "KEYS", value_parser = net)]
     pub net: Vec<NetSpec>,
     /// Where the serial port (ttyS0) ends: stdio, pty, socket=PATH or null
@@ -347,25 +350,50 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
 
 fn net(text: &str) -> Result<NetSpec, String> {
     let mut tap = None;
-    let mut spec = NetSpec {
-        tap: String::new(),
-        mac: None,
-        mtu: None,
-    };
-    keys(text, "tap=, mac=, mtu=", |key, value| {
-        match (key, value) {
-            ("tap", Some(value)) => tap = Some(value.to_owned()),
-            ("mac", Some(value)) => {
-                check::mac(value).map_err(|error| error.0)?;
-                spec.mac = Some(value.to_owned());
+    let mut spec = NetSpec::default();
+    keys(
+        text,
+        "tap=, mac=, mtu=, queues=, vhost=, rate=, link=",
+        |key, value| {
+            match (key, value) {
+                ("tap", Some(value)) => tap = Some(value.to_owned()),
+                ("mac", Some(value)) => {
+                    check::mac(value).map_err(|error| error.0)?;
+                    spec.mac = Some(value.to_owned());
+                }
+                ("mtu", Some(value)) => spec.mtu = Some(number(key, value)?),
+                ("queues", Some(value)) => spec.queue_pairs = Some(number(key, value)?),
+                ("vhost", Some("auto")) => spec.vhost = VhostNet::Auto,
+                ("vhost", Some("on")) => spec.vhost = VhostNet::On,
+                ("vhost", Some("off")) => spec.vhost = VhostNet::Off,
+                ("rate", Some(value)) => {
+                    let bytes = bytes(value)?;
+                    spec.limits.receive_bytes_per_second = bytes;
+                    spec.limits.send_bytes_per_second = bytes;
+                }
+                ("link", Some("up")) => spec.link_down = false,
+                ("link", Some("down")) => spec.link_down = true,
+                _ => return Ok(false),
             }
-            ("mtu", Some(value)) => spec.mtu = Some(number(key, value)?),
-            _ => return Ok(false),
-        }
-        Ok(true)
-    })?;
+            Ok(true)
+        },
+    )?;
     spec.tap = tap.ok_or("tap= is missing")?;
     Ok(spec)
+}
+
+/// A number of bytes, with K, M or G for powers of 1024.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K') => (&text[..text.len() - 1], 10),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number: Option<u64> = digits.parse().ok();
+    number
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| format!("{text:?}: expected bytes, as in 1000000, 512K, 10M or 1G"))
 }
 
 fn console(text: &str) -> Result<ConsoleSpec, String> {

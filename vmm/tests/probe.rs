@@ -495,6 +495,7 @@ fn a_neighbour_answers_pings() {
         tap: "tap0".into(),
         mac: Some("52:54:00:07:00:02".into()),
         mtu: None,
+        ..NetSpec::default()
     }];
     let setup = "ip tuntap add dev tap0 mode tap vnet_hdr && ip address add 169.254.7.1/24 dev tap0 && ip link set tap0 up";
     // Of this thread and what it starts; nothing is left of it at the end.

@@ -10,6 +10,7 @@
 //! guest: an implementation must not panic on any of them. Not here: image formats other than raw.
 
 mod backend;
+mod bucket;
 pub mod conformance;
 mod fault;
 mod immediate;
@@ -21,6 +22,7 @@ mod uring;
 pub use backend::{
     BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request, SECTOR_BYTES,
 };
+pub use bucket::TokenBucket;
 pub use fault::{Fault, Faulty};
 pub use memory::MemoryBackend;
 pub use raw::{Engine, OpenError, OpenOptions, RawBackend};

@@ -5,10 +5,12 @@
 //! where each vector goes. A vector that is masked when it is signalled sets its pending bit and is delivered on
 //! unmasking, exactly once.
 
+use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::{MsiMessage, MsixSink, RouteChange};
 use crate::rate_limited::{RateLimit, warn_limited};
@@ -106,6 +108,16 @@ impl Msix {
             self.send(vector);
         }
         true
+    }
+
+    /// A copy of what [`Msix::signal`] writes to, for signals that do not pass here; `None` for no vector. While
+    /// the vector is masked it is disconnected, and what was written is delivered on unmasking: only the pending
+    /// bit does not tell.
+    pub fn event(&self, vector: u16) -> io::Result<Option<EventFd>> {
+        if vector >= self.vector_count() {
+            return Ok(None);
+        }
+        self.sink.event(vector).try_clone().map(Some)
     }
 
     fn send(&self, vector: u16) {

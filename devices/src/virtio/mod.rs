@@ -106,6 +106,10 @@ pub trait VirtioDevice: DeviceState {
     /// The driver reset the device; all queues are stopped.
     fn reset(&self) {}
 
+    /// From the next start of its queues on, whether every write to guest memory must pass by the log of written
+    /// pages. A device whose queues the kernel or another process serves takes them back, or gives them away again.
+    fn log_writes(&self, _on: bool) {}
+
     /// The device's own numbers, beside those of its queues.
     fn counters(&self) -> CounterList {
         Vec::new()

@@ -1,57 +1,92 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Network card, VIRTIO 1.2 §5.1, on a tap: one pair of queues, each with its own thread.
+//! Network card, VIRTIO 1.2 §5.1, on a tap: pairs of queues and a control queue.
 //!
 //! The tap speaks the same 12-byte header as the driver (`virtio_net_hdr_v1`), so that checksums and segmentation
-//! that one side leaves to the other cross the boundary as they are. Guest to host: straight from guest pages.
-//! Host to guest: through one buffer, since only a read tells how many of the driver's buffers a packet takes.
+//! that one side leaves to the other cross the boundary as they are.
+//!
+//! ```text
+//!            ┌ receive 0 ◄── tap queue 0 ┐                 threads of ours (`receive`, `transmit`), or
+//!   driver ──┤ transmit 0 ──► tap queue 0 ├── interface     the kernel's where there is vhost-net (`kernel`)
+//!            │ … one pair a vCPU …       ┘
+//!            └ control ──► filter, number of pairs, offloads, announcement (`control`)
+//! ```
+//! Which pair a packet from the host takes is the tap's choice: that on which the guest last sent for its flow.
 
+mod control;
+mod filter;
+mod kernel;
+mod limit;
+mod receive;
 mod tap;
+mod transmit;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arc_swap::ArcSwap;
 use atoll_thread::Kind;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
 };
-use vmm_sys_util::epoll::EventSet;
 
+use self::control::Control;
+use self::filter::Filter;
+use self::kernel::{KernelPair, TapStatistics};
+use self::limit::Limit;
+use self::receive::Receive;
+use self::transmit::Transmit;
+
+pub use self::filter::Mac;
+pub use self::kernel::VhostNetFiles;
+pub use self::limit::Rate;
 pub use self::tap::{HEADER_BYTES, Tap, TapError};
-use super::worker::{self, Progress, QueueHandler};
 use super::{
-    Chain, DeviceInterrupts, DeviceQueue, QueueError, QueueStart, StartError, StartedQueue,
-    VirtioDevice, device_id,
+    Chain, DeviceInterrupts, QueueStart, StartError, StartedQueue, VirtioDevice, device_id, worker,
 };
 use crate::counters::{Counter, CounterList};
 use crate::state::{DeviceState, Saved, SavedState, StateError, same};
 
-/// Entries of both queues.
+/// Entries of the queues that carry packets.
 const QUEUE_SIZE: u16 = 256;
-/// Queue from the host to the guest.
-const RECEIVE: u16 = 0;
+/// Entries of the control queue.
+const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Largest packet, with its header: 64 KiB of IP and an Ethernet header with a VLAN tag.
 const PACKET_BYTES_MAX: usize = HEADER_BYTES + 65_535 + 18;
-/// Smallest packet worth sending: an Ethernet header.
-const FRAME_BYTES_MIN: u64 = 14;
-/// Where the header counts the buffers of a packet, §5.1.6.
-const NUM_BUFFERS: usize = 10;
+/// `VIRTIO_NET_S_LINK_UP` and `VIRTIO_NET_S_ANNOUNCE`, §5.1.4.
+const STATUS_LINK_UP: u8 = 1;
+const STATUS_ANNOUNCE: u8 = 2;
+/// Features that the driver may turn off and on again by its control queue, §5.1.6.5.6.1.
+const GUEST_OFFLOADS: [u32; 7] = [
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+];
 
 /// What a card is made of.
 pub struct NetOptions {
     /// In logs and thread names: `net0`.
     pub name: String,
-    /// The host's end.
-    pub tap: Tap,
+    /// The host's end: one for each pair of queues, all of one interface.
+    pub taps: Vec<Tap>,
     /// Address that the guest reads.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// MTU that the guest reads; none is announced when absent.
     pub mtu: Option<u16>,
+    /// vhost-net, if the kernel is to move the packets; opened for as many pairs.
+    pub kernel: Option<VhostNetFiles>,
 }
 
 #[derive(Default)]
@@ -65,51 +100,160 @@ struct Counters {
 
 /// What the queues' threads and the control side share.
 struct Shared {
+    taps: Vec<Arc<Tap>>,
     link_up: AtomicBool,
+    /// The guest has been asked to announce itself and has not answered.
+    announce: AtomicBool,
+    /// Features that the driver accepted, and those of them that are offloads in force now.
+    features: AtomicU64,
+    guest_offloads: AtomicU64,
+    /// Pairs that the driver uses, at least 1.
+    active_pairs: AtomicU16,
+    filter: ArcSwap<Filter>,
+    receive_limit: Limit,
+    send_limit: Limit,
     counters: Counters,
+}
+
+impl Shared {
+    fn link_up(&self) -> bool {
+        self.link_up.load(Ordering::Acquire)
+    }
+
+    /// Packets come to the first `count` queues from now on.
+    fn set_active_pairs(&self, count: u16) -> io::Result<()> {
+        if count == 0 || usize::from(count) > self.taps.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // The first queue is always attached, so that the interface never loses its carrier.
+        for (index, tap) in self.taps.iter().enumerate() {
+            tap.set_attached(index < usize::from(count))?;
+        }
+        self.active_pairs.store(count, Ordering::Release);
+        Ok(())
+    }
+
+    /// What the kernel may leave to the guest; only what the driver accepted.
+    fn set_guest_offloads(&self, offloads: u64) -> io::Result<()> {
+        let allowed = self.features.load(Ordering::Acquire) & bits(&GUEST_OFFLOADS);
+        if offloads & !allowed != 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // A setting of the interface: any queue of it will do.
+        self.taps[0].set_offloads(tap::offloads(offloads))?;
+        self.guest_offloads.store(offloads, Ordering::Release);
+        Ok(())
+    }
 }
 
 /// The card.
 pub struct Net {
     name: String,
-    tap: Arc<Tap>,
-    /// Changed only by a restore, since the address may be a random one. Leaf lock, held for a copy.
-    mac: Mutex<[u8; 6]>,
+    /// The card's own, which a reset puts back. Changed only by a restore, since it may be a random one. Leaf lock,
+    /// held for a copy.
+    mac: Mutex<Mac>,
     mtu: Option<u16>,
     shared: Arc<Shared>,
+    kernel: Option<(Vec<Arc<KernelPair>>, TapStatistics)>,
+    /// The kernel must not write guest memory: it tells nobody which pages.
+    writes_are_logged: AtomicBool,
     /// Leaf lock: how to tell the driver of changes, once there is one.
     interrupts: Mutex<Option<DeviceInterrupts>>,
 }
 
 impl Net {
-    /// A card on `options.tap`.
-    pub fn new(options: NetOptions) -> Self {
-        Self {
+    /// A card on `options.taps`, with its plug in.
+    pub fn new(options: NetOptions) -> io::Result<Self> {
+        let shared = Shared {
+            taps: options.taps.into_iter().map(Arc::new).collect(),
+            link_up: AtomicBool::new(true),
+            announce: AtomicBool::new(false),
+            features: AtomicU64::new(0),
+            guest_offloads: AtomicU64::new(0),
+            active_pairs: AtomicU16::new(1),
+            filter: ArcSwap::from_pointee(Filter::new(options.mac)),
+            receive_limit: Limit::default(),
+            send_limit: Limit::default(),
+            counters: Counters::default(),
+        };
+        shared.set_active_pairs(1)?;
+        let kernel = options.kernel.map(VhostNetFiles::into_parts);
+        Ok(Self {
             name: options.name,
-            tap: Arc::new(options.tap),
             mac: Mutex::new(options.mac),
             mtu: options.mtu,
-            shared: Arc::new(Shared {
-                link_up: AtomicBool::new(true),
-                counters: Counters::default(),
-            }),
+            shared: Arc::new(shared),
+            kernel,
+            writes_are_logged: AtomicBool::new(false),
             interrupts: Mutex::default(),
-        }
+        })
     }
 
     /// Pulls the plug or puts it in: without it packets are lost in both directions, and the guest is told.
     pub fn set_link(&self, up: bool) {
-        if self.shared.link_up.swap(up, Ordering::AcqRel) != up {
-            let interrupts = self.lock_interrupts().clone();
-            if let Some(interrupts) = interrupts {
-                interrupts.config_changed();
+        if self.shared.link_up.swap(up, Ordering::AcqRel) == up {
+            return;
+        }
+        if let Some((pairs, _)) = &self.kernel {
+            for (pair, tap) in pairs.iter().zip(&self.shared.taps) {
+                pair.set_link(tap, up);
             }
         }
+        self.tell_driver();
     }
 
     /// Whether the plug is in.
     pub fn link_up(&self) -> bool {
-        self.shared.link_up.load(Ordering::Acquire)
+        self.shared.link_up()
+    }
+
+    /// Whether the kernel moves the packets (vhost-net): then there is no rate limit.
+    pub fn is_in_kernel(&self) -> bool {
+        self.kernel.is_some()
+    }
+
+    /// Pairs of queues that the card has.
+    pub fn pair_count(&self) -> u16 {
+        u16::try_from(self.shared.taps.len()).expect("made from a u16")
+    }
+
+    /// Limits what the guest receives and sends from now on; `None` for no limit. Not for a card in the kernel.
+    pub fn set_limits(&self, receive: Option<Rate>, send: Option<Rate>) {
+        self.shared.receive_limit.set(receive);
+        self.shared.send_limit.set(send);
+    }
+
+    /// Whether either direction is limited.
+    pub fn is_limited(&self) -> bool {
+        self.shared.receive_limit.is_set() || self.shared.send_limit.is_set()
+    }
+
+    /// Tells the network where the guest is now, after it has moved: by a frame that teaches switches the card's
+    /// address, and by asking the guest, which knows its IP addresses, to do the same.
+    pub fn announce(&self) {
+        let mac = self.shared.filter.load().mac;
+        let packet = reverse_arp(mac);
+        if self.link_up()
+            && let Err(error) = self.shared.taps[0].send(&packet)
+        {
+            tracing::warn!(card = %self.name, %error, "announce the guest to the network");
+        }
+        let features = self.shared.features.load(Ordering::Acquire);
+        if features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0 {
+            self.shared.announce.store(true, Ordering::Release);
+            self.tell_driver();
+        }
+    }
+
+    fn mac(&self) -> Mac {
+        *self.mac.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_driver(&self) {
+        let interrupts = self.lock_interrupts().clone();
+        if let Some(interrupts) = interrupts {
+            interrupts.config_changed();
+        }
     }
 
     fn lock_interrupts(&self) -> MutexGuard<'_, Option<DeviceInterrupts>> {
@@ -118,19 +262,32 @@ impl Net {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn mac(&self) -> [u8; 6] {
-        *self.mac.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// `struct virtio_net_config` up to `mtu`, §5.1.4.
     fn config(&self) -> [u8; 12] {
         let mut config = [0; 12];
-        // Bit 0: VIRTIO_NET_S_LINK_UP.
-        config[0..6].copy_from_slice(&self.mac());
-        config[6] = u8::from(self.link_up());
-        config[8..10].copy_from_slice(&1u16.to_le_bytes());
+        config[0..6].copy_from_slice(&self.shared.filter.load().mac);
+        let announce = self.shared.announce.load(Ordering::Acquire);
+        config[6] =
+            (u8::from(self.link_up()) * STATUS_LINK_UP) | (u8::from(announce) * STATUS_ANNOUNCE);
+        config[8..10].copy_from_slice(&self.pair_count().to_le_bytes());
         config[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         config
+    }
+
+    /// Without MQ the driver knows of one pair, and the control queue follows it, §5.1.2.
+    fn control_queue(&self, features: u64) -> u16 {
+        let multiple = features & 1 << VIRTIO_NET_F_MQ != 0;
+        2 * if multiple { self.pair_count() } else { 1 }
+    }
+
+    /// The driver is ready, or the machine resumes.
+    fn start(&self, features: u64) -> io::Result<()> {
+        let offloads = if self.shared.features.swap(features, Ordering::AcqRel) == 0 {
+            features & bits(&GUEST_OFFLOADS)
+        } else {
+            self.shared.guest_offloads.load(Ordering::Acquire)
+        };
+        self.shared.set_guest_offloads(offloads)
     }
 }
 
@@ -140,34 +297,53 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let offloads = [
-            VIRTIO_NET_F_CSUM,
-            VIRTIO_NET_F_GUEST_CSUM,
-            VIRTIO_NET_F_GUEST_TSO4,
-            VIRTIO_NET_F_GUEST_TSO6,
-            VIRTIO_NET_F_GUEST_ECN,
-            VIRTIO_NET_F_HOST_TSO4,
-            VIRTIO_NET_F_HOST_TSO6,
-            VIRTIO_NET_F_HOST_ECN,
+        let tap = &self.shared.taps[0];
+        let sets: [(bool, &[u32]); 5] = [
+            (
+                true,
+                &[
+                    VIRTIO_NET_F_CSUM,
+                    VIRTIO_NET_F_GUEST_CSUM,
+                    VIRTIO_NET_F_GUEST_TSO4,
+                    VIRTIO_NET_F_GUEST_TSO6,
+                    VIRTIO_NET_F_GUEST_ECN,
+                    VIRTIO_NET_F_HOST_TSO4,
+                    VIRTIO_NET_F_HOST_TSO6,
+                    VIRTIO_NET_F_HOST_ECN,
+                    VIRTIO_NET_F_MAC,
+                    VIRTIO_NET_F_MRG_RXBUF,
+                    VIRTIO_NET_F_STATUS,
+                    VIRTIO_NET_F_CTRL_VQ,
+                    VIRTIO_NET_F_CTRL_RX,
+                    VIRTIO_NET_F_CTRL_RX_EXTRA,
+                    VIRTIO_NET_F_CTRL_MAC_ADDR,
+                    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+                    VIRTIO_NET_F_GUEST_ANNOUNCE,
+                ],
+            ),
+            (
+                tap.takes_ufo(),
+                &[VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_UFO],
+            ),
+            (
+                tap.takes_uso(),
+                &[
+                    VIRTIO_NET_F_GUEST_USO4,
+                    VIRTIO_NET_F_GUEST_USO6,
+                    VIRTIO_NET_F_HOST_USO,
+                ],
+            ),
+            (self.mtu.is_some(), &[VIRTIO_NET_F_MTU]),
+            (self.pair_count() > 1, &[VIRTIO_NET_F_MQ]),
         ];
-        let fragmentation = [VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_UFO];
-        let plain = [
-            VIRTIO_NET_F_MAC,
-            VIRTIO_NET_F_MRG_RXBUF,
-            VIRTIO_NET_F_STATUS,
-        ];
-        let bits = |list: &[u32]| list.iter().fold(0, |bits, bit| bits | 1u64 << bit);
-        let mtu = u64::from(self.mtu.is_some()) << VIRTIO_NET_F_MTU;
-        let ufo = if self.tap.takes_ufo() {
-            bits(&fragmentation)
-        } else {
-            0
-        };
-        bits(&offloads) | bits(&plain) | ufo | mtu
+        let offered = sets.iter().filter(|(offered, _)| *offered);
+        offered.fold(0, |all, (_, set)| all | bits(set))
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; 2]
+        let mut sizes = vec![QUEUE_SIZE; 2 * self.shared.taps.len()];
+        sizes.push(CONTROL_QUEUE_SIZE);
+        sizes
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
@@ -178,49 +354,68 @@ impl VirtioDevice for Net {
         *self.lock_interrupts() = Some(interrupts);
     }
 
-    fn reset(&self) {
-        *self.lock_interrupts() = None;
-    }
-
     fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
         let index = start.index;
-        let (tap, shared) = (self.tap.clone(), self.shared.clone());
-        if index == RECEIVE {
-            let offloads = tap::offloads(start.features);
-            tap.set_offloads(offloads)
+        let shared = self.shared.clone();
+        if index == self.control_queue(start.features) {
+            let chain = Chain::new();
+            let name = format!("{}-ctl", self.name);
+            return worker::spawn(Kind::Net, &name, start, Box::new(Control { shared, chain }));
+        }
+        if index == 0 {
+            self.start(start.features)
                 .map_err(|source| StartError { index, source })?;
-            let handler = Receive {
-                tap,
-                shared,
-                merge: start.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
-                packet: vec![0; PACKET_BYTES_MAX],
-                waiting: 0,
-                chains: Vec::new(),
-                held: 0,
-            };
+        }
+        let pair = usize::from(index / 2);
+        let Some(tap) = self.shared.taps.get(pair).cloned() else {
+            // The control queue's place with MQ, where a driver without MQ has no business.
+            let source = io::ErrorKind::NotFound.into();
+            return Err(StartError { index, source });
+        };
+        if let Some((pairs, _)) = &self.kernel
+            && !self.writes_are_logged.load(Ordering::Acquire)
+        {
+            return pairs[pair].start(usize::from(index % 2), &start, &tap, &shared);
+        }
+        if index.is_multiple_of(2) {
+            let merge = start.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+            let handler = Receive::new(tap, shared, merge);
             worker::spawn(
                 Kind::Net,
-                &format!("{}-rx", self.name),
+                &format!("{}-rx{pair}", self.name),
                 start,
                 Box::new(handler),
             )
         } else {
-            let handler = Transmit {
-                tap,
-                shared,
-                chain: Chain::new(),
-                packet: vec![0; PACKET_BYTES_MAX],
-            };
+            let handler = Transmit::new(tap, shared);
             worker::spawn(
                 Kind::Net,
-                &format!("{}-tx", self.name),
+                &format!("{}-tx{pair}", self.name),
                 start,
                 Box::new(handler),
             )
         }
     }
 
+    fn reset(&self) {
+        *self.lock_interrupts() = None;
+        self.shared.features.store(0, Ordering::Release);
+        self.shared.guest_offloads.store(0, Ordering::Release);
+        self.shared.announce.store(false, Ordering::Release);
+        self.shared.filter.store(Arc::new(Filter::new(self.mac())));
+        if let Err(error) = self.shared.set_active_pairs(1) {
+            tracing::error!(card = %self.name, %error, "detach the tap's queues");
+        }
+    }
+
+    fn log_writes(&self, on: bool) {
+        self.writes_are_logged.store(on, Ordering::Release);
+    }
+
     fn counters(&self) -> CounterList {
+        if let Some((_, statistics)) = &self.kernel {
+            return statistics.list();
+        }
         let counters = &self.shared.counters;
         vec![
             ("received", counters.received.value()),
@@ -232,14 +427,29 @@ impl VirtioDevice for Net {
     }
 }
 
-/// What the guest has seen of the card, beside the transport.
+/// What the guest has seen of the card or said to it, beside the transport.
 #[derive(Serialize, Deserialize)]
 struct NetState {
-    mac: [u8; 6],
+    mac: Mac,
     /// 0 when none was announced.
     mtu: u16,
     /// Whether the plug is in.
     link_up: bool,
+    /// 0 in a state that knows only of one.
+    #[serde(default)]
+    pair_count: u16,
+    /// What the driver has asked for by its control queue; absent when it did not get so far.
+    #[serde(default)]
+    asked: Option<AskedState>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct AskedState {
+    features: u64,
+    guest_offloads: u64,
+    active_pairs: u16,
+    filter: Filter,
+    announce: bool,
 }
 
 impl SavedState for NetState {
@@ -249,201 +459,69 @@ impl SavedState for NetState {
 
 impl DeviceState for Net {
     fn save(&self) -> Saved {
+        let shared = &self.shared;
+        let features = shared.features.load(Ordering::Acquire);
+        let asked = AskedState {
+            features,
+            guest_offloads: shared.guest_offloads.load(Ordering::Acquire),
+            active_pairs: shared.active_pairs.load(Ordering::Acquire),
+            filter: Filter::clone(&shared.filter.load()),
+            announce: shared.announce.load(Ordering::Acquire),
+        };
         Saved::of(&NetState {
             mac: self.mac(),
             mtu: self.mtu.unwrap_or(0),
             link_up: self.link_up(),
+            pair_count: self.pair_count(),
+            asked: (features != 0).then_some(asked),
         })
     }
 
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
         let state: NetState = saved.open()?;
+        let shared = &self.shared;
         same::<NetState, _>("the MTU", state.mtu, self.mtu.unwrap_or(0))?;
+        let pairs = state.pair_count.max(1);
+        same::<NetState, _>("the number of queue pairs", pairs, self.pair_count())?;
         *self.mac.lock().unwrap_or_else(PoisonError::into_inner) = state.mac;
-        self.shared.link_up.store(state.link_up, Ordering::Release);
+        shared.link_up.store(state.link_up, Ordering::Release);
+        let Some(asked) = state.asked else {
+            shared.filter.store(Arc::new(Filter::new(state.mac)));
+            return Ok(());
+        };
+        let refused = |error: io::Error| StateError::Differs {
+            kind: NetState::KIND,
+            what: format!("{} of {pairs} queue pairs: {error}", asked.active_pairs),
+        };
+        shared
+            .set_active_pairs(asked.active_pairs)
+            .map_err(refused)?;
+        shared.features.store(asked.features, Ordering::Release);
+        // The tap is told when the queues start.
+        shared
+            .guest_offloads
+            .store(asked.guest_offloads, Ordering::Release);
+        shared.announce.store(asked.announce, Ordering::Release);
+        shared.filter.store(Arc::new(asked.filter));
         Ok(())
     }
 }
 
-/// Host to guest.
-struct Receive {
-    tap: Arc<Tap>,
-    shared: Arc<Shared>,
-    merge: bool,
-    packet: Vec<u8>,
-    /// Bytes of a packet that was read and has no buffers yet; 0 when there is none.
-    waiting: usize,
-    /// The buffers of one packet, reused; the first `held` are the driver's, taken and not yet given back. They
-    /// stay with us when they are too few, so that the next doorbell we ask for is that of the next buffer.
-    chains: Vec<Chain>,
-    held: u16,
+fn bits(features: &[u32]) -> u64 {
+    features.iter().fold(0, |bits, bit| bits | 1u64 << bit)
 }
 
-impl QueueHandler for Receive {
-    fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.tap.as_raw_fd(), EventSet::IN)]
+/// A reverse ARP request that asks nothing (RFC 903): every switch on its way learns where `mac` is.
+fn reverse_arp(mac: Mac) -> Vec<u8> {
+    let mut packet = vec![0; HEADER_BYTES];
+    packet.extend([0xff; 6]);
+    packet.extend(mac);
+    packet.extend([0x80, 0x35]); // Ethertype.
+    packet.extend([0, 1, 8, 0, 6, 4, 0, 3]); // Ethernet, IPv4, sizes of their addresses, "request reverse".
+    for _ in 0..2 {
+        packet.extend(mac);
+        packet.extend([0; 4]);
     }
-
-    fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
-        queue.disable_doorbell()?;
-        for _ in 0..queue.size() {
-            if self.waiting == 0 {
-                match self.tap.read(&mut self.packet) {
-                    Ok(_) if !self.shared.link_up.load(Ordering::Acquire) => continue,
-                    Ok(size) => self.waiting = size,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        // Nothing to deliver: buffers that come in need no doorbell until the next packet.
-                        queue.signal()?;
-                        return Ok(Progress::Sleep);
-                    }
-                    Err(error) if tap_is_down(&error) => {
-                        queue.signal()?;
-                        return Ok(Progress::Sleep);
-                    }
-                    Err(source) => {
-                        let what = "read the tap";
-                        return Err(QueueError::Host { what, source });
-                    }
-                }
-            }
-            if !self.deliver(queue)? {
-                queue.signal()?;
-                let more = queue.enable_doorbell()?;
-                return Ok(if more {
-                    Progress::Again
-                } else {
-                    Progress::Sleep
-                });
-            }
-        }
-        queue.signal()?;
-        Ok(Progress::Again)
-    }
-
-    fn drain(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
-        queue.undo_pop(std::mem::take(&mut self.held));
-        Ok(())
-    }
-}
-
-/// Reads fail while the interface is down; the tap becomes readable again when it is up.
-fn tap_is_down(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EIO | libc::EBADFD | libc::EINTR)
-    )
-}
-
-impl Receive {
-    /// Puts the waiting packet into the driver's buffers. `false` when there are not enough yet.
-    fn deliver(&mut self, queue: &mut DeviceQueue) -> Result<bool, QueueError> {
-        let most = if self.merge { queue.size() } else { 1 };
-        let wanted = self.waiting as u64;
-        let held = self.chains[..self.held.into()].iter();
-        let mut room: u64 = held.map(|chain| chain.writable().size()).sum();
-        while room < wanted && self.held < most {
-            let next = usize::from(self.held);
-            if self.chains.len() == next {
-                self.chains.push(Chain::new());
-            }
-            if !queue.pop(&mut self.chains[next])? {
-                return Ok(false);
-            }
-            self.held += 1;
-            let size = self.chains[next].writable().size();
-            if size == 0 {
-                // Enough of these would be held for ever, and every packet lost without a word.
-                return Err(self.chains[next].malformed("a receive buffer without room"));
-            }
-            room += size;
-        }
-        if room < wanted {
-            // Too small for it whatever else comes: the driver's fault, the packet's loss.
-            self.shared.counters.dropped.add(1);
-            self.waiting = 0;
-            return Ok(true);
-        }
-        self.fill(queue)
-    }
-
-    /// The buffers that are held are large enough: fills as many as it takes.
-    fn fill(&mut self, queue: &mut DeviceQueue) -> Result<bool, QueueError> {
-        // A packet that came before may have left more than this one needs.
-        let mut room = 0;
-        let needed = self.chains[..self.held.into()].iter().take_while(|chain| {
-            let short = room < self.waiting as u64;
-            room += chain.writable().size();
-            short
-        });
-        let count = u16::try_from(needed.count()).expect("at most the queue's size");
-        self.packet[NUM_BUFFERS..HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
-        let mut rest = &self.packet[..self.waiting];
-        for chain in &self.chains[..count.into()] {
-            let written = chain.writable().write(rest);
-            rest = &rest[written..];
-            let written = u32::try_from(written).expect("a packet is below 128 KiB");
-            queue.push(chain.head(), written)?;
-        }
-        self.chains[..self.held.into()].rotate_left(count.into());
-        self.held -= count;
-        self.shared.counters.received.add(1);
-        self.shared.counters.received_bytes.add(self.waiting as u64);
-        self.waiting = 0;
-        Ok(true)
-    }
-}
-
-/// Guest to host.
-struct Transmit {
-    tap: Arc<Tap>,
-    shared: Arc<Shared>,
-    chain: Chain,
-    /// For the rare packet in too many pieces.
-    packet: Vec<u8>,
-}
-
-impl QueueHandler for Transmit {
-    fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.tap.as_raw_fd(), EventSet::OUT)]
-    }
-
-    fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
-        queue.disable_doorbell()?;
-        for _ in 0..queue.size() {
-            if !queue.pop(&mut self.chain)? {
-                break;
-            }
-            let data = self.chain.readable();
-            let size = data.size();
-            if size < HEADER_BYTES as u64 + FRAME_BYTES_MIN || size > PACKET_BYTES_MAX as u64 {
-                return Err(self.chain.malformed("a packet of impossible size"));
-            }
-            if !self.shared.link_up.load(Ordering::Acquire) {
-                self.shared.counters.dropped.add(1);
-                queue.push(self.chain.head(), 0)?;
-                continue;
-            }
-            match self.tap.write(data, &mut self.packet) {
-                Ok(()) => {
-                    self.shared.counters.sent.add(1);
-                    self.shared.counters.sent_bytes.add(size);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    queue.undo_pop(1);
-                    queue.signal()?;
-                    return Ok(Progress::Sleep); // Until the tap takes more.
-                }
-                // A header that the kernel refuses, an interface that is down: as on a wire, nobody answers.
-                Err(_) => self.shared.counters.dropped.add(1),
-            }
-            queue.push(self.chain.head(), 0)?;
-        }
-        queue.signal()?;
-        let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
-    }
+    packet.resize(HEADER_BYTES + 60, 0);
+    packet
 }

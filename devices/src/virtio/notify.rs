@@ -3,8 +3,11 @@
 //!
 //! Shared by the transport and the queue threads; atomics only.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::pci::Msix;
 use crate::rate_limited::{RateLimit, warn_limited};
@@ -152,6 +155,12 @@ impl QueueInterrupt {
             .0
             .msix
             .signal(self.vector.load(Ordering::Acquire));
+    }
+
+    /// What to signal instead of [`QueueInterrupt::signal`], for a queue that another process or the kernel
+    /// serves; `None` when the driver wants no interrupts. While the vector is masked, signals are kept.
+    pub fn event(&self) -> io::Result<Option<EventFd>> {
+        self.device.0.msix.event(self.vector())
     }
 
     /// The device this queue belongs to.

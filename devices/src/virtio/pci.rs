@@ -220,6 +220,11 @@ impl VirtioPci {
         Ok(())
     }
 
+    /// While paused: whether, from the resume on, every write to guest memory must pass by the log of written pages.
+    pub fn log_writes(&self, on: bool) {
+        self.device.log_writes(on);
+    }
+
     /// Stops everything and forgets what the driver said: a reset of the machine.
     pub fn reset(&self) {
         self.reset_locked(&mut self.lock());

@@ -416,6 +416,11 @@ impl DeviceQueue {
         self.interrupt.device().note(what);
     }
 
+    /// Guest RAM, for whoever serves the queue beside this process's threads.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// The interrupt of this queue.
     pub fn interrupt(&self) -> &QueueInterrupt {
         &self.interrupt

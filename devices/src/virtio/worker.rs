@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use atoll_thread::Kind;
 use virtio_queue::QueueState;
@@ -24,6 +25,8 @@ pub enum Progress {
     Sleep,
     /// There is more to do; look for a stop first, then call again.
     Again,
+    /// There is more to do, but not before this time: sleep as with `Sleep`, at most so long.
+    After(Duration),
 }
 
 /// What serves a queue, on the queue's thread.
@@ -131,7 +134,12 @@ impl Worker {
                     return Ok(());
                 }
             };
-            let timeout = if progress == Progress::Again { 0 } else { -1 };
+            let timeout = match progress {
+                Progress::Again => 0,
+                Progress::Sleep => -1,
+                // In milliseconds, rounded up so that the next call does not come too early.
+                Progress::After(time) => i32::try_from(time.as_millis() + 1).unwrap_or(i32::MAX),
+            };
             self.wait(timeout, &mut events)?;
             if self.stop.0.load(Ordering::Acquire) {
                 return Ok(());

@@ -171,6 +171,15 @@ fn net_transmit_withstands() {
 }
 
 #[test]
+fn net_control_withstands() {
+    let Some(Rig { mut driver, .. }) = net::rig_with(u64::MAX, 2) else {
+        return;
+    };
+    driver.reset();
+    withstands(&mut driver, 4, sends);
+}
+
+#[test]
 fn net_receive_withstands() {
     let Some(Rig {
         mut driver, wire, ..

@@ -11,8 +11,9 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::process::Command;
 use std::sync::Arc;
 
+use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Segment};
-use atoll_devices::virtio::net::{Net, NetOptions, Tap, TapError};
+use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, TapError};
 
 const DATA: u64 = 0x10_0000;
 /// Ethertype for local experiments.
@@ -27,13 +28,18 @@ pub struct Rig {
 
 /// A device on tap `t0`, and a packet socket on the same interface. `None` without the privileges.
 pub fn rig(features: u64) -> Option<Rig> {
+    rig_with(features, 1)
+}
+
+/// The same with `pairs` pairs of queues.
+pub fn rig_with(features: u64, pairs: u16) -> Option<Rig> {
     // SAFETY: plain numbers; moves only this thread, which ends with its test, to another namespace.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         println!("ATOLL-SKIP: a network namespace needs root");
         return None;
     }
-    let tap = match Tap::open("t0") {
-        Ok(tap) => tap,
+    let taps = match Tap::open_queues("t0", pairs) {
+        Ok(taps) => taps,
         Err(TapError::Device(error)) => {
             println!("ATOLL-SKIP: /dev/net/tun: {error}");
             return None;
@@ -46,12 +52,14 @@ pub fn rig(features: u64) -> Option<Rig> {
         ip.args(["link", "set", "t0"]).args(settings.split(' '));
         assert!(ip.status().unwrap().success());
     }
-    let net = Arc::new(Net::new(NetOptions {
+    let net = Net::new(NetOptions {
         name: "net0".to_owned(),
-        tap,
+        taps,
         mac: MAC,
         mtu: Some(9000),
-    }));
+        kernel: None,
+    });
+    let net = Arc::new(net.unwrap());
     let mut driver = Driver::new(net.clone());
     driver.start(features);
     Some(Rig {
@@ -222,6 +230,195 @@ fn a_pulled_plug_is_told_and_loses_packets_both_ways() {
     let mut seen = vec![0; 2000];
     let count = rig.wire.read(&mut seen).unwrap();
     assert_eq!(seen[..count], frame(90));
+}
+
+/// What the driver asks by its control queue `queue`, and the answer.
+fn command(rig: &mut Rig, queue: usize, class: u8, number: u8, data: &[u8]) -> u8 {
+    let at = DATA + 0xf_0000;
+    rig.driver.put(at, &[&[class, number], data].concat());
+    rig.driver.put(at + 0x2000, &[0xee]);
+    let size = u32::try_from(data.len()).unwrap();
+    let chain = [
+        Segment::readable(at, 2),
+        Segment::readable(at + 2, size),
+        Segment::writable(at + 0x2000, 1),
+    ];
+    let data_is_empty = data.is_empty();
+    let chain: Vec<_> = chain
+        .into_iter()
+        .filter(|segment| segment.size > 0 || !data_is_empty)
+        .collect();
+    rig.driver.add(queue, &chain);
+    rig.driver.kick(queue);
+    assert_eq!(rig.driver.wait_used(queue).1, 1);
+    rig.driver.get(at + 0x2000, 1)[0]
+}
+
+#[test]
+fn commands_and_nonsense_on_the_control_queue() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    // Class, number, data, answer.
+    let cases: [(u8, u8, &[u8], u8); 16] = [
+        (0, 0, &[0], 0),
+        (0, 5, &[1], 0),
+        (0, 6, &[1], 1),
+        (0, 0, &[2], 1),
+        (0, 0, &[], 1),
+        (1, 1, &[2, 0, 0, 0, 0, 7], 0),
+        (1, 1, &[3, 0, 0, 0, 0, 7], 1),
+        (1, 1, &[2, 0, 0], 1),
+        (1, 0, &[0; 8], 0),
+        (1, 0, &[0xff; 8], 1),
+        (2, 0, &[1, 0], 1),
+        (4, 0, &[1, 0], 0),
+        (4, 0, &[2, 0], 1),
+        (4, 0, &[0, 0], 1),
+        (5, 0, &[0; 8], 0),
+        (5, 0, &[0xff; 8], 1),
+    ];
+    for (class, number, data, answer) in cases {
+        let said = command(&mut rig, 2, class, number, data);
+        assert_eq!(said, answer, "{class} {number} {data:?}");
+    }
+    assert_eq!(rig.driver.device_config::<6>(0), [2, 0, 0, 0, 0, 7]);
+    assert_eq!(command(&mut rig, 2, 1, 0, &[0; 5000]), 1);
+    // A reset takes everything back.
+    rig.driver.reset();
+    rig.driver.start(u64::MAX);
+    assert_eq!(rig.driver.device_config::<6>(0), MAC);
+    rig.driver.add(2, &[Segment::readable(DATA, 3)]);
+    rig.driver.kick(2);
+    rig.driver.wait_broken();
+}
+
+#[test]
+fn a_driver_gets_only_what_it_wants() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    (0..8).for_each(|i| {
+        rig.driver.add(0, &[buffer(i, 2048)]);
+    });
+    assert_eq!(command(&mut rig, 2, 0, 0, &[0]), 0);
+    let to = |to: [u8; 6], size| [&to[..], &frame(size)[6..]].concat();
+    rig.wire.write_all(&to([2, 9, 9, 9, 9, 9], 100)).unwrap();
+    rig.wire
+        .write_all(&to([0x33, 0x33, 0, 0, 0, 1], 110))
+        .unwrap();
+    rig.wire.write_all(&to([0xff; 6], 120)).unwrap();
+    rig.driver.kick(0);
+    assert_eq!(rig.receive(2048).1.len(), 120);
+    let address = [2, 9, 9, 9, 9, 9];
+    let tables = [&1u32.to_le_bytes()[..], &address, &0u32.to_le_bytes()].concat();
+    assert_eq!(command(&mut rig, 2, 1, 0, &tables), 0);
+    rig.wire.write_all(&to(address, 130)).unwrap();
+    assert_eq!(rig.receive(2048).1.len(), 130);
+}
+
+#[test]
+fn several_pairs_carry_packets() {
+    let Some(mut rig) = rig_with(u64::MAX, 4) else {
+        return;
+    };
+    assert_eq!(rig.driver.device_config::<2>(8), [4, 0]);
+    assert_eq!(rig.driver.rings.len(), 9);
+    assert_eq!(command(&mut rig, 8, 4, 0, &[4, 0]), 0);
+    for pair in 0..4 {
+        rig.driver.put(DATA, &[vec![0; 12], frame(200)].concat());
+        rig.driver
+            .add(2 * pair + 1, &[Segment::readable(DATA, 212)]);
+        rig.driver.kick(2 * pair + 1);
+        let mut seen = vec![0; 2000];
+        let count = rig.wire.read(&mut seen).unwrap();
+        assert_eq!(seen[..count], frame(200));
+    }
+    // Back to one: whatever flow a packet is of, it comes to the first.
+    assert_eq!(command(&mut rig, 8, 4, 0, &[1, 0]), 0);
+    (0..4).for_each(|i| {
+        rig.driver.add(0, &[buffer(i, 2048)]);
+    });
+    rig.driver.kick(0);
+    rig.wire.write_all(&frame(300)).unwrap();
+    assert_eq!(rig.receive(2048).1, frame(300));
+    // A driver that knows of one pair finds the control queue behind it.
+    rig.driver.reset();
+    assert!(rig.driver.negotiate(1 << 32 | 1 << 17));
+    rig.driver.rings.clear();
+    for queue in 0..3 {
+        rig.driver.enable_queue(queue, 64);
+    }
+    rig.driver.set_status(15);
+    assert_eq!(command(&mut rig, 2, 4, 0, &[1, 0]), 0);
+}
+
+#[test]
+fn a_rate_limit_delays_and_loses_nothing() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    let rate = Rate {
+        bytes_per_second: 20_000,
+        burst_bytes: 1,
+    };
+    rig.net.set_limits(None, Some(rate));
+    let start = std::time::Instant::now();
+    rig.driver.put(DATA, &[vec![0; 12], frame(1000)].concat());
+    for _ in 0..4 {
+        rig.driver.add(1, &[Segment::readable(DATA, 1012)]);
+    }
+    rig.driver.kick(1);
+    for _ in 0..4 {
+        rig.driver.wait_used(1);
+    }
+    // The first goes at once, each of the others after the debt of the one before it: 50 ms.
+    let took = start.elapsed();
+    assert!(took.as_millis() >= 145, "{took:?}");
+    rig.net.set_limits(None, None);
+    rig.driver.add(1, &[Segment::readable(DATA, 1012)]);
+    rig.driver.kick(1);
+    rig.driver.wait_used(1);
+}
+
+#[test]
+fn an_announcement_is_a_frame_and_a_question_to_the_guest() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    rig.net.announce();
+    assert_eq!(rig.driver.device_config::<2>(6), [3, 0]);
+    assert_eq!(rig.driver.interrupts.take(0), 1);
+    assert_eq!(command(&mut rig, 2, 3, 0, &[]), 0);
+    assert_eq!(rig.driver.device_config::<2>(6), [1, 0]);
+    let (sent, _) = rig.driver.device.counters();
+    assert!(sent.contains(&("sent", 0)), "the frame is not the guest's");
+}
+
+#[test]
+fn a_tap_of_one_queue_is_refused_for_several() {
+    let Some(rig) = rig(u64::MAX) else { return };
+    drop(rig);
+    let mut ip = Command::new("ip");
+    ip.args("tuntap add dev t1 mode tap vnet_hdr".split(' '));
+    assert!(ip.status().unwrap().success());
+    let error = Tap::open_queues("t1", 2).unwrap_err().to_string();
+    assert!(error.contains("make it with `multi_queue`"), "{error}");
+}
+
+#[test]
+fn what_the_driver_asked_for_is_state() {
+    let Some(mut rig) = rig_with(u64::MAX, 2) else {
+        return;
+    };
+    assert_eq!(command(&mut rig, 4, 4, 0, &[2, 0]), 0);
+    assert_eq!(command(&mut rig, 4, 0, 0, &[0]), 0);
+    assert_eq!(command(&mut rig, 4, 1, 1, &[2, 0, 0, 0, 0, 7]), 0);
+    rig.driver.device.pause();
+    let saved = rig.net.save();
+    assert_eq!(saved.state["asked"]["active_pairs"], 2);
+    assert_eq!(saved.state["asked"]["filter"]["promiscuous"], false);
+    rig.driver.reset();
+    assert_eq!(rig.net.save().state["asked"], serde_json::Value::Null);
+    rig.net.restore(&saved).unwrap();
+    assert_eq!(rig.net.save(), saved);
+    let mut other = saved;
+    other.state["pair_count"] = 4.into();
+    let refused = rig.net.restore(&other).unwrap_err().to_string();
+    let expected = "virtio-net: the number of queue pairs was 4 and is now 2";
+    assert_eq!(refused, expected);
 }
 
 #[test]

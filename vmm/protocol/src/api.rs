@@ -27,6 +27,10 @@ pub enum Request {
     Shutdown,
     /// Pull a network card's plug, or put it in; takes [`SetLink`].
     SetLink,
+    /// Limit what a network card carries; takes [`SetNetLimits`].
+    SetNetLimits,
+    /// Tell the network where the guest's cards are, as after a migration.
+    Announce,
 }
 
 /// One row of the control API.
@@ -149,6 +153,53 @@ pub const ROUTES: &[Route] = &[
         ],
         answer: "Acted",
     },
+    Route {
+        request: Request::SetNetLimits,
+        method: "PUT",
+        path: "/set-net-limits",
+        summary: "Limit what a network card carries from now on; what is not given is not limited",
+        parameters: &[
+            Parameter {
+                name: "id",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "The card: net0 is the first of the spec",
+            },
+            Parameter {
+                name: "receive_bytes_per_second",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What the guest receives, on average; 0 is no limit",
+            },
+            Parameter {
+                name: "receive_burst_bytes",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What an idle card may receive at once; 0 is a tenth of a second's worth",
+            },
+            Parameter {
+                name: "send_bytes_per_second",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What the guest sends, on average; 0 is no limit",
+            },
+            Parameter {
+                name: "send_burst_bytes",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What an idle card may send at once; 0 is a tenth of a second's worth",
+            },
+        ],
+        answer: "Acted",
+    },
+    Route {
+        request: Request::Announce,
+        method: "PUT",
+        path: "/announce",
+        summary: "Tell the network where the guest's cards are, as after a migration",
+        parameters: &[],
+        answer: "Acted",
+    },
 ];
 
 impl Request {
@@ -269,6 +320,26 @@ pub struct SetLink {
     pub id: String,
     /// Whether the plug is in.
     pub up: bool,
+}
+
+/// Body of `PUT /set-net-limits`. Like the spec's `NetLimits`, of one card.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetNetLimits {
+    /// The card: `net0` is the first of the spec.
+    pub id: String,
+    /// What the guest receives, on average; 0 is no limit.
+    #[serde(default)]
+    pub receive_bytes_per_second: u64,
+    /// What an idle card may receive at once; 0 is a tenth of a second's worth.
+    #[serde(default)]
+    pub receive_burst_bytes: u64,
+    /// What the guest sends, on average; 0 is no limit.
+    #[serde(default)]
+    pub send_bytes_per_second: u64,
+    /// What an idle card may send at once; 0 is a tenth of a second's worth.
+    #[serde(default)]
+    pub send_burst_bytes: u64,
 }
 
 /// Answer of the requests that change what the machine does.

@@ -79,7 +79,7 @@ pub enum DiskFormat {
 }
 
 /// One virtio-net card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetSpec {
     /// Name of the host's tap interface, created when it does not exist.
@@ -90,6 +90,45 @@ pub struct NetSpec {
     /// MTU that is offered to the guest.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// Pairs of queues, one when absent. With several, the tap must be one with `multi_queue`, or not exist.
+    #[serde(default)]
+    pub queue_pairs: Option<u16>,
+    /// Whether the kernel moves the packets.
+    #[serde(default)]
+    pub vhost: VhostNet,
+    /// The plug is not in at the start (`set-link` puts it in).
+    #[serde(default)]
+    pub link_down: bool,
+    /// Most that the card may carry.
+    #[serde(default)]
+    pub limits: NetLimits,
+}
+
+/// Whether the kernel (`/dev/vhost-net`) moves a card's packets: faster, but without rate limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VhostNet {
+    /// Where it can: the device is there, and the card has no rate limit.
+    #[default]
+    Auto,
+    /// It must.
+    On,
+    /// Threads of the VMM do.
+    Off,
+}
+
+/// Rate limits of a card. Absent or 0: none; a burst of 0 is a tenth of a second's worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetLimits {
+    /// What the guest receives, on average.
+    pub receive_bytes_per_second: u64,
+    /// What an idle card may receive at once.
+    pub receive_burst_bytes: u64,
+    /// What the guest sends, on average.
+    pub send_bytes_per_second: u64,
+    /// What an idle card may send at once.
+    pub send_burst_bytes: u64,
 }
 
 /// The host's end of a console.

@@ -180,4 +180,5 @@ fn schemas_are_the_types() {
             up: true,
         },
     );
+    check("SetNetLimits", SetNetLimits::default());
 }

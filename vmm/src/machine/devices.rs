@@ -10,13 +10,15 @@ use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_devices::virtio::console::VirtioConsole;
-use atoll_devices::virtio::net::{Net, NetOptions, Tap};
+use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, VhostNetFiles};
 use atoll_devices::virtio::rng::Rng;
 use atoll_disk::{OpenOptions, RawBackend};
-use atoll_vmm_protocol::spec::{ConsoleSpec, DiskFormat, MachineSpec};
+use atoll_vmm_protocol::spec::{
+    ConsoleSpec, DiskFormat, MachineSpec, NetLimits, NetSpec, VhostNet,
+};
 
 use super::assembly::{Assembly, BuildError};
-use super::opened::{Opened, WAS_OPENED};
+use super::opened::{Opened, OpenedNet, WAS_OPENED};
 use super::parts::Card;
 use crate::{check, layout, socket};
 
@@ -36,7 +38,7 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: disks,
     },
     DeviceKind {
-        open: open_taps,
+        open: open_nets,
         add: nets,
     },
     DeviceKind {
@@ -86,9 +88,13 @@ fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn open_taps(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for net in &spec.nets {
-        opened.taps.push_back(Tap::open(&net.tap)?);
+        let pairs = net.queue_pairs.unwrap_or(1);
+        opened.nets.push_back(OpenedNet {
+            taps: Tap::open_queues(&net.tap, pairs)?,
+            kernel: vhost_net(net, pairs)?,
+        });
     }
     Ok(())
 }
@@ -100,16 +106,52 @@ fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
             None => random_mac().map_err(BuildError::device("network card"))?,
         };
         let name = format!("net{index}");
-        let device = Arc::new(Net::new(NetOptions {
+        let opened = assembly.opened.nets.pop_front().expect(WAS_OPENED);
+        let device = Net::new(NetOptions {
             name: name.clone(),
-            tap: assembly.opened.taps.pop_front().expect(WAS_OPENED),
+            taps: opened.taps,
             mac,
             mtu: net.mtu,
-        }));
+            kernel: opened.kernel,
+        });
+        let device = Arc::new(device.map_err(BuildError::device(format!("tap {}", net.tap)))?);
+        let limits = &net.limits;
+        device.set_limits(
+            rate(limits.receive_bytes_per_second, limits.receive_burst_bytes),
+            rate(limits.send_bytes_per_second, limits.send_burst_bytes),
+        );
+        device.set_link(!net.link_down);
         let function = assembly.add(name, device.clone())?;
         assembly.nets.push(Card { function, device });
     }
     Ok(())
+}
+
+/// A limit as the spec has it: 0 is none.
+pub(super) fn rate(bytes_per_second: u64, burst_bytes: u64) -> Option<Rate> {
+    (bytes_per_second > 0).then_some(Rate {
+        bytes_per_second,
+        burst_bytes,
+    })
+}
+
+/// The kernel's end of a card, where the spec wants it or allows it and it is there.
+fn vhost_net(net: &NetSpec, pairs: u16) -> Result<Option<VhostNetFiles>, BuildError> {
+    let limited = net.limits != NetLimits::default();
+    if net.vhost == VhostNet::Off || net.vhost == VhostNet::Auto && limited {
+        return Ok(None);
+    }
+    match VhostNetFiles::open(&net.tap, pairs) {
+        Ok(files) => Ok(Some(files)),
+        Err(error) if net.vhost == VhostNet::Auto => {
+            tracing::info!(
+                tap = net.tap,
+                "own threads move the packets: /dev/vhost-net: {error}"
+            );
+            Ok(None)
+        }
+        Err(error) => Err(BuildError::device("/dev/vhost-net")(error)),
+    }
 }
 
 /// A locally administered address of one card: bit 1 of the first octet set, bit 0 clear.

@@ -7,10 +7,12 @@
 //! assembly  from a spec to a machine that is ready for its first instruction
 //! devices   one row a kind of device
 //! parts     what a built machine consists of, and how it is put back to power-on
+//! controls  changes of one device while it runs
 //! counters  its numbers for the control API
 //! ```
 
 mod assembly;
+mod controls;
 mod counters;
 mod devices;
 mod opened;

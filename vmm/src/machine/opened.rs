@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
-use atoll_devices::virtio::net::Tap;
+use atoll_devices::virtio::net::{Tap, VhostNetFiles};
 use atoll_disk::BlockBackend;
 use atoll_vmm_protocol::spec::MachineSpec;
 
@@ -41,9 +41,17 @@ pub(super) struct Opened {
     /// In the spec's order.
     pub(super) disks: VecDeque<Arc<dyn BlockBackend>>,
     /// In the spec's order.
-    pub(super) taps: VecDeque<Tap>,
+    pub(super) nets: VecDeque<OpenedNet>,
     pub(super) console: Option<ConsoleEnd>,
     pub(super) serial: Option<ConsoleEnd>,
+}
+
+/// A network card's end.
+pub(super) struct OpenedNet {
+    /// One a pair of queues.
+    pub(super) taps: Vec<Tap>,
+    /// Where the kernel is to move the packets.
+    pub(super) kernel: Option<VhostNetFiles>,
 }
 
 impl Opened {
@@ -58,7 +66,7 @@ impl Opened {
             statm: File::open("/proc/self/statm").ok(),
             directories: Vec::new(),
             disks: VecDeque::new(),
-            taps: VecDeque::new(),
+            nets: VecDeque::new(),
             console: None,
             serial: None,
         };

@@ -21,12 +21,12 @@ use std::time::Instant;
 
 use atoll_devices::platform::MachineControl;
 use atoll_thread::Kind;
-use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request, SetLink};
+use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
 use atoll_vmm_protocol::spec::MachineSpec;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::parts::Parts;
-use super::{Outcome, RunError, counters};
+use super::{Outcome, RunError, controls, counters};
 use crate::api::{self, Answer, Asked};
 use crate::layout;
 use crate::vcpu::{Report, Vcpu};
@@ -198,27 +198,14 @@ impl<'a> Machine<'a> {
                 self.hold();
                 self.state = MachineState::Stopped;
             }
-            Request::SetLink => {
-                if let Err(refused) = api::body(asked.body).and_then(|body| self.set_link(&body)) {
+            // What is left is for one of the devices.
+            _ => {
+                if let Err(refused) = controls::obey(&self.parts, asked) {
                     return Ok(refused);
                 }
             }
         }
         Ok(api::json(200, &Acted { state: self.state }))
-    }
-
-    fn set_link(&self, body: &SetLink) -> Result<(), Answer> {
-        let net = self
-            .parts
-            .nets
-            .iter()
-            .find(|net| net.function.name() == body.id);
-        let net = net.ok_or_else(|| {
-            let text = format!("no network card {}; the first is net0", body.id);
-            api::refusal(404, text)
-        })?;
-        net.device.set_link(body.up);
-        Ok(())
     }
 
     fn info(&self) -> Info {

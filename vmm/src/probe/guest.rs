@@ -268,5 +268,6 @@ fn tap() -> Result<NetSpec, ProbeError> {
         tap: TAP.into(),
         mac: None,
         mtu: None,
+        ..NetSpec::default()
     })
 }

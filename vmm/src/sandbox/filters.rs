@@ -218,12 +218,17 @@ const VCPU: &[Call] = &[
         nr(KVM, 0xe1),          // KVM_SET_DEVICE_ATTR: the TSC's offset
         nr(KVM, 0xe2),          // KVM_GET_DEVICE_ATTR
         nr(TUN, TUNSETOFFLOAD), // A reset of a network card
+        nr(TUN, TUNSETQUEUE),
+        nr(VHOST, 0x12), // VHOST_GET_VRING_BASE: the same of one that the kernel serves
+        nr(VHOST, 0x30), // VHOST_NET_SET_BACKEND
     ]),
     call(libc::SYS_timerfd_settime), // A watchdog that is fed.
 ];
 
 /// Number of `TUNSETOFFLOAD`.
 const TUNSETOFFLOAD: u32 = 208;
+/// Number of `TUNSETQUEUE`.
+const TUNSETQUEUE: u32 = 217;
 
 const NET: &[Call] = &[ioctl_types(&[nr(TUN, 0)])];
 
@@ -258,6 +263,7 @@ const STARTER: &[Call] = &[
     call(libc::SYS_dup),
     call(libc::SYS_io_uring_setup),
     call(libc::SYS_io_uring_register),
+    ioctl_types(&[nr(VHOST, 0)]),
 ];
 
 /// Kinds whose threads may be made after the starter has its filter.

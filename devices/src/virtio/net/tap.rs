@@ -3,13 +3,15 @@
 #![expect(unsafe_code, reason = "tun ioctls, and writev from guest pages")]
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
 };
 
 use crate::virtio::GuestBuffers;
@@ -23,6 +25,13 @@ const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+
+/// What every tap of ours is.
+const TAP_FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+/// `IFF_ATTACH_QUEUE` and `IFF_DETACH_QUEUE`.
+const ATTACH_QUEUE: i16 = 0x0200;
+const DETACH_QUEUE: i16 = 0x0400;
 
 /// The kernel may leave checksums to the guest.
 const TUN_F_CSUM: u32 = 0x01;
@@ -31,6 +40,9 @@ const TUN_F_TSO4: u32 = 0x02;
 const TUN_F_TSO6: u32 = 0x04;
 const TUN_F_TSO_ECN: u32 = 0x08;
 const TUN_F_UFO: u32 = 0x10;
+/// Large UDP segments over IPv4 and IPv6, since Linux 6.2.
+const TUN_F_USO4: u32 = 0x20;
+const TUN_F_USO6: u32 = 0x40;
 
 /// Why a tap cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +63,16 @@ pub enum TapError {
         name: String,
         /// Why.
         source: io::Error,
+    },
+    /// Made for one queue.
+    #[error(
+        "tap {name} has one queue, {count} are wanted: make it with `multi_queue`, or say queues=1"
+    )]
+    SingleQueue {
+        /// The interface.
+        name: String,
+        /// Queue pairs that the card has.
+        count: u16,
     },
     /// A descriptor that is not a tap with virtio headers and without packet information.
     #[error("descriptor of tap {name} is not a tap with IFF_VNET_HDR and IFF_NO_PI")]
@@ -74,7 +96,10 @@ pub enum TapError {
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    /// Whether packets come to this queue; true but for queues that wait to be used.
+    attached: AtomicBool,
     ufo: bool,
+    uso: bool,
 }
 
 /// `struct ifreq` with a flags member.
@@ -104,32 +129,33 @@ impl Request {
 impl Tap {
     /// Attaches to the interface `name`, which is made (and goes with the process) when it does not exist.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        let bad_name = || TapError::Name {
-            name: name.to_owned(),
-        };
-        let mut request = Request::new(name, wanted).ok_or_else(bad_name)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/net/tun")
-            .map_err(TapError::Device)?;
-        let mut attached = ioctl_request(&file, TUNSETIFF, &mut request);
-        if attached
-            .as_ref()
-            .is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
-        {
+        let file = match attach(name, TAP_FLAGS) {
             // It was made for several queues; one of them is enough.
-            let flags = wanted | libc::IFF_MULTI_QUEUE;
-            let mut request = Request::new(name, flags).ok_or_else(bad_name)?;
-            attached = ioctl_request(&file, TUNSETIFF, &mut request);
+            Err(AttachError::Attach(error)) if error.raw_os_error() == Some(libc::EINVAL) => {
+                attach(name, TAP_FLAGS | libc::IFF_MULTI_QUEUE)
+            }
+            other => other,
+        };
+        Self::set_up(file.map_err(|error| error.of(name))?, name)
+    }
+
+    /// Attaches `count` queues to the interface `name`, which is made when it does not exist. What comes to the
+    /// interface is spread over the queues that are attached ([`Tap::set_attached`]).
+    pub fn open_queues(name: &str, count: u16) -> Result<Vec<Self>, TapError> {
+        if count == 1 {
+            return Ok(vec![Self::open(name)?]);
         }
-        attached.map_err(|source| TapError::Attach {
-            name: name.to_owned(),
-            source,
-        })?;
-        Self::set_up(file, name)
+        let one = |_| match attach(name, TAP_FLAGS | libc::IFF_MULTI_QUEUE) {
+            Ok(file) => Self::set_up(file, name),
+            Err(AttachError::Attach(error)) if error.raw_os_error() == Some(libc::EINVAL) => {
+                Err(TapError::SingleQueue {
+                    name: name.to_owned(),
+                    count,
+                })
+            }
+            Err(error) => Err(error.of(name)),
+        };
+        (0..count).map(one).collect()
     }
 
     /// Takes a descriptor that somebody else attached; `name` is for messages.
@@ -139,8 +165,7 @@ impl Tap {
         };
         let mut request = Request::new("?", 0).ok_or_else(kind)?;
         ioctl_request(&file, TUNGETIFF, &mut request).map_err(|_| kind())?;
-        let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        if i32::from(request.flags) & needed != needed {
+        if i32::from(request.flags) & TAP_FLAGS != TAP_FLAGS {
             return Err(kind());
         }
         rustix::io::ioctl_fionbio(&file, true).map_err(|errno| TapError::Set {
@@ -163,19 +188,48 @@ impl Tap {
         // SAFETY: an open descriptor; the kernel reads one int from the pointer.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
         check(result).map_err(fail("set the header size"))?;
-        let mut tap = Self { file, ufo: true };
+        let mut tap = Self {
+            file,
+            attached: AtomicBool::new(true),
+            ufo: true,
+            uso: true,
+        };
         let most = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
         tap.ufo = tap.set_offloads(most | TUN_F_UFO).is_ok();
-        if !tap.ufo {
-            tap.set_offloads(most).map_err(fail("enable offloads"))?;
-        }
+        tap.uso = tap.set_offloads(most | TUN_F_USO4 | TUN_F_USO6).is_ok();
+        tap.set_offloads(most).map_err(fail("enable offloads"))?;
         tap.set_offloads(0).map_err(fail("disable offloads"))?;
         Ok(tap)
+    }
+
+    /// Takes the queue out of those that packets are spread over, or puts it back. Only for taps with several.
+    pub(super) fn set_attached(&self, attached: bool) -> io::Result<()> {
+        if self.attached.load(Ordering::Acquire) == attached {
+            return Ok(());
+        }
+        let mut request = Request {
+            name: [0; libc::IFNAMSIZ],
+            flags: if attached { ATTACH_QUEUE } else { DETACH_QUEUE },
+            _rest: [0; 22],
+        };
+        ioctl_request(&self.file, TUNSETQUEUE, &mut request)?;
+        self.attached.store(attached, Ordering::Release);
+        Ok(())
+    }
+
+    /// For a kernel thread that moves the packets itself.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Whether UDP fragmentation can be left to the kernel.
     pub(super) fn takes_ufo(&self) -> bool {
         self.ufo
+    }
+
+    /// Whether UDP segmentation can be left to the kernel.
+    pub(super) fn takes_uso(&self) -> bool {
+        self.uso
     }
 
     /// What the kernel may leave to the guest.
@@ -194,6 +248,11 @@ impl Tap {
     /// Reads one packet with its header.
     pub(super) fn read(&self, packet: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(packet)
+    }
+
+    /// Writes one packet of our own with its header.
+    pub(super) fn send(&self, packet: &[u8]) -> io::Result<()> {
+        (&self.file).write(packet).map(drop)
     }
 
     /// Writes one packet with its header, from guest pages; through `spare` when it is in very many pieces.
@@ -241,13 +300,52 @@ pub(super) fn offloads(features: u64) -> u32 {
         (VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
         (VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN),
         (VIRTIO_NET_F_GUEST_UFO, TUN_F_UFO),
+        (VIRTIO_NET_F_GUEST_USO4, TUN_F_USO4),
+        (VIRTIO_NET_F_GUEST_USO6, TUN_F_USO6),
     ];
-    let bits = table
+    let bits: u32 = table
         .iter()
         .filter(|(feature, _)| features & 1 << feature != 0)
         .fold(0, |bits, (_, bit)| bits | bit);
     // Segments without checksums make no sense, and the kernel refuses them. §5.1.3.1 forbids a driver to ask.
+    // Either both kinds of UDP segments or none: the kernel takes no other.
+    let both = TUN_F_USO4 | TUN_F_USO6;
+    let bits = if bits & both == both {
+        bits
+    } else {
+        bits & !both
+    };
     if bits & TUN_F_CSUM == 0 { 0 } else { bits }
+}
+
+enum AttachError {
+    Name,
+    Device(io::Error),
+    Attach(io::Error),
+}
+
+impl AttachError {
+    fn of(self, name: &str) -> TapError {
+        let name = name.to_owned();
+        match self {
+            Self::Name => TapError::Name { name },
+            Self::Device(source) => TapError::Device(source),
+            Self::Attach(source) => TapError::Attach { name, source },
+        }
+    }
+}
+
+/// One more queue of the interface.
+fn attach(name: &str, flags: i32) -> Result<File, AttachError> {
+    let mut request = Request::new(name, flags).ok_or(AttachError::Name)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(AttachError::Device)?;
+    ioctl_request(&file, TUNSETIFF, &mut request).map_err(AttachError::Attach)?;
+    Ok(file)
 }
 
 fn ioctl_request(file: &File, number: libc::c_ulong, request: &mut Request) -> io::Result<()> {

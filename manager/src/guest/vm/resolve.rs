@@ -149,6 +149,7 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
         tap: card.tap,
         mac: card.mac,
         mtu: card.attachment.mtu,
+        ..NetSpec::default()
     });
     let name = config.get("name").map(str::to_owned);
     Ok(MachineSpec {

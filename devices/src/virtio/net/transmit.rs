@@ -1,0 +1,88 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! One queue from the guest to the tap: each chain is a packet, written from guest pages as it is.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::{HEADER_BYTES, PACKET_BYTES_MAX, Shared, Tap};
+use crate::virtio::worker::{Progress, QueueHandler};
+use crate::virtio::{Chain, DeviceQueue, QueueError};
+
+/// Smallest packet worth sending: an Ethernet header.
+const FRAME_BYTES_MIN: u64 = 14;
+
+/// Guest to host.
+pub(super) struct Transmit {
+    tap: Arc<Tap>,
+    shared: Arc<Shared>,
+    chain: Chain,
+    /// For the rare packet in too many pieces.
+    packet: Vec<u8>,
+}
+
+impl Transmit {
+    pub(super) fn new(tap: Arc<Tap>, shared: Arc<Shared>) -> Self {
+        Self {
+            tap,
+            shared,
+            chain: Chain::new(),
+            packet: vec![0; PACKET_BYTES_MAX],
+        }
+    }
+}
+
+impl QueueHandler for Transmit {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        vec![(self.tap.as_raw_fd(), EventSet::OUT)]
+    }
+
+    fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
+        queue.disable_doorbell()?;
+        for _ in 0..queue.size() {
+            if let Some(wait) = self.shared.send_limit.wait(Instant::now()) {
+                queue.signal()?;
+                return Ok(Progress::After(wait));
+            }
+            if !queue.pop(&mut self.chain)? {
+                break;
+            }
+            let data = self.chain.readable();
+            let size = data.size();
+            if size < HEADER_BYTES as u64 + FRAME_BYTES_MIN || size > PACKET_BYTES_MAX as u64 {
+                return Err(self.chain.malformed("a packet of impossible size"));
+            }
+            let counters = &self.shared.counters;
+            if !self.shared.link_up() {
+                counters.dropped.add(1);
+                queue.push(self.chain.head(), 0)?;
+                continue;
+            }
+            match self.tap.write(data, &mut self.packet) {
+                Ok(()) => {
+                    self.shared.send_limit.take(size);
+                    counters.sent.add(1);
+                    counters.sent_bytes.add(size);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    queue.undo_pop(1);
+                    queue.signal()?;
+                    return Ok(Progress::Sleep); // Until the tap takes more.
+                }
+                // A header that the kernel refuses, an interface that is down: as on a wire, nobody answers.
+                Err(_) => counters.dropped.add(1),
+            }
+            queue.push(self.chain.head(), 0)?;
+        }
+        queue.signal()?;
+        let more = queue.enable_doorbell()?;
+        Ok(if more {
+            Progress::Again
+        } else {
+            Progress::Sleep
+        })
+    }
+}
