@@ -8,13 +8,16 @@ mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::time::Duration;
 
 use atoll_manager::guest::create::Draft;
 use atoll_manager::guest::destroy::{self, Destroy};
 use atoll_manager::guest::resize::{self, Resize};
 use atoll_manager::guest::site::Seat;
+use atoll_manager::guest::start::Start;
+use atoll_manager::guest::stop::{SHUTDOWN, STOP, Stop};
 use atoll_manager::guest::tables::TABLES;
-use atoll_manager::guest::{Ask, container, stop, vm};
+use atoll_manager::guest::{Ask, container, start, stop, vm};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::task::{TaskContext, TaskStep, fault, run_steps};
 use atoll_manager::{Node, Settings};
@@ -167,31 +170,33 @@ async fn running_machines(ground: &Ground) {
     world::run(vmm.to_str().unwrap(), &arguments);
     ground.forget().await;
     ground.pass(vm::create::STEPS, ground.draft(VM)).await;
-    let start = || vm::start::Start::new(ground.seat());
+    let new = || Start::new(ground.seat());
     let traces = async |ground: &&Ground| ground.traces().await;
-    fault::fails_cleanly(vm::start::STEPS, async || (ground, start()), traces).await;
+    fault::fails_cleanly(vm::start::STEPS, async || (ground, new()), traces).await;
 
+    ends_repeatably(ground).await;
+    ground.forget().await;
+}
+
+/// Fails the tables that end a guest, at each step.
+async fn ends_repeatably(ground: &Ground) {
     let running = async || {
-        if !ground
-            .node
-            .guests()
-            .status(ground.kind, ground.id)
-            .await
-            .unwrap()
-            .running
-        {
-            ground.pass(vm::start::STEPS, start()).await;
+        let guests = ground.node.guests();
+        let status = guests.status(ground.kind, ground.id).await.unwrap();
+        if !status.running {
+            let task = TaskContext::detached(fault::upid(), None);
+            start(&ground.seat(), &task).await.unwrap();
         }
         ground
     };
     let ask = Ask {
-        timeout: std::time::Duration::from_millis(100),
+        timeout: Duration::from_millis(300),
         force: true,
     };
-    let end = async |ground: &&Ground| vm::stop::Stop::new(ground.seat(), ask);
-    fault::can_be_repeated(vm::stop::STOP, vm::stop::STOP, running, end, traces).await;
-    fault::can_be_repeated(vm::stop::SHUTDOWN, vm::stop::STOP, running, end, traces).await;
-    ground.forget().await;
+    let end = async |ground: &&Ground| Stop::new(ground.seat(), ask);
+    let traces = async |ground: &&Ground| ground.traces().await;
+    fault::can_be_repeated(STOP, STOP, running, end, traces).await;
+    fault::can_be_repeated(SHUTDOWN, STOP, running, end, traces).await;
 }
 
 const CONTAINER: &[(&str, &str)] = &[
@@ -229,44 +234,11 @@ fn containers() {
             return;
         }
         ground.pass(container::create::STEPS, create()).await;
-        let start = || container::start::Start::new(ground.seat());
+        let new = || Start::new(ground.seat());
         // The file system inside the image is mounted while it starts: the image's size stays, which is what is seen.
-        fault::fails_cleanly(container::start::STEPS, async || (&ground, start()), traces).await;
+        fault::fails_cleanly(container::start::STEPS, async || (&ground, new()), traces).await;
 
-        let running = async || {
-            if !ground
-                .node
-                .guests()
-                .status(ground.kind, ground.id)
-                .await
-                .unwrap()
-                .running
-            {
-                ground.pass(container::start::STEPS, start()).await;
-            }
-            &ground
-        };
-        let ask = Ask {
-            timeout: std::time::Duration::from_secs(1),
-            force: true,
-        };
-        let end = async |ground: &&Ground| container::stop::Stop::new(ground.seat(), ask);
-        fault::can_be_repeated(
-            container::stop::STOP,
-            container::stop::STOP,
-            running,
-            end,
-            traces,
-        )
-        .await;
-        fault::can_be_repeated(
-            container::stop::SHUTDOWN,
-            container::stop::STOP,
-            running,
-            end,
-            traces,
-        )
-        .await;
+        ends_repeatably(&ground).await;
         ground.forget().await;
     });
 }
@@ -275,16 +247,7 @@ fn containers() {
 #[test]
 fn no_table_is_left_out() {
     let tested = [
-        "qmcreate",
-        "qmstart",
-        "qmstop",
-        "qmshutdown",
-        "vzcreate",
-        "vzstart",
-        "vzstop",
-        "vzshutdown",
-        "resize",
-        "destroy",
+        "qmcreate", "qmstart", "vzcreate", "vzstart", "stop", "shutdown", "resize", "destroy",
     ];
     let listed: Vec<&str> = TABLES.iter().map(|table| table.name).collect();
     assert_eq!(listed, tested);

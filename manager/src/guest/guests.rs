@@ -10,14 +10,16 @@ use atoll_vmm_protocol::api::Request;
 use crate::cluster::{Cluster, GuestSummary};
 use crate::error::Error;
 use crate::guest::config::{Applied, ConfigUpdate};
-use crate::guest::container::Container;
 use crate::guest::create::{Draft, Params};
 use crate::guest::destroy::{self, Destroy};
+use crate::guest::lock::Guard;
 use crate::guest::resize::{self, Resize};
 use crate::guest::site::{Seat, Site};
 use crate::guest::status::{self, CpuMeter, RunningCache, Status};
 use crate::guest::vm::Vm;
-use crate::guest::{Ask, Phase, container, guest, shutdown, start, stop, stored, update, vm};
+use crate::guest::{
+    Ask, Guest, Phase, container, guest, shutdown, start, stop, stored, update, vm,
+};
 use crate::id::{GuestId, GuestKind};
 use crate::network::interfaces::{self, Inner};
 use crate::task::{NewTask, TaskContext, Tasks, Upid, run_steps};
@@ -172,9 +174,18 @@ impl Guests {
                     shutdown(&seat, ask, &task).await?;
                     start(&seat, &task).await
                 }
-                Action::Reset => signal(&seat, Request::Reset, "").await,
-                Action::Suspend => signal(&seat, Request::Pause, "pause").await,
-                Action::Resume => signal(&seat, Request::Resume, "resume").await,
+                Action::Reset => {
+                    let _held = hold_running(&seat).await?;
+                    Vm::new(seat).act(Request::Reset).await
+                }
+                Action::Suspend => {
+                    let (_guard, guest) = hold_running(&seat).await?;
+                    guest.pause().await
+                }
+                Action::Resume => {
+                    let (_guard, guest) = hold_running(&seat).await?;
+                    guest.resume().await
+                }
             },
         )
     }
@@ -351,22 +362,15 @@ impl Guests {
     }
 }
 
-/// Tells a running guest's process something: a request to a machine, a command to a container's runtime.
-async fn signal(seat: &Seat, request: Request, command: &str) -> Result<(), Error> {
-    let _guard = seat.lock().await?;
+/// A running guest, which nobody else works on while the guard lives.
+async fn hold_running(seat: &Seat) -> Result<(Guard, Box<dyn Guest>), Error> {
+    let guard = seat.lock().await?;
     seat.unlocked()?;
-    if !matches!(guest(seat).phase(), Phase::Running { .. }) {
+    let guest = guest(seat);
+    if guest.process().is_none() {
         return Err(Error::refused(format!("{} not running", seat.title())));
     }
-    match seat.kind {
-        GuestKind::Vm => Vm::new(seat.clone()).act(request).await,
-        GuestKind::Container => {
-            Container::new(seat.clone())
-                .command(&[command], &[])
-                .await?;
-            Ok(())
-        }
-    }
+    Ok((guard, guest))
 }
 
 fn word(kind: GuestKind, vm: &'static str, container: &'static str) -> &'static str {

@@ -21,7 +21,9 @@ pub mod keys;
 pub mod lock;
 pub mod resize;
 pub mod site;
+pub mod start;
 pub mod status;
+pub mod stop;
 pub mod stored;
 pub mod tables;
 pub mod update;
@@ -36,10 +38,14 @@ use async_trait::async_trait;
 use crate::error::Error;
 use crate::guest::site::Seat;
 use crate::id::GuestKind;
+use crate::process::Process;
 use crate::task::{TaskContext, run_steps};
 
 pub use config::{Applied, ConfigUpdate, GuestConfig, PendingRow};
 pub use guests::{Action, Guests};
+use start::Start;
+use stop::Stop;
+
 pub use status::Status;
 pub use stored::Stored;
 
@@ -99,7 +105,31 @@ impl Default for Ask {
 #[async_trait]
 pub trait Guest: Send + Sync {
     /// Where it is in its life. Reads /proc and the run folder; does not wait for the guest.
-    fn phase(&self) -> Phase;
+    fn phase(&self) -> Phase {
+        match self.process() {
+            Some(process) => Phase::Running { pid: process.pid() },
+            None if self.left_traces() => Phase::Ended,
+            None => Phase::Stopped,
+        }
+    }
+
+    /// The machine's process, or the container's init, if it runs.
+    fn process(&self) -> Option<Process>;
+
+    /// Whether something of a run, present or past, is on this host.
+    fn left_traces(&self) -> bool;
+
+    /// Holds its CPUs.
+    async fn pause(&self) -> Result<(), Error>;
+
+    /// Lets a guest whose CPUs are held go on.
+    async fn resume(&self) -> Result<(), Error>;
+
+    /// Asks it to power off, and does not wait for that.
+    async fn power_off(&self, task: &TaskContext) -> Result<(), Error>;
+
+    /// Ends it, by force. It has ended when this returns; what it used may still be here.
+    async fn end(&self, task: &TaskContext) -> Result<(), Error>;
 
     /// Whether its CPUs are held.
     async fn is_paused(&self) -> bool;
@@ -131,41 +161,19 @@ pub fn guest(seat: &Seat) -> Box<dyn Guest> {
 pub async fn start(seat: &Seat, task: &TaskContext) -> Result<(), Error> {
     let seat = seat.clone();
     match seat.kind {
-        GuestKind::Vm => run_steps(vm::start::STEPS, &mut vm::start::Start::new(seat), task).await,
+        GuestKind::Vm => run_steps(vm::start::STEPS, &mut Start::new(seat), task).await,
         GuestKind::Container => {
-            let mut start = container::start::Start::new(seat);
-            run_steps(container::start::STEPS, &mut start, task).await
+            run_steps(container::start::STEPS, &mut Start::new(seat), task).await
         }
     }
 }
 
 /// Ends a guest at once within a task.
 pub async fn stop(seat: &Seat, ask: Ask, task: &TaskContext) -> Result<(), Error> {
-    let seat = seat.clone();
-    match seat.kind {
-        GuestKind::Vm => run_steps(vm::stop::STOP, &mut vm::stop::Stop::new(seat, ask), task).await,
-        GuestKind::Container => {
-            let mut stop = container::stop::Stop::new(seat, ask);
-            run_steps(container::stop::STOP, &mut stop, task).await
-        }
-    }
+    run_steps(stop::STOP, &mut Stop::new(seat.clone(), ask), task).await
 }
 
 /// Asks a guest to shut down within a task, and waits.
 pub async fn shutdown(seat: &Seat, ask: Ask, task: &TaskContext) -> Result<(), Error> {
-    let seat = seat.clone();
-    match seat.kind {
-        GuestKind::Vm => {
-            run_steps(
-                vm::stop::SHUTDOWN,
-                &mut vm::stop::Stop::new(seat, ask),
-                task,
-            )
-            .await
-        }
-        GuestKind::Container => {
-            let mut stop = container::stop::Stop::new(seat, ask);
-            run_steps(container::stop::SHUTDOWN, &mut stop, task).await
-        }
-    }
+    run_steps(stop::SHUTDOWN, &mut Stop::new(seat.clone(), ask), task).await
 }

@@ -2,7 +2,7 @@
 //! Every step table of guests, and what holds when one of its steps fails. `tests/faults.rs` fails each step of each
 //! table in this list, before and after its work; a table that is not in it is not tested.
 
-use super::{container, destroy, resize, vm};
+use super::{container, destroy, resize, stop, vm};
 use crate::task::TaskStep;
 
 /// What is true after a failed step.
@@ -29,22 +29,14 @@ pub struct Table {
 pub const TABLES: &[Table] = &[
     Table::new("qmcreate", Promise::Undone, || names(vm::create::STEPS)),
     Table::new("qmstart", Promise::Undone, || names(vm::start::STEPS)),
-    Table::new("qmstop", Promise::Repeatable, || names(vm::stop::STOP)),
-    Table::new("qmshutdown", Promise::Repeatable, || {
-        names(vm::stop::SHUTDOWN)
-    }),
     Table::new("vzcreate", Promise::Undone, || {
         names(container::create::STEPS)
     }),
     Table::new("vzstart", Promise::Undone, || {
         names(container::start::STEPS)
     }),
-    Table::new("vzstop", Promise::Repeatable, || {
-        names(container::stop::STOP)
-    }),
-    Table::new("vzshutdown", Promise::Repeatable, || {
-        names(container::stop::SHUTDOWN)
-    }),
+    Table::new("stop", Promise::Repeatable, || names(stop::STOP)),
+    Table::new("shutdown", Promise::Repeatable, || names(stop::SHUTDOWN)),
     Table::new("resize", Promise::Repeatable, || names(resize::STEPS)),
     Table::new("destroy", Promise::Repeatable, || names(destroy::STEPS)),
 ];

@@ -12,7 +12,6 @@ pub mod idmap;
 pub mod root;
 pub mod setup;
 pub mod start;
-pub mod stop;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -27,6 +26,7 @@ use crate::guest::site::Seat;
 use crate::guest::{Guest, Load, Phase};
 use crate::network::link;
 use crate::process::Process;
+use crate::task::TaskContext;
 
 /// Longest run of one `atoll-ct` command; none of them waits for the container's programs.
 const COMMAND_MAX: Duration = Duration::from_secs(60);
@@ -46,13 +46,6 @@ impl Container {
     /// The container on this seat.
     pub fn new(seat: Seat) -> Self {
         Self { seat }
-    }
-
-    /// Its init process, if it runs. The number in the file may be another program's by now: ours is in our group.
-    pub fn process(&self) -> Option<Process> {
-        let text = std::fs::read_to_string(self.pid_file()).ok()?;
-        let process = Process::open(text.trim().parse().ok()?)?;
-        self.group().contains(process.pid()).then_some(process)
     }
 
     /// Runs a command of `atoll-ct` on it; `args` come before the container's name.
@@ -78,21 +71,6 @@ impl Container {
         let args = ["update", "--resources", &path.to_string_lossy()];
         self.command(&args, &[]).await?;
         Ok(())
-    }
-
-    /// Removes what a container that has ended leaves: the runtime's state, links, mount, control group, folder.
-    pub async fn clean_up(&self) -> Result<(), Error> {
-        if self.state_folder().exists() {
-            self.command(&["delete", "--force"], &[]).await?;
-        }
-        for (name, guest) in link::guest_links() {
-            if guest == self.seat.id {
-                link::delete(&name).await?;
-            }
-        }
-        unmount_below(&self.seat.run_folder()).await?;
-        self.group().remove().await;
-        self.seat.remove_run_folder().await
     }
 
     /// Its control group.
@@ -129,18 +107,44 @@ impl Container {
 
 #[async_trait]
 impl Guest for Container {
-    fn phase(&self) -> Phase {
-        match self.process() {
-            Some(process) => Phase::Running { pid: process.pid() },
-            None if self.seat.run_folder().exists() || self.state_folder().exists() => Phase::Ended,
-            None => Phase::Stopped,
-        }
+    /// Init. The number in the file may be another program's by now: ours is in our group.
+    fn process(&self) -> Option<Process> {
+        let text = std::fs::read_to_string(self.pid_file()).ok()?;
+        let process = Process::open(text.trim().parse().ok()?)?;
+        self.group().contains(process.pid()).then_some(process)
+    }
+
+    fn left_traces(&self) -> bool {
+        self.seat.run_folder().exists() || self.state_folder().exists()
     }
 
     async fn is_paused(&self) -> bool {
         let state = self.command(&["state"], &[]).await.unwrap_or_default();
         serde_json::from_str(&state)
             .is_ok_and(|state: serde_json::Value| state["status"] == "paused")
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.command(&["pause"], &[]).await?;
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.command(&["resume"], &[]).await?;
+        Ok(())
+    }
+
+    async fn power_off(&self, task: &TaskContext) -> Result<(), Error> {
+        let signal = tokio::fs::read_to_string(self.halt_file()).await;
+        let signal = signal.unwrap_or_else(|_| "SIGPWR".to_owned());
+        task.log(&format!("sending {signal} to init"));
+        self.command(&["kill"], &[&signal]).await?;
+        Ok(())
+    }
+
+    /// The runtime kills, thaws and collects whatever there is.
+    async fn end(&self, _: &TaskContext) -> Result<(), Error> {
+        self.clean_up().await
     }
 
     fn console(&self) -> Result<PathBuf, Error> {
@@ -170,8 +174,19 @@ impl Guest for Container {
         }
     }
 
+    /// The runtime's state, links, mounts, control group, run folder.
     async fn clean_up(&self) -> Result<(), Error> {
-        Container::clean_up(self).await
+        if self.state_folder().exists() {
+            self.command(&["delete", "--force"], &[]).await?;
+        }
+        for (name, guest) in link::guest_links() {
+            if guest == self.seat.id {
+                link::delete(&name).await?;
+            }
+        }
+        unmount_below(&self.seat.run_folder()).await?;
+        self.group().remove().await;
+        self.seat.remove_run_folder().await
     }
 }
 

@@ -4,52 +4,22 @@
 use std::net::Ipv4Addr;
 
 use crate::error::Error;
-use crate::guest::config::GuestConfig;
 use crate::guest::container::root::GuestRoot;
 use crate::guest::container::setup::{self, Flavor};
 use crate::guest::container::{Container, bundle, mount, unmount_below};
-use crate::guest::lock::Guard;
-use crate::guest::site::Seat;
-use crate::guest::{Guest, Phase};
+use crate::guest::{Guest, start};
 use crate::network::cidr::Cidr;
 use crate::network::link;
 use crate::step;
 use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, TaskStep};
 
-/// What the steps hand on.
-#[derive(Debug)]
-pub struct Start {
-    seat: Seat,
-    guard: Option<Guard>,
-    config: Option<GuestConfig>,
-    pid: Option<u32>,
-}
-
-impl Start {
-    /// A start of the container on this seat.
-    pub fn new(seat: Seat) -> Self {
-        Self {
-            seat,
-            guard: None,
-            config: None,
-            pid: None,
-        }
-    }
-
-    fn container(&self) -> Container {
-        Container::new(self.seat.clone())
-    }
-
-    fn config(&self) -> Result<&GuestConfig, Error> {
-        let config = self.config.as_ref();
-        config.ok_or_else(|| Error::refused("the configuration was not read"))
-    }
-}
+/// What the steps hand on; what they make is init's process.
+pub type Start = start::Start<u32>;
 
 /// The table.
 pub const STEPS: &[TaskStep<Start>] = &[
-    step!("read the configuration", read_config),
+    step!("read the configuration", start::read_config),
     step!("make the run folder", make_folder, undo remove_folder),
     step!("mount volumes", mount_volumes, undo unmount_volumes),
     step!("write the container's own files", set_up),
@@ -60,24 +30,8 @@ pub const STEPS: &[TaskStep<Start>] = &[
     step!("start init", start_init),
 ];
 
-async fn read_config(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    start.guard = Some(start.seat.lock().await?);
-    let config = start.seat.settled().await?;
-    match start.container().phase() {
-        Phase::Running { .. } => {
-            return Err(Error::refused(format!(
-                "{} already running",
-                start.seat.title()
-            )));
-        }
-        Phase::Ended => start.container().clean_up().await?,
-        Phase::Stopped => {}
-    }
-    if config.is_set("template") {
-        return Err(Error::refused("you can't start a CT if it's a template"));
-    }
-    start.config = Some(config);
-    Ok(())
+fn container(start: &Start) -> Container {
+    Container::new(start.seat.clone())
 }
 
 async fn make_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
@@ -103,7 +57,7 @@ async fn unmount_volumes(start: &mut Start, _: &TaskContext) -> Result<(), Error
 }
 
 async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
-    let container = start.container();
+    let container = container(start);
     // The bridge's own name server, when the bridge is ours.
     let address = &start.seat.site.settings.bridge_address;
     let resolver: Option<Ipv4Addr> = address.parse().ok().map(Cidr::address);
@@ -162,7 +116,7 @@ async fn delete_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn create(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    let container = start.container();
+    let container = container(start);
     let folder = start.seat.site.containers_folder();
     tokio::fs::create_dir_all(&folder)
         .await
@@ -179,13 +133,13 @@ async fn create(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     ];
     container.command(&args, &[]).await?;
     let pid = container.process().map(|process| process.pid());
-    start.pid = pid;
+    start.made = pid;
     pid.map(drop)
         .ok_or_else(|| Error::refused("the container ended while it was being created"))
 }
 
 async fn delete(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    let container = start.container();
+    let container = container(start);
     if container.state_folder().exists() {
         container.command(&["delete", "--force"], &[]).await?;
     }
@@ -195,7 +149,7 @@ async fn delete(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 
 async fn move_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     let pid = start
-        .pid
+        .made
         .ok_or_else(|| Error::refused("the container has no process"))?;
     for (index, _, inside) in bundle::cards(start.config()?)? {
         link::move_veth(start.seat.id, index, pid, &inside).await?;
@@ -204,10 +158,10 @@ async fn move_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn start_init(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
-    start.container().command(&["start"], &[]).await?;
+    container(start).command(&["start"], &[]).await?;
     task.log(&format!(
         "init is process {}",
-        start.pid.unwrap_or_default()
+        start.made.unwrap_or_default()
     ));
     Ok(())
 }

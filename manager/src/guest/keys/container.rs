@@ -1,13 +1,14 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Config keys of containers.
 
-use super::{DESCRIPTION, Key, LINK_BRIDGE, LOCKS, NO_RATE, NO_VLAN, Right, STARTUP, absent};
+use super::shared::{self, LINK_BRIDGE, NO_RATE, NO_VLAN, absent};
+use super::{Key, Right};
 use crate::access::Privilege::{
     VmAllocate, VmConfigCpu, VmConfigDisk, VmConfigMemory, VmConfigNetwork, VmConfigOptions,
 };
 use crate::schema::format::{
     ADDRESS_LIST, DISK_SIZE, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS,
-    TAGS, VOLUME_ID,
+    VOLUME_ID,
 };
 use crate::schema::{Format, Kind, Param};
 
@@ -19,16 +20,8 @@ pub const CONTAINER: &[Key] = &[
         Param::new("hostname", Kind::Format(DNS_NAME), "Host name in the container."),
         Guest(VmConfigNetwork),
     ),
-    Key::new(
-        Param::new("description", DESCRIPTION, "Notes, in Markdown."),
-        Guest(VmConfigOptions),
-    )
-    .now(),
-    Key::new(
-        Param::new("tags", Kind::Format(TAGS), "Tags, divided by semicolons."),
-        Guest(VmConfigOptions),
-    )
-    .now(),
+    shared::DESCRIPTION,
+    shared::TAGS,
     Key::new(
         Param::new("rootfs", ROOTFS, "Volume of the root file system."),
         Guest(VmConfigDisk),
@@ -94,21 +87,9 @@ pub const CONTAINER: &[Key] = &[
         Param::new("features", FEATURES, "What it may do beyond the usual."),
         Right::Features,
     ),
-    Key::new(
-        Param::new("onboot", Kind::Boolean, "Start it when the node starts.").default("0"),
-        Guest(VmConfigOptions),
-    )
-    .now(),
-    Key::new(
-        Param::new("startup", STARTUP, "Order of starts and stops with the node."),
-        System(VmConfigOptions),
-    )
-    .no_effect("Guests start in the order of their numbers."),
-    Key::new(
-        Param::new("protection", Kind::Boolean, "Refuse to remove the guest and its disks.").default("0"),
-        Guest(VmConfigOptions),
-    )
-    .now(),
+    shared::ON_BOOT,
+    shared::STARTUP,
+    shared::PROTECTION,
     Key::new(
         Param::new("ostype", OS_TYPE, "Distribution in the container."),
         Guest(VmConfigOptions),
@@ -150,21 +131,9 @@ pub const CONTAINER: &[Key] = &[
         Guest(VmConfigDisk),
     )
     .server(),
-    Key::new(
-        Param::new("lock", Kind::Choice(LOCKS), "What holds the guest."),
-        System(VmConfigOptions),
-    )
-    .server(),
-    Key::new(
-        Param::new("template", Kind::Boolean, "It is a template.").default("0"),
-        Guest(VmConfigOptions),
-    )
-    .server(),
-    Key::new(
-        Param::new("parent", Kind::Text { length_max: 40 }, "Snapshot that it descends from."),
-        Guest(VmConfigOptions),
-    )
-    .server(),
+    shared::LOCK,
+    shared::TEMPLATE,
+    shared::PARENT,
     Key::unavailable("hookscript", 0, "hook scripts are not available yet"),
     Key::unavailable("dev[n]", 256, "devices of the host are not available yet"),
     Key::unavailable("env", 0, "an environment of its own is not available yet"),

@@ -7,12 +7,13 @@
 //! refused by their row, with a text that says what is missing.
 
 mod container;
+mod shared;
 mod vm;
 
 use crate::access::Privilege;
 use crate::error::Error;
 use crate::id::GuestKind;
-use crate::schema::{Format, Kind, Param, Properties, UNKNOWN, split_list};
+use crate::schema::{Kind, Param, Properties, UNKNOWN, split_list};
 
 pub use container::CONTAINER;
 pub use vm::VM;
@@ -205,69 +206,8 @@ pub fn check<'a>(
     }
 }
 
-/// How guests start and stop with the node.
-const STARTUP: Kind = Kind::PropertyString {
-    keys: &[
-        Param::new(
-            "order",
-            SMALL,
-            "Place in the order of starts; stops go backwards.",
-        ),
-        Param::new("up", SMALL, "Seconds to wait after its start."),
-        Param::new("down", SMALL, "Seconds to wait for its stop."),
-    ],
-    default_key: Some("order"),
-    value_key: None,
-};
-
-const SMALL: Kind = Kind::Integer {
-    min: 0,
-    max: 86_400,
-};
-
-const DESCRIPTION: Kind = Kind::Text { length_max: 8192 };
-
-/// Locks that PVE knows; a guest that has one is left alone.
-const LOCKS: &[&str] = &[
-    "backup",
-    "clone",
-    "create",
-    "destroyed",
-    "disk",
-    "fstrim",
-    "migrate",
-    "mounted",
-    "rollback",
-    "snapshot",
-    "snapshot-delete",
-    "suspended",
-    "suspending",
-];
-
-/// A bridge and a card's address, the same for both kinds.
-const LINK_BRIDGE: Param = Param::new(
-    "bridge",
-    Kind::Format(crate::schema::format::BRIDGE),
-    "Bridge that the card is on.",
-);
-
 /// Name of the format of members of property strings that cannot be set yet; its check says why.
 pub const UNAVAILABLE: &str = "unavailable";
-
-/// A property of a network card that would isolate or limit it: to ignore it would mislead.
-const fn absent(name: &'static str, format: Format) -> Param {
-    Param::new(name, Kind::Format(format), "Not available yet.")
-}
-
-const NO_VLAN: Format = Format {
-    name: UNAVAILABLE,
-    check: |_| Err("VLANs are not available yet; use a bridge of its own".to_owned()),
-};
-
-const NO_RATE: Format = Format {
-    name: UNAVAILABLE,
-    check: |_| Err("rate limits of cards are not available yet".to_owned()),
-};
 
 #[cfg(test)]
 mod tests {

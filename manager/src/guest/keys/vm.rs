@@ -1,17 +1,16 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Config keys of virtual machines.
 
-use super::{DESCRIPTION, Key, LINK_BRIDGE, LOCKS, NO_RATE, NO_VLAN, Right, STARTUP, absent};
+use super::shared::{self, LINK_BRIDGE, NO_RATE, NO_VLAN, absent};
+use super::{Key, Right};
 use crate::access::Privilege::{
     VmConfigCdrom, VmConfigCloudinit, VmConfigCpu, VmConfigHwType, VmConfigMemory, VmConfigNetwork,
     VmConfigOptions,
 };
-use crate::schema::format::{
-    ADDRESS_LIST, DISK_SIZE, DNS_NAME, MAC, SEARCH_DOMAINS, TAGS, VOLUME_ID,
-};
+use crate::schema::format::{ADDRESS_LIST, DISK_SIZE, DNS_NAME, MAC, SEARCH_DOMAINS, VOLUME_ID};
 use crate::schema::{Format, Kind, Param};
 
-use Right::{Drive, Guest, System};
+use Right::{Drive, Guest};
 
 const LINUX_SOLE: &str =
     "atoll-vmm boots Linux kernels directly, without firmware or a choice of boards.";
@@ -27,16 +26,8 @@ pub const VM: &[Key] = &[
         Guest(VmConfigOptions),
     )
     .now(),
-    Key::new(
-        Param::new("description", DESCRIPTION, "Notes, in Markdown."),
-        Guest(VmConfigOptions),
-    )
-    .now(),
-    Key::new(
-        Param::new("tags", Kind::Format(TAGS), "Tags, divided by semicolons."),
-        Guest(VmConfigOptions),
-    )
-    .now(),
+    shared::DESCRIPTION,
+    shared::TAGS,
     Key::new(
         Param::new(
             "kernel",
@@ -105,21 +96,9 @@ pub const VM: &[Key] = &[
         .family(4),
         Guest(VmConfigHwType),
     ),
-    Key::new(
-        Param::new("onboot", Kind::Boolean, "Start it when the node starts.").default("0"),
-        Guest(VmConfigOptions),
-    )
-    .now(),
-    Key::new(
-        Param::new("startup", STARTUP, "Order of starts and stops with the node."),
-        System(VmConfigOptions),
-    )
-    .no_effect("Guests start in the order of their numbers."),
-    Key::new(
-        Param::new("protection", Kind::Boolean, "Refuse to remove the guest and its disks.").default("0"),
-        Guest(VmConfigOptions),
-    )
-    .now(),
+    shared::ON_BOOT,
+    shared::STARTUP,
+    shared::PROTECTION,
     Key::new(
         Param::new("agent", AGENT, "QEMU guest agent in the guest."),
         Guest(VmConfigOptions),
@@ -249,26 +228,14 @@ pub const VM: &[Key] = &[
         Drive,
     )
     .server(),
-    Key::new(
-        Param::new("lock", Kind::Choice(LOCKS), "What holds the guest."),
-        System(VmConfigOptions),
-    )
-    .server(),
+    shared::LOCK,
     Key::new(
         Param::new("meta", Kind::Text { length_max: 512 }, "When and by what it was made."),
         Guest(VmConfigOptions),
     )
     .server(),
-    Key::new(
-        Param::new("template", Kind::Boolean, "It is a template.").default("0"),
-        Guest(VmConfigOptions),
-    )
-    .server(),
-    Key::new(
-        Param::new("parent", Kind::Text { length_max: 40 }, "Snapshot that it descends from."),
-        Guest(VmConfigOptions),
-    )
-    .server(),
+    shared::TEMPLATE,
+    shared::PARENT,
     Key::new(
         Param::new("nameserver", Kind::Format(ADDRESS_LIST), "Name servers, for cloud-init."),
         Right::Either(VmConfigCloudinit, VmConfigNetwork),

@@ -8,14 +8,14 @@
 pub mod create;
 pub mod resolve;
 pub mod start;
-pub mod stop;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use atoll_vmm_protocol::api::{Info, MachineState, Request};
 use atoll_vmm_protocol::client::{Client, ClientError};
+use rustix::process::Signal;
 
 use crate::error::Error;
 use crate::guest::cgroup::Group;
@@ -23,7 +23,10 @@ use crate::guest::site::Seat;
 use crate::guest::{Guest, Load, Phase};
 use crate::network::link;
 use crate::process::Process;
+use crate::task::TaskContext;
 
+/// Time that a machine has to end after it was told to through its API, before it is killed.
+const END_MAX: Duration = Duration::from_secs(10);
 /// Longest wait for one answer of a running machine.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
@@ -39,18 +42,6 @@ impl Vm {
         Self { seat }
     }
 
-    /// Its process, if it runs. The number in the file may be another program's by now: ours names our spec.
-    pub fn process(&self) -> Option<Process> {
-        let text = std::fs::read_to_string(self.pid_file()).ok()?;
-        let process = Process::open(text.trim().parse().ok()?)?;
-        let spec = self.spec_file();
-        let ours = process
-            .arguments()?
-            .iter()
-            .any(|argument| spec.as_os_str() == argument.as_str());
-        ours.then_some(process)
-    }
-
     /// What the machine says about itself.
     pub async fn info(&self) -> Result<Info, Error> {
         self.ask(|client| client.info()).await
@@ -60,17 +51,6 @@ impl Vm {
     pub async fn act(&self, request: Request) -> Result<(), Error> {
         self.ask(move |client| client.act(request)).await?;
         Ok(())
-    }
-
-    /// Removes what a machine that has ended leaves: taps, control group, run folder.
-    pub async fn clean_up(&self) -> Result<(), Error> {
-        for (name, guest) in link::guest_links() {
-            if guest == self.seat.id {
-                link::delete(&name).await?;
-            }
-        }
-        self.group().remove().await;
-        self.seat.remove_run_folder().await
     }
 
     /// Its control group.
@@ -108,17 +88,56 @@ impl Vm {
 
 #[async_trait]
 impl Guest for Vm {
-    fn phase(&self) -> Phase {
-        match self.process() {
-            Some(process) => Phase::Running { pid: process.pid() },
-            None if self.seat.run_folder().exists() => Phase::Ended,
-            None => Phase::Stopped,
-        }
+    /// The number in the file may be another program's by now: ours names our spec.
+    fn process(&self) -> Option<Process> {
+        let text = std::fs::read_to_string(self.pid_file()).ok()?;
+        let process = Process::open(text.trim().parse().ok()?)?;
+        let spec = self.spec_file();
+        let ours = process
+            .arguments()?
+            .iter()
+            .any(|argument| spec.as_os_str() == argument.as_str());
+        ours.then_some(process)
     }
 
     async fn is_paused(&self) -> bool {
         let info = self.info().await;
         info.is_ok_and(|info| info.state == MachineState::Paused)
+    }
+
+    fn left_traces(&self) -> bool {
+        self.seat.run_folder().exists()
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.act(Request::Pause).await
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.act(Request::Resume).await
+    }
+
+    async fn power_off(&self, _: &TaskContext) -> Result<(), Error> {
+        self.act(Request::PowerButton).await
+    }
+
+    async fn end(&self, task: &TaskContext) -> Result<(), Error> {
+        let Some(process) = self.process() else {
+            return Ok(());
+        };
+        if let Err(error) = self.act(Request::Shutdown).await {
+            task.log(&format!("{}, killing it", error.chain()));
+            process.signal(Signal::KILL);
+        }
+        if process.ended_before(Instant::now() + END_MAX).await {
+            return Ok(());
+        }
+        task.log("the machine does not end, killing it");
+        process.signal(Signal::KILL);
+        if process.ended_before(Instant::now() + END_MAX).await {
+            return Ok(());
+        }
+        Err(Error::refused("the machine's process does not die"))
     }
 
     fn console(&self) -> Result<PathBuf, Error> {
@@ -144,7 +163,14 @@ impl Guest for Vm {
         load
     }
 
+    /// Taps, control group, run folder.
     async fn clean_up(&self) -> Result<(), Error> {
-        Vm::clean_up(self).await
+        for (name, guest) in link::guest_links() {
+            if guest == self.seat.id {
+                link::delete(&name).await?;
+            }
+        }
+        self.group().remove().await;
+        self.seat.remove_run_folder().await
     }
 }

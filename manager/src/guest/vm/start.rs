@@ -9,12 +9,9 @@ use rustix::process::Signal;
 
 use crate::error::Error;
 use crate::exec::Program;
-use crate::guest::config::GuestConfig;
-use crate::guest::lock::Guard;
-use crate::guest::site::Seat;
 use crate::guest::vm::Vm;
 use crate::guest::vm::resolve::{self, Places};
-use crate::guest::{Guest, Phase};
+use crate::guest::{Guest, start};
 use crate::network::link;
 use crate::process::Process;
 use crate::step;
@@ -29,38 +26,11 @@ const READY_POLL: Duration = Duration::from_millis(20);
 const KILL_MAX: Duration = Duration::from_secs(10);
 
 /// What the steps hand on.
-#[derive(Debug)]
-pub struct Start {
-    seat: Seat,
-    guard: Option<Guard>,
-    config: Option<GuestConfig>,
-    spec: Option<MachineSpec>,
-}
-
-impl Start {
-    /// A start of the machine on this seat.
-    pub fn new(seat: Seat) -> Self {
-        Self {
-            seat,
-            guard: None,
-            config: None,
-            spec: None,
-        }
-    }
-
-    fn vm(&self) -> Vm {
-        Vm::new(self.seat.clone())
-    }
-
-    fn config(&self) -> Result<&GuestConfig, Error> {
-        let config = self.config.as_ref();
-        config.ok_or_else(|| Error::refused("the configuration was not read"))
-    }
-}
+pub type Start = start::Start<MachineSpec>;
 
 /// The table.
 pub const STEPS: &[TaskStep<Start>] = &[
-    step!("read the configuration", read_config),
+    step!("read the configuration", start::read_config),
     step!("resolve the spec", resolve_spec),
     step!("make the run folder", make_folder, undo remove_folder),
     step!("create taps", create_taps, undo delete_taps),
@@ -68,24 +38,8 @@ pub const STEPS: &[TaskStep<Start>] = &[
     step!("wait for the machine", await_machine),
 ];
 
-async fn read_config(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    start.guard = Some(start.seat.lock().await?);
-    let config = start.seat.settled().await?;
-    match start.vm().phase() {
-        Phase::Running { .. } => {
-            return Err(Error::refused(format!(
-                "{} already running",
-                start.seat.title()
-            )));
-        }
-        Phase::Ended => start.vm().clean_up().await?,
-        Phase::Stopped => {}
-    }
-    if config.is_set("template") {
-        return Err(Error::refused("you can't start a vm if it's a template"));
-    }
-    start.config = Some(config);
-    Ok(())
+fn vm(start: &Start) -> Vm {
+    Vm::new(start.seat.clone())
 }
 
 async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
@@ -100,15 +54,15 @@ async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
             .volumes
             .insert(volume, start.seat.site.storage.path(&id).await?);
     }
-    start.spec = Some(resolve::resolve(start.seat.id, config, &places)?);
+    start.made = Some(resolve::resolve(start.seat.id, config, &places)?);
     Ok(())
 }
 
 async fn make_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     start.seat.make_run_folder().await?;
     let spec =
-        serde_json::to_vec_pretty(&start.spec).map_err(|e| Error::failed("write the spec", e))?;
-    let path = start.vm().spec_file();
+        serde_json::to_vec_pretty(&start.made).map_err(|e| Error::failed("write the spec", e))?;
+    let path = vm(start).spec_file();
     tokio::fs::write(&path, spec)
         .await
         .map_err(|e| Error::failed(format!("write {}", path.display()), e))
@@ -133,7 +87,7 @@ async fn delete_taps(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn start_process(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
-    let vm = start.vm();
+    let vm = vm(start);
     let child = Program::new(start.seat.site.program("atoll-vmm"))
         .arg("run")
         .arg("--spec")
@@ -157,7 +111,7 @@ async fn start_process(start: &mut Start, task: &TaskContext) -> Result<(), Erro
 }
 
 async fn end_process(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    let vm = start.vm();
+    let vm = vm(start);
     if let Some(process) = vm.process() {
         process.signal(Signal::KILL);
         process.ended_before(Instant::now() + KILL_MAX).await;
@@ -167,7 +121,7 @@ async fn end_process(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn await_machine(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
-    let vm = start.vm();
+    let vm = vm(start);
     let deadline = Instant::now() + READY_MAX;
     loop {
         let answer = vm.info().await;

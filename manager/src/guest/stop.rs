@@ -1,13 +1,14 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Tasks `vzstop` and `vzshutdown`.
+//! Tasks `qmstop`, `vzstop`, `qmshutdown` and `vzshutdown`: one table to end a guest, one to ask it to end itself. What
+//! differs between machines and containers is behind [`Guest`].
 
 use std::time::Instant;
 
 use crate::error::Error;
-use crate::guest::container::Container;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::{Ask, Guest, Phase};
+use crate::guest::{Ask, Guest, Phase, guest};
+use crate::id::GuestKind;
 use crate::step;
 use crate::task::{TaskContext, TaskStep};
 
@@ -20,7 +21,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// An end of the container on this seat.
+    /// An end of the guest on this seat.
     pub fn new(seat: Seat, ask: Ask) -> Self {
         Self {
             seat,
@@ -29,21 +30,22 @@ impl Stop {
         }
     }
 
-    fn container(&self) -> Container {
-        Container::new(self.seat.clone())
+    fn guest(&self) -> Box<dyn Guest> {
+        guest(&self.seat)
     }
 }
 
-/// Kills every process of the container.
+/// Ends a guest at once, like pulling the plug.
 pub const STOP: &[TaskStep<Stop>] = &[
     step!("lock the guest", lock),
-    step!("end the container", end),
+    step!("end the guest", end),
+    step!("clean up", clean_up),
 ];
 
-/// Asks init to power off and waits; the lock is not held meanwhile, so that a stop can overtake.
+/// Asks a guest to power off and waits; the lock is not held meanwhile, so that a stop can overtake.
 pub const SHUTDOWN: &[TaskStep<Stop>] = &[
-    step!("ask init to power off", ask),
-    step!("wait for the container", wait),
+    step!("ask the guest to power off", ask),
+    step!("wait for the guest", wait),
     step!("lock the guest", lock),
     step!("clean up", clean_up),
 ];
@@ -54,30 +56,25 @@ async fn lock(stop: &mut Stop, _: &TaskContext) -> Result<(), Error> {
     Ok(())
 }
 
-async fn end(stop: &mut Stop, _: &TaskContext) -> Result<(), Error> {
-    // The runtime kills, thaws and collects whatever there is.
-    stop.container().clean_up().await
+async fn end(stop: &mut Stop, task: &TaskContext) -> Result<(), Error> {
+    stop.guest().end(task).await
 }
 
 async fn ask(stop: &mut Stop, task: &TaskContext) -> Result<(), Error> {
     let _guard = stop.seat.lock().await?;
     stop.seat.unlocked()?;
-    let container = stop.container();
-    if container.process().is_none() {
+    let guest = stop.guest();
+    if guest.process().is_none() {
         return Err(Error::refused(format!("{} not running", stop.seat.title())));
     }
-    if container.is_paused().await {
-        container.command(&["resume"], &[]).await?;
+    if guest.is_paused().await {
+        guest.resume().await?;
     }
-    let signal = tokio::fs::read_to_string(container.halt_file()).await;
-    let signal = signal.unwrap_or_else(|_| "SIGPWR".to_owned());
-    task.log(&format!("sending {signal} to init"));
-    container.command(&["kill"], &[&signal]).await?;
-    Ok(())
+    guest.power_off(task).await
 }
 
 async fn wait(stop: &mut Stop, task: &TaskContext) -> Result<(), Error> {
-    let Some(process) = stop.container().process() else {
+    let Some(process) = stop.guest().process() else {
         return Ok(());
     };
     let deadline = Instant::now() + stop.ask.timeout;
@@ -88,18 +85,21 @@ async fn wait(stop: &mut Stop, task: &TaskContext) -> Result<(), Error> {
         return Ok(());
     }
     if !stop.ask.force {
-        return Err(Error::refused("container did not stop - got timeout"));
+        return Err(Error::refused(match stop.seat.kind {
+            GuestKind::Vm => "VM quit/powerdown failed - got timeout",
+            GuestKind::Container => "container did not stop - got timeout",
+        }));
     }
-    task.log("init did not power off in time, killing the container");
+    task.log("the guest did not power off in time, ending it");
     let _guard = stop.seat.lock().await?;
-    stop.container().clean_up().await
+    stop.guest().end(task).await
 }
 
 async fn clean_up(stop: &mut Stop, _: &TaskContext) -> Result<(), Error> {
     // Meanwhile it may have been started again by somebody else.
-    let container = stop.container();
-    if container.phase() == Phase::Ended {
-        container.clean_up().await?;
+    let guest = stop.guest();
+    match guest.phase() {
+        Phase::Ended => guest.clean_up().await,
+        Phase::Running { .. } | Phase::Stopped => Ok(()),
     }
-    Ok(())
 }
