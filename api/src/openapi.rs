@@ -88,7 +88,7 @@ fn schema(param: &Param) -> Value {
     if is_own(param) {
         schema["atoll"] = json!(1);
     }
-    if let Kind::Format(format) = param.kind
+    if let Kind::Format(format) | Kind::NumberFormat(format) = param.kind
         && format.name == keys::UNAVAILABLE
     {
         schema["effect"] = json!("unavailable");
@@ -107,7 +107,7 @@ fn is_own(param: &Param) -> bool {
 pub fn type_name(kind: &Kind) -> &'static str {
     match kind {
         Kind::Boolean => "boolean",
-        Kind::Integer { .. } => "integer",
+        Kind::Integer { .. } | Kind::NumberFormat(_) => "integer",
         Kind::Number { .. } => "number",
         _ => "string",
     }
@@ -126,7 +126,9 @@ fn kind(kind: &Kind) -> Value {
             schema["maximum"] = json!(max);
         }
         Kind::Text { length_max } => schema["maxLength"] = json!(length_max),
-        Kind::Format(format) => schema["format"] = json!(format.name),
+        Kind::Format(format) | Kind::NumberFormat(format) => {
+            schema["format"] = json!(format.name);
+        }
         Kind::Choice(words) => schema["enum"] = json!(words),
         Kind::PropertyString {
             keys, default_key, ..

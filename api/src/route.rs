@@ -220,7 +220,10 @@ impl Route {
             // A config key may refuse more than its kind of value, and has a form of its own to be kept in.
             let key = self.keys.and_then(|kind| keys::find(kind, &name));
             let key = key.filter(|key| key.param.name == param.name);
-            let checked = key.map_or_else(|| param.check(&value), |key| key.check(&value));
+            let checked = key.map_or_else(
+                || param.check(&name, &value),
+                |key| key.check(&name, &value),
+            );
             if let Err(text) = checked {
                 wrong.push((name, text));
                 continue;

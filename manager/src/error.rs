@@ -9,6 +9,9 @@ use crate::store::StoreError;
 pub const MODIFIED: &str =
     "detected modified configuration - file changed by other user? Try again.";
 
+/// What PVE says instead when the digest of a virtual machine's config no longer matches.
+pub const MISMATCH: &str = "checksum mismatch (file change by other user?)";
+
 /// Text of a task that was stopped on request. PVE's words.
 pub const INTERRUPTED: &str = "interrupted by signal";
 

@@ -45,8 +45,12 @@ pub const IN_PATH: &[Param] = &[
 ];
 
 /// Number of a guest.
-pub const VMID: Param =
-    Param::new("vmid", Kind::Format(format::VMID), "Number of the guest.").required();
+pub const VMID: Param = Param::new(
+    "vmid",
+    Kind::NumberFormat(format::VMID),
+    "Number of the guest.",
+)
+.required();
 
 /// Free text up to a length.
 pub const fn text(length_max: usize) -> Kind {

@@ -77,7 +77,7 @@ pub const ROUTES: &[Route] = &[
         ),
         Param::new(
             "vmid",
-            Kind::Format(format::VMID),
+            Kind::NumberFormat(format::VMID),
             "Only tasks on this guest.",
         ),
     ])

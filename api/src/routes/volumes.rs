@@ -69,7 +69,7 @@ pub const ROUTES: &[Route] = &[
         Param::new("content", CONTENTS, "Only volumes of this content."),
         Param::new(
             "vmid",
-            Kind::Format(format::VMID),
+            Kind::NumberFormat(format::VMID),
             "Only volumes of this guest.",
         ),
     ])
@@ -442,7 +442,7 @@ async fn upload(call: Call) -> Result<Answer, Refusal> {
         let content =
             content.ok_or_else(|| Error::invalid("content", atoll_manager::schema::MISSING))?;
         FILE_CONTENT
-            .check(content)
+            .check("content", content)
             .map_err(|text| Error::invalid("content", text))?;
         let checksum = checksum(said("checksum-algorithm"), said("checksum"))?;
         let (content, volume) = file_name(content, &file)?;

@@ -120,8 +120,12 @@ pub const OPTIONS: &[Param] = &[
 
 const NEXT_ID: Kind = Kind::PropertyString {
     keys: &[
-        Param::new("lower", Kind::Format(VMID), "First number."),
-        Param::new("upper", Kind::Format(VMID), "One past the last number."),
+        Param::new("lower", Kind::NumberFormat(VMID), "First number."),
+        Param::new(
+            "upper",
+            Kind::NumberFormat(VMID),
+            "One past the last number.",
+        ),
     ],
     default_key: None,
     value_key: None,
@@ -160,7 +164,7 @@ impl Cluster {
         let mut errors = Vec::new();
         for (name, value) in &set {
             let result = match OPTIONS.iter().find(|param| param.name == name) {
-                Some(param) => param.check(value),
+                Some(param) => param.check(name, value),
                 None => Err(UNKNOWN.to_owned()),
             };
             errors.extend(result.err().map(|text| (name.clone(), text)));
@@ -169,7 +173,9 @@ impl Cluster {
             return Err(Error::Invalid(errors));
         }
         let (mut file, expect) = self.options_file()?;
-        file.check_digest(digest)?;
+        if digest.is_some_and(|seen| !seen.is_empty() && seen != file.digest) {
+            return Err(Error::refused(MODIFIED));
+        }
         for key in delete.iter().collect::<BTreeSet<_>>() {
             file.unset(key);
         }
@@ -196,7 +202,7 @@ impl Cluster {
         let file = self.options_file()?.0;
         let given = file
             .get("next-id")
-            .and_then(|text| Properties::parse(&NEXT_ID, text).ok());
+            .and_then(|text| Properties::parse(&NEXT_ID, "next-id", text).ok());
         let given = given.unwrap_or_default();
         let (lower, upper) = ID_RANGE;
         let lower = given.number("lower").unwrap_or(lower);

@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use aws_lc_rs::digest;
 
 use super::keys::{self, Apply};
-use crate::error::{Error, MODIFIED};
+use crate::error::{Error, MISMATCH, MODIFIED};
 use crate::id::GuestKind;
 use crate::schema::Properties;
 
@@ -210,7 +210,12 @@ impl GuestConfig {
     /// Refuses when the client has seen another config than this one.
     pub fn check_digest(&self, seen: Option<&str>) -> Result<(), Error> {
         match seen {
-            Some(seen) if !seen.is_empty() && seen != self.digest => Err(Error::refused(MODIFIED)),
+            Some(seen) if !seen.is_empty() && seen != self.digest => {
+                Err(Error::refused(match self.kind {
+                    GuestKind::Vm => MISMATCH,
+                    GuestKind::Container => MODIFIED,
+                }))
+            }
             _ => Ok(()),
         }
     }

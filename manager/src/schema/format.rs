@@ -21,11 +21,13 @@ formats! {
     NODE = "pve-node", |text| crate::id::check_node_name(text)
         .map_err(|_| "value does not look like a valid node name".to_owned());
     /// Name of a config key.
-    CONFIG_ID = "pve-configid", |text| holds(is_config_id(text), "configuration ID");
+    CONFIG_ID = "pve-configid", |text| is_config_id(text).then_some(())
+        .ok_or_else(|| format!("invalid configuration ID '{text}'"));
     /// Several names of config keys.
     CONFIG_ID_LIST = "pve-configid-list", |text| each(text, CONFIG_ID);
     /// Name of a storage.
-    STORAGE_ID = "pve-storage-id", |text| holds(is_storage_id(text), "storage ID");
+    STORAGE_ID = "pve-storage-id", |text| is_storage_id(text).then_some(())
+        .ok_or_else(|| format!("storage ID '{text}' contains illegal characters"));
     /// A volume, `STORAGE:NAME`.
     VOLUME_ID = "pve-volume-id", |text| holds(is_volume_id(text), "volume ID");
     /// A volume, or the path of something on the host.
@@ -63,13 +65,15 @@ formats! {
     /// Tags, divided by semicolons.
     TAGS = "pve-tag-list", |text| each(text, TAG);
     /// One tag.
-    TAG = "pve-tag", |text| holds(is_tag(text), "tag");
+    TAG = "pve-tag", |text| is_tag(text).then_some(()).ok_or_else(|| "invalid characters in tag".to_owned());
     /// Name of a realm.
     REALM = "pve-realm", |text| holds(is_word(text, 2), "realm");
     /// Name of a group.
-    GROUP_ID = "pve-groupid", |text| holds(is_word(text, 1), "group name");
+    GROUP_ID = "pve-groupid", |text| is_word(text, 1).then_some(())
+        .ok_or_else(|| format!("group name '{text}' contains invalid characters"));
     /// Name of a role.
-    ROLE_ID = "pve-roleid", |text| holds(is_word(text, 1), "role");
+    ROLE_ID = "pve-roleid", |text| is_word(text, 1).then_some(())
+        .ok_or_else(|| format!("role name '{text}' contains invalid characters"));
     /// Several names of roles.
     ROLE_ID_LIST = "pve-roleid-list", |text| each(text, ROLE_ID);
     /// Name of a token.

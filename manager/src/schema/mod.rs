@@ -60,6 +60,8 @@ pub enum Kind {
     },
     /// Text of a known form.
     Format(Format),
+    /// A whole number of a known form, such as a guest's.
+    NumberFormat(Format),
     /// One of a few words.
     Choice(&'static [&'static str]),
     /// `key=value,key2=value2`; see [`property`].
@@ -134,15 +136,15 @@ impl Param {
         digits.parse().ok().filter(|index| *index < self.count)
     }
 
-    /// What is wrong with a value given for it, in PVE's words.
-    pub fn check(&self, value: &str) -> Result<(), String> {
-        self.kind.check(value)
+    /// What is wrong with a value given for it, in PVE's words. `name` is its own or that of a member of the family.
+    pub fn check(&self, name: &str, value: &str) -> Result<(), String> {
+        self.kind.check(name, value)
     }
 }
 
 impl Kind {
-    /// What is wrong with a value, in PVE's words.
-    pub fn check(&self, value: &str) -> Result<(), String> {
+    /// What is wrong with a value of the parameter `name`, in PVE's words, line ends included.
+    pub fn check(&self, name: &str, value: &str) -> Result<(), String> {
         match self {
             Self::Boolean => match parse_boolean(value) {
                 Some(_) => Ok(()),
@@ -165,8 +167,10 @@ impl Kind {
                 }
                 Ok(())
             }
-            Self::Format(format) => {
-                (format.check)(value).map_err(|text| format!("invalid format - {text}"))
+            Self::Format(format) => format.verify(value),
+            Self::NumberFormat(format) => {
+                let _: i64 = value.parse().map_err(|_| type_check("integer", value))?;
+                format.verify(value)
             }
             Self::Choice(words) => {
                 if words.contains(&value) {
@@ -177,9 +181,7 @@ impl Kind {
                     "value '{value}' does not have a value in the enumeration '{words}'"
                 ))
             }
-            Self::PropertyString { .. } => Properties::parse(self, value)
-                .map(drop)
-                .map_err(|text| format!("invalid format - format error\n{text}\n")),
+            Self::PropertyString { .. } => Properties::parse(self, name, value).map(drop),
             Self::Upload => Ok(()),
         }
     }
@@ -191,6 +193,13 @@ impl Kind {
             (Self::Boolean, Some(false)) => "0".to_owned(),
             _ => value.to_owned(),
         }
+    }
+}
+
+impl Format {
+    /// What is wrong with the text, in PVE's words.
+    fn verify(&self, text: &str) -> Result<(), String> {
+        (self.check)(text).map_err(|text| format!("invalid format - {text}\n"))
     }
 }
 
@@ -244,7 +253,7 @@ mod tests {
 
     #[test]
     fn texts_are_those_of_pve() {
-        let check = |kind: Kind, value: &str| kind.check(value).unwrap_err();
+        let check = |kind: Kind, value: &str| kind.check("x", value).unwrap_err();
         let port = Kind::Integer { min: 1, max: 9 };
         assert_eq!(check(port, "x"), "type check ('integer') failed - got 'x'");
         assert_eq!(check(port, "0"), "value must have a minimum value of 1");
@@ -256,6 +265,12 @@ mod tests {
         assert_eq!(
             check(Kind::Text { length_max: 2 }, "abc"),
             "value may only be 2 characters long"
+        );
+        let guest = Kind::NumberFormat(format::VMID);
+        assert_eq!(check(guest, "x"), "type check ('integer') failed - got 'x'");
+        assert_eq!(
+            check(guest, "99"),
+            "invalid format - value does not look like a valid VM ID\n"
         );
         assert_eq!(
             check(Kind::Number { min: 0.0, max: 1.0 }, "nan"),

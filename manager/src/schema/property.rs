@@ -3,7 +3,9 @@
 //!
 //! Which keys there are comes from a [`Kind::PropertyString`] of a table; nothing here knows a key by name.
 
-use super::{Kind, MISSING, Param, UNKNOWN};
+use std::collections::BTreeMap;
+
+use super::{Kind, MISSING, Param};
 
 /// A property string, parsed and checked. Booleans are 1 or 0 in it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -19,29 +21,44 @@ struct Keys {
 }
 
 impl Properties {
-    /// Parses by the keys of `kind`, which is a [`Kind::PropertyString`]; any other kind has no keys. The error is
-    /// `KEY: TEXT`, or the text alone when no key can be named.
-    pub fn parse(kind: &Kind, text: &str) -> Result<Self, String> {
+    /// Parses the value of the parameter `name` by the keys of `kind`, which is a [`Kind::PropertyString`]; any other
+    /// kind has no keys. The error is PVE's text, with every key that does not fit on a line of its own.
+    pub fn parse(kind: &Kind, name: &str, text: &str) -> Result<Self, String> {
         let keys = Keys::of(kind);
         let mut properties = Self::default();
+        // Sorted by key, as PVE's are.
+        let mut wrong = BTreeMap::new();
         for item in text.split(',').map(str::trim).filter(|i| !i.is_empty()) {
-            match item.split_once('=') {
-                Some((key, value)) => properties.take(&keys, key.trim(), value.trim())?,
-                None => match keys.default_key {
-                    Some(key) => properties.insert(&keys, key, item)?,
-                    None => {
-                        return Err(
-                            "value without key, but schema does not define a default key".into(),
-                        );
-                    }
-                },
+            for (param, value) in keys.read(item).map_err(malformed)? {
+                if properties.get(param.name).is_some() || wrong.contains_key(param.name) {
+                    return Err(malformed(format!(
+                        "duplicate key in comma-separated list property: {}",
+                        param.name
+                    )));
+                }
+                match param.check(param.name, value) {
+                    Ok(()) => properties.set(param.name, param.kind.normalize(value)),
+                    Err(text) => drop(wrong.insert(param.name, text)),
+                }
             }
         }
-        let missing = |param: &&Param| param.required && properties.get(param.name).is_none();
-        match keys.params.iter().find(missing) {
-            Some(param) => Err(format!("{}: {MISSING}", param.name)),
-            None => Ok(properties),
+        for param in keys.params.iter().filter(|param| param.required) {
+            if properties.get(param.name).is_none() {
+                wrong
+                    .entry(param.name)
+                    .or_insert_with(|| MISSING.to_owned());
+            }
         }
+        if wrong.is_empty() {
+            return Ok(properties);
+        }
+        let lines = wrong
+            .iter()
+            .map(|(key, text)| format!("{name}.{key}: {text}\n"));
+        Err(format!(
+            "invalid format - format error\n{}",
+            lines.collect::<String>()
+        ))
     }
 
     /// The value of a key, if it was given.
@@ -99,34 +116,11 @@ impl Properties {
         items.extend(rest.iter().map(|(key, value)| format!("{key}={value}")));
         items.join(",")
     }
+}
 
-    fn take(&mut self, keys: &Keys, key: &str, value: &str) -> Result<(), String> {
-        if let Some(param) = keys.find(key) {
-            return self.insert(keys, param.name, value);
-        }
-        if let (Some(default_key), Some(value_key)) = (keys.default_key, keys.value_key)
-            && keys.find(default_key).is_some_and(|p| p.check(key).is_ok())
-        {
-            self.insert(keys, default_key, key)?;
-            return self.insert(keys, value_key, value);
-        }
-        // A default value may hold `=` itself, as file names do; then what stands before it is no key's name.
-        Err(format!("{key}: {UNKNOWN}"))
-    }
-
-    fn insert(&mut self, keys: &Keys, key: &'static str, value: &str) -> Result<(), String> {
-        let param = keys.find(key).ok_or_else(|| format!("{key}: {UNKNOWN}"))?;
-        if self.get(key).is_some() {
-            return Err(format!(
-                "duplicate key in comma-separated list property: {key}"
-            ));
-        }
-        param
-            .check(value)
-            .map_err(|text| format!("{key}: {text}"))?;
-        self.values.push((param.name, param.kind.normalize(value)));
-        Ok(())
-    }
+/// A property string that cannot be taken apart.
+fn malformed(text: String) -> String {
+    format!("invalid format - {text}\n")
 }
 
 impl Keys {
@@ -152,6 +146,29 @@ impl Keys {
     fn find(&self, name: &str) -> Option<&'static Param> {
         self.params.iter().find(|param| param.name == name)
     }
+
+    /// The keys that one item gives a value to: mostly one, two for `virtio=BC:24:11:00:00:01`.
+    fn read<'a>(&self, item: &'a str) -> Result<Vec<(&'static Param, &'a str)>, String> {
+        let default = self.default_key.and_then(|key| self.find(key));
+        let Some((key, value)) = item.split_once('=') else {
+            let default =
+                default.ok_or("value without key, but schema does not define a default key")?;
+            return Ok(vec![(default, item)]);
+        };
+        let (key, value) = (key.trim(), value.trim());
+        if let Some(param) = self.find(key) {
+            return Ok(vec![(param, value)]);
+        }
+        let paired = self.value_key.and_then(|key| self.find(key));
+        if let (Some(default), Some(paired)) = (default, paired)
+            && default.check(default.name, key).is_ok()
+        {
+            return Ok(vec![(default, key), (paired, value)]);
+        }
+        Err(format!(
+            "invalid key in comma-separated list property: {key}"
+        ))
+    }
 }
 
 #[cfg(test)]
@@ -171,7 +188,7 @@ mod tests {
 
     #[track_caller]
     fn check(text: &str, expected: Result<&str, &str>) {
-        let result = Properties::parse(&NET, text);
+        let result = Properties::parse(&NET, "net0", text);
         let result = result.as_ref().map(|p| p.print(&NET));
         assert_eq!(
             result.as_ref().map(String::as_str).map_err(|e| e.as_str()),
@@ -189,21 +206,24 @@ mod tests {
         check("virtio", Ok("virtio"));
         check(
             "bridge=b0",
-            Err("model: property is missing and it is not optional"),
-        );
-        check(
-            "virtio,virtio",
-            Err("duplicate key in comma-separated list property: model"),
-        );
-        check(
-            "virtio,x=1",
             Err(
-                "x: property is not defined in schema and the schema does not allow additional properties",
+                "invalid format - format error\nnet0.model: property is missing and it is not optional\n",
             ),
         );
         check(
-            "virtio,firewall=7",
-            Err("firewall: type check ('boolean') failed - got '7'"),
+            "virtio,virtio",
+            Err("invalid format - duplicate key in comma-separated list property: model\n"),
+        );
+        check(
+            "virtio,x=1",
+            Err("invalid format - invalid key in comma-separated list property: x\n"),
+        );
+        check(
+            "bridge=verylongbridgename,firewall=7",
+            Err("invalid format - format error\n\
+                 net0.bridge: value may only be 15 characters long\n\
+                 net0.firewall: type check ('boolean') failed - got '7'\n\
+                 net0.model: property is missing and it is not optional\n"),
         );
     }
 }

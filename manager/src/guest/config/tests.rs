@@ -72,9 +72,13 @@ fn the_digest_is_sha1_of_the_file() {
     let config = GuestConfig::parse(GuestKind::Vm, "cores: 1\n");
     config.check_digest(None).unwrap();
     config.check_digest(Some(&config.digest)).unwrap();
-    let stale = config.check_digest(Some(&empty.digest)).unwrap_err();
+    let stale = |config: &GuestConfig| config.check_digest(Some("0")).unwrap_err().to_string();
     assert_eq!(
-        stale.to_string(),
+        stale(&config),
+        "checksum mismatch (file change by other user?)"
+    );
+    assert_eq!(
+        stale(&GuestConfig::new(GuestKind::Container)),
         "detected modified configuration - file changed by other user? Try again."
     );
 }

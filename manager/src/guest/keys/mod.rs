@@ -114,20 +114,22 @@ impl Key {
         key
     }
 
-    /// What is wrong with a value that a client gives, in PVE's words.
-    pub fn check(&self, value: &str) -> Result<(), String> {
+    /// What is wrong with a value that a client gives for `name`, this key or one of its family, in PVE's words.
+    pub fn check(&self, name: &str, value: &str) -> Result<(), String> {
         match self.effect {
             Effect::Server => Err("set by the server, not by clients".to_owned()),
             Effect::Unavailable(why) => Err(why.to_owned()),
-            Effect::Full | Effect::None(_) => self.param.check(value),
+            Effect::Full | Effect::None(_) => self.param.check(name, value),
         }
     }
 
     /// The one form in which a value is stored: booleans as 1 or 0, property strings in PVE's order, tags sorted.
     pub fn normalize(&self, value: &str) -> String {
         match self.param.kind {
-            Kind::PropertyString { .. } => Properties::parse(&self.param.kind, value)
-                .map_or_else(|_| value.to_owned(), |p| p.print(&self.param.kind)),
+            Kind::PropertyString { .. } => {
+                Properties::parse(&self.param.kind, self.param.name, value)
+                    .map_or_else(|_| value.to_owned(), |p| p.print(&self.param.kind))
+            }
             Kind::Format(format) if format.name == crate::schema::format::TAGS.name => {
                 let mut tags: Vec<String> =
                     split_list(value).map(str::to_ascii_lowercase).collect();
@@ -176,7 +178,7 @@ pub fn find(kind: GuestKind, name: &str) -> Option<&'static Key> {
 /// The parsed value of a key that is a property string.
 pub fn properties(kind: GuestKind, name: &str, value: &str) -> Result<Properties, Error> {
     let key = find(kind, name).ok_or_else(|| Error::invalid(name, UNKNOWN))?;
-    Properties::parse(&key.param.kind, value).map_err(|text| Error::invalid(name, text))
+    Properties::parse(&key.param.kind, name, value).map_err(|text| Error::invalid(name, text))
 }
 
 /// A property string again, by the key's row.
@@ -192,7 +194,7 @@ pub fn check<'a>(
     let mut errors = Vec::new();
     for (name, value) in values {
         let result = match find(kind, name) {
-            Some(key) => key.check(value),
+            Some(key) => key.check(name, value),
             None => Err(UNKNOWN.to_owned()),
         };
         if let Err(text) = result {
@@ -229,7 +231,7 @@ mod tests {
                     "{name}: sentences describe, texts refuse"
                 );
                 if let Some(default) = key.param.default {
-                    assert_eq!(key.param.check(default), Ok(()), "default of {name}");
+                    assert_eq!(key.param.check(name, default), Ok(()), "default of {name}");
                     assert_eq!(key.normalize(default), default, "default of {name}");
                 }
             }
@@ -239,7 +241,7 @@ mod tests {
     #[track_caller]
     fn check_value(kind: GuestKind, name: &str, value: &str, expected: Result<&str, &str>) {
         let key = find(kind, name).unwrap();
-        let result = key.check(value).map(|()| key.normalize(value));
+        let result = key.check(name, value).map(|()| key.normalize(value));
         assert_eq!(
             result.as_ref().map(String::as_str).map_err(String::as_str),
             expected
@@ -258,7 +260,7 @@ mod tests {
             "net0",
             "virtio,tag=5",
             Err(
-                "invalid format - format error\ntag: invalid format - VLANs are not available yet; use a bridge of its own\n",
+                "invalid format - format error\nnet0.tag: invalid format - VLANs are not available yet; use a bridge of its own\n\n",
             ),
         );
         check("memory", "2048", Ok("2048"));
@@ -274,7 +276,7 @@ mod tests {
             "scsi0",
             "/dev/sda",
             Err(
-                "invalid format - format error\nfile: invalid format - unable to parse volume ID '/dev/sda'\n",
+                "invalid format - format error\nscsi0.file: invalid format - unable to parse volume ID '/dev/sda'\n\n",
             ),
         );
         check("tags", "b;A,b", Ok("a;b"));
