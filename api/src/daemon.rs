@@ -27,6 +27,7 @@ use crate::auth::keys::Keyring;
 use crate::cli::login::{InitialLogin, STATE_DEFAULT};
 use crate::console::Consoles;
 use crate::route::Tree;
+use crate::routes::GuestRows;
 use crate::routes::TABLES;
 use crate::{pki, serve};
 
@@ -73,6 +74,8 @@ pub struct Daemon {
     pub gate: Gate,
     /// Consoles that wait for their browser.
     pub consoles: Consoles,
+    /// The guests' rows of the list of resources.
+    pub guest_rows: GuestRows,
 }
 
 /// Runs the daemon until it is told to end.
@@ -88,6 +91,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         keyring: Keyring::open(Arc::clone(node.store())).await?,
         gate: Gate::default(),
         consoles: Consoles::default(),
+        guest_rows: GuestRows::default(),
         node,
     });
 

@@ -288,3 +288,170 @@ async fn read(
     });
     Ok((Request::from_parts(parts, body), sent))
 }
+
+#[cfg(test)]
+mod tests {
+    use atoll_manager::access::Check;
+    use atoll_manager::host::HostMeter;
+    use atoll_manager::store::{ConfigStore, Expect, MemoryStore};
+    use atoll_manager::{Node, Settings};
+    use expect_test::expect;
+
+    use super::*;
+    use crate::answer::Format;
+    use crate::auth::keys::Keyring;
+    use crate::route::Tree;
+    use crate::routes::TABLES;
+
+    const USERS: &str =
+        "user:nobody@pve:1:0::::::\nuser:other@pve:1:0::::::\ntoken:other@pve!t:0:0::\n";
+    const HIDDEN: &str = "hidden-guest";
+
+    /// A node with one guest, an upload's storage, and users without any rights.
+    async fn daemon(state: &std::path::Path) -> Arc<Daemon> {
+        let store: Arc<dyn ConfigStore> = Arc::new(MemoryStore::new());
+        let config = format!("name: {HIDDEN}\nmemory: 512\n");
+        for (key, value) in [
+            ("user.cfg", USERS.to_owned()),
+            ("nodes/n1/qemu-server/100.conf", config),
+        ] {
+            store.put(key, value.into(), Expect::Absent).await.unwrap();
+        }
+        let node = Node::with_store(Settings::new("n1", state), Arc::clone(&store))
+            .await
+            .unwrap();
+        node.storage().ensure_local(&state.join("s")).await.unwrap();
+        Arc::new(Daemon {
+            host: HostMeter::default(),
+            address: [127, 0, 0, 1].into(),
+            routes: Tree::new(TABLES),
+            keyring: Keyring::open(store).await.unwrap(),
+            gate: auth::gate::Gate::default(),
+            consoles: crate::console::Consoles::default(),
+            guest_rows: crate::routes::GuestRows::default(),
+            node,
+        })
+    }
+
+    /// A row's path with something in every place that varies.
+    fn filled(route: &Route) -> String {
+        let values = [
+            ("{node}", "n1"),
+            ("{vmid}", "100"),
+            ("{storage}", "local"),
+            ("{volume}", "local:iso/a.iso"),
+            (
+                "{upid}",
+                "UPID:n1:00000001:00000001:65F0AB12:qmstart:100:other@pve:",
+            ),
+            ("{userid}", "other@pve"),
+            ("{tokenid}", "t"),
+            ("{groupid}", "staff"),
+            ("{roleid}", "Custom"),
+        ];
+        let fill = |path: String, (name, value): (&str, &str)| path.replace(name, value);
+        values.into_iter().fold(route.path.to_owned(), fill)
+    }
+
+    /// Status and body of a row's answer to `user`, or to somebody without a ticket.
+    async fn ask(daemon: &Arc<Daemon>, route: &Route, user: Option<&str>) -> (u16, String) {
+        let path = format!("/api2/json{}", filled(route));
+        let mut request = Request::builder().method(route.method.name()).uri(&path);
+        if let Some(user) = user {
+            let (keys, now) = (daemon.keyring.keys(), jiff::Timestamp::now().as_second());
+            let ticket = format!("PVEAuthCookie={}", keys.login(user, now));
+            request = request
+                .header("Cookie", ticket)
+                .header("CSRFPreventionToken", keys.csrf(user, now));
+        }
+        let request = request.body(Body::empty()).unwrap();
+        let (_, parts) = request::api_path(&path).unwrap().unwrap();
+        let arrival = Arrival {
+            at: Instant::now(),
+            peer: [127, 0, 0, 1].into(),
+        };
+        let result = api(daemon, arrival, request, &parts).await;
+        let response = respond(Format::Json, result);
+        let status = response.status().as_u16();
+        let body = axum::body::to_bytes(response.into_body(), 1 << 20)
+            .await
+            .unwrap();
+        (status, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    #[tokio::test]
+    async fn no_row_answers_somebody_without_its_privilege() {
+        let state = tempfile::tempdir().unwrap();
+        let daemon = daemon(state.path()).await;
+        let mut open = Vec::new();
+        for route in TABLES.iter().copied().flatten() {
+            let name = format!("{} {}", route.method.name(), route.path);
+            let (status, _) = ask(&daemon, route, None).await;
+            let is_world = auth::is_open(&route.check);
+            assert_eq!(
+                status == 401,
+                !is_world,
+                "{name} without a ticket: {status}"
+            );
+            if is_world || matches!(route.check, Check::AnyUser) {
+                open.push(name);
+                continue;
+            }
+            let (status, body) = ask(&daemon, route, Some("nobody@pve")).await;
+            assert_eq!(status, 403, "{name} without a privilege: {body}");
+        }
+        // These are for everybody; each says in its handler what of it the caller may see or do. A row that is added
+        // here has to be looked at for that.
+        open.sort();
+        expect![[r#"
+            DELETE /nodes/{node}/storage/{storage}/content/{volume}
+            DELETE /nodes/{node}/tasks/{upid}
+            GET /access/acl
+            GET /access/domains
+            GET /access/groups
+            GET /access/permissions
+            GET /access/roles
+            GET /access/roles/{roleid}
+            GET /access/ticket
+            GET /access/users
+            GET /atoll/openapi
+            GET /atoll/schema
+            GET /cluster/nextid
+            GET /cluster/options
+            GET /cluster/resources
+            GET /cluster/tasks
+            GET /nodes
+            GET /nodes/{node}/lxc
+            GET /nodes/{node}/network
+            GET /nodes/{node}/qemu
+            GET /nodes/{node}/storage
+            GET /nodes/{node}/storage/{storage}/content/{volume}
+            GET /nodes/{node}/tasks
+            GET /nodes/{node}/tasks/{upid}/log
+            GET /nodes/{node}/tasks/{upid}/status
+            GET /nodes/{node}/version
+            GET /pools
+            GET /storage
+            GET /version
+            POST /access/ticket
+            POST /access/vncticket"#]]
+        .assert_eq(&open.join("\n"));
+    }
+
+    #[tokio::test]
+    async fn rows_for_everybody_hide_what_the_caller_may_not_see() {
+        let state = tempfile::tempdir().unwrap();
+        let daemon = daemon(state.path()).await;
+        let rows = TABLES.iter().copied().flatten();
+        for route in rows.filter(|route| matches!(route.check, Check::AnyUser)) {
+            let (_, body) = ask(&daemon, route, Some("nobody@pve")).await;
+            let name = format!("{} {}", route.method.name(), route.path);
+            assert!(!body.contains(HIDDEN), "{name}: {body}");
+        }
+        let all = TABLES.iter().copied().flatten();
+        let list = |route: &&Route| route.path == "/cluster/resources";
+        let list = all.into_iter().find(list).unwrap();
+        let (_, body) = ask(&daemon, list, Some("root@pam")).await;
+        assert!(body.contains(HIDDEN), "{body}");
+    }
+}

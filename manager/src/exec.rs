@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -205,6 +206,28 @@ impl Program {
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors)
+            .spawn()
+            .map_err(start)
+    }
+
+    /// Starts it in a session of its own whose terminal is `terminal`. Dropping the child kills it.
+    pub fn spawn_on_terminal(self, terminal: OwnedFd) -> Result<Child, ExecError> {
+        let name = self.name();
+        let start = |source| ExecError::Start {
+            program: name.clone(),
+            source,
+        };
+        let input = terminal.try_clone().map_err(start)?;
+        let output = terminal.try_clone().map_err(start)?;
+        let mut on_terminal = Self::new("setsid").arg("--ctty").arg(&self.path);
+        on_terminal.args.extend(self.args);
+        on_terminal
+            .command()
+            .env("TERM", "xterm-256color")
+            .stdin(Stdio::from(input))
+            .stdout(Stdio::from(output))
+            .stderr(Stdio::from(terminal))
+            .kill_on_drop(true)
             .spawn()
             .map_err(start)
     }

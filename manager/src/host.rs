@@ -5,7 +5,7 @@
 //! memory and never waits for a device.
 
 use std::fs;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
@@ -68,16 +68,15 @@ impl Memory {
 /// Measures processor load, which is a difference. One a node.
 #[derive(Debug, Default)]
 pub struct HostMeter {
-    /// The last measurement. Innermost lock, held for a read of /proc/stat.
+    /// The last measurement. Innermost lock, held for a read of /proc.
     last: Mutex<Option<Sample>>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Sample {
     at: Instant,
     ticks: Ticks,
-    cpu: f64,
-    iowait: f64,
+    status: Arc<HostStatus>,
 }
 
 /// Processor time in clock ticks since boot.
@@ -89,12 +88,36 @@ struct Ticks {
 }
 
 impl HostMeter {
-    /// The host now.
-    pub fn read(&self) -> Result<HostStatus, Error> {
-        let read = |path: &str| {
-            fs::read_to_string(path).map_err(|e| Error::failed(format!("read {path}"), e))
+    /// The host now. Asked again within [`CPU_WINDOW`], the last figures stand.
+    pub fn read(&self) -> Result<Arc<HostStatus>, Error> {
+        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
+        let now = Instant::now();
+        // Before the first difference there is the average since boot.
+        let before = match last.as_ref() {
+            Some(sample) if now.duration_since(sample.at) < CPU_WINDOW => {
+                return Ok(Arc::clone(&sample.status));
+            }
+            Some(sample) => sample.ticks,
+            None => Ticks::default(),
         };
-        let (cpu, iowait) = self.load(parse_ticks(&read("/proc/stat")?));
+        let ticks = parse_ticks(&read("/proc/stat")?);
+        let status = Arc::new(HostStatus::read(fractions(before, ticks))?);
+        *last = Some(Sample {
+            at: now,
+            ticks,
+            status: Arc::clone(&status),
+        });
+        Ok(status)
+    }
+}
+
+fn read(path: &str) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|e| Error::failed(format!("read {path}"), e))
+}
+
+impl HostStatus {
+    /// What /proc says; the fractions of processor time are differences that the caller has made.
+    fn read((cpu, iowait): (f64, f64)) -> Result<Self, Error> {
         let info = read("/proc/cpuinfo")?;
         let memory = read("/proc/meminfo")?;
         let figure = |name: &str| meminfo(&memory, name);
@@ -103,7 +126,7 @@ impl HostMeter {
         let uptime = read("/proc/uptime")?;
         let (cpus, sockets) = count_cpus(&info);
         let field = |name: &str| cpuinfo(&info, name).unwrap_or_default().to_owned();
-        Ok(HostStatus {
+        Ok(Self {
             cpu,
             iowait,
             cpus,
@@ -129,27 +152,6 @@ impl HostMeter {
             kernel: kernel(),
             network_bytes: network(&read("/proc/net/dev")?),
         })
-    }
-
-    fn load(&self, ticks: Ticks) -> (f64, f64) {
-        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
-        let now = Instant::now();
-        // Before the first difference there is the average since boot.
-        let before = match *last {
-            Some(sample) if now.duration_since(sample.at) < CPU_WINDOW => {
-                return (sample.cpu, sample.iowait);
-            }
-            Some(sample) => sample.ticks,
-            None => Ticks::default(),
-        };
-        let (cpu, iowait) = fractions(before, ticks);
-        *last = Some(Sample {
-            at: now,
-            ticks,
-            cpu,
-            iowait,
-        });
-        (cpu, iowait)
     }
 }
 

@@ -30,6 +30,7 @@ pub mod reconcile;
 pub mod sampler;
 pub mod schema;
 mod settings;
+pub mod shell;
 pub mod storage;
 pub mod store;
 pub mod task;

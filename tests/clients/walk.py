@@ -120,7 +120,7 @@ def machine(api, node):
     config = node.qemu(VM).config.get()
     assert config["memory"] == "128" and config["cores"] == 1, config
     node.qemu(VM).config.put(cores=2, digest=config["digest"])
-    refused(lambda: node.qemu(VM).config.put(cores=3, digest=config["digest"]), "500", "detected modified configuration")
+    refused(lambda: node.qemu(VM).config.put(cores=3, digest=config["digest"]), "500", "checksum mismatch")
     finish(api, node.qemu(VM).config.post(description="by the walk"))
     assert node.qemu(VM).config.get()["description"].strip() == "by the walk"
     lines = finish(api, node.qemu(VM).status.start.post(), expected=None)
@@ -156,6 +156,14 @@ def terminal(api, node):
     said(f"a terminal: typed into and answered ({len(lines)} lines of log)")
 
 
+def node_terminal(api, node):
+    console = Terminal(api, "", node.termproxy.post())
+    console.expect("login: ")
+    console.socket.close()
+    finish(api, console.upid)
+    said("a terminal of the node: asks who signs in")
+
+
 def removal(api, node):
     refused_upid = node.lxc(CT).delete()
     lines = finish(api, refused_upid, expected=None)
@@ -179,4 +187,5 @@ schema(here)
 machine(node_api, here)
 container(node_api, here)
 terminal(node_api, here)
+node_terminal(node_api, here)
 removal(node_api, here)

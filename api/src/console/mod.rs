@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Consoles: from a browser's websocket to the guest's console socket.
+//! Consoles: from a browser's websocket to a guest's console socket, or to a shell of the node.
 //!
 //! ```text
 //! POST termproxy ──► port, ticket; task `vncproxy` begins and waits for its browser
@@ -10,9 +10,9 @@
 //! The ports are names only, for PVE's clients: nothing listens there.
 
 mod frames;
+mod terminal;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -23,13 +23,12 @@ use atoll_manager::task::{NewTask, TaskContext, Upid};
 use axum::extract::ws::{Message, WebSocket};
 use bytes::Bytes;
 use jiff::Timestamp;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 
 use crate::auth::ticket::{CONSOLE_SECONDS, ConsoleClaim};
 use crate::daemon::Daemon;
 use frames::{Decoder, Frame};
+use terminal::{Source, Terminal};
 
 /// Ports that are given out. PVE's range.
 const PORTS: std::ops::RangeInclusive<u16> = 5900..=5999;
@@ -45,8 +44,27 @@ pub struct Consoles {
     waiting: Mutex<BTreeMap<u16, Waiting>>,
 }
 
+/// What a console is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A guest.
+    Guest(GuestKind, GuestId),
+    /// The node.
+    Node,
+}
+
+impl Place {
+    /// Its ACL path, which tickets are bound to.
+    pub fn acl_path(self, daemon: &Daemon) -> String {
+        match self {
+            Self::Guest(_, guest) => format!("/vms/{guest}"),
+            Self::Node => format!("/nodes/{}", daemon.node.name()),
+        }
+    }
+}
+
 struct Waiting {
-    guest: GuestId,
+    place: Place,
     user: String,
     hand_over: oneshot::Sender<WebSocket>,
 }
@@ -63,29 +81,20 @@ pub struct Opened {
     pub upid: Upid,
 }
 
-/// ACL path of a guest, which tickets are bound to.
-pub fn acl_path(guest: GuestId) -> String {
-    format!("/vms/{guest}")
-}
-
-/// Begins a console of a running guest.
-pub fn open(
-    daemon: &Arc<Daemon>,
-    kind: GuestKind,
-    guest: GuestId,
-    caller: &Identity,
-) -> Result<Opened, Error> {
-    let socket = daemon.node.guests().console(kind, guest)?;
+/// Begins a console of a running guest, or of the node.
+pub fn open(daemon: &Arc<Daemon>, place: Place, caller: &Identity) -> Result<Opened, Error> {
+    let source = Source::find(daemon, place, caller)?;
     let user = caller.to_string();
     let (hand_over, handed_over) = oneshot::channel();
     let port = daemon.consoles.wait(Waiting {
-        guest,
+        place,
         user: user.clone(),
         hand_over,
     })?;
+    let path = place.acl_path(daemon);
     let claim = ConsoleClaim {
         user: &user,
-        path: &acl_path(guest),
+        path: &path,
         port,
     };
     let ticket = daemon
@@ -94,20 +103,20 @@ pub fn open(
         .console(&claim, Timestamp::now().as_second());
     let session = Session {
         daemon: Arc::clone(daemon),
-        kind,
-        guest,
+        path: path.clone(),
         user: user.clone(),
         port,
     };
-    let new = NewTask::new("vncproxy", guest, caller).free();
+    let new = match place {
+        Place::Guest(_, guest) => NewTask::new("vncproxy", guest, caller),
+        Place::Node => NewTask::new("vncshell", "", caller),
+    };
     let upid = daemon
         .node
         .tasks()
-        .spawn(new, async move |task: TaskContext| {
-            task.log(&format!("starting console of {guest}, port {port}"));
-            let result = task
-                .until_cancelled(session.run(handed_over, &socket))
-                .await;
+        .spawn(new.free(), async move |task: TaskContext| {
+            task.log(&format!("starting console of {path}, port {port}"));
+            let result = task.until_cancelled(session.run(handed_over, source)).await;
             session.daemon.consoles.forget(port);
             result
         })?;
@@ -136,15 +145,10 @@ impl Consoles {
         self.waiting().remove(&port);
     }
 
-    /// Takes the console that waits at `port` for `user`; `None` when there is none of `guest`.
-    pub fn claim(
-        &self,
-        port: u16,
-        guest: GuestId,
-        user: &str,
-    ) -> Option<oneshot::Sender<WebSocket>> {
+    /// Takes the console that waits at `port` for `user`; `None` when there is none of `place`.
+    pub fn claim(&self, port: u16, place: Place, user: &str) -> Option<oneshot::Sender<WebSocket>> {
         let mut waiting = self.waiting();
-        let fits = |entry: &Waiting| entry.guest == guest && entry.user == user;
+        let fits = |entry: &Waiting| entry.place == place && entry.user == user;
         if !waiting.get(&port).is_some_and(fits) {
             return None;
         }
@@ -154,8 +158,8 @@ impl Consoles {
 
 struct Session {
     daemon: Arc<Daemon>,
-    kind: GuestKind,
-    guest: GuestId,
+    /// ACL path of what it is of.
+    path: String,
     user: String,
     port: u16,
 }
@@ -164,7 +168,7 @@ impl Session {
     async fn run(
         &self,
         handed_over: oneshot::Receiver<WebSocket>,
-        socket: &Path,
+        source: Source,
     ) -> Result<(), Error> {
         let wait = Duration::from_secs(CONSOLE_SECONDS.unsigned_abs());
         let Ok(Ok(mut browser)) = tokio::time::timeout(wait, handed_over).await else {
@@ -177,10 +181,7 @@ impl Session {
         };
         drop(line);
         send(&mut browser, Bytes::from_static(b"OK")).await;
-        let guest = UnixStream::connect(socket).await;
-        let guest =
-            guest.map_err(|error| Error::failed("connect to the guest's console", error))?;
-        self.bridge(browser, decoder, guest).await
+        bridge(browser, decoder, source.open().await?).await
     }
 
     fn admits(&self, line: &str) -> bool {
@@ -189,69 +190,53 @@ impl Session {
         };
         let claim = ConsoleClaim {
             user: &self.user,
-            path: &acl_path(self.guest),
+            path: &self.path,
             port: self.port,
         };
         let keys = self.daemon.keyring.keys();
         user == self.user && keys.console_fits(ticket, &claim, Timestamp::now().as_second())
     }
+}
 
-    /// Carries bytes until either side ends or the browser is silent for too long.
-    async fn bridge(
-        &self,
-        mut browser: WebSocket,
-        mut decoder: Decoder,
-        mut guest: UnixStream,
-    ) -> Result<(), Error> {
-        let mut chunk = vec![0; CHUNK_BYTES];
-        let idle = tokio::time::sleep(IDLE);
-        tokio::pin!(idle);
-        loop {
-            // What came with the login line, or with the message before, goes first.
-            while let Some(frame) = decoder.next().map_err(|e| Error::refused(e.to_string()))? {
-                self.take(frame, &mut guest).await?;
+/// Carries bytes until either side ends or the browser is silent for too long.
+async fn bridge(
+    mut browser: WebSocket,
+    mut decoder: Decoder,
+    mut terminal: Terminal,
+) -> Result<(), Error> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let idle = tokio::time::sleep(IDLE);
+    tokio::pin!(idle);
+    loop {
+        // What came with the login line, or with the message before, goes first.
+        while let Some(frame) = decoder.next().map_err(|e| Error::refused(e.to_string()))? {
+            match frame {
+                Frame::KeepAlive => {}
+                Frame::Input(bytes) => terminal.write_all(&bytes).await?,
+                Frame::Resize { columns, rows } => terminal.resize(columns, rows).await,
             }
-            tokio::select! {
-                read = guest.read(&mut chunk) => match read {
-                    Ok(0) | Err(_) => break,
-                    Ok(count) => {
-                        if !send(&mut browser, Bytes::copy_from_slice(&chunk[..count])).await {
-                            break;
-                        }
+        }
+        tokio::select! {
+            read = terminal.read(&mut chunk) => match read {
+                Ok(0) | Err(_) => break,
+                Ok(count) => {
+                    if !send(&mut browser, Bytes::copy_from_slice(&chunk[..count])).await {
+                        break;
                     }
-                },
-                message = browser.recv() => match message {
-                    Some(Ok(Message::Binary(bytes))) => decoder.push(&bytes),
-                    Some(Ok(Message::Text(text))) => decoder.push(text.as_bytes()),
-                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                    Some(Ok(Message::Close(_)) | Err(_)) | None => break,
-                },
-                () = &mut idle => break,
-            }
-            idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
-        }
-        drop(browser.send(Message::Close(None)).await);
-        Ok(())
-    }
-
-    async fn take(&self, frame: Frame, guest: &mut UnixStream) -> Result<(), Error> {
-        match frame {
-            Frame::KeepAlive => Ok(()),
-            Frame::Input(bytes) => guest
-                .write_all(&bytes)
-                .await
-                .map_err(|error| Error::failed("write to the guest's console", error)),
-            Frame::Resize { columns, rows } => {
-                let guests = self.daemon.node.guests();
-                let resized = guests.resize_console(self.kind, self.guest, columns, rows);
-                // A console that keeps its size is still a console.
-                if let Err(error) = resized.await {
-                    tracing::debug!(guest = %self.guest, error = error.chain(), "resize console");
                 }
-                Ok(())
-            }
+            },
+            message = browser.recv() => match message {
+                Some(Ok(Message::Binary(bytes))) => decoder.push(&bytes),
+                Some(Ok(Message::Text(text))) => decoder.push(text.as_bytes()),
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Ok(Message::Close(_)) | Err(_)) | None => break,
+            },
+            () = &mut idle => break,
         }
+        idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
     }
+    drop(browser.send(Message::Close(None)).await);
+    Ok(())
 }
 
 /// The browser's first line.

@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! What is done to a guest that exists: power, disks' sizes, its console.
+//! What is done to a guest that exists: power, disks' sizes. Its console is in `terminals`.
 
 use std::time::Duration;
 
@@ -7,28 +7,17 @@ use atoll_manager::access::{Check, Privilege};
 use atoll_manager::error::Error;
 use atoll_manager::guest::{Action, Ask};
 use atoll_manager::schema::{Kind, Param};
-use axum::extract::FromRequestParts as _;
-use axum::extract::ws::WebSocketUpgrade;
-use hyper::StatusCode;
-use jiff::Timestamp;
 use serde_json::json;
 
 use super::guests::{id, kind, stored};
 use super::parameters::{DIGEST, text};
 use super::serve;
 use crate::answer::{Answer, Refusal};
-use crate::auth::ticket::ConsoleClaim;
-use crate::auth::unauthorized;
-use crate::console;
 use crate::route::{Call, Returns, Route};
 
 const POWERS: Check = Check::All {
     path: "/vms/{vmid}",
     privileges: &[Privilege::VmPowerMgmt],
-};
-const LOOKS: Check = Check::All {
-    path: "/vms/{vmid}",
-    privileges: &[Privilege::VmConsole],
 };
 const RESIZES: Check = Check::All {
     path: "/vms/{vmid}",
@@ -48,9 +37,6 @@ const SKIPLOCK: Param = Param::new(
     Kind::Boolean,
     "Accepted for PVE's clients; locks are not skipped.",
 );
-
-/// Largest websocket message that a client may send, in bytes.
-const MESSAGE_BYTES_MAX: usize = 128 << 10;
 
 /// The rows of both kinds.
 macro_rules! rows {
@@ -146,42 +132,6 @@ macro_rules! rows {
                 ])
                 .returns(Returns::Upid)
                 .check(RESIZES),
-            Route::post(
-                concat!($guest, "/termproxy"),
-                "Begin a terminal on a guest's console.",
-                serve!(terminal),
-            )
-            .params(&[Param::new(
-                "serial",
-                Kind::Choice(&["serial0"]),
-                "Which serial console.",
-            )])
-            .returns(Returns::Object(&["user", "ticket", "port", "upid"]))
-            .check(LOOKS),
-            Route::get(
-                concat!($guest, "/vncwebsocket"),
-                "Connect to a terminal that was begun.",
-                serve!(connect),
-            )
-            .params(&[
-                Param::new(
-                    "port",
-                    Kind::Integer {
-                        min: 5900,
-                        max: 5999,
-                    },
-                    "Port that termproxy answered with.",
-                )
-                .required(),
-                Param::new(
-                    "vncticket",
-                    text(512),
-                    "Ticket that termproxy answered with.",
-                )
-                .required(),
-            ])
-            .returns(Returns::Stream)
-            .check(LOOKS),
         ]
     };
 }
@@ -258,56 +208,4 @@ async fn resize(call: Call) -> Result<Answer, Refusal> {
     let (disk, size) = (call.values.required("disk"), call.values.required("size"));
     let upid = guests.resize(kind, id, disk, size, call.caller().identity())?;
     Ok(Answer::Data(json!(upid.to_string())))
-}
-
-async fn terminal(call: Call) -> Result<Answer, Refusal> {
-    let opened = console::open(
-        &call.daemon,
-        kind(&call),
-        id(&call),
-        call.caller().identity(),
-    )?;
-    Ok(Answer::Data(json!({
-        "user": opened.user,
-        "ticket": opened.ticket,
-        // A text, as PVE sends it here.
-        "port": opened.port.to_string(),
-        "upid": opened.upid.to_string(),
-    })))
-}
-
-async fn connect(call: Call) -> Result<Answer, Refusal> {
-    let guest = id(&call);
-    let port = call
-        .values
-        .number("port")
-        .expect("the schema's range is a port's");
-    let user = call.caller().identity().to_string();
-    let claim = ConsoleClaim {
-        user: &user,
-        path: &console::acl_path(guest),
-        port,
-    };
-    let ticket = call.values.required("vncticket");
-    let now = Timestamp::now().as_second();
-    if !call.daemon.keyring.keys().console_fits(ticket, &claim, now) {
-        return Err(unauthorized("permission denied - invalid PVEVNC ticket"));
-    }
-    let (mut parts, _) = call.request.into_parts();
-    let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await;
-    let upgrade = upgrade.map_err(|error| {
-        Refusal::new(
-            StatusCode::BAD_REQUEST,
-            format!("not a websocket request: {error}"),
-        )
-    })?;
-    // Taken only now, so that a request that is no websocket does not use the console up.
-    let hand_over = call.daemon.consoles.claim(port, guest, &user);
-    let hand_over =
-        hand_over.ok_or_else(|| Error::refused(format!("no console waits at port {port}")))?;
-    let response = upgrade
-        .protocols(["binary"])
-        .max_message_size(MESSAGE_BYTES_MAX)
-        .on_upgrade(async move |socket| drop(hand_over.send(socket)));
-    Ok(Answer::Response(Box::new(response)))
 }

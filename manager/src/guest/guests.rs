@@ -2,12 +2,12 @@
 //! The handle on the guests of this node: every request of the API about guests ends here, most of them as a task.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use atoll_vmm_protocol::api::Request;
 
-use crate::cluster::{Cluster, GuestSummary};
+use crate::cluster::{Cluster, GuestSummary, Inventory};
 use crate::error::Error;
 use crate::guest::config::{Applied, ConfigUpdate};
 use crate::guest::create::{Draft, Params};
@@ -15,7 +15,7 @@ use crate::guest::destroy::{self, Destroy};
 use crate::guest::lock::Guard;
 use crate::guest::resize::{self, Resize};
 use crate::guest::site::{Seat, Site};
-use crate::guest::status::{self, CpuMeter, RunningCache, Status};
+use crate::guest::status::{self, CpuMeter, RunningCache, RunningGuests, Status};
 use crate::guest::vm::Vm;
 use crate::guest::{
     Ask, Guest, Phase, container, guest, shutdown, start, stop, stored, update, vm,
@@ -77,6 +77,16 @@ pub struct Guests {
     meter: Arc<CpuMeter>,
     cluster: Cluster,
     running: Arc<RunningCache>,
+    /// The last listing. Held for a comparison, or while one thread makes a new listing from what others wait for.
+    listed: Arc<Mutex<Listed>>,
+}
+
+/// A listing, with what it was made of.
+#[derive(Debug, Default)]
+struct Listed {
+    inventory: Arc<Inventory>,
+    running: Arc<RunningGuests>,
+    guests: Arc<[Status]>,
 }
 
 impl Guests {
@@ -88,6 +98,7 @@ impl Guests {
             meter: Arc::default(),
             cluster,
             running: Arc::default(),
+            listed: Arc::default(),
         }
     }
 
@@ -292,17 +303,29 @@ impl Guests {
         status::read(&self.site.seat(kind, id), &self.meter).await
     }
 
-    /// All guests of this node, by number. Cheap: configs are those of the cluster's inventory, and what runs is looked
-    /// for at most every few seconds, or after a task has ended.
-    pub async fn list(&self) -> Result<Vec<Status>, Error> {
-        let guests = self.summaries()?;
+    /// All guests of this node, by number. Cheap: configs are those of the cluster's inventory, what runs is looked for
+    /// at most every few seconds, or after a task has ended, and when neither is new, the answer is the former one.
+    pub async fn list(&self) -> Result<Arc<[Status]>, Error> {
+        let inventory = self.cluster.guests()?;
         let ended = self.tasks.ended_count();
         let running = self.running.get(&self.site, &self.meter, ended).await;
-        let status = |guest: &Arc<GuestSummary>| {
-            let running = running.get(&(guest.kind, guest.id));
-            Status::new(guest, running)
-        };
-        Ok(guests.iter().map(status).collect())
+        let mut listed = self.listed.lock().unwrap_or_else(|e| e.into_inner());
+        let is_new =
+            !Arc::ptr_eq(&listed.inventory, &inventory) || !Arc::ptr_eq(&listed.running, &running);
+        if is_new {
+            let node = &self.site.settings.node;
+            let here = inventory.guests.iter().filter(|guest| guest.node == *node);
+            let status = |guest: &Arc<GuestSummary>| {
+                Status::new(guest, running.get(&(guest.kind, guest.id)))
+            };
+            let guests = here.map(status).collect();
+            *listed = Listed {
+                inventory,
+                running,
+                guests,
+            };
+        }
+        Ok(Arc::clone(&listed.guests))
     }
 
     /// What the configs of this node's guests say, by number.

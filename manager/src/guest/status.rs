@@ -107,6 +107,9 @@ pub struct Running {
     load: Load,
 }
 
+/// The guests that run.
+pub type RunningGuests = HashMap<(GuestKind, GuestId), Running>;
+
 /// The guests that run, as they were found a moment ago: so that many listings cost one look.
 #[derive(Debug, Default)]
 pub struct RunningCache {
@@ -118,7 +121,7 @@ pub struct RunningCache {
 struct Found {
     at: Instant,
     tasks_ended: u64,
-    guests: Arc<HashMap<(GuestKind, GuestId), Running>>,
+    guests: Arc<RunningGuests>,
 }
 
 impl RunningCache {
@@ -128,7 +131,7 @@ impl RunningCache {
         site: &Arc<Site>,
         meter: &CpuMeter,
         tasks_ended: u64,
-    ) -> Arc<HashMap<(GuestKind, GuestId), Running>> {
+    ) -> Arc<RunningGuests> {
         let mut last = self.last.lock().await;
         if let Some(found) = last.as_ref()
             && found.at.elapsed() < FRESH
@@ -136,7 +139,7 @@ impl RunningCache {
         {
             return Arc::clone(&found.guests);
         }
-        let mut guests = HashMap::new();
+        let mut guests = RunningGuests::new();
         for (kind, id) in site.run_folders() {
             if let Some(running) = look(&site.seat(kind, id), meter).await {
                 guests.insert((kind, id), running);
