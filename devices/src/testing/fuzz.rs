@@ -2,6 +2,10 @@
 //! Bodies of the fuzz targets in `devices/fuzz`: any bytes are a guest's memory, none may panic. Ordinary tests
 //! replay a corpus and seeded random inputs through them on the stable toolchain.
 
+mod pci;
+
+pub use pci::{pci, pci_corpus};
+
 use std::sync::Arc;
 
 use atoll_disk::{Geometry, MemoryBackend};

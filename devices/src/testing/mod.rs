@@ -3,13 +3,15 @@
 //!
 //! Behind the feature `testing`; no release binary contains it.
 #![expect(
+    clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a failed expectation here is a failed test"
+    reason = "a failed expectation here is a failed test, and the output its seed"
 )]
 
 mod driver;
 pub mod fuzz;
 mod machine;
+pub mod replay;
 
 pub use driver::{Driver, RAM_BYTES, Ring, Segment};
 pub use machine::{ControlLog, CountingSink, Line, NoDoorbells};

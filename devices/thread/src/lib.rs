@@ -70,8 +70,8 @@ struct Confinement {
 static CONFINEMENT: OnceLock<Confinement> = OnceLock::new();
 
 /// From now on every thread that [`spawn`] makes calls `enter` with its kind before its body, and is made by a
-/// thread of its own, `starter`. That one is unconfined until it is told otherwise: by
-/// `in_starter(|| enter(Kind::Starter))`, when the threads that must not inherit its filter exist.
+/// thread of its own, `starter`. That one is unconfined until [`seal_starter`], when the threads that must not inherit
+/// its filter exist.
 ///
 /// Once a process; a second call changes nothing.
 pub fn confine(enter: fn(Kind)) -> io::Result<()> {
@@ -108,6 +108,17 @@ pub fn spawn<T: Send + 'static>(
             body()
         })
     })
+}
+
+/// The starter enters its own kind, before any later job. Does not wait for that.
+pub fn seal_starter() {
+    if let Some(confinement) = CONFINEMENT.get() {
+        let enter = confinement.enter;
+        let sent = confinement
+            .jobs
+            .send(Box::new(move || enter(Kind::Starter)));
+        assert!(sent.is_ok(), "the starter lives as long as the process");
+    }
 }
 
 /// Runs `job` on the starter and waits for its result: for whatever opens or makes something that the caller's
@@ -153,7 +164,9 @@ mod tests {
         // A job may spawn, and ask the starter again, without waiting for itself.
         let thread = in_starter(|| spawn(Kind::Disk, "a", || in_starter(|| 7)));
         assert_eq!(thread.unwrap().join().unwrap(), 7);
-        assert_eq!(*ENTERED.lock().unwrap(), [Kind::Disk]);
+        seal_starter();
+        in_starter(|| ());
+        assert_eq!(*ENTERED.lock().unwrap(), [Kind::Disk, Kind::Starter]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "KVM is told raw host addresses of guest memory")]
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use atoll_devices::memory::Ram;
 use kvm_bindings::{
@@ -82,6 +82,8 @@ impl KvmError {
 /// The host's KVM.
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
+    /// Asked for once: KVM reads every leaf from the CPU, and in a host that is itself a guest each is an exit.
+    cpuid: OnceLock<CpuId>,
 }
 
 impl Kvm {
@@ -96,15 +98,21 @@ impl Kvm {
         }
         match NEEDED.iter().find(|(cap, _)| !fd.check_extension(*cap)) {
             Some((_, what)) => Err(KvmError::Lacks(what)),
-            None => Ok(Self { fd }),
+            None => Ok(Self {
+                fd,
+                cpuid: OnceLock::new(),
+            }),
         }
     }
 
     /// CPU features that this KVM can give a guest.
     pub fn cpuid(&self) -> Result<CpuId, KvmError> {
-        self.fd
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::failed("list the CPU's features"))
+        if let Some(known) = self.cpuid.get() {
+            return Ok(known.clone());
+        }
+        let listed = self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        let listed = listed.map_err(KvmError::failed("list the CPU's features"))?;
+        Ok(self.cpuid.get_or_init(|| listed).clone())
     }
 
     /// MSRs that belong to a vCPU's state.

@@ -127,14 +127,16 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
         None => None,
     };
-    sandbox::seal();
     tracing::info!(
         name = spec.name,
         cpus = spec.cpu_count,
         memory_mib = spec.memory_mib,
         "machine starts"
     );
+    sandbox::seal_starter();
     machine.run_vcpus();
+    // While the guest's first instructions run; before this thread looks at anything that comes from it.
+    sandbox::seal_owner();
     let outcome = machine.drive(&received);
     machine.hold();
     // A request that came too late is answered by its sender being dropped.

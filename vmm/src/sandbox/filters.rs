@@ -222,6 +222,8 @@ const VCPU: &[Call] = &[
         nr(VHOST, 0x12), // VHOST_GET_VRING_BASE: the same of one that the kernel serves
         nr(VHOST, 0x30), // VHOST_NET_SET_BACKEND
     ]),
+    // The queues of vhost-net stop with a reset of the card.
+    ioctl_types(&[nr(VHOST, 0)]),
     call(libc::SYS_timerfd_settime), // A watchdog that is fed.
 ];
 
@@ -230,7 +232,7 @@ const TUNSETOFFLOAD: u32 = 208;
 /// Number of `TUNSETQUEUE`.
 const TUNSETQUEUE: u32 = 217;
 
-const NET: &[Call] = &[ioctl_types(&[nr(TUN, 0)])];
+const NET: &[Call] = &[ioctl_types(&[nr(TUN, 0), nr(VHOST, 0)])];
 
 const DISK: &[Call] = &[call(libc::SYS_io_uring_enter), ioctl_types(&[nr(BLOCK, 0)])];
 

@@ -3,7 +3,7 @@
 //! given.
 //!
 //! ```text
-//! Opened::of ─► enter: jail, landlock ─► arm: handler, starter ─► threads, each with its filter ─► seal ─► guest runs
+//! Opened::of ─► enter: jail, landlock ─► arm: handler, starter ─► threads, each with its filter ─► guest runs
 //! ```
 //!
 //! | layer | for whom | what it takes away |
@@ -24,6 +24,8 @@ mod seccomp;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+
+use atoll_thread::Kind;
 
 /// Exit code of a process that made a denied system call.
 pub const DENIED_EXIT_CODE: i32 = 4;
@@ -119,7 +121,16 @@ pub(crate) fn enter(
     seccomp::arm(confinement.seccomp, log)
 }
 
-/// The machine is built and all threads of its start exist: filters for the threads that had to wait for this.
-pub(crate) fn seal() {
-    seccomp::seal();
+/// The machine is built and all threads of its start exist: the starter gets its filter, before any later job.
+pub(crate) fn seal_starter() {
+    if seccomp::is_armed() {
+        atoll_thread::seal_starter();
+    }
+}
+
+/// The last filter: that of the calling thread, which owns the machine.
+pub(crate) fn seal_owner() {
+    if seccomp::is_armed() {
+        seccomp::enter(Kind::Owner);
+    }
 }

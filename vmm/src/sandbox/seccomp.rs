@@ -32,7 +32,7 @@ static PROGRAMS: [OnceLock<BpfProgram>; Kind::ALL.len()] =
 /// Where the handler writes its line.
 static LOG: AtomicI32 = AtomicI32::new(libc::STDERR_FILENO);
 
-/// From now on every thread that is made gets the filter of its kind. Call [`seal`] when the machine is built.
+/// From now on every thread that is made gets the filter of its kind.
 pub(super) fn arm(mode: Seccomp, log: RawFd) -> Result<(), SandboxError> {
     if mode == Seccomp::Off {
         return Ok(());
@@ -55,16 +55,13 @@ fn keep_one_heap() {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
-/// The last two filters: that of the starter, and that of the calling thread, which owns the machine.
-pub(super) fn seal() {
-    if MODE.get().is_some() {
-        atoll_thread::in_starter(|| enter(Kind::Starter));
-        enter(Kind::Owner);
-    }
+/// Whether [`arm`] was called, with filters.
+pub(super) fn is_armed() -> bool {
+    MODE.get().is_some()
 }
 
 /// Puts the calling thread under the filter of `kind`.
-fn enter(kind: Kind) {
+pub(super) fn enter(kind: Kind) {
     let program = PROGRAMS[kind as usize].get_or_init(|| compile(kind));
     if let Err(error) = apply_filter(program) {
         // A thread without its filter must not run, and nobody waits for its result who could say so better.
@@ -280,7 +277,8 @@ mod tests {
             // Before the seal with one filter, after it with two.
             for sealed in [false, true] {
                 if sealed {
-                    seal();
+                    atoll_thread::seal_starter();
+                    enter(Kind::Owner);
                 }
                 for kind in filters::LATE {
                     let body = || vec![1_u8; 3 << 20].iter().map(|one| u64::from(*one)).sum();
