@@ -41,6 +41,9 @@ pub enum ConsoleBackend {
     Pty,
     /// A Unix stream socket at this path, made by us (mode 0600), removed at the end.
     Socket(PathBuf),
+    /// The same without a backlog: a new client gets only what comes after it, so that a question is not answered
+    /// by what the guest said to somebody else.
+    Channel(PathBuf),
 }
 
 /// Why a console could not be made.
@@ -179,12 +182,17 @@ impl ConsoleEnd {
                 end.pty = Some(path);
                 Some(clients)
             }
-            ConsoleBackend::Socket(path) => {
-                let clients =
-                    pump::Clients::listen(path).map_err(|source| ConsoleError::Socket {
+            ConsoleBackend::Socket(path) | ConsoleBackend::Channel(path) => {
+                let backlog = match backend {
+                    ConsoleBackend::Channel(_) => 0,
+                    _ => BACKLOG_BYTES,
+                };
+                let clients = pump::Clients::listen(path, backlog).map_err(|source| {
+                    ConsoleError::Socket {
                         path: path.clone(),
                         source,
-                    })?;
+                    }
+                })?;
                 end.socket = Some(path.clone());
                 Some(clients)
             }

@@ -35,6 +35,7 @@ fn main() -> anyhow::Result<()> {
         serial: ConsoleSpec::Stdio,
         console: None,
         rng: true,
+        services: atoll_vmm_protocol::services::GuestServices::default(),
     };
     let outcome = machine::run_machine(&spec, &Options::default())?;
     eprintln!("the guest ended: {outcome:?}");

@@ -13,8 +13,12 @@ use atoll_vmm_protocol::spec::{ConsoleSpec, DiskSpec, MachineSpec, NetLimits, Ne
 
 use crate::layout;
 
-/// Slots of the PCI bus beside the host bridge, less one each for the console and the entropy source.
-const DEVICE_COUNT_MAX: usize = 29;
+/// Slots of the PCI bus beside the host bridge, less those for one device each of the other kinds.
+const DEVICE_COUNT_MAX: usize = 25;
+/// Named ports: enough for every agent that a guest may have.
+const PORT_COUNT_MAX: usize = 16;
+/// Bytes of a port's name. Our choice.
+const PORT_NAME_BYTES_MAX: usize = 64;
 /// Most virtqueues of a disk.
 pub const QUEUE_COUNT_MAX: u16 = 16;
 /// Most pairs of queues of a network card, as PVE has it.
@@ -59,12 +63,41 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.serial == ConsoleSpec::Stdio && spec.console == Some(ConsoleSpec::Stdio) {
         return refuse("the serial port and the virtio console cannot both be on stdio");
     }
+    services(spec)?;
     is_file("kernel", &spec.boot.kernel)?;
     if let Some(initrd) = &spec.boot.initrd {
         is_file("initrd", initrd)?;
     }
     spec.disks.iter().try_for_each(disk)?;
     spec.nets.iter().try_for_each(net)
+}
+
+fn services(spec: &MachineSpec) -> Result<(), SpecError> {
+    let ports = &spec.services.ports;
+    if ports.len() > PORT_COUNT_MAX {
+        let count = ports.len();
+        return refuse(format!("{count} ports: at most {PORT_COUNT_MAX}"));
+    }
+    for (index, port) in ports.iter().enumerate() {
+        let name = &port.name;
+        let odd = |byte: u8| byte == b'/' || !byte.is_ascii_graphic();
+        if name.is_empty() || name.len() > PORT_NAME_BYTES_MAX || name.bytes().any(odd) {
+            return refuse(format!(
+                "port {name:?}: a name has 1 to {PORT_NAME_BYTES_MAX} characters, no space or slash"
+            ));
+        }
+        if ports[..index].iter().any(|other| other.name == *name) {
+            return refuse(format!("port {name}: there are two of that name"));
+        }
+    }
+    let balloon = spec.services.balloon.as_ref();
+    match balloon.and_then(|balloon| balloon.target_mib) {
+        Some(target) if target == 0 || target > spec.memory_mib => refuse(format!(
+            "balloon target of {target} MiB: the guest keeps 1 to {} MiB",
+            spec.memory_mib
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn is_file(what: &str, path: &Path) -> Result<(), SpecError> {
@@ -203,6 +236,19 @@ mod tests {
         check(
             |m| m["nets"] = serde_json::json!([{"tap": "a name too long!"}]),
             "tap \"a name too long!\": an interface's name has 1 to 15 characters, no space, slash or percent",
+        );
+        let port = serde_json::json!({"name": "a", "path": "/a"});
+        check(
+            |m| m["services"] = serde_json::json!({"ports": [port, port]}),
+            "port a: there are two of that name",
+        );
+        check(
+            |m| m["services"] = serde_json::json!({"ports": [{"name": "a/b", "path": "/a"}]}),
+            "port \"a/b\": a name has 1 to 64 characters, no space or slash",
+        );
+        check(
+            |m| m["services"] = serde_json::json!({"balloon": {"target_mib": 65}}),
+            "balloon target of 65 MiB: the guest keeps 1 to 64 MiB",
         );
         check(
             |m| m["nets"] = serde_json::json!([{"tap": "t", "queue_pairs": 65}]),

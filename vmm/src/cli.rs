@@ -1,6 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The command line of `atoll-vmm`: its arguments, and how they become a spec. Not here: what a machine is.
 
+mod services;
+
 use std::path::PathBuf;
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
@@ -87,6 +89,12 @@ pub struct RunArguments {
     /// Adds a virtio console (hvc0), and says where it ends
     #[arg(long, value_name = "WHERE", value_parser = console)]
     pub virtio_console: Option<ConsoleSpec>,
+    #[command(flatten)]
+    #[expect(
+        missing_docs,
+        reason = "each argument has its own, and clap takes none here"
+    )]
+    pub services: services::ServiceArguments,
     /// Name shown by `ctl info` and in the log
     #[arg(long, value_name = "TEXT", default_value = "vm")]
     pub name: String,
@@ -134,7 +142,7 @@ pub enum Filters {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 10] = [
+const MACHINE_ARGUMENTS: [&str; 12] = [
     "kernel",
     "initrd",
     "cmdline",
@@ -145,6 +153,8 @@ const MACHINE_ARGUMENTS: [&str; 10] = [
     "console",
     "virtio_console",
     "name",
+    services::ARGUMENTS[0],
+    services::ARGUMENTS[1],
 ];
 
 /// Arguments of `ctl`.
@@ -267,6 +277,7 @@ impl RunArguments {
             serial: self.console.clone(),
             console: self.virtio_console.clone(),
             rng: true,
+            services: self.services.to_spec(),
         }
     }
 }

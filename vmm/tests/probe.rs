@@ -70,6 +70,7 @@ fn spec(directory: &Path, cmdline: &str) -> MachineSpec {
         serial: ConsoleSpec::Socket(directory.join("serial")),
         console: None,
         rng: true,
+        services: atoll_vmm_protocol::services::GuestServices::default(),
     }
 }
 

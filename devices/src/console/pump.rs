@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
-use super::{BACKLOG_BYTES, ConsolePort, INPUT_BYTES};
+use super::{ConsolePort, INPUT_BYTES};
 
 /// Clients of one socket at a time; further ones wait in the listen queue.
 const CLIENTS_MAX: usize = 16;
@@ -36,6 +36,8 @@ struct Client {
 /// All of them.
 pub(super) struct Clients {
     listener: Option<UnixListener>,
+    /// Bytes of past output that a new client gets.
+    backlog: u64,
     list: Vec<Client>,
     /// Kept open so that the terminal's master never sees the last user leave.
     _terminal: Option<OwnedFd>,
@@ -45,6 +47,7 @@ impl Clients {
     fn of(client: Client) -> Self {
         Self {
             listener: None,
+            backlog: 0,
             list: vec![client],
             _terminal: None,
         }
@@ -89,12 +92,14 @@ impl Clients {
         Ok((clients, path))
     }
 
-    pub(super) fn listen(path: &Path) -> io::Result<Self> {
+    /// New clients get the last `backlog` bytes first.
+    pub(super) fn listen(path: &Path, backlog: usize) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener: Some(listener),
+            backlog: backlog as u64,
             list: Vec::new(),
             _terminal: None,
         })
@@ -114,7 +119,7 @@ impl Clients {
             Ok(input) => self.list.push(Client {
                 input: Some(input.into()),
                 output: Some(stream.into()),
-                position: port.lock().written.saturating_sub(BACKLOG_BYTES as u64),
+                position: port.lock().written.saturating_sub(self.backlog),
                 writable: true,
                 permanent: false,
             }),

@@ -1,5 +1,10 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Console, VIRTIO 1.2 §5.3, with one port: queue 0 brings what was typed, queue 1 takes output.
+//! Console, VIRTIO 1.2 §5.3. One port is two queues: one brings what was typed, one takes output.
+//!
+//! With more than a plain console, the device has the feature MULTIPORT: queues 0 and 1 are port 0, 2 and 3 the
+//! control queues ([`control`]), 4 and 5 port 1, and so on. A named port is how a guest agent talks to the host.
+
+mod control;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,22 +15,23 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::control::{Control, Description, FromDriver, ToDriver};
 use super::worker::{self, Progress, QueueHandler};
 use super::{
     Chain, DeviceQueue, QueueError, QueueStart, StartError, StartedQueue, VirtioDevice, device_id,
 };
 use crate::console::ConsolePort;
 use crate::counters::{Counter, CounterList};
-use crate::state::{DeviceState, Saved, SavedState, StateError};
+use crate::state::{DeviceState, Saved, SavedState, StateError, same};
 
 /// Entries of both queues.
 const QUEUE_SIZE: u16 = 64;
+/// Feature bit `VIRTIO_CONSOLE_F_MULTIPORT`, §5.3.3.
+const MULTIPORT: u32 = 1;
 /// Bytes that are copied at once.
 const CHUNK_BYTES: usize = 4096;
 /// Output that one chain may bring; more is a mistake of the driver, not a long line.
 const OUTPUT_BYTES_MAX: u64 = 1 << 20;
-/// Queue from the host to the guest.
-const RECEIVE: u16 = 0;
 
 #[derive(Default)]
 struct Counters {
@@ -33,25 +39,64 @@ struct Counters {
     written: Counter,
 }
 
-/// The console device.
-pub struct VirtioConsole {
+/// One port of the device.
+pub struct PortOptions {
+    /// The host's end, which no other device may use.
+    pub port: Arc<ConsolePort>,
+    /// The guest finds a named port as `/dev/virtio-ports/NAME`; without a name it is a terminal, hvc0 and so on.
+    pub name: Option<String>,
+}
+
+/// What is typed at one port.
+struct Port {
     port: Arc<ConsolePort>,
     typed: Arc<EventFd>,
+}
+
+/// The console device.
+pub struct VirtioConsole {
+    ports: Vec<Port>,
+    /// For a device that is more than one plain console.
+    control: Option<Arc<Control>>,
     counters: Arc<Counters>,
 }
 
 impl VirtioConsole {
-    /// Connects the guest with `port`, which no other device may use.
+    /// One terminal: connects the guest with `port`, which no other device may use.
     pub fn new(port: Arc<ConsolePort>) -> io::Result<Self> {
-        let typed = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let event = typed.clone();
-        port.on_input(Box::new(move || {
-            // Fails only when its counter is full: then the thread is awake anyway.
-            let _ = event.write(1);
-        }));
+        Self::with_ports(vec![PortOptions { port, name: None }])
+    }
+
+    /// Several ports, at least one; a terminal among them best comes first, where a simple driver looks.
+    pub fn with_ports(options: Vec<PortOptions>) -> io::Result<Self> {
+        let multiple = options.len() > 1 || options.iter().any(|port| port.name.is_some());
+        let describe = |port: &PortOptions| Description {
+            name: port.name.clone(),
+            is_console: port.name.is_none(),
+        };
+        let descriptions = options.iter().map(describe).collect();
+        let control = match multiple {
+            true => Some(Arc::new(Control::new(
+                descriptions,
+                EventFd::new(EFD_NONBLOCK)?,
+            ))),
+            false => None,
+        };
+        let listen = |options: PortOptions| {
+            let typed = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+            let event = typed.clone();
+            options.port.on_input(Box::new(move || {
+                // Fails only when its counter is full: then the thread is awake anyway.
+                let _ = event.write(1);
+            }));
+            Ok(Port {
+                port: options.port,
+                typed,
+            })
+        };
         Ok(Self {
-            port,
-            typed,
+            ports: options.into_iter().map(listen).collect::<io::Result<_>>()?,
+            control,
             counters: Arc::default(),
         })
     }
@@ -63,34 +108,61 @@ impl VirtioDevice for VirtioConsole {
     }
 
     fn features(&self) -> u64 {
-        0
+        u64::from(self.control.is_some()) << MULTIPORT
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; 2]
+        let control = usize::from(self.control.is_some());
+        vec![QUEUE_SIZE; 2 * (self.ports.len() + control)]
     }
 
-    fn config_read(&self, _offset: u64, _data: &mut [u8]) {}
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        // Columns and rows, which we do not know, and the number of ports, §5.3.4.
+        let count = u32::try_from(self.ports.len()).expect("a handful of ports");
+        let mut config = [0; 8];
+        config[4..].copy_from_slice(&count.to_le_bytes());
+        super::read_config(&config, offset, data);
+    }
 
     fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
         let chain = Chain::new();
-        let port = self.port.clone();
-        let counters = self.counters.clone();
-        if start.index == RECEIVE {
+        let index = usize::from(start.index);
+        let (number, name) = match (&self.control, index / 2) {
+            (_, 0) => (0, "console".to_owned()),
+            (Some(control), 1) => {
+                let control = control.clone();
+                let handler: Box<dyn QueueHandler> = if index == 2 {
+                    Box::new(ToDriver { chain, control })
+                } else {
+                    Box::new(FromDriver { chain, control })
+                };
+                return worker::spawn(Kind::Queue, "console-ctl", start, handler);
+            }
+            (_, pair) => (pair - 1, format!("port{}", pair - 1)),
+        };
+        let Port { port, typed } = &self.ports[number];
+        let (port, counters) = (port.clone(), self.counters.clone());
+        if index.is_multiple_of(2) {
             let handler = Receive {
                 chain,
                 port,
                 counters,
-                typed: self.typed.clone(),
+                typed: typed.clone(),
             };
-            worker::spawn(Kind::Queue, "console-rx", start, Box::new(handler))
+            worker::spawn(Kind::Queue, &format!("{name}-rx"), start, Box::new(handler))
         } else {
             let handler = Transmit {
                 chain,
                 port,
                 counters,
             };
-            worker::spawn(Kind::Queue, "console-tx", start, Box::new(handler))
+            worker::spawn(Kind::Queue, &format!("{name}-tx"), start, Box::new(handler))
+        }
+    }
+
+    fn reset(&self) {
+        if let Some(control) = &self.control {
+            control.set_waiting(Vec::new());
         }
     }
 
@@ -102,9 +174,16 @@ impl VirtioDevice for VirtioConsole {
     }
 }
 
-/// Nothing beside the transport: what was typed and not read stays on the host.
+/// What was typed and not read stays on the host.
 #[derive(Serialize, Deserialize)]
-struct ConsoleState {}
+struct ConsoleState {
+    /// Ports; 0 in a state that knows only of one.
+    #[serde(default)]
+    port_count: usize,
+    /// Control messages that the driver had no buffers for.
+    #[serde(default)]
+    waiting: Vec<Vec<u8>>,
+}
 
 impl SavedState for ConsoleState {
     const KIND: &'static str = "virtio-console";
@@ -113,11 +192,21 @@ impl SavedState for ConsoleState {
 
 impl DeviceState for VirtioConsole {
     fn save(&self) -> Saved {
-        Saved::of(&ConsoleState {})
+        let waiting = self.control.as_ref().map(|control| control.waiting());
+        Saved::of(&ConsoleState {
+            port_count: self.ports.len(),
+            waiting: waiting.unwrap_or_default(),
+        })
     }
 
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
-        saved.open::<ConsoleState>().map(drop)
+        let state: ConsoleState = saved.open()?;
+        let count = state.port_count.max(1);
+        same::<ConsoleState, _>("the number of ports", count, self.ports.len())?;
+        if let Some(control) = &self.control {
+            control.set_waiting(state.waiting);
+        }
+        Ok(())
     }
 }
 

@@ -8,6 +8,7 @@
 //! Pause, reset, snapshot and migration are all the same act: stop every queue, keep or drop what `stop`
 //! returns.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod net;
@@ -41,6 +42,12 @@ pub mod device_id {
     pub const CONSOLE: u16 = 3;
     /// Entropy source.
     pub const RNG: u16 = 4;
+    /// Memory balloon.
+    pub const BALLOON: u16 = 5;
+    /// Socket device.
+    pub const VSOCK: u16 = 19;
+    /// File system.
+    pub const FS: u16 = 26;
 }
 
 /// Everything that a queue's thread is given when the driver is ready (DRIVER_OK) or the machine resumes.

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use atoll_devices::bus::BusDevice;
 use atoll_devices::console::{BACKLOG_BYTES, Console, ConsoleBackend};
 use atoll_devices::platform::Serial;
+use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Line, Segment};
-use atoll_devices::virtio::console::VirtioConsole;
+use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 
 const DATA: u64 = 0x10_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -33,6 +34,80 @@ fn read(stream: &mut impl Read, size: usize) -> Vec<u8> {
     let mut data = vec![0; size];
     stream.read_exact(&mut data).unwrap();
     data
+}
+
+/// A terminal and an agent's channel, as the driver gets to know them.
+#[test]
+fn named_ports_are_announced_and_carry_bytes() {
+    let (_directory, _, console) = socket();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("agent");
+    let channel = Console::open(&ConsoleBackend::Channel(path.clone())).unwrap();
+    let port = |port, name: Option<&str>| PortOptions {
+        port,
+        name: name.map(str::to_owned),
+    };
+    let ports = vec![
+        port(console.port(), None),
+        port(channel.port(), Some("a.0")),
+    ];
+    let device = Arc::new(VirtioConsole::with_ports(ports).unwrap());
+    let mut driver = Driver::new(device.clone());
+    driver.start(u64::MAX);
+    assert_eq!(driver.rings.len(), 6);
+    assert_eq!(driver.device_config::<4>(4), [2, 0, 0, 0]);
+    let say = |driver: &mut Driver, port: u8, event: u8, value: u8| {
+        driver.put(DATA, &[port, 0, 0, 0, event, 0, value, 0]);
+        driver.add(3, &[Segment::readable(DATA, 8)]);
+        driver.kick(3);
+        driver.wait_used(3);
+    };
+    let hear = |driver: &mut Driver| {
+        driver.add(2, &[Segment::writable(DATA + 4096, 64)]);
+        driver.kick(2);
+        let (_, count) = driver.wait_used(2);
+        driver.get(DATA + 4096, usize::try_from(count).unwrap())
+    };
+    say(&mut driver, 0, 0, 1);
+    assert_eq!(hear(&mut driver), [0, 0, 0, 0, 1, 0, 1, 0]);
+    assert_eq!(hear(&mut driver), [1, 0, 0, 0, 1, 0, 1, 0]);
+    say(&mut driver, 0, 3, 1);
+    say(&mut driver, 1, 3, 1);
+    assert_eq!(device.save().state["waiting"].as_array().unwrap().len(), 4);
+    assert_eq!(hear(&mut driver), [0, 0, 0, 0, 4, 0, 1, 0]);
+    assert_eq!(hear(&mut driver), [0, 0, 0, 0, 6, 0, 1, 0]);
+    assert_eq!(hear(&mut driver), b"\x01\0\0\0\x07\0\x01\0a.0");
+    assert_eq!(hear(&mut driver), [1, 0, 0, 0, 6, 0, 1, 0]);
+    // What nobody heard does not reach the next client.
+    driver.put(DATA, b"lost");
+    driver.add(5, &[Segment::readable(DATA, 4)]);
+    driver.kick(5);
+    driver.wait_used(5);
+    let mut client = connect(&path);
+    client.write_all(b"ping").unwrap();
+    driver.add(4, &[Segment::writable(DATA, 64)]);
+    driver.kick(4);
+    assert_eq!(driver.wait_used(4).1, 4);
+    assert_eq!(driver.get(DATA, 4), b"ping");
+    driver.put(DATA, b"pong");
+    driver.add(5, &[Segment::readable(DATA, 4)]);
+    driver.kick(5);
+    driver.wait_used(5);
+    assert_eq!(read(&mut client, 4), b"pong");
+    // Nonsense is noted and forgotten; a thousand questions without room for an answer are bounded.
+    for _ in 0..1000 {
+        say(&mut driver, 0, 3, 1);
+    }
+    say(&mut driver, 9, 3, 1);
+    say(&mut driver, 0, 99, 1);
+    assert_eq!(
+        device.save().state["waiting"].as_array().unwrap().len(),
+        256
+    );
+    assert_eq!(driver.status(), 15);
+    driver.add(2, &[Segment::writable(DATA, 3)]);
+    driver.kick(2);
+    driver.wait_broken();
 }
 
 #[test]

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use atoll_devices::console::{Console, ConsoleBackend};
 use atoll_devices::testing::{Driver, RAM_BYTES, Segment};
-use atoll_devices::virtio::console::VirtioConsole;
+use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 use atoll_devices::virtio::rng::Rng;
 
+use crate::balloon;
 use crate::blk::{device, memory_disk};
 use crate::net::{self, Rig};
 
@@ -124,6 +125,26 @@ fn rng_withstands() {
         driver.kick(0);
         assert_eq!(driver.wait_used(0).1, 32);
     });
+}
+
+#[test]
+fn balloon_withstands() {
+    for queue in 0..4 {
+        let (mut driver, _balloon) = balloon::device();
+        // An empty array of page numbers is no mistake.
+        for (name, attack) in &ATTACKS[..ATTACKS.len() - 1] {
+            println!("{name} on queue {queue}");
+            driver.start(u64::MAX);
+            attack(&mut driver, queue);
+            driver.kick(queue);
+            let served = |driver: &mut Driver| driver.used(queue).is_some() || queue == 2;
+            driver.wait_until("an end", |driver| {
+                driver.status() & 0x40 != 0 || served(driver)
+            });
+            driver.reset();
+            assert_eq!(driver.status(), 0);
+        }
+    }
 }
 
 #[test]
@@ -289,22 +310,37 @@ fn console_withstands() {
     withstands_output(&mut driver);
 }
 
+#[test]
+fn console_control_withstands() {
+    let console = Console::open(&ConsoleBackend::Pty).unwrap();
+    let port = PortOptions {
+        port: console.port(),
+        name: Some("agent".to_owned()),
+    };
+    let device = VirtioConsole::with_ports(vec![port]).unwrap();
+    withstands_output_of(&mut Driver::new(Arc::new(device)), 3);
+}
+
 /// For a console an empty buffer is an empty line, no mistake; everything else is.
 fn withstands_output(driver: &mut Driver) {
+    withstands_output_of(driver, 1);
+}
+
+fn withstands_output_of(driver: &mut Driver, queue: usize) {
     for (name, attack) in &ATTACKS[..ATTACKS.len() - 1] {
         println!("{name}");
         driver.start(u64::MAX);
-        attack(driver, 1);
-        driver.kick(1);
+        attack(driver, queue);
+        driver.kick(queue);
         // Buffers that only the device may write are ignored by an output queue.
         driver.wait_until("an end", |driver| {
-            driver.status() & 0x40 != 0 || driver.used(1).is_some()
+            driver.status() & 0x40 != 0 || driver.used(queue).is_some()
         });
         driver.reset();
         driver.start(u64::MAX);
-        driver.add(1, &[Segment::readable(DATA, 32)]);
-        driver.kick(1);
-        driver.wait_used(1);
+        driver.add(queue, &[Segment::readable(DATA, 32)]);
+        driver.kick(queue);
+        driver.wait_used(queue);
         driver.reset();
     }
 }

@@ -31,6 +31,8 @@ pub enum Request {
     SetNetLimits,
     /// Tell the network where the guest's cards are, as after a migration.
     Announce,
+    /// Ask the guest for memory, or give it back; takes [`SetBalloon`].
+    SetBalloon,
 }
 
 /// One row of the control API.
@@ -200,6 +202,19 @@ pub const ROUTES: &[Route] = &[
         parameters: &[],
         answer: "Acted",
     },
+    Route {
+        request: Request::SetBalloon,
+        method: "PUT",
+        path: "/set-balloon",
+        summary: "Ask the guest to give back all memory but so much; info tells how far it is",
+        parameters: &[Parameter {
+            name: "target_mib",
+            kind: ParameterKind::Integer,
+            required: true,
+            summary: "Memory that the guest is to keep, in MiB",
+        }],
+        answer: "Acted",
+    },
 ];
 
 impl Request {
@@ -250,6 +265,9 @@ pub struct Info {
     pub serial_path: Option<PathBuf>,
     /// The virtio console's terminal or socket, if it has one.
     pub console_path: Option<PathBuf>,
+    /// The memory balloon, if it has one.
+    #[serde(default)]
+    pub balloon: Option<BalloonInfo>,
 }
 
 /// Answer of `GET /counters`. Everything counts up from zero at the machine's start, resets included.
@@ -340,6 +358,39 @@ pub struct SetNetLimits {
     /// What an idle card may send at once; 0 is a tenth of a second's worth.
     #[serde(default)]
     pub send_burst_bytes: u64,
+}
+
+/// Body of `PUT /set-balloon`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetBalloon {
+    /// Memory that the guest is to keep, in MiB.
+    pub target_mib: u64,
+}
+
+/// A memory balloon, as `GET /info` tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// Memory that the guest is to keep.
+    pub target_mib: u64,
+    /// Memory that it has now.
+    pub actual_mib: u64,
+    /// Memory that its kernel manages; this and what follows is absent until the guest tells, every few seconds.
+    pub total_bytes: Option<u64>,
+    /// Not used for anything.
+    pub free_bytes: Option<u64>,
+    /// What a program could get without swapping.
+    pub available_bytes: Option<u64>,
+    /// Files in memory.
+    pub cache_bytes: Option<u64>,
+    /// Swapped in since boot.
+    pub swapped_in_bytes: Option<u64>,
+    /// Swapped out since boot.
+    pub swapped_out_bytes: Option<u64>,
+    /// Page faults that waited for a disk.
+    pub major_faults: Option<u64>,
+    /// Page faults that did not.
+    pub minor_faults: Option<u64>,
 }
 
 /// Answer of the requests that change what the machine does.

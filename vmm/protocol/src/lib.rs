@@ -12,4 +12,5 @@ pub mod api;
 pub mod client;
 pub mod files;
 pub mod http;
+pub mod services;
 pub mod spec;

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::services::GuestServices;
+
 /// Everything that the VMM needs to build one machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,6 +37,9 @@ pub struct MachineSpec {
     /// Whether the guest has a virtio entropy source, fed from the host's getrandom(2).
     #[serde(default = "yes")]
     pub rng: bool,
+    /// What else connects the guest with its host.
+    #[serde(default)]
+    pub services: GuestServices,
 }
 
 /// A kernel that the VMM loads itself.

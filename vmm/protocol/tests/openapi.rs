@@ -146,6 +146,19 @@ fn schemas_are_the_types() {
     ] {
         check("Acted", Acted { state });
     }
+    let balloon = BalloonInfo {
+        total_bytes: Some(1),
+        free_bytes: Some(1),
+        available_bytes: Some(1),
+        cache_bytes: Some(1),
+        swapped_in_bytes: Some(1),
+        swapped_out_bytes: Some(1),
+        major_faults: Some(1),
+        minor_faults: Some(1),
+        ..BalloonInfo::default()
+    };
+    check("BalloonInfo", balloon.clone());
+    check("SetBalloon", SetBalloon { target_mib: 1 });
     check(
         "Info",
         Info {
@@ -160,6 +173,7 @@ fn schemas_are_the_types() {
             reset_count: 0,
             serial_path: Some("/p".into()),
             console_path: Some("/p".into()),
+            balloon: Some(balloon.clone()),
         },
     );
     check(

@@ -14,6 +14,7 @@ use atoll_devices::memory::Memory;
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::platform::Serial;
 use atoll_devices::state::DeviceState;
+use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::TapError;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 use atoll_disk::OpenError;
@@ -102,6 +103,7 @@ pub(super) struct Assembly<'a> {
     states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) disks: Vec<Arc<VirtioPci>>,
     pub(super) nets: Vec<Card>,
+    pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) consoles: Vec<Console>,
     pub(super) serial: Option<Arc<Serial>>,
     pub(super) serial_path: Option<PathBuf>,
@@ -138,6 +140,7 @@ pub(super) fn build(
         states: Vec::new(),
         disks: Vec::new(),
         nets: Vec::new(),
+        balloon: None,
         consoles: Vec::new(),
         serial: None,
         serial_path: None,
@@ -161,6 +164,7 @@ pub(super) fn build(
         functions: assembly.functions,
         disks: assembly.disks,
         nets: assembly.nets,
+        balloon: assembly.balloon,
         serial: assembly.serial,
         _consoles: assembly.consoles,
         power_button,

@@ -2,14 +2,14 @@
 //! Requests of the control API that change a device while the machine runs, or is paused. Called by the owner.
 
 use atoll_devices::virtio::net::Net;
-use atoll_vmm_protocol::api::{Request, SetLink, SetNetLimits};
+use atoll_vmm_protocol::api::{BalloonInfo, Request, SetBalloon, SetLink, SetNetLimits};
 
 use super::devices::rate;
 use super::parts::Parts;
 use crate::api::{self, Answer, Asked};
 
 /// Does it; an error is the refusal that the asker gets.
-pub(super) fn obey(parts: &Parts, asked: Asked) -> Result<(), Answer> {
+pub(super) fn obey(parts: &Parts, memory_mib: u64, asked: Asked) -> Result<(), Answer> {
     match asked.request {
         Request::SetLink => set_link(parts, &api::body(asked.body)?),
         Request::SetNetLimits => set_net_limits(parts, &api::body(asked.body)?),
@@ -17,6 +17,7 @@ pub(super) fn obey(parts: &Parts, asked: Asked) -> Result<(), Answer> {
             parts.nets.iter().for_each(|net| net.device.announce());
             Ok(())
         }
+        Request::SetBalloon => set_balloon(parts, memory_mib, &api::body(asked.body)?),
         other => unreachable!("{other:?} is the owner's own"),
     }
 }
@@ -50,4 +51,37 @@ fn set_net_limits(parts: &Parts, body: &SetNetLimits) -> Result<(), Answer> {
         rate(body.send_bytes_per_second, body.send_burst_bytes),
     );
     Ok(())
+}
+
+fn set_balloon(parts: &Parts, memory_mib: u64, body: &SetBalloon) -> Result<(), Answer> {
+    let target_mib = body.target_mib;
+    let Some(balloon) = &parts.balloon else {
+        let text = "the machine has no balloon: start it with --balloon";
+        return Err(api::refusal(409, text));
+    };
+    if target_mib == 0 || target_mib > memory_mib {
+        let text = format!("{target_mib} MiB: the guest keeps 1 to {memory_mib} MiB");
+        return Err(api::refusal(400, text));
+    }
+    balloon.set_target((memory_mib - target_mib) << 20);
+    Ok(())
+}
+
+/// What `info` tells of the balloon.
+pub(super) fn balloon(parts: &Parts, memory_mib: u64) -> Option<BalloonInfo> {
+    let balloon = parts.balloon.as_ref()?;
+    let left = |bytes: u64| memory_mib.saturating_sub(bytes >> 20);
+    let told = balloon.statistics().unwrap_or_default();
+    Some(BalloonInfo {
+        target_mib: left(balloon.target()),
+        actual_mib: left(balloon.actual()),
+        total_bytes: told.total,
+        free_bytes: told.free,
+        available_bytes: told.available,
+        cache_bytes: told.caches,
+        swapped_in_bytes: told.swapped_in,
+        swapped_out_bytes: told.swapped_out,
+        major_faults: told.major_faults,
+        minor_faults: told.minor_faults,
+    })
 }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
-use atoll_devices::virtio::console::VirtioConsole;
 use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, VhostNetFiles};
 use atoll_devices::virtio::rng::Rng;
 use atoll_disk::{OpenOptions, RawBackend};
@@ -20,6 +19,7 @@ use atoll_vmm_protocol::spec::{
 use super::assembly::{Assembly, BuildError};
 use super::opened::{Opened, OpenedNet, WAS_OPENED};
 use super::parts::Card;
+use super::services;
 use crate::{check, layout, socket};
 
 /// One kind of device, in two acts (see `opened`).
@@ -42,12 +42,16 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: nets,
     },
     DeviceKind {
-        open: open_virtio_console,
-        add: console,
+        open: services::open_virtio_console,
+        add: services::console,
     },
     DeviceKind {
         open: |_, _| Ok(()),
         add: rng,
+    },
+    DeviceKind {
+        open: |_, _| Ok(()),
+        add: services::balloon,
     },
     DeviceKind {
         open: open_serial,
@@ -162,27 +166,6 @@ fn random_mac() -> io::Result<[u8; 6]> {
     Ok(mac)
 }
 
-fn open_virtio_console(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
-    if let Some(spec) = &spec.console {
-        opened.console = Some(open_console("virtio console", spec)?);
-    }
-    Ok(())
-}
-
-fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    let Some(spec) = &assembly.spec.console else {
-        return Ok(());
-    };
-    let end = assembly.opened.console.take().expect(WAS_OPENED);
-    let console = Console::start(end).map_err(BuildError::device("virtio console"))?;
-    let device =
-        VirtioConsole::new(console.port()).map_err(BuildError::device("virtio console"))?;
-    assembly.add("console0".to_owned(), Arc::new(device))?;
-    assembly.console_path = path_of(spec, &console);
-    assembly.consoles.push(console);
-    Ok(())
-}
-
 fn rng(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     if assembly.spec.rng {
         assembly.add("rng0".to_owned(), Arc::new(Rng::new()))?;
@@ -212,7 +195,7 @@ fn serial(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn open_console(what: &str, spec: &ConsoleSpec) -> Result<ConsoleEnd, BuildError> {
+pub(super) fn open_console(what: &str, spec: &ConsoleSpec) -> Result<ConsoleEnd, BuildError> {
     let backend = match spec {
         ConsoleSpec::Null => ConsoleBackend::Null,
         ConsoleSpec::Stdio => ConsoleBackend::Stdio,
@@ -227,7 +210,7 @@ fn open_console(what: &str, spec: &ConsoleSpec) -> Result<ConsoleEnd, BuildError
 }
 
 /// What `info` tells about a console: the path that a user opens.
-fn path_of(spec: &ConsoleSpec, console: &Console) -> Option<PathBuf> {
+pub(super) fn path_of(spec: &ConsoleSpec, console: &Console) -> Option<PathBuf> {
     match spec {
         ConsoleSpec::Socket(path) => Some(path.clone()),
         _ => console.pty_path().map(Path::to_owned),

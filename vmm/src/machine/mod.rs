@@ -5,7 +5,7 @@
 //! opened    what the host gives: paths become descriptors, before the sandbox
 //! owner     the thread that holds and releases vCPUs, and takes one event at a time
 //! assembly  from a spec to a machine that is ready for its first instruction
-//! devices   one row a kind of device
+//! devices   one row a kind of device; services: those that connect the guest with its host
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
 //! counters  its numbers for the control API
@@ -18,6 +18,7 @@ mod devices;
 mod opened;
 mod owner;
 mod parts;
+mod services;
 
 use std::io;
 use std::path::PathBuf;

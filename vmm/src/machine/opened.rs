@@ -43,6 +43,8 @@ pub(super) struct Opened {
     /// In the spec's order.
     pub(super) nets: VecDeque<OpenedNet>,
     pub(super) console: Option<ConsoleEnd>,
+    /// In the spec's order.
+    pub(super) ports: VecDeque<ConsoleEnd>,
     pub(super) serial: Option<ConsoleEnd>,
 }
 
@@ -68,6 +70,7 @@ impl Opened {
             disks: VecDeque::new(),
             nets: VecDeque::new(),
             console: None,
+            ports: VecDeque::new(),
             serial: None,
         };
         for kind in KINDS {

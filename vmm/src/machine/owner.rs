@@ -200,7 +200,7 @@ impl<'a> Machine<'a> {
             }
             // What is left is for one of the devices.
             _ => {
-                if let Err(refused) = controls::obey(&self.parts, asked) {
+                if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
                     return Ok(refused);
                 }
             }
@@ -221,6 +221,7 @@ impl<'a> Machine<'a> {
             reset_count: self.boot.load(Ordering::SeqCst),
             serial_path: self.parts.serial_path.clone(),
             console_path: self.parts.console_path.clone(),
+            balloon: controls::balloon(&self.parts, self.spec.memory_mib),
         }
     }
 

@@ -12,6 +12,7 @@ use atoll_devices::pci::PciBus;
 use atoll_devices::platform::Serial;
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::VirtioPci;
+use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::kvm_irqchip;
@@ -30,6 +31,7 @@ pub(super) struct Parts {
     /// Those among them that are disks, in the spec's order; likewise network cards.
     pub(super) disks: Vec<Arc<VirtioPci>>,
     pub(super) nets: Vec<Card>,
+    pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) power_button: Arc<dyn IrqLine>,
     pub(super) serial_path: Option<PathBuf>,
     pub(super) console_path: Option<PathBuf>,

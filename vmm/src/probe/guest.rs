@@ -240,6 +240,7 @@ fn spec(directory: &Path, tap: Option<NetSpec>) -> Result<MachineSpec, ProbeErro
         serial: ConsoleSpec::Stdio,
         console: Some(ConsoleSpec::Socket(directory.join("console"))),
         rng: true,
+        services: atoll_vmm_protocol::services::GuestServices::default(),
     })
 }
 

@@ -167,6 +167,7 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
         serial: ConsoleSpec::Socket(serial_socket(&places.run_folder)),
         console: None,
         rng: true,
+        services: atoll_vmm_protocol::services::GuestServices::default(),
     })
 }
 

@@ -1,0 +1,96 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Arguments of `run` for what connects a guest with its host.
+
+use std::path::PathBuf;
+
+use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec};
+use clap::Args;
+
+use super::keys;
+
+/// Their names, for `--spec`, which stands instead of them.
+pub(super) const ARGUMENTS: [&str; 2] = ["port", "balloon"];
+
+/// See [`GuestServices`].
+#[derive(Debug, Args)]
+pub struct ServiceArguments {
+    /// A channel to the guest: name=org.qemu.guest_agent.0,socket=PATH; may be repeated
+    #[arg(long, value_name = "KEYS", value_parser = port)]
+    pub port: Vec<PortSpec>,
+    /// Adds a memory balloon: [target=MIB][,deflate-on-oom=on|off][,free-page-reporting=on|off], both on
+    #[arg(long, value_name = "KEYS", value_parser = balloon, num_args = 0..=1, default_missing_value = "")]
+    pub balloon: Option<BalloonSpec>,
+}
+
+impl ServiceArguments {
+    /// As the spec has them.
+    pub(super) fn to_spec(&self) -> GuestServices {
+        GuestServices {
+            ports: self.port.clone(),
+            balloon: self.balloon.clone(),
+        }
+    }
+}
+
+fn port(text: &str) -> Result<PortSpec, String> {
+    let (mut name, mut path) = (None, None);
+    keys(text, "name=, socket=", |key, value| {
+        match (key, value) {
+            ("name", Some(value)) => name = Some(value.to_owned()),
+            ("socket", Some(value)) => path = Some(PathBuf::from(value)),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    Ok(PortSpec {
+        name: name.ok_or("name= is missing")?,
+        path: path.ok_or("socket= is missing")?,
+    })
+}
+
+fn balloon(text: &str) -> Result<BalloonSpec, String> {
+    let mut spec = BalloonSpec::default();
+    if text.is_empty() {
+        return Ok(spec);
+    }
+    let known = "target=, deflate-on-oom=, free-page-reporting=";
+    keys(text, known, |key, value| {
+        let value = value.ok_or_else(|| format!("{key}= is missing its value"))?;
+        match key {
+            "target" => {
+                let mib = value.parse();
+                spec.target_mib = Some(mib.map_err(|_| format!("target={value}: expected MiB"))?);
+            }
+            "deflate-on-oom" => spec.deflate_on_oom = switch(key, value)?,
+            "free-page-reporting" => spec.free_page_reporting = switch(key, value)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    Ok(spec)
+}
+
+fn switch(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{key}={value}: expected on or off")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_become_a_spec() {
+        let spec = port("name=a.0,socket=/run/a=b").unwrap();
+        assert_eq!((spec.name.as_str(), spec.path), ("a.0", "/run/a=b".into()));
+        assert!(port("socket=/a").unwrap_err().contains("name="));
+        assert_eq!(balloon("").unwrap(), BalloonSpec::default());
+        let spec = balloon("target=256,deflate-on-oom=off").unwrap();
+        assert_eq!((spec.target_mib, spec.deflate_on_oom), (Some(256), false));
+        assert!(balloon("deflate-on-oom=maybe").is_err());
+        assert!(balloon("size=1").unwrap_err().contains("target="));
+    }
+}

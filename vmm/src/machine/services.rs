@@ -1,0 +1,79 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Rows of the table of device kinds (`devices`) for what connects a guest with its host: channels, balloon.
+
+use std::sync::Arc;
+
+use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
+use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
+use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
+use atoll_vmm_protocol::spec::MachineSpec;
+
+use super::assembly::{Assembly, BuildError};
+use super::devices::{open_console, path_of};
+use super::opened::{Opened, WAS_OPENED};
+use crate::socket;
+
+/// The terminal, if there is one, and the named ports.
+pub(super) fn open_virtio_console(
+    spec: &MachineSpec,
+    opened: &mut Opened,
+) -> Result<(), BuildError> {
+    if let Some(console) = &spec.console {
+        opened.console = Some(open_console("virtio console", console)?);
+    }
+    for port in &spec.services.ports {
+        let device = format!("port {}: {}", port.name, port.path.display());
+        socket::remove_stale(&port.path).map_err(BuildError::device(device))?;
+        let backend = ConsoleBackend::Channel(port.path.clone());
+        let end = ConsoleEnd::open(&backend);
+        opened
+            .ports
+            .push_back(end.map_err(BuildError::device(format!("port {}", port.name)))?);
+    }
+    Ok(())
+}
+
+/// One device for all of them, none when there is nothing.
+pub(super) fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    let mut ports = Vec::new();
+    if let Some(spec) = &assembly.spec.console {
+        let end = assembly.opened.console.take().expect(WAS_OPENED);
+        let console = Console::start(end).map_err(BuildError::device("virtio console"))?;
+        let port = console.port();
+        ports.push(PortOptions { port, name: None });
+        assembly.console_path = path_of(spec, &console);
+        assembly.consoles.push(console);
+    }
+    for spec in &assembly.spec.services.ports {
+        let end = assembly.opened.ports.pop_front().expect(WAS_OPENED);
+        let device = format!("port {}", spec.name);
+        let channel = Console::start(end).map_err(BuildError::device(device))?;
+        ports.push(PortOptions {
+            port: channel.port(),
+            name: Some(spec.name.clone()),
+        });
+        assembly.consoles.push(channel);
+    }
+    if !ports.is_empty() {
+        let device = VirtioConsole::with_ports(ports);
+        let device = device.map_err(BuildError::device("virtio console"))?;
+        assembly.add("console0".to_owned(), Arc::new(device))?;
+    }
+    Ok(())
+}
+
+pub(super) fn balloon(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    let Some(spec) = &assembly.spec.services.balloon else {
+        return Ok(());
+    };
+    let balloon = Arc::new(Balloon::new(BalloonOptions {
+        deflate_on_oom: spec.deflate_on_oom,
+        reporting: spec.free_page_reporting,
+    }));
+    if let Some(target_mib) = spec.target_mib {
+        balloon.set_target(assembly.spec.memory_mib.saturating_sub(target_mib) << 20);
+    }
+    assembly.add("balloon0".to_owned(), balloon.clone())?;
+    assembly.balloon = Some(balloon);
+    Ok(())
+}
