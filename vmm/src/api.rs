@@ -218,7 +218,8 @@ fn parse(body: &[u8]) -> Result<Value, Answer> {
         .map_err(|error| refusal(400, format!("the body is not JSON: {error}")))
 }
 
-fn understand(message: &RequestMessage, files: VecDeque<OwnedFd>) -> Result<Asked, Answer> {
+/// What a message asks for, or the refusal.
+pub fn understand(message: &RequestMessage, files: VecDeque<OwnedFd>) -> Result<Asked, Answer> {
     Ok(Asked {
         request: route(&message.method, &message.target)?,
         body: parse(&message.body)?,

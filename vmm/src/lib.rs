@@ -27,4 +27,6 @@ pub mod probe;
 pub mod sandbox;
 pub mod socket;
 pub mod terminal;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod vcpu;

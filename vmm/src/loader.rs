@@ -14,7 +14,7 @@ use atoll_firmware::paging;
 use atoll_vmm_protocol::spec::BootSpec;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::layout;
 use crate::vcpu::setup::Entry;
@@ -55,6 +55,14 @@ pub enum LoadError {
         path: PathBuf,
         /// What the loader said.
         source: linux_loader::loader::Error,
+    },
+    /// The image says that it starts where there is no memory.
+    #[error("kernel {path}: its entry {address:#x} is not in the guest's memory")]
+    Entry {
+        /// From the spec.
+        path: PathBuf,
+        /// From the image.
+        address: u64,
     },
     /// No room for the initial RAM disk.
     #[error("initrd {path}")]
@@ -119,6 +127,13 @@ impl BootFiles {
         cpu_count: u8,
     ) -> Result<Entry, LoadError> {
         let image = self.load_kernel(memory, memory_bytes)?;
+        let (Entry::Pvh { address } | Entry::Long { address }) = image.entry;
+        if !memory.address_in_range(GuestAddress(address)) {
+            return Err(LoadError::Entry {
+                path: self.kernel.0.clone(),
+                address,
+            });
+        }
         let initrd = self.load_initrd(memory, &image)?;
         let cmdline_size = self.load_cmdline(memory, &image)?;
         let map = layout::memory_map(memory_bytes);

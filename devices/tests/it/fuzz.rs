@@ -29,7 +29,7 @@ fn blk_device() {
 #[test]
 fn pci() {
     let how = Replay {
-        rounds: 1500,
+        rounds: 500,
         random_bytes_max: 1200,
         mutated_bytes: 1200,
     };

@@ -131,49 +131,54 @@ fn image(ecam: &Ecam) -> Vec<u8> {
     image
 }
 
-/// Inputs that reach far: enabling and moving BARs, both status machines, the window of configuration space.
+/// An access as input; `size` is the index of [`Access::of`]'s list.
+fn access(way: u8, size: u8, shift: u8, offset: u16, data: u32) -> Vec<u8> {
+    let mut bytes = vec![way | 4 | size << 3 | shift << 6];
+    bytes.extend(offset.to_le_bytes());
+    bytes.extend(data.to_le_bytes());
+    bytes
+}
+
+/// A configuration write of four bytes by the ports.
+fn configure(slot: u32, register: u32, data: u32) -> Vec<u8> {
+    let address = 1 << 31 | slot << 11 | register;
+    [access(0, 2, 0, 0, address), access(0, 2, 0, 4, data)].concat()
+}
+
+/// Inputs that reach far: enabling and moving BARs, the status machine, a queue that starts.
 pub fn pci_corpus() -> Vec<Vec<u8>> {
-    let ecam = |slot: u16, register: u16, data: u32| {
-        // Shifted by 3: offsets count in 8 bytes, enough for registers that are a multiple of 8.
-        let offset = (slot << 12) + register / 8;
-        let mut bytes = vec![0b1101_0101];
-        bytes.extend(offset.to_le_bytes());
-        bytes.extend(data.to_le_bytes());
-        bytes
-    };
-    let bar = |offset: u16, size: u8, data: u32| {
-        let mut bytes = vec![0b0000_0110 | size << 3];
-        bytes.extend(offset.to_le_bytes());
-        bytes.extend(data.to_le_bytes());
-        bytes
-    };
-    let port = |offset: u16, data: u32| {
-        let mut bytes = vec![0b0001_0100];
-        bytes.extend(offset.to_le_bytes());
-        bytes.extend(data.to_le_bytes());
-        bytes
-    };
-    let enable = |slot: u32| [port(0, 1 << 31 | slot << 11 | 4), port(4, 6)].concat();
-    let place = |slot: u32, at: u32| [port(0, 1 << 31 | slot << 11 | 0x10), port(4, at)].concat();
+    let common = |offset: u16, size: u8, data: u32| access(2, size, 0, offset, data);
+    let enable = |slot: u32| configure(slot, 4, 6);
+    let place = |slot: u32, at: u32| configure(slot, 0x10, at);
     let base = u32::try_from(WINDOW.base).expect("below 4 GiB");
-    let statuses: Vec<u8> = [1_u32, 3, 11, 15, 0]
-        .iter()
-        .flat_map(|status| bar(0x14, 0, *status))
+    let statuses: Vec<u8> = [1, 3, 11, 15, 0]
+        .into_iter()
+        .flat_map(|status| common(0x14, 0, status))
         .collect();
-    let queue: Vec<u8> = [
+    let queue = [
+        (0x14, 0, 1),
+        (0x14, 0, 3),
+        (0x08, 2, 1),
+        (0x0c, 2, 1),
+        (0x14, 0, 11),
         (0x16, 1, 0),
         (0x18, 1, 8),
         (0x20, 2, 0),
         (0x28, 2, 0x200),
         (0x30, 2, 0x400),
         (0x1c, 1, 1),
-    ]
-    .iter()
-    .flat_map(|(offset, size, data)| bar(*offset, *size, *data))
-    .collect();
+        (0x14, 0, 15),
+        (0x3000, 1, 0),
+    ];
+    let queue = queue
+        .into_iter()
+        .flat_map(|(at, size, data)| common(at, size, data));
+    let everything = (0..64).flat_map(|index| configure(1, 4 * index, u32::MAX));
+    // ECAM offsets are shifted by three: of registers that are multiples of eight.
+    let ecam = |slot: u16, register: u16| access(1, 2, 3, (slot << 12) + register / 8, u32::MAX);
     vec![
         Vec::new(),
-        [enable(1), enable(2), statuses.clone()].concat(),
+        [enable(1), enable(2), statuses].concat(),
         [
             enable(1),
             place(1, base + 0x2_0000),
@@ -185,27 +190,11 @@ pub fn pci_corpus() -> Vec<Vec<u8>> {
             enable(1),
             place(1, u32::MAX),
             place(1, 0),
-            place(1, base + 0x7_0000),
+            place(1, base + 0x6_0000),
         ]
         .concat(),
-        [
-            enable(1),
-            bar(0x14, 0, 1),
-            bar(0x14, 0, 3),
-            queue,
-            bar(0x14, 0, 15),
-            bar(0x3000, 1, 0),
-        ]
-        .concat(),
-        [
-            ecam(1, 0, 0),
-            ecam(2, 8, u32::MAX),
-            ecam(3, 0x40, 7),
-            enable(2),
-        ]
-        .concat(),
-        (0..64)
-            .flat_map(|at| [port(0, 1 << 31 | 1 << 11 | at * 4), port(4, u32::MAX)].concat())
-            .collect(),
+        enable(1).into_iter().chain(queue).collect(),
+        [ecam(1, 0), ecam(2, 8), ecam(3, 0x40), enable(2)].concat(),
+        everything.collect(),
     ]
 }
