@@ -13,6 +13,7 @@ use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
 use crate::sandbox::{Confinement, Identity, Seccomp};
+use crate::saved::image;
 use crate::{check, probe};
 
 /// Runs one virtual machine on KVM, in the foreground, until its guest ends.
@@ -61,8 +62,19 @@ pub struct RunArguments {
     /// The whole machine as a JSON file, instead of the arguments below
     #[arg(long, value_name = "FILE", conflicts_with_all = MACHINE_ARGUMENTS)]
     pub spec: Option<PathBuf>,
+    /// Go on where a snapshot was taken (`ctl snapshot`); with --spec the machine's files and taps are those of FILE
+    #[arg(long, value_name = "DIR", conflicts_with_all = MACHINE_ARGUMENTS)]
+    pub restore: Option<PathBuf>,
+    /// How the snapshot's memory comes back
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value = "read",
+        requires = "restore"
+    )]
+    pub memory_mode: image::Mode,
     /// Linux kernel: a bzImage, or an ELF file with a PVH note
-    #[arg(long, value_name = "FILE", required_unless_present = "spec")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["spec", "restore"])]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]

@@ -2,11 +2,13 @@
 //! The virtual machine monitor: one process a VM, a library and the `atoll-vmm` command.
 //!
 //! ```text
+//! main ─► ctl (client of a running machine)
 //! main ─► cli ─► check ─► machine::run_machine(spec)
 //!                              │ assembly: a table of steps, one a kind of device
 //!                              ├─► kvm       /dev/kvm, memory slots, interrupts, doorbells
 //!                              ├─► memory    guest RAM        layout   where everything is
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
+//!                              ├─► saved     a machine at rest: snapshots
 //!                              ├─► vcpu      threads vcpu0, vcpu1, …
 //!                              ├─► sandbox   what the process may still do, once everything is open
 //!                              └─► api       control API, thread api
@@ -17,6 +19,7 @@
 pub mod api;
 pub mod check;
 pub mod cli;
+pub mod ctl;
 pub mod kvm;
 pub mod layout;
 pub mod loader;
@@ -25,6 +28,7 @@ pub mod memory;
 pub mod power;
 pub mod probe;
 pub mod sandbox;
+pub mod saved;
 pub mod socket;
 pub mod terminal;
 #[cfg(feature = "testing")]

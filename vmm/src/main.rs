@@ -16,10 +16,12 @@ use std::sync::Mutex;
 
 use anyhow::Context;
 use atoll_vmm::cli::{Cli, Command, CtlArguments, CtlRequest, RunArguments};
-use atoll_vmm::machine::{self, Options, Outcome, Signals};
+use atoll_vmm::machine::{
+    self, Absence, Options, Outcome, SavedMemory, SavedStart, Signals, Start,
+};
 use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::RawTerminal;
-use atoll_vmm::{check, probe};
+use atoll_vmm::{check, ctl, probe, saved};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 use clap::Parser;
@@ -38,7 +40,7 @@ fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Run(arguments) => run(&arguments),
-        Command::Ctl(arguments) => ctl(&arguments),
+        Command::Ctl(arguments) => control(&arguments),
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
     };
     done.unwrap_or_else(|error| {
@@ -69,9 +71,21 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     let log = log_to(arguments.log_file.as_deref())?;
-    let spec = match &arguments.spec {
-        Some(path) => read_spec(path)?,
-        None => arguments.to_spec(),
+    let spec = match (&arguments.spec, &arguments.restore) {
+        (Some(path), _) => read_spec(path)?,
+        (None, Some(snapshot)) => read_spec(&snapshot.join(saved::SPEC_FILE))?,
+        (None, None) => arguments.to_spec(),
+    };
+    let start = match &arguments.restore {
+        None => Start::PowerOn,
+        Some(snapshot) => {
+            let (state, memory) = saved::open(snapshot)?;
+            Start::Saved(Box::new(SavedStart {
+                state,
+                memory: SavedMemory::File(memory, arguments.memory_mode),
+                absence: Absence::Unseen,
+            }))
+        }
     };
     check::spec(&spec)?;
     if let Some(path) = &arguments.pid_file {
@@ -92,7 +106,7 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         true => RawTerminal::enter().context("switch the terminal to raw mode")?,
         false => None,
     };
-    let outcome = machine::run_machine(&spec, &options);
+    let outcome = machine::run_from(&spec, &options, start);
     drop(terminal);
     Ok(match outcome? {
         Outcome::PoweredOff | Outcome::ShutDown => ExitCode::SUCCESS,
@@ -130,7 +144,7 @@ fn log_to(path: Option<&Path>) -> anyhow::Result<Option<RawFd>> {
     }
 }
 
-fn ctl(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {
+fn control(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {
     // Not required by the parser, which would not take it behind the request as well.
     let Some(socket) = &arguments.api_socket else {
         eprintln!("atoll-vmm: --api-socket <PATH> is missing (see ctl --help)");
@@ -138,10 +152,7 @@ fn ctl(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {
     };
     let client = Client::new(socket);
     let CtlRequest { route, body } = &arguments.request;
-    let answer: serde_json::Value = match route.parameters {
-        [] => client.ask(route.request)?,
-        _ => client.ask_with(route.request, body)?,
-    };
+    let answer = ctl::send(&client, route.request, body)?;
     println!("{}", serde_json::to_string_pretty(&answer)?);
     Ok(ExitCode::SUCCESS)
 }

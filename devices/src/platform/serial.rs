@@ -79,6 +79,8 @@ impl Serial {
                 serial.take_input(&mut serial.lock());
             }
         }));
+        // Typed before anybody listened.
+        serial.take_input(&mut serial.lock());
         serial
     }
 
@@ -167,12 +169,17 @@ impl DeviceState for Serial {
         };
         let mut uart = self.lock();
         let (irq, output) = (uart.interrupt_evt().0.clone(), uart.writer().clone());
+        // Typed since this port was built, and not for its predecessor.
+        let typed = uart.state().in_buffer;
         // An interrupt that was pending is raised again; one too many is harmless on an edge-triggered wire.
         let restored = Uart::from_state(&registers, Wire(irq), NoEvents, output);
         *uart = restored.map_err(|error| StateError::Differs {
             kind: UartState::KIND,
             what: error.to_string(),
         })?;
+        // What finds no room is lost, as on a wire.
+        let room = uart.fifo_capacity().min(typed.len());
+        let _ = uart.enqueue_raw_bytes(&typed[..room]);
         Ok(())
     }
 }

@@ -20,6 +20,7 @@ mod cpu;
 mod devices;
 mod entry;
 mod interrupts;
+mod load;
 mod measure;
 mod memory;
 mod net_packet;

@@ -77,6 +77,52 @@ impl Mmio {
     }
 }
 
+/// RAM that nobody else uses, in pages.
+pub struct Pages {
+    first: Mmio,
+    count: u64,
+}
+
+impl Pages {
+    /// `size` bytes at `start`, both multiples of a gigabyte's part that one map covers; `None` when they cannot
+    /// be reached, are over this program, or are none.
+    pub fn new(start: u64, size: u64) -> Option<Pages> {
+        let own_end = (&raw const heap_start as u64) + HEAP_BYTES as u64;
+        let last = start.checked_add(size)?.checked_sub(1)?;
+        if start < own_end || start >> 30 != last >> 30 || size < PAGE_SIZE as u64 {
+            return None;
+        }
+        Some(Pages {
+            first: Mmio::map(start)?,
+            count: size / PAGE_SIZE as u64,
+        })
+    }
+
+    /// Pages.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Fills a page with a number.
+    pub fn fill(&self, page: u64, value: u64) {
+        self.words(page)
+            .for_each(|at| self.first.write64(at, value));
+    }
+
+    /// Whether a page is full of that number.
+    pub fn has(&self, page: u64, value: u64) -> bool {
+        let (low, high) = (value as u32, (value >> 32) as u32);
+        self.words(page)
+            .all(|at| self.first.read32(at) == low && self.first.read32(at + 4) == high)
+    }
+
+    /// Offsets of a page's words.
+    fn words(&self, page: u64) -> impl Iterator<Item = u64> {
+        let start = page * PAGE_SIZE as u64;
+        (start..start + PAGE_SIZE as u64).step_by(8)
+    }
+}
+
 /// A slice of guest memory that firmware or VMM wrote before the first instruction.
 pub fn firmware_bytes(address: u64, length: usize) -> &'static [u8] {
     // SAFETY: tables of the VMM lie in mapped RAM and are not written after the start; the caller has the

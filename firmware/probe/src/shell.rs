@@ -10,6 +10,7 @@ use crate::clock::{Clock, hypervisor};
 use crate::cpu;
 use crate::devices::Devices;
 use crate::interrupts;
+use crate::load;
 use crate::options::Options;
 use crate::report;
 use crate::serial::Serial;
@@ -62,7 +63,10 @@ fn obey(
     let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
     let _ = match command {
         "" => Ok(()),
-        "help" => writeln!(Serial, "help  id  uptime  report  echo TEXT  crash  off"),
+        "help" => writeln!(
+            Serial,
+            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  echo TEXT  crash  off"
+        ),
         "id" => {
             let signature = hypervisor().unwrap_or(*b"no one\0\0\0\0\0\0");
             let name = core::str::from_utf8(&signature)
@@ -84,6 +88,10 @@ fn obey(
         }
         "report" => {
             report::make(devices, platform, clock, options);
+            Ok(())
+        }
+        "load" => {
+            load::run(rest, devices, clock);
             Ok(())
         }
         "echo" => writeln!(Serial, "{rest}"),

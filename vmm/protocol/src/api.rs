@@ -25,6 +25,9 @@ pub enum Request {
     Reset,
     /// End the machine now, without asking the guest; completed disk writes are flushed.
     Shutdown,
+    /// Write the machine to three files, which come with the request (`spec.json`, `state.json`, `memory`); takes
+    /// [`Snapshot`].
+    Snapshot,
     /// Pull a network card's plug, or put it in; takes [`SetLink`].
     SetLink,
     /// Limit what a network card carries; takes [`SetNetLimits`].
@@ -133,6 +136,19 @@ pub const ROUTES: &[Route] = &[
         summary: "End the machine and its process now, without asking the guest",
         parameters: &[],
         answer: "Acted",
+    },
+    Route {
+        request: Request::Snapshot,
+        method: "PUT",
+        path: "/snapshot",
+        summary: "Write the machine to a directory; it is held meanwhile (go on: run --restore)",
+        parameters: &[Parameter {
+            name: "to",
+            kind: ParameterKind::Text,
+            required: true,
+            summary: "The directory, which is made",
+        }],
+        answer: "SnapshotTaken",
     },
     Route {
         request: Request::SetLink,
@@ -398,6 +414,23 @@ pub struct BalloonInfo {
 pub struct Acted {
     /// What the machine is doing now.
     pub state: MachineState,
+}
+
+/// Body of [`Request::Snapshot`]; its files come as descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    /// The directory in which the files are: for the log.
+    pub to: String,
+}
+
+/// Answer of [`Request::Snapshot`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotTaken {
+    /// Bytes of RAM that were not zero, by page.
+    pub memory_bytes: u64,
+    /// For how long the machine was held, in microseconds.
+    pub held_us: u64,
 }
 
 /// Body of every answer whose status is not 200.

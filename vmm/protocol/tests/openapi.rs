@@ -187,6 +187,13 @@ fn schemas_are_the_types() {
         },
     );
     check("Refused", Refused { error: "e".into() });
+    check("Snapshot", Snapshot { to: "d".into() });
+    let (memory_bytes, held_us) = (1, 1);
+    let taken = SnapshotTaken {
+        memory_bytes,
+        held_us,
+    };
+    check("SnapshotTaken", taken);
     check(
         "SetLink",
         SetLink {

@@ -50,6 +50,61 @@ pub fn address_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
         .map_or(ADDRESS_BITS, |entry| entry.eax.to_le_bytes()[0])
 }
 
+/// Registers in which each bit is a feature: leaf, index, register by number, and the bits that are not the
+/// host's to give: what [`adjusted`] decides, and what KVM copies from the guest's control registers.
+const FEATURES: &[(u32, u32, usize, u32)] = &[
+    (0x1, 0, ECX, TSC_DEADLINE | HYPERVISOR | OSXSAVE),
+    (0x1, 0, EDX, MULTI_THREADED),
+    (0x7, 0, EBX, 0),
+    (0x7, 0, ECX, OSPKE),
+    (0x7, 0, EDX, 0),
+    (0x7, 1, EAX, 0),
+    (0xd, 0, EAX, 0),
+    (0xd, 1, EAX, 0),
+    (0x4000_0001, 0, EAX, 0),
+    (0x8000_0001, 0, ECX, CMP_LEGACY),
+    (0x8000_0001, 0, EDX, 0),
+    (0x8000_0007, 0, EDX, 0),
+    (0x8000_0008, 0, EBX, 0),
+];
+const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
+const EAX: usize = 0;
+const EBX: usize = 1;
+const ECX: usize = 2;
+const EDX: usize = 3;
+/// Leaf 1, ECX: the guest has turned XSAVE on.
+const OSXSAVE: u32 = 1 << 27;
+/// Leaf 7, ECX: the guest has turned protection keys on.
+const OSPKE: u32 = 1 << 4;
+
+/// Whether a vCPU that answered `vcpu` until now can go on on a host that supports `supported`; if not, what is
+/// missing.
+pub fn check_host(vcpu: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Result<(), String> {
+    let register = |entries: &[kvm_cpuid_entry2], function, index, register| {
+        let found = entries
+            .iter()
+            .find(|entry| entry.function == function && entry.index == index);
+        found.map_or(0, |entry| {
+            [entry.eax, entry.ebx, entry.ecx, entry.edx][register]
+        })
+    };
+    let vendor = |entries| [EBX, EDX, ECX].map(|at| register(entries, 0, 0, at));
+    if vendor(vcpu) != vendor(supported) {
+        return Err("it is of another vendor".to_owned());
+    }
+    for &(function, index, at, ours) in FEATURES {
+        let had = register(vcpu, function, index, at) & !ours;
+        let missing = had & !register(supported, function, index, at);
+        if missing != 0 {
+            return Err(format!(
+                "bits {missing:#x} of CPUID leaf {function:#x}.{index} {} are missing",
+                REGISTERS[at]
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn adjusted(mut entry: kvm_cpuid_entry2, place: Place) -> kvm_cpuid_entry2 {
     let id = u32::from(place.id);
     let count = u32::from(place.count);
@@ -188,6 +243,23 @@ mod tests {
         assert_eq!((first.eax >> 14) & 0xfff, 0);
         assert_eq!((third.eax >> 14) & 0xfff, 7);
         assert_eq!(third.eax >> 26, 7);
+    }
+
+    #[test]
+    fn a_host_must_give_what_the_guest_has_seen() {
+        let leaf = |function, ebx, ecx| kvm_cpuid_entry2 {
+            ebx,
+            ecx,
+            ..entry(function, 0)
+        };
+        let supported = [leaf(0, 1, 2), leaf(1, 0, 0b110), leaf(7, 0b11, 0)];
+        check_host(&supported, &supported).unwrap();
+        let less = [leaf(0, 1, 2), leaf(1, 5, 0b010 | HYPERVISOR | OSXSAVE)];
+        check_host(&less, &supported).unwrap();
+        let refused = check_host(&supported, &less).unwrap_err();
+        assert_eq!(refused, "bits 0x4 of CPUID leaf 0x1.0 ecx are missing");
+        let refused = check_host(&supported, &[leaf(0, 9, 9)]).unwrap_err();
+        assert_eq!(refused, "it is of another vendor");
     }
 
     #[test]

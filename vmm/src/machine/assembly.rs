@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use atoll_devices::bus::{Bus, BusDevice, BusError, BusRange};
 use atoll_devices::console::Console;
-use atoll_devices::memory::Memory;
+use atoll_devices::memory::{Memory, Ram};
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::platform::Serial;
 use atoll_devices::state::DeviceState;
@@ -19,11 +19,14 @@ use atoll_devices::virtio::net::TapError;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 use atoll_disk::OpenError;
 use atoll_vmm_protocol::spec::MachineSpec;
+use kvm_bindings::kvm_cpuid_entry2;
 
 use super::devices::KINDS;
 use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
+use super::saved::{self, Absence, RestoreError};
+use super::{SavedStart, Start};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
 use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
@@ -31,6 +34,7 @@ use crate::layout;
 use crate::loader::LoadError;
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
+use crate::saved::MachineState;
 use crate::vcpu::{Buses, Vcpu, setup};
 
 /// Why this host cannot build the machine.
@@ -65,6 +69,12 @@ pub enum BuildError {
     /// The address map is wrong, which is our own mistake.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// A saved machine cannot go on here.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The RAM of a saved machine.
+    #[error("read the saved memory")]
+    Image(#[source] io::Error),
     /// A thread or an eventfd could not be made.
     #[error("{what}")]
     Host {
@@ -115,11 +125,13 @@ pub(super) fn build(
     spec: &MachineSpec,
     mut opened: Opened,
     backing: Backing,
+    start: Start,
     voice: &GuestVoice,
 ) -> Result<Parts, BuildError> {
-    let supported = opened.kvm.cpuid()?;
-    let address_bits = cpuid::address_bits(supported.as_slice());
-    let memory = Arc::new(memory::allocate(spec.memory_mib, address_bits, backing)?);
+    if backing != Backing::Anonymous || !start.memory_is_fresh() {
+        opened.touched = None;
+    }
+    let (memory, saved) = memory_of(spec, &opened.kvm, backing, start)?;
     let machine = opened.kvm.create(spec.cpu_count)?;
     machine.set_memory(&memory)?;
     let routes = Routes::new(machine.clone())?;
@@ -146,18 +158,16 @@ pub(super) fn build(
         serial_path: None,
         console_path: None,
     };
+    assembly
+        .states
+        .push(("PCI bus".to_owned(), assembly.pci.clone()));
     for kind in KINDS {
         (kind.add)(&mut assembly)?;
     }
     let power_button = Arc::new(assembly.routes.pin(layout::POWER_GSI)?);
     let buses = assembly.buses(&window)?;
-    let vcpus = start_vcpus(
-        &assembly.opened.kvm,
-        &machine,
-        spec.cpu_count,
-        &buses,
-        voice,
-    )?;
+    let cpuid = cpuid_of_all(spec, &assembly.opened.kvm, saved.as_ref())?;
+    let vcpus = start_vcpus(&machine, &cpuid, &buses, voice)?;
     let pristine = Pristine::of(&assembly.opened.kvm, &machine, &vcpus)?;
     let mut parts = Parts {
         vcpus,
@@ -173,13 +183,65 @@ pub(super) fn build(
         states: assembly.states,
         pci: assembly.pci,
         statm: opened.statm,
+        touched: opened.touched,
         boot_files: opened.boot_files,
         pristine,
+        cpuid,
         machine,
         memory,
     };
-    parts.load(spec)?;
+    match saved {
+        Some((state, absence)) => saved::restore(&parts, state, absence)?,
+        None => parts.load(spec)?,
+    }
     Ok(parts)
+}
+
+/// RAM, and what a saved machine consists of beside it.
+type Ground = (Arc<Ram>, Option<(MachineState, Absence)>);
+
+/// Zeroed RAM, or that of a saved machine, which is looked at first.
+fn memory_of(
+    spec: &MachineSpec,
+    kvm: &Kvm,
+    backing: Backing,
+    start: Start,
+) -> Result<Ground, BuildError> {
+    let supported = kvm.cpuid()?;
+    let address_bits = cpuid::address_bits(supported.as_slice());
+    let fresh = || memory::allocate(spec.memory_mib, address_bits, backing);
+    let Start::Saved(saved) = start else {
+        return Ok((Arc::new(fresh()?), None));
+    };
+    let SavedStart {
+        state,
+        memory,
+        absence,
+    } = *saved;
+    saved::check(&state, spec, supported.as_slice())?;
+    let ram = memory.into_ram(spec.memory_mib, fresh)?;
+    Ok((Arc::new(ram), Some((state, absence))))
+}
+
+/// What each vCPU answers to CPUID: this host's features, or what it has answered before.
+fn cpuid_of_all(
+    spec: &MachineSpec,
+    kvm: &Kvm,
+    saved: Option<&(MachineState, Absence)>,
+) -> Result<Vec<Vec<kvm_cpuid_entry2>>, KvmError> {
+    if let Some((state, _)) = saved {
+        return Ok(state.cpuid());
+    }
+    let supported = kvm.cpuid()?;
+    let of = |id| {
+        let place = cpuid::Place {
+            id,
+            count: spec.cpu_count,
+            tsc_deadline: kvm.has_tsc_deadline(),
+        };
+        cpuid::for_vcpu(supported.as_slice(), place)
+    };
+    Ok((0..spec.cpu_count).map(of).collect())
 }
 
 impl Assembly<'_> {
@@ -263,25 +325,17 @@ impl Assembly<'_> {
 
 /// Creates all vCPUs, each in a thread of its own, held.
 fn start_vcpus(
-    kvm: &Kvm,
     machine: &VirtualMachine,
-    count: u8,
+    cpuid: &[Vec<kvm_cpuid_entry2>],
     buses: &Buses,
     voice: &GuestVoice,
 ) -> Result<Vec<Vcpu>, BuildError> {
-    let supported = kvm.cpuid()?;
-    let tsc_deadline = kvm.has_tsc_deadline();
-    let start = |id: u8| {
+    let start = |(id, cpuid): (u8, &Vec<kvm_cpuid_entry2>)| {
         let fd = machine
             .fd()
             .create_vcpu(id.into())
             .map_err(KvmError::failed("create a vCPU"))?;
-        let place = cpuid::Place {
-            id,
-            count,
-            tsc_deadline,
-        };
-        setup::common(&fd, &cpuid::for_vcpu(supported.as_slice(), place))?;
+        setup::common(&fd, cpuid)?;
         let voice = voice.clone();
         let report = move |report| voice.say(GuestEvent::Stopped(report));
         Vcpu::start(id, fd, buses.clone(), report).map_err(|source| BuildError::Host {
@@ -289,5 +343,5 @@ fn start_vcpus(
             source,
         })
     };
-    (0..count).map(start).collect()
+    (0..).zip(cpuid).map(start).collect()
 }

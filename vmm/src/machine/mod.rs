@@ -8,6 +8,8 @@
 //! devices   one row a kind of device; services: those that connect the guest with its host
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
+//! saved     its state taken out, and put into another one that was just built
+//! snapshot  the same into files, on request
 //! counters  its numbers for the control API
 //! ```
 
@@ -18,22 +20,28 @@ mod devices;
 mod opened;
 mod owner;
 mod parts;
+mod saved;
 mod services;
+mod snapshot;
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
 
+use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use crate::api::{ApiError, ApiServer};
-use crate::memory::Backing;
+use crate::memory::{Backing, MemoryError};
 use crate::sandbox::{self, Confinement, SandboxError};
+use crate::saved::{MachineState, image};
 use crate::{check, vcpu};
 
 pub use assembly::BuildError;
 use opened::Opened;
 use owner::{GuestVoice, Machine, ask_owner, block_ending_signals, end_on_signals};
+pub use saved::{Absence, RestoreError};
 
 /// What a caller decides about a run that is not the machine's own business.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +54,62 @@ pub struct Options {
     pub signals: Signals,
     /// What the process may do once everything is open. For good, and for the whole process.
     pub confinement: Confinement,
+}
+
+/// Where a machine begins.
+pub enum Start {
+    /// At its first instruction.
+    PowerOn,
+    /// Where a saved one was held.
+    Saved(Box<SavedStart>),
+}
+
+impl Start {
+    /// Whether RAM is allocated for the machine, instead of being there or being a file.
+    fn memory_is_fresh(&self) -> bool {
+        match self {
+            Self::PowerOn => true,
+            Self::Saved(saved) => matches!(saved.memory, SavedMemory::File(_, image::Mode::Read)),
+        }
+    }
+}
+
+/// A saved machine, and how it goes on.
+pub struct SavedStart {
+    /// Everything but RAM.
+    pub state: MachineState,
+    /// RAM.
+    pub memory: SavedMemory,
+    /// What the guest is told about the time between.
+    pub absence: Absence,
+}
+
+/// RAM of a saved machine.
+pub enum SavedMemory {
+    /// In a file (`saved::image`).
+    File(File, image::Mode),
+    /// Here already.
+    Ram(Ram),
+}
+
+impl SavedMemory {
+    fn into_ram(
+        self,
+        memory_mib: u64,
+        fresh: impl FnOnce() -> Result<Ram, MemoryError>,
+    ) -> Result<Ram, BuildError> {
+        match self {
+            Self::Ram(ram) => Ok(ram),
+            Self::File(file, image::Mode::Map) => {
+                image::map(memory_mib, &file).map_err(BuildError::Image)
+            }
+            Self::File(file, image::Mode::Read) => {
+                let ram = fresh()?;
+                image::read(&ram, &file).map_err(BuildError::Image)?;
+                Ok(ram)
+            }
+        }
+    }
 }
 
 /// What SIGTERM and SIGINT do while a machine runs.
@@ -108,6 +172,11 @@ pub enum RunError {
 
 /// Builds the machine that `spec` describes and runs it on this thread until its guest ends.
 pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, RunError> {
+    run_from(spec, options, Start::PowerOn)
+}
+
+/// The same from another beginning.
+pub fn run_from(spec: &MachineSpec, options: &Options, start: Start) -> Result<Outcome, RunError> {
     check::spec(spec)?;
     let (events, received) = channel();
     let (opened, api_socket) = Opened::of(spec, options)?;
@@ -122,7 +191,7 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
     }
     vcpu::handle_kicks().map_err(RunError::Signals)?;
     let voice = GuestVoice::new(events.clone());
-    let parts = assembly::build(spec, opened, options.backing, &voice)?;
+    let parts = assembly::build(spec, opened, options.backing, start, &voice)?;
     let mut machine = Machine::new(spec, parts, voice);
     let server = match api_socket {
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
@@ -135,7 +204,7 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
         "machine starts"
     );
     sandbox::seal_starter();
-    machine.run_vcpus();
+    machine.begin()?;
     // While the guest's first instructions run; before this thread looks at anything that comes from it.
     sandbox::seal_owner();
     let outcome = machine.drive(&received);

@@ -27,6 +27,7 @@ use super::{Options, RunError};
 use crate::api::ApiSocket;
 use crate::kvm::Kvm;
 use crate::loader::BootFiles;
+use crate::saved::image::Touched;
 
 /// What the host gives to one machine. Each row of [`KINDS`] fills its fields, and later takes them out in the
 /// same order.
@@ -38,6 +39,7 @@ pub(super) struct Opened {
     /// What must be reached by path while the machine runs, because the guest says when (sockets that it connects
     /// to). Absolute.
     pub(super) directories: Vec<PathBuf>,
+    pub(super) touched: Option<Touched>,
     /// In the spec's order.
     pub(super) disks: VecDeque<Arc<dyn BlockBackend>>,
     /// In the spec's order.
@@ -66,6 +68,7 @@ impl Opened {
             boot_files: BootFiles::open(&spec.boot).map_err(BuildError::from)?,
             kvm: Kvm::open().map_err(BuildError::from)?,
             statm: File::open("/proc/self/statm").ok(),
+            touched: Touched::open(),
             directories: Vec::new(),
             disks: VecDeque::new(),
             nets: VecDeque::new(),

@@ -116,11 +116,11 @@ pub(super) fn end_on_signals(ending: SigSet, events: Sender<Event>) -> io::Resul
 
 /// A built machine, in its owner's hands.
 pub(super) struct Machine<'a> {
-    spec: &'a MachineSpec,
-    parts: Parts,
+    pub(super) spec: &'a MachineSpec,
+    pub(super) parts: Parts,
     /// Number of resets so far; the guest's events carry it.
     boot: Arc<AtomicU64>,
-    state: MachineState,
+    pub(super) state: MachineState,
     started: Instant,
 }
 
@@ -198,6 +198,7 @@ impl<'a> Machine<'a> {
                 self.hold();
                 self.state = MachineState::Stopped;
             }
+            Request::Snapshot => return self.snapshot(asked),
             // What is left is for one of the devices.
             _ => {
                 if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
@@ -229,7 +230,12 @@ impl<'a> Machine<'a> {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    pub(super) fn run_vcpus(&self) {
+    /// Lets a machine go that has just been built.
+    pub(super) fn begin(&mut self) -> Result<(), RunError> {
+        self.release()
+    }
+
+    fn run_vcpus(&self) {
         self.parts.vcpus.iter().for_each(Vcpu::run);
     }
 
@@ -245,7 +251,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn release(&self) -> Result<(), RunError> {
+    pub(super) fn release(&self) -> Result<(), RunError> {
         for function in &self.parts.functions {
             function.resume().map_err(RunError::Resume)?;
         }

@@ -15,13 +15,14 @@ use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::spec::MachineSpec;
-use kvm_bindings::kvm_irqchip;
+use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip};
 
 use super::assembly::BuildError;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::loader::BootFiles;
+use crate::saved::image::Touched;
 use crate::vcpu::Vcpu;
-use crate::vcpu::state::VcpuState;
+use crate::vcpu::state::{Tsc, VcpuState};
 
 /// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
 pub(super) struct Parts {
@@ -41,10 +42,13 @@ pub(super) struct Parts {
     pub(super) pci: Arc<PciBus>,
     /// See [`super::opened::Opened`].
     pub(super) statm: Option<File>,
+    /// Only for RAM that is private and anonymous.
+    pub(super) touched: Option<Touched>,
     pub(super) boot_files: BootFiles,
     pub(super) pristine: Pristine,
+    /// What each vCPU was made with.
+    pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// Every device whose state is saved, with the name under which it is; in the order of restoring.
-    #[expect(dead_code, reason = "read by the snapshot, which comes next")]
     pub(super) states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) machine: VirtualMachine,
     pub(super) memory: Arc<Ram>,
@@ -58,6 +62,7 @@ pub(super) struct Card {
 
 /// State at power-on of what KVM keeps.
 pub(super) struct Pristine {
+    pub(super) msr_indices: Arc<[u32]>,
     vcpus: Vec<Arc<VcpuState>>,
     irqchips: Vec<kvm_irqchip>,
 }
@@ -74,7 +79,15 @@ impl Pristine {
         Ok(Self {
             vcpus: vcpus.iter().map(save).collect::<Result<_, _>>()?,
             irqchips: machine.irqchips()?,
+            msr_indices,
         })
+    }
+}
+
+impl Pristine {
+    /// Speed of the vCPUs' time stamp counters; 0 when KVM does not say.
+    pub(super) fn tsc_khz(&self) -> u32 {
+        self.vcpus.first().map_or(0, |vcpu| vcpu.tsc_khz)
     }
 }
 
@@ -100,7 +113,7 @@ impl Parts {
         }
         self.machine.set_irqchips(&self.pristine.irqchips)?;
         for (vcpu, state) in self.vcpus.iter().zip(&self.pristine.vcpus) {
-            vcpu.restore(state)?;
+            vcpu.restore(state, Tsc::Keep)?;
         }
         self.load(spec)
     }

@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! All of a vCPU's state, taken out of KVM and put back. A reset is putting back the state that the vCPU had
-//! before its first instruction; a snapshot and a migration are the same with a later state.
+//! before its first instruction; a snapshot and a migration are the same with a later state, which is put into a
+//! vCPU that was made with the same CPUID (`saved` has its written form).
 //!
 //! The order matters in both directions; it is that of the two functions below. Taken: the vCPU's run state
 //! first, since reading it lets KVM finish what an INIT or SIPI began; pending events last. Put back: system
@@ -20,28 +21,42 @@ use kvm_ioctls::VcpuFd;
 use crate::kvm::KvmError;
 
 /// Time stamp counter. It goes on over a reset, as on hardware with an invariant one, so that the vCPUs'
-/// counters stay equal.
+/// counters stay equal. KVM takes values that are set within a second of each other for equal counters.
 const MSR_TSC: u32 = 0x10;
 /// Deadline of the local APIC timer.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// A vCPU at rest.
 pub struct VcpuState {
-    mp_state: kvm_mp_state,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    xsave: Box<kvm_xsave>,
-    xcrs: kvm_xcrs,
-    debug_regs: kvm_debugregs,
-    lapic: kvm_lapic_state,
-    msrs: Vec<kvm_msr_entry>,
-    events: kvm_vcpu_events,
+    pub(crate) tsc: u64,
+    /// Ticks a millisecond; 0 when KVM does not say. Not put back either.
+    pub(crate) tsc_khz: u32,
+    pub(crate) mp_state: kvm_mp_state,
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    pub(crate) xsave: Box<kvm_xsave>,
+    pub(crate) xcrs: kvm_xcrs,
+    pub(crate) debug_regs: kvm_debugregs,
+    pub(crate) lapic: kvm_lapic_state,
+    pub(crate) msrs: Vec<kvm_msr_entry>,
+    pub(crate) events: kvm_vcpu_events,
+}
+
+/// What happens to the time stamp counter when a state is put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tsc {
+    /// It goes on: the same machine, reset.
+    Keep,
+    /// It is that of the state: another machine goes on where the saved one was.
+    Set,
 }
 
 /// Takes the state out. The vCPU must not be running, and must have finished its last exit.
 pub fn save(fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, KvmError> {
     let failed = KvmError::failed;
     Ok(VcpuState {
+        tsc: read_msrs(fd, &[MSR_TSC])?.first().map_or(0, |msr| msr.data),
+        tsc_khz: fd.get_tsc_khz().unwrap_or(0),
         mp_state: fd.get_mp_state().map_err(failed("read a run state"))?,
         regs: fd.get_regs().map_err(failed("read registers"))?,
         sregs: fd.get_sregs().map_err(failed("read segments"))?,
@@ -51,13 +66,16 @@ pub fn save(fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, KvmError> {
             .get_debug_regs()
             .map_err(failed("read debug registers"))?,
         lapic: fd.get_lapic().map_err(failed("read a local APIC"))?,
-        msrs: save_msrs(fd, msr_indices)?,
+        msrs: read_msrs(fd, msr_indices)?
+            .into_iter()
+            .filter(|msr| msr.index != MSR_TSC)
+            .collect(),
         events: fd.get_vcpu_events().map_err(failed("read events"))?,
     })
 }
 
-/// Puts a state back into a vCPU of the same machine.
-pub fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), KvmError> {
+/// Puts a state back into a vCPU with the same CPUID.
+pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<(), KvmError> {
     let failed = KvmError::failed;
     fd.set_mp_state(state.mp_state)
         .map_err(failed("set a run state"))?;
@@ -71,16 +89,25 @@ pub fn restore(fd: &VcpuFd, state: &VcpuState) -> Result<(), KvmError> {
         .map_err(failed("set debug registers"))?;
     fd.set_lapic(&state.lapic)
         .map_err(failed("set a local APIC"))?;
+    if tsc == Tsc::Set {
+        // Before the deadline, which is told in its ticks.
+        let entry = kvm_msr_entry {
+            index: MSR_TSC,
+            data: state.tsc,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[entry]).expect("one entry");
+        fd.set_msrs(&msrs).map_err(failed("set the time stamp"))?;
+    }
     restore_msrs(fd, &state.msrs)?;
     fd.set_vcpu_events(&state.events)
         .map_err(failed("set events"))
 }
 
 /// Reads MSRs, leaving out those that KVM lists for the host but this vCPU does not have.
-fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
     let mut wanted: Vec<kvm_msr_entry> = indices
         .iter()
-        .filter(|index| **index != MSR_TSC)
         .map(|index| kvm_msr_entry {
             index: *index,
             ..Default::default()
@@ -109,7 +136,7 @@ fn restore_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
         let msrs = Msrs::from_entries(rest).expect("as many as were read");
         let count = fd.set_msrs(&msrs).map_err(KvmError::failed("set MSRs"))?;
         if let Some(refused) = rest.get(count) {
-            let now = save_msrs(fd, &[refused.index])?;
+            let now = read_msrs(fd, &[refused.index])?;
             if now.first().is_none_or(|entry| entry.data != refused.data) {
                 let text = format!("MSR {:#x} was refused", refused.index);
                 return Err(KvmError::Failed {

@@ -34,7 +34,7 @@ use atoll_thread::Kind;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::setup::{self, Entry};
-use super::state::{self, VcpuState};
+use super::state::{self, Tsc, VcpuState};
 use crate::kvm::KvmError;
 
 /// What a vCPU reports to its owner.
@@ -80,7 +80,7 @@ enum Command {
     Run,
     Hold(SyncSender<()>),
     Save(Arc<[u32]>, SyncSender<Result<VcpuState, KvmError>>),
-    Restore(Arc<VcpuState>, SyncSender<Result<(), KvmError>>),
+    Restore(Arc<VcpuState>, Tsc, SyncSender<Result<(), KvmError>>),
     Enter(Entry, SyncSender<Result<(), KvmError>>),
     End,
 }
@@ -179,9 +179,9 @@ impl Vcpu {
     }
 
     /// Puts a held vCPU into a state.
-    pub fn restore(&self, state: &Arc<VcpuState>) -> Result<(), KvmError> {
+    pub fn restore(&self, state: &Arc<VcpuState>, tsc: Tsc) -> Result<(), KvmError> {
         let (answer, restored) = sync_channel(1);
-        self.send(Command::Restore(state.clone(), answer));
+        self.send(Command::Restore(state.clone(), tsc, answer));
         restored.recv().unwrap_or_else(|_| Err(ended()))
     }
 
@@ -313,8 +313,8 @@ impl Body {
                 Some(Command::Save(indices, answer)) => {
                     let _ = answer.send(state::save(&self.fd, &indices));
                 }
-                Some(Command::Restore(state, answer)) => {
-                    let _ = answer.send(state::restore(&self.fd, &state));
+                Some(Command::Restore(state, tsc, answer)) => {
+                    let _ = answer.send(state::restore(&self.fd, &state, tsc));
                 }
                 Some(Command::Enter(entry, answer)) => {
                     let _ = answer.send(setup::entry(&self.fd, entry));

@@ -138,6 +138,25 @@ impl Device for Blk {
         "blk"
     }
 
+    fn load(&mut self, round: u64) -> Result<(), &'static str> {
+        let blocks = self.driver.capacity() as usize * SECTOR_SIZE / REQUEST_BYTES;
+        if self.driver.readonly() || blocks == 0 {
+            return Ok(());
+        }
+        let at = Blk::block(round % blocks as u64);
+        let (mut data, mut back) = (vec![0; REQUEST_BYTES], vec![0xee; REQUEST_BYTES]);
+        fill(round, &mut data);
+        let done = self
+            .driver
+            .write_blocks(at, &data)
+            .and_then(|()| self.driver.read_blocks(at, &mut back));
+        match done {
+            Err(_) => Err("a disk request failed"),
+            Ok(()) if data != back => Err("the disk returned something else"),
+            Ok(()) => Ok(()),
+        }
+    }
+
     fn check(&mut self, report: &mut Report, clock: &Clock, options: &Options) {
         let count =
             (self.driver.capacity() * SECTOR_SIZE as u64 / REQUEST_BYTES as u64).min(REQUESTS_MAX);

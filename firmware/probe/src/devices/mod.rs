@@ -28,6 +28,11 @@ pub trait Device {
     /// Does what came in since the last call; called after each interrupt.
     fn serve(&mut self) {}
 
+    /// One round of work whose result is checked.
+    fn load(&mut self, _round: u64) -> Result<(), &'static str> {
+        Ok(())
+    }
+
     /// The address that this device has on its network.
     fn address(&self) -> Option<[u8; 4]> {
         None
@@ -115,6 +120,14 @@ impl Devices {
                 device.serve();
             }
         }
+    }
+
+    /// One round of work of each device.
+    pub fn load(&mut self, round: u64) -> Result<(), &'static str> {
+        self.0
+            .iter_mut()
+            .filter_map(|found| found.device.as_mut().ok())
+            .try_for_each(|device| device.load(round))
     }
 
     /// Addresses of the network cards.

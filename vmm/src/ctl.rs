@@ -1,0 +1,69 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! `atoll-vmm ctl`: sends one request to a running machine, and opens on its behalf what the request names, since
+//! the machine's process can open nothing itself.
+
+use std::fs::{DirBuilder, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use atoll_vmm_protocol::api::{Request, Snapshot, SnapshotTaken};
+use atoll_vmm_protocol::client::Client;
+use serde_json::{Map, Value};
+
+use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
+
+/// How long a machine's RAM may take to be written.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+/// Sends a request whose body the command line gave, and gives the answer.
+pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> anyhow::Result<Value> {
+    match request {
+        Request::Snapshot => {
+            let body: Snapshot = serde_json::from_value(Value::Object(body.clone()))?;
+            let taken = snapshot(client, Path::new(&body.to))?;
+            Ok(serde_json::to_value(taken)?)
+        }
+        _ if request.route().parameters.is_empty() => Ok(client.ask(request)?),
+        _ => Ok(client.ask_with(request, body)?),
+    }
+}
+
+/// Makes `directory` and lets the machine write itself into it. Leaves nothing there when that fails.
+pub fn snapshot(client: &Client, directory: &Path) -> anyhow::Result<SnapshotTaken> {
+    let context = || format!("snapshot {}", directory.display());
+    // A guest's RAM has its secrets in it.
+    let made = DirBuilder::new().mode(0o700).create(directory);
+    made.with_context(context)?;
+    let taken = write_into(client, directory).with_context(context);
+    if taken.is_err() {
+        let _ = std::fs::remove_dir_all(directory);
+    }
+    taken
+}
+
+fn write_into(client: &Client, directory: &Path) -> anyhow::Result<SnapshotTaken> {
+    let create = |name: &str| {
+        let mut options = File::options();
+        let options = options.read(true).write(true).create_new(true).mode(0o600);
+        options.open(directory.join(name))
+    };
+    let files = [
+        create(SPEC_FILE)?,
+        create(STATE_FILE)?,
+        create(MEMORY_FILE)?,
+    ];
+    let body = Snapshot {
+        to: directory.display().to_string(),
+    };
+    let client = client.clone().with_timeout(SNAPSHOT_TIMEOUT);
+    let descriptors = files.each_ref().map(File::as_fd);
+    let taken = client.ask_with_files(Request::Snapshot, &body, &descriptors)?;
+    for file in &files {
+        file.sync_all()?;
+    }
+    File::open(directory)?.sync_all()?;
+    Ok(taken)
+}

@@ -1,0 +1,196 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Takes the state out of a held machine, and puts it into one that was just built (types: `crate::saved`).
+//!
+//! **Order.** Taken: devices before interrupt controllers and vCPUs, so that an interrupt that a device sends
+//! while it finishes its work is in the state of whoever has it then. Put back: the guest's clock, which the vCPUs'
+//! registers switch on; interrupt controllers; vCPUs; devices last, since they may interrupt at once.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use atoll_devices::state::StateError;
+use atoll_vmm_protocol::spec::MachineSpec;
+use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
+
+use super::parts::Parts;
+use crate::kvm::{KvmError, cpuid};
+use crate::layout;
+use crate::saved::{ClockState, DeviceEntry, FORMAT, MachineState, VERSION, VcpuSaved};
+use crate::vcpu::state::Tsc;
+
+/// Time that may have passed between two hosts' clocks at a migration; more is taken for clocks that differ.
+const ABSENCE_NS_MAX: u64 = 600_000_000_000;
+/// Two time stamp counters are the same speed up to this (250 ppm, the kernel's own tolerance for guests).
+const TSC_TOLERANCE: u32 = 4000;
+
+/// Why a state does not go into this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Made by an incompatible release.
+    #[error("the state is of machine version {found}, this atoll-vmm builds version {known}")]
+    MachineVersion {
+        /// In the state.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
+    /// The spec describes a machine of another size.
+    #[error("the state has {saved} {what}, the spec {spec}")]
+    Size {
+        /// `vCPUs`.
+        what: &'static str,
+        /// In the state.
+        saved: u64,
+        /// In the spec.
+        spec: u64,
+    },
+    /// The host's CPU lacks something that the guest has seen.
+    #[error("this host's CPU is not the guest's: {0}")]
+    Cpu(String),
+    /// The spec describes a machine with other devices.
+    #[error("the state has the devices {saved}, the machine {built}")]
+    Devices {
+        /// Names in the state.
+        saved: String,
+        /// Names in the machine.
+        built: String,
+    },
+    /// One device refused.
+    #[error("{device}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// Why.
+        source: StateError,
+    },
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+/// What a guest is told about the time for which it did not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absence {
+    /// Nothing: its clocks go on where they stopped. For a snapshot.
+    Unseen,
+    /// Its clocks go on as if it had been there. For a migration.
+    Passed,
+}
+
+/// Takes the state out of a machine that is held.
+pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, KvmError> {
+    let devices = parts.states.iter().map(|(name, device)| DeviceEntry {
+        name: name.clone(),
+        device: device.save(),
+    });
+    let devices = devices.collect();
+    let guest_clock = parts.machine.fd().get_clock();
+    let guest_clock = guest_clock.map_err(KvmError::failed("read the guest's clock"))?;
+    let vcpus = parts
+        .vcpus
+        .iter()
+        .map(|vcpu| vcpu.save(&parts.pristine.msr_indices))
+        .collect::<Result<Vec<_>, _>>()?;
+    let chips = parts.machine.irqchips()?;
+    Ok(MachineState {
+        format: FORMAT.to_owned(),
+        version: VERSION,
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        machine_version: layout::MACHINE_VERSION,
+        cpu_count: spec.cpu_count,
+        memory_mib: spec.memory_mib,
+        devices,
+        chips: chips.into_iter().map(crate::saved::Raw).collect(),
+        clock: ClockState {
+            guest_ns: guest_clock.clock,
+            realtime_ns: realtime_ns(),
+            tsc_khz: parts.pristine.tsc_khz(),
+        },
+        vcpus: vcpus
+            .into_iter()
+            .zip(&parts.cpuid)
+            .map(|(vcpu, cpuid)| VcpuSaved::new(vcpu, cpuid))
+            .collect(),
+    })
+}
+
+/// What can be told before anything is built: whether this program and this host can have the guest.
+pub(super) fn check(
+    state: &MachineState,
+    spec: &MachineSpec,
+    supported: &[kvm_cpuid_entry2],
+) -> Result<(), RestoreError> {
+    if state.machine_version != layout::MACHINE_VERSION {
+        return Err(RestoreError::MachineVersion {
+            found: state.machine_version,
+            known: layout::MACHINE_VERSION,
+        });
+    }
+    let same = |what, saved: u64, spec: u64| match saved == spec {
+        true => Ok(()),
+        false => Err(RestoreError::Size { what, saved, spec }),
+    };
+    same("vCPUs", state.cpu_count.into(), spec.cpu_count.into())?;
+    let vcpus = state.vcpus.len() as u64;
+    same("vCPUs", vcpus, spec.cpu_count.into())?;
+    same("MiB of memory", state.memory_mib, spec.memory_mib)?;
+    for vcpu in state.cpuid() {
+        cpuid::check_host(&vcpu, supported).map_err(RestoreError::Cpu)?;
+    }
+    Ok(())
+}
+
+/// Puts the state into a machine that was built for it and has not run. RAM is there already.
+pub(super) fn restore(
+    parts: &Parts,
+    state: MachineState,
+    absence: Absence,
+) -> Result<(), RestoreError> {
+    let names = |names: Vec<&str>| names.join(", ");
+    let saved: Vec<&str> = state.devices.iter().map(|entry| &*entry.name).collect();
+    let built: Vec<&str> = parts.states.iter().map(|(name, _)| &**name).collect();
+    if saved != built {
+        return Err(RestoreError::Devices {
+            saved: names(saved),
+            built: names(built),
+        });
+    }
+    let (was, now) = (state.clock.tsc_khz, parts.pristine.tsc_khz());
+    if was != 0 && now != 0 && was.abs_diff(now) > now / TSC_TOLERANCE {
+        return Err(RestoreError::Cpu(format!(
+            "its time stamp counter ran at {was} kHz, here it runs at {now} kHz"
+        )));
+    }
+    let away_ns = match absence {
+        Absence::Unseen => 0,
+        Absence::Passed => realtime_ns()
+            .saturating_sub(state.clock.realtime_ns)
+            .min(ABSENCE_NS_MAX),
+    };
+    let clock = kvm_clock_data {
+        clock: state.clock.guest_ns + away_ns,
+        ..Default::default()
+    };
+    let set = parts.machine.fd().set_clock(&clock);
+    set.map_err(KvmError::failed("set the guest's clock"))?;
+    let chips: Vec<_> = state.chips.iter().map(|chip| chip.0).collect();
+    parts.machine.set_irqchips(&chips)?;
+    let away_ticks = u128::from(away_ns) * u128::from(state.clock.tsc_khz) / 1_000_000;
+    let away_ticks = u64::try_from(away_ticks).unwrap_or(0);
+    for (vcpu, saved) in parts.vcpus.iter().zip(state.vcpus) {
+        vcpu.restore(&Arc::new(saved.into_state(away_ticks)), Tsc::Set)?;
+    }
+    for ((name, device), entry) in parts.states.iter().zip(&state.devices) {
+        let restored = device.restore(&entry.device);
+        restored.map_err(|source| RestoreError::Device {
+            device: name.clone(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn realtime_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0))
+}

@@ -1,0 +1,212 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A machine at rest, as it is written: everything but the bytes of its RAM. Used by snapshots and migration.
+//!
+//! ```text
+//! state.json  {"format":"atoll-machine-state","version":1,"program":"0.1.0", …}
+//!   ├ devices   name, kind, version, payload of each (crate atoll-devices, `state`)
+//!   ├ chips     interrupt controllers      clock   the guest's and the host's time
+//!   └ vcpus     registers (`vcpu`)
+//! ```
+//! The head is read before anything else, so that the state of a newer program is refused with its version, not
+//! with a parser's complaint. The format only grows: fields that come later have a default.
+//!
+//! Not here: taking the state out of a machine and putting it back (`machine::saved`), RAM (`image`).
+
+pub mod image;
+mod vcpu;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use atoll_devices::state::Saved;
+use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip};
+use serde::{Deserialize, Serialize};
+
+pub use vcpu::VcpuSaved;
+
+/// Files of a snapshot in its directory: the spec of the machine, its state, and its RAM (`image`).
+pub const SPEC_FILE: &str = "spec.json";
+/// See [`SPEC_FILE`].
+pub const STATE_FILE: &str = "state.json";
+/// See [`SPEC_FILE`].
+pub const MEMORY_FILE: &str = "memory";
+
+/// What the first field of a state says.
+pub const FORMAT: &str = "atoll-machine-state";
+/// Newest version that this program writes and reads.
+pub const VERSION: u32 = 1;
+
+/// Why a state cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// Not JSON, or cut off.
+    #[error("machine state: damaged")]
+    Damaged(#[source] serde_json::Error),
+    /// A file of the snapshot cannot be read.
+    #[error("{path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// JSON of something else.
+    #[error("machine state: the format is {0:?}, expected {FORMAT:?}")]
+    Foreign(String),
+    /// Written by a newer program.
+    #[error(
+        "machine state: version {found}, written by atoll-vmm {program}; this program knows versions up to {VERSION}"
+    )]
+    Newer {
+        /// The version.
+        found: u32,
+        /// Who wrote it.
+        program: String,
+    },
+}
+
+/// What every version begins with.
+#[derive(Deserialize)]
+struct Head {
+    #[serde(default)]
+    format: String,
+    #[serde(default)]
+    version: u32,
+    #[serde(default)]
+    program: String,
+}
+
+/// A machine at rest, without its RAM.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    /// [`FORMAT`].
+    pub format: String,
+    /// [`VERSION`] of the writer.
+    pub version: u32,
+    /// Version of the `atoll-vmm` that wrote it.
+    pub program: String,
+    /// Version of the address map and of the devices (`layout.rs`).
+    pub machine_version: u32,
+    /// vCPUs.
+    pub cpu_count: u8,
+    /// Guest RAM.
+    pub memory_mib: u64,
+    /// Every device, in the order of restoring.
+    pub devices: Vec<DeviceEntry>,
+    /// Interrupt controllers that vCPUs share.
+    pub chips: Vec<Raw<kvm_irqchip>>,
+    /// Time when the machine was held.
+    pub clock: ClockState,
+    /// One a vCPU.
+    pub vcpus: Vec<VcpuSaved>,
+}
+
+/// State of one device, under its name in the machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeviceEntry {
+    /// `blk0`, `serial port`.
+    pub name: String,
+    /// Its state.
+    pub device: Saved,
+}
+
+/// Time when the machine was held, in nanoseconds.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct ClockState {
+    /// The guest's paravirtual clock.
+    pub guest_ns: u64,
+    /// The host's real time, since 1970.
+    pub realtime_ns: u64,
+    /// Ticks of the time stamp counter a millisecond; 0 when KVM does not say.
+    pub tsc_khz: u32,
+}
+
+impl MachineState {
+    /// As it is written.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("saved types have string keys only")
+    }
+
+    /// Reads what [`MachineState::to_json`] of this or an earlier version wrote.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, ReadError> {
+        let head: Head = serde_json::from_slice(bytes).map_err(ReadError::Damaged)?;
+        if head.format != FORMAT {
+            return Err(ReadError::Foreign(head.format));
+        }
+        if head.version > VERSION {
+            return Err(ReadError::Newer {
+                found: head.version,
+                program: head.program,
+            });
+        }
+        serde_json::from_slice(bytes).map_err(ReadError::Damaged)
+    }
+
+    /// What each vCPU answers to CPUID.
+    #[must_use]
+    pub fn cpuid(&self) -> Vec<Vec<kvm_cpuid_entry2>> {
+        self.vcpus.iter().map(VcpuSaved::cpuid).collect()
+    }
+}
+
+/// Reads the state of the snapshot in `directory`, and opens its RAM.
+pub fn open(directory: &Path) -> Result<(MachineState, File), ReadError> {
+    let failed = |name: &str| {
+        let path = directory.join(name);
+        move |source| ReadError::File { path, source }
+    };
+    let state = std::fs::read(directory.join(STATE_FILE)).map_err(failed(STATE_FILE))?;
+    let memory = File::open(directory.join(MEMORY_FILE)).map_err(failed(MEMORY_FILE))?;
+    Ok((MachineState::from_json(&state)?, memory))
+}
+
+/// A structure of the kernel's stable interface, written as its bytes in hexadecimal.
+#[derive(Debug, Clone, Copy)]
+pub struct Raw<T>(pub T);
+
+impl<T: zerocopy::IntoBytes + zerocopy::Immutable> Serialize for Raw<T> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        atoll_devices::state::hex::serialize(self.0.as_bytes(), serializer)
+    }
+}
+
+impl<'de, T: zerocopy::FromBytes> Deserialize<'de> for Raw<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = atoll_devices::state::hex::deserialize(deserializer)?;
+        let value = T::read_from_bytes(&bytes);
+        value.map(Self).map_err(|_| {
+            let wanted = size_of::<T>();
+            serde::de::Error::custom(format!("{} bytes, expected {wanted}", bytes.len()))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, expected: &str) {
+        let error = MachineState::from_json(text.as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn the_head_is_looked_at_first() {
+        check(
+            r#"{"format":"atoll-machine-state","version":2,"program":"9.0","vcpus":"otherwise"}"#,
+            "machine state: version 2, written by atoll-vmm 9.0; this program knows versions up to 1",
+        );
+        check(
+            "{}",
+            "machine state: the format is \"\", expected \"atoll-machine-state\"",
+        );
+        check(
+            r#"{"format":"atoll-machine-state","version":1}"#,
+            "machine state: damaged",
+        );
+        check("{\"format\":", "machine state: damaged");
+    }
+}

@@ -1,0 +1,248 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A machine of a test in a process of its own, in a folder of its own, with the probe guest inside. Files in the
+//! folder have the same names in every machine, so that one machine's spec fits another's folder.
+
+#![allow(
+    dead_code,
+    reason = "each test binary that includes this uses its own part of it"
+)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use atoll_vmm::probe::PROBE_ELF;
+use atoll_vmm_protocol::client::Client;
+use tempfile::TempDir;
+
+pub const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
+/// A probe guest takes 0.1 s to its report; a busy test machine has taken seconds.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where a machine lives: `kernel`, a disk of 1 MiB, and its sockets `serial` and `api`.
+pub struct Place(TempDir);
+
+impl Place {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("kernel"), PROBE_ELF).unwrap();
+        let disk = File::create(folder.path().join("disk")).unwrap();
+        disk.set_len(1 << 20).unwrap();
+        Self(folder)
+    }
+
+    /// The same with another machine's disk as it is now.
+    pub fn like(other: &Guest) -> Self {
+        let place = Self::new();
+        std::fs::copy(other.path("disk"), place.path("disk")).unwrap();
+        place
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs `atoll-vmm` here with its sockets.
+    pub fn start(self, arguments: &[&str]) -> Guest {
+        let process = self
+            .command(arguments)
+            .args(["--api-socket", "api"])
+            .stderr(File::create(self.path("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        Guest {
+            place: self,
+            process,
+        }
+    }
+
+    /// `atoll-vmm` here.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command
+            .current_dir(self.0.path())
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+/// A machine, killed when dropped.
+pub struct Guest {
+    pub place: Place,
+    pub process: Child,
+}
+
+/// Whether tests that need KVM can run; says so when not.
+pub fn kvm() -> bool {
+    match atoll_vmm::kvm::Kvm::open() {
+        Ok(_) => true,
+        Err(error) => {
+            println!("ATOLL-SKIP: {error}");
+            false
+        }
+    }
+}
+
+/// Arguments that start the probe guest with its shell and its disk.
+pub fn shell<'a>(memory: &'a str, cpus: &'a str) -> Vec<&'a str> {
+    let mut arguments = vec!["run", "--kernel", "kernel", "--cmdline", "stay write"];
+    arguments.extend(["--memory", memory, "--cpus", cpus]);
+    arguments.extend([
+        "--disk",
+        "path=disk,format=raw",
+        "--console",
+        "socket=serial",
+    ]);
+    arguments
+}
+
+impl Guest {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.place.path(name)
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(self.path("api"))
+    }
+
+    /// Connects to the serial port, which exists a moment after the process.
+    pub fn serial(&mut self) -> Serial {
+        let path = self.path("serial");
+        let stream = eventually("the serial port", || {
+            let connected = UnixStream::connect(&path).ok();
+            if connected.is_none()
+                && let Some(status) = self.process.try_wait().unwrap()
+            {
+                panic!("{status}: {}", self.said());
+            }
+            connected
+        });
+        stream
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        Serial {
+            stream,
+            text: String::new(),
+        }
+    }
+
+    /// What it wrote to standard error.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.path("stderr")).unwrap()
+    }
+
+    /// `atoll-vmm ctl` for this machine; what it printed, or what it said when it failed.
+    pub fn ctl(&self, arguments: &[&str]) -> Result<serde_json::Value, String> {
+        let output = self
+            .place
+            .command(&["ctl", "--api-socket", "api"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        if output.status.success() {
+            Ok(serde_json::from_slice(&output.stdout).unwrap())
+        } else {
+            Err(String::from_utf8(output.stderr).unwrap())
+        }
+    }
+
+    pub fn ended(&mut self) -> (ExitStatus, String) {
+        let status = eventually("the end", || self.process.try_wait().unwrap());
+        (status, self.said())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail when the process has ended, as in most tests.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[track_caller]
+pub fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = attempt() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The guest's serial port, from the host's side.
+pub struct Serial {
+    stream: UnixStream,
+    text: String,
+}
+
+impl Serial {
+    /// Reads until `expected` has come, and forgets all up to it.
+    #[track_caller]
+    pub fn wait_for(&mut self, expected: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.text.find(expected) {
+                let rest = self.text.split_off(at + expected.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            let so_far = &self.text;
+            assert!(Instant::now() < deadline, "no {expected:?} in {so_far:?}");
+            let mut chunk = [0; 4096];
+            if let Ok(count) = self.stream.read(&mut chunk) {
+                self.text
+                    .push_str(&String::from_utf8_lossy(&chunk[..count]));
+            }
+        }
+    }
+
+    pub fn type_line(&mut self, line: &str) {
+        self.stream.write_all(line.as_bytes()).unwrap();
+        self.stream.write_all(b"\r").unwrap();
+    }
+
+    /// Starts the probe's `load`.
+    pub fn start_load(&mut self, arguments: &str) {
+        self.wait_for("probe> ");
+        self.type_line(&format!("load {arguments}"));
+        self.wait_for("\r\n");
+    }
+
+    /// Waits until the probe's `load` tells of more rounds than `after`; returns how many.
+    #[track_caller]
+    pub fn load_beyond(&mut self, after: u64) -> u64 {
+        loop {
+            self.wait_for("load ");
+            let told = self.wait_for("\r\n");
+            match told.trim().parse::<u64>() {
+                Ok(rounds) if rounds > after => return rounds,
+                Ok(_) => {}
+                Err(_) => panic!("load {told}"),
+            }
+        }
+    }
+
+    /// Ends the probe's `load`, which must not have failed; returns its rounds.
+    #[track_caller]
+    pub fn end_load(&mut self) -> u64 {
+        self.type_line("");
+        let before = self.wait_for("load ended after ");
+        assert!(!before.contains("FAILED"), "{before}");
+        self.wait_for("\r\n").trim().parse().unwrap()
+    }
+}
+
+/// The same files under another directory's name.
+pub fn link_directory(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::hard_link(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}

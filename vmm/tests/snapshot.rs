@@ -1,0 +1,199 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Snapshots of whole machines on the host's own KVM, while the probe guest works on its memory and its disk and
+//! would notice a lost write, a repeated interrupt, or a clock that goes back.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests fail by panicking, and say what they skip"
+)]
+
+mod guest;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use atoll_vmm_protocol::api::Request;
+use guest::{Guest, Place, kvm, shell};
+use rustix::fs::{SeekFrom, seek};
+
+/// Rounds of snapshot and restore; `make soak` asks for more.
+fn rounds() -> usize {
+    let asked = std::env::var("ATOLL_SNAPSHOT_ROUNDS").ok();
+    asked.map_or(5, |text| text.parse().unwrap())
+}
+
+/// Snapshots a paused machine and starts a copy of it, with its disk, in a folder of its own.
+fn copy_of(original: &Guest, mode: &str) -> Guest {
+    original.ctl(&["snapshot", "--to", "copy"]).unwrap();
+    let place = Place::like(original);
+    guest::link_directory(&original.path("copy"), &place.path("snapshot"));
+    std::fs::remove_dir_all(original.path("copy")).unwrap();
+    place.start(&["run", "--restore", "snapshot", "--memory-mode", mode])
+}
+
+/// Pages of an image of RAM that are in its file, by number.
+fn pages(path: &Path) -> BTreeMap<u64, Vec<u8>> {
+    let file = File::open(path).unwrap();
+    let mut pages = BTreeMap::new();
+    let mut at = 0;
+    while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
+        let end = seek(&file, SeekFrom::Hole(start)).unwrap();
+        for page in start / 4096..end / 4096 {
+            let mut bytes = vec![0; 4096];
+            file.read_exact_at(&mut bytes, page * 4096).unwrap();
+            pages.insert(page, bytes);
+        }
+        at = end;
+    }
+    pages
+}
+
+#[test]
+fn a_guest_at_work_goes_on_in_one_copy_after_another() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "2"));
+    let mut serial = guest.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    for round in 0..rounds() {
+        guest.client().act(Request::Pause).unwrap();
+        let mode = ["read", "map"][round % 2];
+        let mut copy = copy_of(&guest, mode);
+        drop(guest);
+        serial = copy.serial();
+        done = serial.load_beyond(done);
+        guest = copy;
+    }
+    assert!(serial.end_load() >= done);
+    serial.wait_for("probe> ");
+    serial.type_line("report");
+    serial.wait_for("everything works");
+}
+
+#[test]
+fn memory_is_the_same_page_by_page() {
+    if !kvm() {
+        return;
+    }
+    // Two memory slots: the guest works above 4 GiB.
+    let mut guest = Place::new().start(&shell("3200", "1"));
+    let mut serial = guest.serial();
+    serial.start_load("4100 8");
+    serial.load_beyond(2048);
+    guest.client().act(Request::Pause).unwrap();
+    guest.ctl(&["snapshot", "--to", "first"]).unwrap();
+    guest.ctl(&["snapshot", "--to", "second"]).unwrap();
+    let first = pages(&guest.path("first/memory"));
+    // The kernel's own pages, and those above 3 GiB, which are behind the first slot's.
+    assert!(first.keys().any(|page| *page < 4096) && first.keys().any(|page| *page > 3 << 18));
+    assert!(first == pages(&guest.path("second/memory")));
+    let mut copy = copy_of(&guest, "read");
+    let mut copied = copy.serial();
+    copied.load_beyond(2048);
+    copied.end_load();
+    copied.wait_for("probe> ");
+    // The original is where it was, and its RAM untouched by the copy.
+    guest.ctl(&["snapshot", "--to", "third"]).unwrap();
+    assert!(first == pages(&guest.path("third/memory")));
+    guest.client().act(Request::Resume).unwrap();
+    serial.end_load();
+}
+
+#[test]
+fn two_copies_of_one_snapshot_live_apart() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    let taken = guest.ctl(&["snapshot", "--to", "snapshot"]).unwrap();
+    assert!(taken["memory_bytes"].as_u64().unwrap() < 8 << 20, "{taken}");
+    serial.type_line("echo the original goes on");
+    serial.wait_for("goes on\r\n");
+    for mode in ["map", "map", "read"] {
+        let place = Place::like(&guest);
+        guest::link_directory(&guest.path("snapshot"), &place.path("snapshot"));
+        let mut copy = place.start(&["run", "--restore", "snapshot", "--memory-mode", mode]);
+        let mut serial = copy.serial();
+        serial.type_line("report");
+        serial.wait_for("everything works");
+        // And a reset boots it from its kernel.
+        copy.client().act(Request::Reset).unwrap();
+        serial.wait_for("atoll probe: command line");
+        serial.wait_for("probe> ");
+    }
+    let again = guest.ctl(&["snapshot", "--to", "snapshot"]).unwrap_err();
+    assert!(again.contains("snapshot snapshot: File exists"), "{again}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    guest.serial().wait_for("probe> ");
+    guest.ctl(&["snapshot", "--to", "snapshot"]).unwrap();
+    drop(guest.process.kill());
+    guest.process.wait().unwrap();
+    let state: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(guest.path("snapshot/state.json")).unwrap()).unwrap();
+    let spec: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(guest.path("snapshot/spec.json")).unwrap()).unwrap();
+    type Change = fn(&mut serde_json::Value, &mut serde_json::Value);
+    let changes: &[(Change, &str)] = &[
+        (
+            |state, _| state["version"] = 9.into(),
+            "machine state: version 9, written by atoll-vmm",
+        ),
+        (
+            |state, _| state["machine_version"] = 9.into(),
+            "the state is of machine version 9, this atoll-vmm builds version",
+        ),
+        (
+            |_, spec| spec["cpu_count"] = 2.into(),
+            "the state has 1 vCPUs, the spec 2",
+        ),
+        (
+            |_, spec| spec["memory_mib"] = 64.into(),
+            "the state has 32 MiB of memory, the spec 64",
+        ),
+        (
+            |_, spec| spec["disks"] = serde_json::json!([]),
+            "the state has the devices",
+        ),
+        (
+            |state, _| {
+                let leaves = state["vcpus"][0]["cpuid"].as_array_mut().unwrap();
+                let leaf = leaves.iter_mut().find(|leaf| leaf[0] == 7 && leaf[1] == 0);
+                leaf.unwrap()[4] = u32::MAX.into();
+            },
+            "this host's CPU is not the guest's: bits ",
+        ),
+        (
+            |state, _| state["devices"][1]["device"]["version"] = 9.into(),
+            "virtio-pci: state version 9, this program knows versions up to",
+        ),
+        (
+            |state, _| state["vcpus"][0]["regs"] = "00".into(),
+            "machine state: damaged",
+        ),
+    ];
+    for (change, expected) in changes {
+        let (mut state, mut spec) = (state.clone(), spec.clone());
+        change(&mut state, &mut spec);
+        std::fs::write(guest.path("snapshot/state.json"), state.to_string()).unwrap();
+        std::fs::write(guest.path("other.json"), spec.to_string()).unwrap();
+        let restore = ["run", "--restore", "snapshot", "--spec", "other.json"];
+        let output = guest.place.command(&restore).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(expected), "{said}");
+        assert_eq!(output.status.code(), Some(1), "{said}");
+    }
+}
