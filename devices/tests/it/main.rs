@@ -8,11 +8,13 @@
 
 mod balloon;
 mod blk;
+mod bounds;
 mod console;
 mod fuzz;
 mod hostile;
 mod net;
 mod pci;
+mod pitfalls;
 mod rng;
 mod state;
 mod transport;

@@ -1,0 +1,287 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The pitfalls that other VMMs fell into, by family, each with the tests here that play it; and those tests that belong
+//! to no one device. A row whose test is gone fails.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use atoll_devices::counters::CounterList;
+use atoll_devices::state::{DeviceState, Saved, StateError};
+use atoll_devices::testing::{Driver, Segment};
+use atoll_devices::virtio::{QueueStart, StartError, StartedQueue, VirtioDevice};
+
+use crate::blk::{device, memory_disk};
+
+/// Family, pitfall, and `file::test` for each test that plays it; files are in this folder, or `vmm/tests`.
+const PITFALLS: &[(&str, &str, &[&str])] = &[
+    (
+        "rings",
+        "a header or descriptor that changes between check and use",
+        &["pitfalls.rs::a_header_that_changes_while_it_is_read"],
+    ),
+    (
+        "rings",
+        "address plus size that overflows or leaves RAM",
+        &[
+            "bounds.rs::every_range_around_the_edges_of_ram",
+            "hostile.rs::blk_withstands",
+        ],
+    ),
+    (
+        "rings",
+        "an available index that runs ahead",
+        &[
+            "bounds.rs::every_distance_of_the_available_index",
+            "hostile.rs::rng_withstands",
+        ],
+    ),
+    (
+        "rings",
+        "chains without an end, indirect tables of every wrong form",
+        &["hostile.rs::blk_withstands", "fuzz.rs::queue"],
+    ),
+    (
+        "rings",
+        "the same head twice in flight",
+        &["hostile.rs::the_same_head_many_times"],
+    ),
+    (
+        "rings",
+        "a chain that claims more memory than there is",
+        &["rng.rs::a_huge_claim_is_bounded"],
+    ),
+    (
+        "rings",
+        "a request that fails in its middle is done twice, or leaves stale data",
+        &[
+            "blk.rs::read_only_and_failing_disks",
+            "hostile.rs::a_good_request_then_a_malformed_chain",
+        ],
+    ),
+    (
+        "rings",
+        "queue and vector numbers out of range",
+        &["transport.rs::vectors_out_of_range_read_back_as_none"],
+    ),
+    (
+        "rings",
+        "accesses of odd sizes",
+        &[
+            "transport.rs::accesses_of_every_size_everywhere",
+            "fuzz.rs::pci",
+        ],
+    ),
+    (
+        "rings",
+        "rings that overlap, and buffers over the rings",
+        &[
+            "hostile.rs::overlapping_rings_do_not_hang",
+            "hostile.rs::net_buffers_over_the_rings",
+        ],
+    ),
+    (
+        "status",
+        "steps left out or taken back",
+        &["transport.rs::wrong_steps_of_the_status_machine_break_the_device"],
+    ),
+    (
+        "status",
+        "features after FEATURES_OK, or not offered",
+        &["transport.rs::features_are_checked"],
+    ),
+    (
+        "status",
+        "queue registers outside their time",
+        &["transport.rs::queue_registers_only_between_features_and_driver_ok"],
+    ),
+    (
+        "status",
+        "a read-only disk of a driver that did not accept the feature",
+        &["blk.rs::read_only_and_failing_disks"],
+    ),
+    (
+        "status",
+        "a queue that fails to start keeps the vCPU, or the device, for ever",
+        &["pitfalls.rs::a_queue_that_cannot_start_breaks_the_device_until_a_reset"],
+    ),
+    (
+        "status",
+        "a reset that leaves something behind",
+        &[
+            "fuzz.rs::pci",
+            "blk.rs::pause_keeps_the_rings_and_reset_forgets_them",
+        ],
+    ),
+    (
+        "status",
+        "event index: missed or surplus interrupts, also where indices wrap",
+        &[
+            "bounds.rs::every_event_index_around_a_batch",
+            "blk.rs::event_index_suppresses_interrupts",
+        ],
+    ),
+    (
+        "stop",
+        "a half-done port access is lost by a pause",
+        &["machine.rs::pausing_in_the_middle_of_port_accesses_loses_none"],
+    ),
+    (
+        "stop",
+        "requests in flight are lost by a pause",
+        &["probe.rs::pausing_again_and_again_loses_no_request"],
+    ),
+    (
+        "stop",
+        "vCPUs that never ran hold up a stop",
+        &[
+            "machine.rs::shutdown_ends_the_process_from_any_state",
+            "probe.rs::more_vcpus_than_the_guest_starts_do_no_harm",
+        ],
+    ),
+    (
+        "state",
+        "a device in a copy is not the device that it was",
+        &[
+            "state.rs::a_device_goes_on_in_a_copy",
+            "state.rs::a_broken_device_stays_broken",
+        ],
+    ),
+    (
+        "state",
+        "vCPU and interrupt controllers after a reset",
+        &["machine.rs::a_reset_machine_boots_again"],
+    ),
+    (
+        "time",
+        "a guest notices a pause as a lockup",
+        &["machine.rs::a_paused_guest_does_nothing_until_it_is_resumed"],
+    ),
+    (
+        "filters",
+        "a rare path makes a denied system call",
+        &["sandbox.rs::every_thread_has_its_filter_and_vcpus_only_one"],
+    ),
+];
+
+#[test]
+fn every_pitfall_is_played_by_a_test() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for (family, pitfall, tests) in PITFALLS {
+        assert!(!tests.is_empty(), "{family}: {pitfall}");
+        for test in *tests {
+            let (file, name) = test.split_once("::").unwrap();
+            let found = ["tests/it", "../vmm/tests"].iter().any(|folder| {
+                std::fs::read_to_string(here.join(folder).join(file))
+                    .is_ok_and(|text| text.contains(&format!("\nfn {name}()")))
+            });
+            assert!(found, "{family}, {pitfall}: there is no {test}");
+        }
+    }
+}
+
+const HEADER: u64 = 0x10_0000;
+const DATA: u64 = 0x20_0000;
+const STATUS: u64 = 0x10_1000;
+
+/// Another vCPU rewrites the header of a request all the time, between a read of the first sector and a write far behind
+/// the disk's end. Whichever the device sees, it sees one of them: a read ends well with its data, a write fails.
+#[test]
+fn a_header_that_changes_while_it_is_read() {
+    let mut driver = device(memory_disk(), 1);
+    driver.start(u64::MAX);
+    let ends = Arc::new(AtomicBool::new(false));
+    let writer = {
+        let (memory, ends) = (driver.memory.clone(), ends.clone());
+        std::thread::Builder::new().spawn(move || {
+            use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+            let memory = memory.memory();
+            let read = [0_u8; 16];
+            let mut write = [0xff_u8; 16];
+            write[..8].copy_from_slice(&1_u64.to_le_bytes());
+            while !ends.load(Ordering::Relaxed) {
+                for header in [read, write] {
+                    memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
+                }
+            }
+        })
+    };
+    for _ in 0..3000 {
+        driver.put(STATUS, &[0xee]);
+        let chain = [
+            Segment::readable(HEADER, 16),
+            Segment::writable(DATA, 512),
+            Segment::writable(STATUS, 1),
+        ];
+        driver.add(0, &chain);
+        driver.kick(0);
+        let (_, written) = driver.wait_used(0);
+        let status = driver.get(STATUS, 1)[0];
+        // 0: read. 1: out of range, or a write without readable data. 2: half of either header is no kind at all.
+        let expected: &[u32] = if status == 0 { &[513] } else { &[1, 513] };
+        assert!(
+            status <= 2 && expected.contains(&written),
+            "{status} {written}"
+        );
+    }
+    ends.store(true, Ordering::Relaxed);
+    writer.unwrap().join().unwrap();
+    assert_eq!(driver.status(), 15);
+}
+
+/// A device whose queue the host cannot serve at the moment.
+struct Unlucky(AtomicBool);
+
+impl DeviceState for Unlucky {
+    fn save(&self) -> Saved {
+        unreachable!("nobody saves it")
+    }
+
+    fn restore(&self, _: &Saved) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Unlucky {
+    fn device_id(&self) -> u16 {
+        4
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![8]
+    }
+
+    fn config_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
+        if self.0.swap(false, Ordering::SeqCst) {
+            let source = io::Error::other("no thread left");
+            return Err(StartError { index: 0, source });
+        }
+        atoll_devices::virtio::rng::Rng::new().start_queue(start)
+    }
+
+    fn counters(&self) -> CounterList {
+        Vec::new()
+    }
+}
+
+#[test]
+fn a_queue_that_cannot_start_breaks_the_device_until_a_reset() {
+    let mut driver = Driver::new(Arc::new(Unlucky(AtomicBool::new(true))));
+    driver.start(u64::MAX);
+    assert_ne!(driver.status() & 0x40, 0, "the driver is told");
+    driver.reset();
+    assert_eq!(driver.status(), 0);
+    driver.start(u64::MAX);
+    driver.add(0, &[Segment::writable(DATA, 32)]);
+    driver.kick(0);
+    assert_eq!(driver.wait_used(0).1, 32);
+}
