@@ -110,10 +110,14 @@ fn is_file(what: &str, path: &Path) -> Result<(), SpecError> {
 
 fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     let path = disk.path.display();
-    is_file("disk", &disk.path)?;
-    let kind = fs::metadata(&disk.path).map(|found| found.file_type());
-    if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
-        return refuse(format!("disk {path}: neither a file nor a block device"));
+    let images = disk.backing.iter().map(|image| &image.path);
+    for image in images.chain([&disk.path]) {
+        is_file("disk", image)?;
+        let kind = fs::metadata(image).map(|found| found.file_type());
+        if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
+            let image = image.display();
+            return refuse(format!("disk {image}: neither a file nor a block device"));
+        }
     }
     if let Some(serial) = &disk.serial
         && (serial.len() > SERIAL_BYTES_MAX || !serial.bytes().all(|byte| byte.is_ascii_graphic()))

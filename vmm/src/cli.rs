@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
 use atoll_vmm_protocol::spec::{
-    BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec, VhostNet,
+    BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskLimits, DiskSpec, MachineSpec,
+    NetSpec, VhostNet,
 };
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
@@ -42,7 +43,23 @@ Examples:
   atoll-vmm run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda rw' \\
       --cpus 4 --memory 2G --disk path=debian.raw,format=raw --net tap=tap0,mac=52:54:00:12:34:56 \\
       --console socket=/run/vm/serial --api-socket /run/vm/api
-  atoll-vmm ctl --api-socket /run/vm/api power-button";
+  atoll-vmm ctl --api-socket /run/vm/api power-button
+
+Keys of --disk:
+  path=FILE             image file or block device
+  format=raw|qcow2      never guessed: a guest can write any header
+  backing=FORMAT:FILE   the image behind a qcow2 image, if its header names one; repeat for the one behind that
+  readonly              the guest may not write
+  serial=TEXT           what the guest reads as the disk's serial number
+  queues=N              virtqueues; one a vCPU when absent
+  cache=MODE            writeback (default), none, writethrough, directsync, unsafe
+  discard               give space back that the guest discards
+  detect-zeroes         writes of nothing but zeroes take no space
+  bytes-per-second=N operations-per-second=N, each also with read- or write- before it, and with
+  bytes-burst=N operations-burst=N: rates to which the disk is held";
+
+const DISK_KEYS: &str = "path=, format=, backing=, readonly, serial=, queues=, cache=, discard, detect-zeroes, \
+    bytes-per-second=, bytes-burst=, operations-per-second=, operations-burst=, read-… and write-… of these";
 
 /// Sub-commands.
 #[derive(Debug, Subcommand)]
@@ -88,7 +105,7 @@ pub struct RunArguments {
     /// Guest memory: a number of MiB, or with a unit: 512M, 4G
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_mib)]
     pub memory: u64,
-    /// A disk: path=FILE,format=raw[,readonly][,serial=TEXT][,queues=N]; may be repeated
+    /// A disk: path=FILE,format=raw|qcow2[,KEY…]; may be repeated; its keys are below
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
     /// A network card: tap=NAME[,mac=AA:BB:CC:DD:EE:FF][,mtu=N][,queues=PAIRS][,vhost=auto|on|off]
@@ -331,7 +348,7 @@ fn keys(
     Ok(())
 }
 
-fn number(key: &str, value: &str) -> Result<u16, String> {
+fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
     value
         .parse()
         .map_err(|_| format!("{key}={value}: expected a number"))
@@ -339,36 +356,68 @@ fn number(key: &str, value: &str) -> Result<u16, String> {
 
 fn disk(text: &str) -> Result<DiskSpec, String> {
     let (mut path, mut format) = (None, None);
-    let mut spec = DiskSpec {
-        path: PathBuf::new(),
-        format: DiskFormat::Raw,
-        readonly: false,
-        serial: None,
-        queue_count: None,
-    };
-    keys(
-        text,
-        "path=, format=, readonly, serial=, queues=",
-        |key, value| {
-            match (key, value) {
-                ("path", Some(value)) => path = Some(PathBuf::from(value)),
-                ("format", Some("raw")) => format = Some(DiskFormat::Raw),
-                ("format", Some(other)) => {
-                    return Err(format!("format={other}: only raw disks are supported yet"));
-                }
-                ("readonly", None) => spec.readonly = true,
-                ("serial", Some(value)) => spec.serial = Some(value.to_owned()),
-                ("queues", Some(value)) => spec.queue_count = Some(number(key, value)?),
-                _ => return Ok(false),
+    let mut spec = DiskSpec::default();
+    keys(text, DISK_KEYS, |key, value| {
+        match (key, value) {
+            ("path", Some(value)) => path = Some(PathBuf::from(value)),
+            ("format", Some(value)) => format = Some(disk_format(key, value)?),
+            ("readonly", None) => spec.readonly = true,
+            ("serial", Some(value)) => spec.serial = Some(value.to_owned()),
+            ("queues", Some(value)) => spec.queue_count = Some(number(key, value)?),
+            ("cache", Some(value)) => spec.cache = cache_mode(value)?,
+            ("discard", None) => spec.discard = true,
+            ("detect-zeroes", None) => spec.detect_zeroes = true,
+            ("backing", Some(value)) => {
+                let (format, path) = value.split_once(':').ok_or_else(|| {
+                    format!("backing={value}: expected FORMAT:FILE, as in backing=raw:base.img")
+                })?;
+                spec.backing.push(BackingSpec {
+                    path: path.into(),
+                    format: disk_format(key, format)?,
+                });
             }
-            Ok(true)
-        },
-    )?;
+            (key, Some(value)) => return limit(&mut spec.limits, key, value),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
     spec.path = path.ok_or("path= is missing")?;
     spec.format = format.ok_or(
-        "format= is missing: say format=raw (a guest could fake any other, so it is not guessed)",
+        "format= is missing: say format=raw or format=qcow2 (a guest can write any header, so it is not guessed)",
     )?;
     Ok(spec)
+}
+
+fn disk_format(key: &str, value: &str) -> Result<DiskFormat, String> {
+    match value {
+        "raw" => Ok(DiskFormat::Raw),
+        "qcow2" => Ok(DiskFormat::Qcow2),
+        other => Err(format!("{key}={other}: there are raw and qcow2")),
+    }
+}
+
+fn cache_mode(value: &str) -> Result<CacheMode, String> {
+    match value {
+        "none" => Ok(CacheMode::None),
+        "writeback" => Ok(CacheMode::Writeback),
+        "writethrough" => Ok(CacheMode::Writethrough),
+        "directsync" => Ok(CacheMode::Directsync),
+        "unsafe" => Ok(CacheMode::Unsafe),
+        other => Err(format!(
+            "cache={other}: there are none, writeback, writethrough, directsync and unsafe"
+        )),
+    }
+}
+
+/// Takes a key that is a limit's name with dashes.
+fn limit(limits: &mut DiskLimits, key: &str, value: &str) -> Result<bool, String> {
+    for (name, field) in limits.fields() {
+        if key.replace('-', "_") == name {
+            *field = Some(number(key, value)?);
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn net(text: &str) -> Result<NetSpec, String> {
@@ -458,16 +507,26 @@ mod tests {
             (spec.serial.as_deref(), spec.queue_count),
             (Some("x"), Some(2))
         );
-        assert!(disk("path=/a").unwrap_err().contains("format=raw"));
-        assert!(
-            disk("path=/a,format=qcow2")
-                .unwrap_err()
-                .contains("only raw")
+        let spec = disk(
+            "path=/a,format=qcow2,backing=qcow2:/b,backing=raw:/c,cache=none,discard,detect-zeroes,read-bytes-burst=7",
+        )
+        .unwrap();
+        assert_eq!(
+            (spec.format, spec.cache, spec.limits.read_bytes_burst),
+            (DiskFormat::Qcow2, CacheMode::None, Some(7))
         );
-        assert!(
-            disk("path=/a,format=raw,colour=red")
-                .unwrap_err()
-                .contains("readonly")
-        );
+        let backing: Vec<_> = spec.backing.iter().map(|one| one.format).collect();
+        assert_eq!(backing, [DiskFormat::Qcow2, DiskFormat::Raw]);
+        assert!(spec.discard && spec.detect_zeroes);
+        for (text, expected) in [
+            ("path=/a", "format=raw or format=qcow2"),
+            ("path=/a,format=vmdk", "raw and qcow2"),
+            ("path=/a,format=qcow2,backing=/b", "backing=raw:base.img"),
+            ("path=/a,format=raw,cache=some", "directsync"),
+            ("path=/a,format=raw,bytes-burst=x", "expected a number"),
+            ("path=/a,format=raw,colour=red", "readonly"),
+        ] {
+            assert!(disk(text).unwrap_err().contains(expected), "{text}");
+        }
     }
 }

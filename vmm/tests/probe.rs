@@ -20,7 +20,9 @@ use std::time::{Duration, Instant};
 use atoll_vmm::probe::PROBE_ELF;
 use atoll_vmm_protocol::api::{MachineState, Request};
 use atoll_vmm_protocol::client::Client;
-use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::spec::{
+    BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -80,9 +82,7 @@ fn disk(directory: &Path, name: &str, content: &[u8]) -> DiskSpec {
     DiskSpec {
         path,
         format: DiskFormat::Raw,
-        readonly: false,
-        serial: None,
-        queue_count: None,
+        ..DiskSpec::default()
     }
 }
 
@@ -316,6 +316,78 @@ fn disks_keep_what_is_written_and_refuse_when_readonly() {
         "nothing was written"
     );
     assert_eq!(images[1], content);
+}
+
+/// The first `size` bytes of a qcow2 disk that nobody has open.
+fn qcow2_content(path: &Path, size: usize) -> Vec<u8> {
+    let source = atoll_disk::Source {
+        path: path.to_owned(),
+        format: atoll_disk::Format::Qcow2,
+        backing: Vec::new(),
+    };
+    let disk = atoll_disk::open(&source, atoll_disk::OpenOptions::default()).unwrap();
+    let mut content = vec![0; size];
+    atoll_disk::conformance::read(&*disk, 0, &mut content).unwrap();
+    content
+}
+
+#[test]
+fn a_qcow2_disk_is_written_limited_and_grown_while_its_guest_runs() {
+    if !kvm() {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let path = directory.path();
+    let image = path.join("disk.qcow2");
+    let options = atoll_disk::qcow2::Qcow2Options::default();
+    atoll_disk::qcow2::create(&image, 1 << 20, &options).unwrap();
+    let mut spec = spec(path, "stay write");
+    let mut disk = DiskSpec {
+        path: image.clone(),
+        format: DiskFormat::Qcow2,
+        discard: true,
+        detect_zeroes: true,
+        ..DiskSpec::default()
+    };
+    disk.limits.operations_per_second = Some(2000);
+    spec.disks = vec![
+        disk,
+        DiskSpec {
+            cache: CacheMode::None,
+            ..self::disk(path, "raw", &[3; 65536])
+        },
+    ];
+    let mut machine = Machine::start(path, &spec);
+    let report = report(&machine.hear(PROMPT, 1));
+    assert_eq!(report["ok"], true, "{report}");
+    let ask = |request, body: Value| machine.client.ask_with::<Value>(request, &body);
+    let grow = |id: &str, size: u64| {
+        let body = serde_json::json!({"id": id, "size_bytes": size});
+        ask(Request::ResizeDisk, body).map_err(|error| error.to_string())
+    };
+    grow("disk0", 4 << 20).unwrap();
+    grow("disk1", 1 << 20).unwrap();
+    assert!(
+        grow("disk0", 1 << 20)
+            .unwrap_err()
+            .contains("can only grow")
+    );
+    assert!(
+        grow("disk2", 1 << 20)
+            .unwrap_err()
+            .contains("no disk disk2")
+    );
+    let limits = serde_json::json!({"id": "disk0", "read_bytes_per_second": 1 << 20});
+    ask(Request::SetDiskLimits, limits).unwrap();
+    let wrong = serde_json::json!({"id": "disk0", "read_bytes": 1});
+    let refused = ask(Request::SetDiskLimits, wrong).unwrap_err();
+    assert!(refused.to_string().contains("unknown field"), "{refused}");
+    assert_eq!(fs::metadata(path.join("raw")).unwrap().len(), 1 << 20);
+    machine.client.act(Request::Shutdown).unwrap();
+    assert_eq!(machine.exit_code(), Some(0));
+    let section = sections(&report, "blk")[0];
+    let content = qcow2_content(&image, 4 << 20);
+    assert_eq!(section["checksum"].as_str().unwrap(), checksum(&content));
 }
 
 #[test]

@@ -8,7 +8,7 @@
 use std::error::Error;
 use std::fs::File;
 
-use atoll_disk::{BlockBackend, OpenOptions, Operation, RawBackend, Request, Segments};
+use atoll_disk::{Format, OpenOptions, Operation, Request, Segments, Source};
 use rustix::event::{PollFd, PollFlags, poll};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -16,8 +16,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let path = directory.path().join("disk.raw");
     File::create(&path)?.set_len(1 << 20)?;
 
-    let disk = RawBackend::open(&path, OpenOptions::default())?;
-    println!("{:?}, engine {:?}", disk.geometry(), disk.engine());
+    let source = Source {
+        path,
+        format: Format::Raw,
+        backing: Vec::new(),
+    };
+    let disk = atoll_disk::open(&source, OpenOptions::default())?;
+    println!("{:?}, {:?}", disk.geometry(), disk.abilities());
 
     let mut sector = *b"hello, sector 3!";
     let mut queue = disk.open_queue(16)?;

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Tokens that come at a rate, up to a burst. Whoever finds any may take more than there are: the debt delays
+/// Tokens that come at a rate, up to a burst. Whoever finds one may take more than there are: the debt delays
 /// the next one, so that the average holds for requests of any size.
 #[derive(Debug, Clone)]
 pub struct TokenBucket {
@@ -35,11 +35,12 @@ impl TokenBucket {
     /// How long until [`TokenBucket::take`] may be called; zero when it may be now.
     pub fn wait(&mut self, now: Instant) -> Duration {
         self.fill(now);
-        if self.nano_tokens > 0 {
+        let missing = NANO - self.nano_tokens;
+        if missing <= 0 {
             return Duration::ZERO;
         }
-        // One more than the debt, rounded up.
-        let nanos = (1 - self.nano_tokens).div_euclid(i128::from(self.per_second)) + 1;
+        // Rounded up, so that the wait is never in vain.
+        let nanos = missing.div_euclid(i128::from(self.per_second)) + 1;
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 

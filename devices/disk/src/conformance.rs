@@ -7,7 +7,7 @@ use std::io;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::backend::{
-    BlockBackend, BlockQueue, Completion, Geometry, Operation, Request, SECTOR_BYTES,
+    BlockBackend, BlockQueue, Completion, Geometry, Operation, Request, SECTOR_BYTES, Space,
 };
 use crate::segments::Segments;
 
@@ -30,6 +30,9 @@ pub fn check(make: impl Fn(Geometry) -> Box<dyn BlockBackend>) {
     refuses_writes_when_read_only(&*make(read_only));
     queues_share_one_disk(&*make(writable));
     dropping_a_queue_waits(&*make(writable));
+    zeroes_and_discards(&*make(writable));
+    refuses_zeroing_where_it_may_not(&*make(writable), &*make(read_only));
+    grows_under_its_queues(&*make(writable));
 }
 
 /// Reads one range and waits for it.
@@ -72,6 +75,19 @@ fn segments(buffers: &mut [&mut [u8]]) -> Segments {
     segments
 }
 
+/// Carries out a request without data and waits for it.
+pub fn act(backend: &dyn BlockBackend, offset_bytes: u64, operation: Operation) -> io::Result<()> {
+    one(
+        backend,
+        Request {
+            token: 1,
+            operation,
+            offset_bytes,
+            segments: Segments::new(),
+        },
+    )
+}
+
 fn flush(token: u64) -> Request {
     Request {
         token,
@@ -96,8 +112,13 @@ fn run(queue: &mut dyn BlockQueue) -> io::Result<Vec<Completion>> {
     let mut done = Vec::new();
     queue.kick()?;
     while queue.in_flight() > 0 {
-        let fd = queue.completion_fd();
-        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], None)?;
+        let fds = [Some(queue.completion_fd()), queue.timer_fd()];
+        let mut fds: Vec<_> = fds
+            .into_iter()
+            .flatten()
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        poll(&mut fds, None)?;
         queue.complete(&mut done)?;
     }
     Ok(done)
@@ -245,12 +266,90 @@ fn dropping_a_queue_waits(backend: &dyn BlockBackend) {
     );
 }
 
+fn zeroes_and_discards(backend: &dyn BlockBackend) {
+    let abilities = backend.abilities();
+    let mut buffer = vec![0; 65536];
+    if abilities.write_zeroes {
+        for (space, length_bytes) in [(Space::Keep, 12288), (Space::Free, 4096)] {
+            write(backend, 0, &pattern(1, 65536)).expect("write");
+            let operation = Operation::WriteZeroes {
+                length_bytes,
+                space,
+            };
+            act(backend, 8192, operation).expect("write zeroes");
+            let mut expected = pattern(1, 65536);
+            expected[8192..8192 + usize::try_from(length_bytes).expect("small")].fill(0);
+            read(backend, 0, &mut buffer).expect("read");
+            assert!(
+                buffer == expected,
+                "zeroes, {space:?}: there and only there"
+            );
+        }
+    }
+    write(backend, 0, &pattern(2, 65536)).expect("write");
+    let length_bytes = 32768;
+    act(backend, 16384, Operation::Discard { length_bytes }).expect("a discard is advice");
+    read(backend, 0, &mut buffer).expect("read");
+    let expected = pattern(2, 65536);
+    assert!(buffer[..16384] == expected[..16384], "before a discard");
+    assert!(buffer[49152..] == expected[49152..], "behind a discard");
+}
+
+fn refuses_zeroing_where_it_may_not(writable: &dyn BlockBackend, read_only: &dyn BlockBackend) {
+    let space = Space::Keep;
+    let zero = |length_bytes| Operation::WriteZeroes {
+        length_bytes,
+        space,
+    };
+    for (offset, length) in [
+        (SIZE_BYTES - 4096, 8192),
+        (u64::MAX - 511, 1024),
+        (0, u64::MAX),
+    ] {
+        act(writable, offset, zero(length)).expect_err("zeroes beyond the end");
+        let length_bytes = length;
+        act(writable, offset, Operation::Discard { length_bytes })
+            .expect_err("discard beyond the end");
+    }
+    let error = act(read_only, 0, zero(4096)).expect_err("zeroes on a read-only disk");
+    assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+}
+
+fn grows_under_its_queues(backend: &dyn BlockBackend) {
+    let mut queue = backend.open_queue(2).expect("open a queue");
+    backend
+        .resize(SIZE_BYTES - 4096)
+        .expect_err("a disk in use does not shrink");
+    backend
+        .resize(SIZE_BYTES + 1)
+        .expect_err("sizes are whole blocks");
+    assert_eq!(backend.geometry().size_bytes, SIZE_BYTES);
+    backend.resize(2 * SIZE_BYTES).expect("grow");
+    assert_eq!(backend.geometry().size_bytes, 2 * SIZE_BYTES);
+    let mut data = pattern(3, 4096);
+    let request = Request {
+        token: 1,
+        operation: Operation::Write,
+        offset_bytes: 2 * SIZE_BYTES - 4096,
+        segments: segments(&mut [&mut data]),
+    };
+    queue.submit(request).expect("an empty queue");
+    let done = run(&mut *queue).expect("run");
+    done[0]
+        .result
+        .as_ref()
+        .expect("a queue from before sees the new end");
+    let mut buffer = vec![1; 8192];
+    read(backend, 2 * SIZE_BYTES - 8192, &mut buffer).expect("read the new end");
+    assert!(buffer[..4096] == [0; 4096] && buffer[4096..] == data);
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{Faulty, MemoryBackend};
+    use crate::{DetectZeroes, Faulty, Limited, Limits, MemoryBackend, Rate};
 
     #[test]
     fn memory_conforms() {
@@ -265,6 +364,80 @@ mod tests {
                 Arc::new(|_, _| None),
             ))
         });
+    }
+
+    #[test]
+    fn limits_and_zero_detection_conform() {
+        check(|geometry| {
+            let zeroes = DetectZeroes::new(Arc::new(MemoryBackend::new(geometry)), true);
+            Box::new(Limited::new(Arc::new(zeroes), Limits::default()))
+        });
+        let operations = Rate {
+            per_second: Some(20_000),
+            burst: Some(4),
+        };
+        let mut limits = Limits::default();
+        limits.total.operations = operations;
+        limits.write.bytes.per_second = Some(64 << 20);
+        check(move |geometry| {
+            let inner = Arc::new(MemoryBackend::new(geometry));
+            Box::new(Limited::new(inner, limits))
+        });
+    }
+
+    /// What a queue of 16 has done `after` its kick, under a limit of 4 operations at once and one an hour.
+    #[track_caller]
+    fn held(then: impl FnOnce(&Limited, &mut dyn BlockQueue)) -> usize {
+        let geometry = Geometry {
+            size_bytes: 4096,
+            read_only: false,
+        };
+        let mut limits = Limits::default();
+        limits.read.operations = Rate {
+            per_second: Some(1),
+            burst: Some(4),
+        };
+        let disk = Limited::new(Arc::new(MemoryBackend::new(geometry)), limits);
+        let mut buffer = [0; 512];
+        let mut queue = disk.open_queue(16).unwrap();
+        for token in 0..16 {
+            let request = Request {
+                token,
+                operation: Operation::Read,
+                offset_bytes: 0,
+                segments: segments(&mut [&mut buffer]),
+            };
+            queue.submit(request).unwrap();
+        }
+        queue.kick().unwrap();
+        then(&disk, &mut *queue);
+        let mut done = Vec::new();
+        queue.complete(&mut done).unwrap();
+        queue.complete(&mut done).unwrap();
+        done.len()
+    }
+
+    #[test]
+    fn a_limit_holds_requests_back_until_it_is_lifted() {
+        assert_eq!(held(|_, _| {}), 4, "the burst");
+        assert_eq!(held(|disk, _| disk.set(Limits::default())), 16, "lifted");
+        assert_eq!(held(|_, queue| queue.hurry()), 16, "a stopping device");
+    }
+
+    #[test]
+    fn zeroes_are_found_and_nothing_else() {
+        let inner = MemoryBackend::new(Geometry {
+            size_bytes: 65536,
+            read_only: false,
+        });
+        let fault = |operation, _| (operation == Operation::Write).then_some(io::ErrorKind::Other);
+        let plain_writes_fail = Faulty::new(inner, Arc::new(fault));
+        let disk = DetectZeroes::new(Arc::new(plain_writes_fail), true);
+        write(&disk, 4096, &[0; 8192]).expect("zeroes");
+        let mut data = [0; 8192];
+        data[8191] = 1;
+        write(&disk, 4096, &data).expect_err("not only zeroes");
+        write(&disk, 512, &[0; 512]).expect_err("too small to be worth it");
     }
 
     #[test]

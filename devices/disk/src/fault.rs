@@ -5,7 +5,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::backend::{BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request};
+use crate::backend::{
+    Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
+    ResizeError,
+};
 
 /// Decides which requests fail: given an operation and its first byte, the error or nothing.
 pub type Fault = dyn Fn(Operation, u64) -> Option<io::ErrorKind> + Send + Sync;
@@ -28,6 +31,14 @@ impl<B: BlockBackend> BlockBackend for Faulty<B> {
         self.inner.geometry()
     }
 
+    fn abilities(&self) -> Abilities {
+        self.inner.abilities()
+    }
+
+    fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
+        self.inner.resize(size_bytes)
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         let inner = self.inner.open_queue(depth)?;
         Ok(Box::new(FaultyQueue {
@@ -48,6 +59,14 @@ struct FaultyQueue {
 impl BlockQueue for FaultyQueue {
     fn completion_fd(&self) -> BorrowedFd<'_> {
         self.inner.completion_fd()
+    }
+
+    fn timer_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.timer_fd()
+    }
+
+    fn hurry(&mut self) {
+        self.inner.hurry();
     }
 
     fn submit(&mut self, mut request: Request) -> Result<(), Full> {

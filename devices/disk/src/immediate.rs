@@ -4,17 +4,18 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::backend::{BlockQueue, Completion, Full, Geometry, Request};
+use crate::backend::{BlockQueue, Completion, Full, Request, SharedGeometry};
 
 /// Carries out one request that fits the disk.
 pub(crate) type Transfer = dyn FnMut(&Request) -> io::Result<()> + Send;
 
 /// Requests wait until the kick and are finished after it.
 pub(crate) struct ImmediateQueue {
-    geometry: Geometry,
+    geometry: Arc<SharedGeometry>,
     depth: usize,
     transfer: Box<Transfer>,
     waiting: VecDeque<Request>,
@@ -23,7 +24,11 @@ pub(crate) struct ImmediateQueue {
 }
 
 impl ImmediateQueue {
-    pub(crate) fn new(geometry: Geometry, depth: u16, transfer: Box<Transfer>) -> io::Result<Self> {
+    pub(crate) fn new(
+        geometry: Arc<SharedGeometry>,
+        depth: u16,
+        transfer: Box<Transfer>,
+    ) -> io::Result<Self> {
         Ok(Self {
             geometry,
             depth: depth.into(),
@@ -54,7 +59,7 @@ impl BlockQueue for ImmediateQueue {
         }
         while let Some(request) = self.waiting.pop_front() {
             let result = request
-                .check(self.geometry)
+                .check(self.geometry.get())
                 .and_then(|()| (self.transfer)(&request));
             self.finished.push(request.finish(result));
         }

@@ -2,28 +2,49 @@
 //! Block backends: what the host does for a guest's disk.
 //!
 //! ```text
-//! device ──► BlockBackend ──open_queue──► BlockQueue   one a virtqueue, owned by that queue's thread
-//!            raw file or block device      submit … kick … completion_fd readable … complete
+//! open::files ──► OpenedDisk ──backend──► BlockBackend ──open_queue──► BlockQueue
+//! the only place that opens,              Limited                      one a virtqueue, owned by its thread:
+//! checks and locks paths                    └ DetectZeroes             submit … kick … completion_fd readable …
+//!                                              └ raw │ qcow2           complete
 //! ```
 //!
-//! A backend knows sectors and host memory, nothing of virtio, guests or image names. Offsets come from the
-//! guest: an implementation must not panic on any of them. Not here: image formats other than raw.
+//! Decorators are in this order, outermost first, because each one's meaning depends on it:
+//!
+//! 1. [`Limited`]: a guest is charged for what it asked for, before anything is optimized away.
+//! 2. whatever records changes or injects faults ([`Faulty`]): it sees requests as the guest made them.
+//! 3. [`DetectZeroes`]: rewrites requests for the image alone.
+//!
+//! Engines: a raw disk is served by io_uring where the process may use it, else by a few threads; qcow2 always
+//! by threads. A backend knows sectors and host memory, nothing of virtio, guests or image names. Offsets come
+//! from the guest: an implementation must not panic on any of them.
 
+mod alignment;
 mod backend;
 mod bucket;
 pub mod conformance;
 mod fault;
 mod immediate;
+mod limits;
+mod lock;
 mod memory;
+mod open;
+mod pool;
+pub mod qcow2;
 mod raw;
 mod segments;
 mod uring;
+mod zeroes;
+mod zeroing;
 
 pub use backend::{
-    BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request, SECTOR_BYTES,
+    Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
+    ResizeError, SECTOR_BYTES, Space,
 };
 pub use bucket::TokenBucket;
 pub use fault::{Fault, Faulty};
+pub use limits::{Limit, Limited, Limits, Rate};
 pub use memory::MemoryBackend;
-pub use raw::{Engine, OpenError, OpenOptions, RawBackend};
+pub use open::{Cache, Engine, Format, OpenError, OpenOptions, OpenedDisk, Source, files, open};
+pub use raw::RawBackend;
 pub use segments::Segments;
+pub use zeroes::DetectZeroes;

@@ -4,7 +4,9 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use crate::backend::{BlockBackend, BlockQueue, Geometry, Operation, Request};
+use crate::backend::{
+    Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, ResizeError, SharedGeometry,
+};
 use crate::immediate::ImmediateQueue;
 
 /// A disk in RAM. Completes each request when it is kicked.
@@ -12,7 +14,7 @@ use crate::immediate::ImmediateQueue;
 pub struct MemoryBackend {
     // Protects the sectors of all queues; a leaf lock, held for one copy.
     sectors: Arc<Mutex<Vec<u8>>>,
-    geometry: Geometry,
+    geometry: Arc<SharedGeometry>,
 }
 
 impl MemoryBackend {
@@ -21,14 +23,31 @@ impl MemoryBackend {
         let size = usize::try_from(geometry.size_bytes).expect("a disk in RAM fits in RAM");
         Self {
             sectors: Arc::new(Mutex::new(vec![0; size])),
-            geometry,
+            geometry: Arc::new(SharedGeometry::new(geometry)),
         }
     }
 }
 
 impl BlockBackend for MemoryBackend {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        self.geometry.get()
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            discard_bytes: Some(512),
+            write_zeroes: true,
+            ..Abilities::default()
+        }
+    }
+
+    fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
+        self.geometry.check_growth(size_bytes, 512)?;
+        let size = usize::try_from(size_bytes).map_err(|_| ResizeError::Unsupported)?;
+        let mut sectors = self.sectors.lock().expect("no holder of this lock panics");
+        sectors.resize(size, 0);
+        self.geometry.set_size(size_bytes);
+        Ok(())
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
@@ -37,24 +56,22 @@ impl BlockBackend for MemoryBackend {
             transfer(&disk, request);
             Ok(())
         });
-        Ok(Box::new(ImmediateQueue::new(
-            self.geometry,
-            depth,
-            transfer,
-        )?))
+        let geometry = self.geometry.clone();
+        Ok(Box::new(ImmediateQueue::new(geometry, depth, transfer)?))
     }
 }
 
 fn transfer(disk: &MemoryBackend, request: &Request) {
     let mut sectors = disk.sectors.lock().expect("no holder of this lock panics");
     let fits = "checked against the disk's size, which fits in RAM";
-    let start = usize::try_from(request.offset_bytes).expect(fits);
-    let length = usize::try_from(request.segments.total_bytes()).expect(fits);
+    let range = request.range();
+    let start = usize::try_from(range.start).expect(fits);
+    let end = usize::try_from(range.end).expect(fits);
+    let sectors = &mut sectors[start..end];
     match request.operation {
-        Operation::Read => request.segments.fill(&sectors[start..start + length]),
-        Operation::Write => request
-            .segments
-            .drain_to(&mut sectors[start..start + length]),
+        Operation::Read => request.segments.fill(sectors),
+        Operation::Write => request.segments.drain_to(sectors),
+        Operation::Discard { .. } | Operation::WriteZeroes { .. } => sectors.fill(0),
         Operation::Flush => {}
     }
 }

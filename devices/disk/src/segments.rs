@@ -54,6 +54,22 @@ impl Segments {
         self.total_bytes = 0;
     }
 
+    /// Whether every byte is zero now.
+    pub(crate) fn are_zero(&self) -> bool {
+        let mut page = [0_u8; 4096];
+        self.ranges.iter().all(|range| {
+            (0..range.iov_len).step_by(page.len()).all(|at| {
+                let count = page.len().min(range.iov_len - at);
+                // SAFETY: `at` is less than the `iov_len` bytes that `push` promised.
+                let start = unsafe { range.iov_base.cast::<u8>().add(at) };
+                // SAFETY: `count` bytes are left from there, as many fit into `page`, and host memory outside the
+                // guest cannot overlap them.
+                unsafe { std::ptr::copy_nonoverlapping(start, page.as_mut_ptr(), count) };
+                page[..count].iter().all(|byte| *byte == 0)
+            })
+        })
+    }
+
     /// The list as the kernel reads it.
     pub(crate) fn iovecs(&self) -> &[libc::iovec] {
         &self.ranges

@@ -8,45 +8,74 @@
     reason = "io_uring reads requests and their memory after the submitting call returned"
 )]
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 
-use crate::backend::{BlockQueue, Completion, Full, Geometry, Operation, Request};
+use crate::alignment::AlignedBuffer;
+use crate::backend::{BlockQueue, Completion, Full, Operation, Request};
 use crate::immediate::{completion_event, reset, signal};
+use crate::raw::RawFile;
+use crate::segments::Segments;
+use crate::zeroing::{Way, zeroes};
 
 /// Whether this process may use io_uring at all: seccomp filters and sysctls may forbid it.
 pub(crate) fn is_available() -> bool {
-    IoUring::new(1).is_ok()
+    ring(1).is_ok()
+}
+
+/// A ring that does what a disk needs and nothing else for whoever gets hold of it: io_uring passes by the
+/// filters on system calls.
+fn ring(entries: u32) -> io::Result<IoUring> {
+    let ring = IoUring::builder().setup_r_disabled().build(entries)?;
+    let mut allowed = [
+        opcode::Readv::CODE,
+        opcode::Writev::CODE,
+        opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
+        opcode::Nop::CODE,
+    ]
+    .map(Restriction::sqe_op);
+    ring.submitter().register_restrictions(&mut allowed)?;
+    Ok(ring)
+}
+
+/// A request that the kernel has, and what it points to beside the request's own list of ranges.
+struct Slot {
+    request: Request,
+    /// Stands in for memory that direct I/O does not take.
+    copy: Option<AlignedBuffer>,
+    /// Ranges other than the request's: those of the copy, or zeroes to write.
+    ranges: Option<Segments>,
+    /// For discards and zeroes: the way being tried.
+    way: Option<Way>,
 }
 
 /// See the module.
 pub(crate) struct UringQueue {
     ring: IoUring,
-    file: Arc<File>,
-    geometry: Geometry,
+    file: Arc<RawFile>,
     event: OwnedFd,
-    slots: Vec<Option<Request>>,
+    slots: Vec<Option<Slot>>,
     free: Vec<usize>,
     /// Finished without the kernel: they did not fit the disk.
     refused: Vec<Completion>,
-    /// Slots that the kernel asked to try again.
+    /// Slots that go to the kernel once more.
     again: Vec<usize>,
 }
 
 impl UringQueue {
-    pub(crate) fn new(file: Arc<File>, geometry: Geometry, depth: u16) -> io::Result<Self> {
+    pub(crate) fn new(file: Arc<RawFile>, depth: u16) -> io::Result<Self> {
         let depth = depth.max(1);
-        let ring = IoUring::new(u32::from(depth).next_power_of_two())?;
+        let ring = ring(u32::from(depth).next_power_of_two())?;
         let event = completion_event()?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
+        ring.submitter().register_enable_rings()?;
         Ok(Self {
             ring,
             file,
-            geometry,
             event,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..usize::from(depth)).rev().collect(),
@@ -55,14 +84,14 @@ impl UringQueue {
         })
     }
 
-    fn enqueue(&mut self, slot: usize) {
-        let request = self.slots[slot]
+    fn enqueue(&mut self, index: usize) {
+        let slot = self.slots[index]
             .as_ref()
             .expect("a slot is enqueued while it holds a request");
-        let entry = entry(self.file.as_raw_fd(), request).user_data(slot as u64);
-        // SAFETY: the request and its list of ranges stay in the slot, unmoved on the heap, until the completion
-        // was reaped or `drop` waited for it; the file is kept open by `self.file`; the ranges are valid for as
-        // long by the contract of `Segments::push`.
+        let entry = entry(&self.file, slot).user_data(index as u64);
+        // SAFETY: the slot's request, copy and lists of ranges stay where they are on the heap until the
+        // completion was reaped or `drop` waited for it; the file is kept open by `self.file`; the ranges are
+        // valid for as long by the contract of `Segments::push`.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("the ring has at least as many entries as there are slots");
     }
@@ -70,21 +99,68 @@ impl UringQueue {
     /// Takes all completions that the kernel has posted.
     fn reap(&mut self, done: &mut Vec<Completion>) {
         for entry in self.ring.completion() {
-            let slot = usize::try_from(entry.user_data()).expect("user data is a slot of ours");
+            let index = usize::try_from(entry.user_data()).expect("user data is a slot of ours");
             if matches!(-entry.result(), libc::EAGAIN | libc::EINTR) {
-                self.again.push(slot);
+                self.again.push(index);
                 continue;
             }
-            let request = self.slots[slot]
-                .take()
+            let slot = self.slots[index]
+                .as_mut()
                 .expect("the kernel completes a request once");
-            self.free.push(slot);
-            let result = outcome(&request, entry.result());
-            done.push(request.finish(result));
+            let result = outcome(slot, entry.result());
+            if let (Some(way), Err(error)) = (slot.way, &result)
+                && let Some(next) = way.after(slot.request.operation, error)
+            {
+                slot.take_way(next);
+                self.again.push(index);
+                continue;
+            }
+            let slot = self.slots[index].take().expect("looked at above");
+            self.free.push(index);
+            done.push(slot.finish(result));
         }
-        while let Some(slot) = self.again.pop() {
-            self.enqueue(slot);
+        while let Some(index) = self.again.pop() {
+            self.enqueue(index);
         }
+    }
+}
+
+impl Slot {
+    fn new(request: Request, file: &RawFile) -> Self {
+        let mut slot = Self {
+            request,
+            copy: None,
+            ranges: None,
+            way: None,
+        };
+        if let Some((way, _)) = Way::first(slot.request.operation) {
+            slot.take_way(way);
+        } else if !file.alignment.suits(&slot.request.segments) {
+            let mut copy = AlignedBuffer::like(&slot.request.segments, file.alignment);
+            if slot.request.operation == Operation::Write {
+                slot.request.segments.drain_to(copy.bytes());
+            }
+            slot.ranges = Some(copy.segments());
+            slot.copy = Some(copy);
+        }
+        slot
+    }
+
+    fn take_way(&mut self, way: Way) {
+        if way == Way::Write {
+            let range = self.request.range();
+            self.ranges = Some(zeroes(range.end - range.start));
+        }
+        self.way = Some(way);
+    }
+
+    fn finish(mut self, result: io::Result<()>) -> Completion {
+        if let (Some(copy), Operation::Read, Ok(())) =
+            (&mut self.copy, self.request.operation, &result)
+        {
+            self.request.segments.fill(copy.bytes());
+        }
+        self.request.finish(result)
     }
 }
 
@@ -97,16 +173,16 @@ impl BlockQueue for UringQueue {
         if self.in_flight() >= self.slots.len() {
             return Err(Full(request));
         }
-        if let Err(error) = request.check(self.geometry) {
+        if let Err(error) = self.file.check(&request) {
             self.refused.push(request.finish(Err(error)));
             return Ok(());
         }
-        let slot = self
+        let index = self
             .free
             .pop()
             .expect("fewer requests are in flight than there are slots");
-        self.slots[slot] = Some(request);
-        self.enqueue(slot);
+        self.slots[index] = Some(Slot::new(request, &self.file));
+        self.enqueue(index);
         Ok(())
     }
 
@@ -152,27 +228,51 @@ impl Drop for UringQueue {
     }
 }
 
-fn entry(fd: i32, request: &Request) -> squeue::Entry {
-    let ranges = request.segments.iovecs();
+fn entry(file: &RawFile, slot: &Slot) -> squeue::Entry {
+    let fd = types::Fd(file.file.as_raw_fd());
+    let request = &slot.request;
+    let ranges = slot.ranges.as_ref().unwrap_or(&request.segments).iovecs();
     let count = u32::try_from(ranges.len()).expect("a chain has at most 32,768 ranges");
-    let fd = types::Fd(fd);
-    match request.operation {
-        Operation::Read => opcode::Readv::new(fd, ranges.as_ptr(), count)
-            .offset(request.offset_bytes)
+    let offset = request.offset_bytes;
+    let write = || {
+        opcode::Writev::new(fd, ranges.as_ptr(), count)
+            .offset(offset)
+            .build()
+    };
+    match (request.operation, slot.way) {
+        (_, Some(way)) => match way.fallocate_mode() {
+            Some(mode) => {
+                let range = request.range();
+                opcode::Fallocate::new(fd, range.end - range.start)
+                    .offset(offset)
+                    .mode(mode)
+                    .build()
+            }
+            None if way == Way::Write => write(),
+            None => opcode::Nop::new().build(),
+        },
+        (Operation::Read, _) => opcode::Readv::new(fd, ranges.as_ptr(), count)
+            .offset(offset)
             .build(),
-        Operation::Write => opcode::Writev::new(fd, ranges.as_ptr(), count)
-            .offset(request.offset_bytes)
-            .build(),
-        Operation::Flush => opcode::Fsync::new(fd)
-            .flags(types::FsyncFlags::DATASYNC)
-            .build(),
+        (Operation::Write, _) => write(),
+        (Operation::Flush, _) if file.ignores_flush => opcode::Nop::new().build(),
+        // Discards and zeroes have a way from their first moment on.
+        (Operation::Flush | Operation::Discard { .. } | Operation::WriteZeroes { .. }, _) => {
+            opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build()
+        }
     }
 }
 
 /// The kernel's result: a negative errno, or how many bytes it moved.
-fn outcome(request: &Request, result: i32) -> io::Result<()> {
+fn outcome(slot: &Slot, result: i32) -> io::Result<()> {
     let Ok(moved) = u64::try_from(result) else {
         return Err(io::Error::from_raw_os_error(-result));
     };
-    request.check_moved(moved)
+    let range = slot.request.range();
+    if slot.way == Some(Way::Write) && moved < range.end - range.start {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    slot.request.check_moved(moved)
 }

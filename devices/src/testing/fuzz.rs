@@ -119,6 +119,7 @@ pub fn blk_request(input: &[u8]) {
                 assert_eq!(data.size() + 16, chain.readable().size());
                 assert!(offset.is_multiple_of(512) && data.size().is_multiple_of(512));
             }
+            Action::Range { offset, .. } => assert!(offset.is_multiple_of(512)),
             Action::Identify { .. } | Action::Flush | Action::Refuse(_) => {}
         }
     }
@@ -140,7 +141,7 @@ pub fn blk_device(input: &[u8]) {
         queue_count: 1,
     });
     let mut handler = device
-        .handler(&queue, u64::from(input[0] & 0x20) << 4)
+        .handler(&queue, u64::from(input[0] & 0x20) << 4 | 0x6000)
         .unwrap();
     for _ in 0..4 {
         if handler.process(&mut queue).is_err() {

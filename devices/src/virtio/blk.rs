@@ -9,14 +9,17 @@ pub mod request;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use atoll_disk::{BlockBackend, BlockQueue, Completion, Operation, SECTOR_BYTES, Segments};
+use atoll_disk::{
+    Abilities, BlockBackend, BlockQueue, Completion, Operation, SECTOR_BYTES, Segments,
+};
 use atoll_thread::Kind;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
@@ -24,8 +27,8 @@ use vmm_sys_util::epoll::EventSet;
 use self::request::{Action, Request, Status};
 use super::worker::{self, Progress, QueueHandler};
 use super::{
-    Chain, DeviceQueue, GuestBuffers, QueueError, QueueStart, Segment, StartError, StartedQueue,
-    VirtioDevice, device_id,
+    Chain, DeviceInterrupts, DeviceQueue, GuestBuffers, QueueError, QueueStart, Segment,
+    StartError, StartedQueue, VirtioDevice, device_id,
 };
 use crate::counters::{Counter, CounterList};
 use crate::memory::{self, Ram};
@@ -36,6 +39,8 @@ const QUEUE_SIZE: u16 = 256;
 /// Data segments of one request that we tell the driver: a queue without indirect tables also needs a descriptor
 /// for header and status each.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// [`SECTOR_BYTES`] for 32-bit fields.
+const SECTOR_BYTES_U32: u32 = 512;
 /// Bytes of the identification string, §5.2.6.
 pub const SERIAL_BYTES: usize = 20;
 
@@ -68,6 +73,7 @@ pub struct Blk {
     serial: [u8; SERIAL_BYTES],
     queue_count: u16,
     counters: Arc<Counters>,
+    interrupts: OnceLock<DeviceInterrupts>,
 }
 
 impl Blk {
@@ -83,6 +89,7 @@ impl Blk {
             serial,
             queue_count: options.queue_count.max(1),
             counters: Arc::default(),
+            interrupts: OnceLock::new(),
         }
     }
 
@@ -98,18 +105,59 @@ impl Blk {
             chain: Chain::new(),
             serial: self.serial,
             write_through: features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            features,
+            abilities: self.backend.abilities(),
             counters: self.counters.clone(),
         })
     }
 
-    /// `struct virtio_blk_config` up to `num_queues`, §5.2.4.
-    fn config(&self) -> [u8; 36] {
-        let mut config = [0; 36];
-        let sectors = self.backend.geometry().size_bytes / SECTOR_BYTES;
-        config[0..8].copy_from_slice(&sectors.to_le_bytes());
-        config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
-        config[34..36].copy_from_slice(&self.queue_count.to_le_bytes());
+    /// The backend has another size now: tells the driver.
+    pub fn resized(&self) {
+        if let Some(interrupts) = self.interrupts.get() {
+            interrupts.config_changed();
+        }
+    }
+
+    /// `struct virtio_blk_config` up to `write_zeroes_may_unmap`, §5.2.4.
+    fn config(&self) -> [u8; 57] {
+        let mut config = [0; 57];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        let abilities = self.backend.abilities();
+        let sectors = |bytes: u32| (bytes / SECTOR_BYTES_U32).to_le_bytes();
+        put(
+            0,
+            &(self.backend.geometry().size_bytes / SECTOR_BYTES).to_le_bytes(),
+        );
+        put(12, &SEGMENTS_MAX.to_le_bytes());
+        put(20, &abilities.block_bytes.to_le_bytes());
+        put(34, &self.queue_count.to_le_bytes());
+        if let Some(unit) = abilities.discard_bytes {
+            put(36, &sectors(abilities.range_bytes_max));
+            put(40, &1_u32.to_le_bytes());
+            put(44, &sectors(unit));
+        }
+        if abilities.write_zeroes {
+            put(48, &sectors(abilities.range_bytes_max));
+            put(52, &1_u32.to_le_bytes());
+            put(56, &[u8::from(abilities.discard_bytes.is_some())]);
+        }
         config
+    }
+
+    /// Whether a driver that accepted `features` may ask for this range.
+    fn takes(abilities: Abilities, features: u64, operation: Operation) -> Result<(), Status> {
+        let (feature, length_bytes) = match operation {
+            Operation::Discard { length_bytes } => (VIRTIO_BLK_F_DISCARD, length_bytes),
+            Operation::WriteZeroes { length_bytes, .. } => {
+                (VIRTIO_BLK_F_WRITE_ZEROES, length_bytes)
+            }
+            _ => return Ok(()),
+        };
+        match () {
+            () if features & 1 << feature == 0 => Err(Status::Unsupported),
+            () if length_bytes > abilities.range_bytes_max.into() => Err(Status::IoError),
+            () => Ok(()),
+        }
     }
 }
 
@@ -120,10 +168,21 @@ impl VirtioDevice for Blk {
 
     fn features(&self) -> u64 {
         let read_only = u64::from(self.backend.geometry().read_only);
+        let abilities = self.backend.abilities();
+        let discard = u64::from(abilities.discard_bytes.is_some() && read_only == 0);
+        let write_zeroes = u64::from(abilities.write_zeroes && read_only == 0);
         1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_MQ
             | read_only << VIRTIO_BLK_F_RO
+            | discard << VIRTIO_BLK_F_DISCARD
+            | write_zeroes << VIRTIO_BLK_F_WRITE_ZEROES
+    }
+
+    fn connect(&self, interrupts: DeviceInterrupts) {
+        // The transport has one set of them for as long as it lives.
+        let _ = self.interrupts.set(interrupts);
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -205,12 +264,16 @@ pub(crate) struct Handler {
     serial: [u8; SERIAL_BYTES],
     /// The driver knows no flush: each write must be durable before it completes, §5.2.6.2.
     write_through: bool,
+    features: u64,
+    abilities: Abilities,
     counters: Arc<Counters>,
 }
 
 impl QueueHandler for Handler {
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.disk.completion_fd().as_raw_fd(), EventSet::IN)]
+        let fds = [Some(self.disk.completion_fd()), self.disk.timer_fd()];
+        let fds = fds.into_iter().flatten();
+        fds.map(|fd| (fd.as_raw_fd(), EventSet::IN)).collect()
     }
 
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
@@ -243,6 +306,8 @@ impl QueueHandler for Handler {
     }
 
     fn drain(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+        // A limit must not keep a pause waiting.
+        self.disk.hurry();
         // A malformed chain ends a batch before it was handed over.
         self.disk.kick().map_err(host("submit disk requests"))?;
         loop {
@@ -271,6 +336,13 @@ impl Handler {
             Action::Read { offset, data } => (Operation::Read, offset, Some(data)),
             Action::Write { offset, data } => (Operation::Write, offset, Some(data)),
             Action::Flush => (Operation::Flush, 0, None),
+            Action::Range { offset, operation } => {
+                if let Err(status) = Blk::takes(self.abilities, self.features, operation) {
+                    self.counters.errors.add(1);
+                    return self.answer(queue, request.status, status, 0);
+                }
+                (operation, offset, None)
+            }
             Action::Identify { data } => {
                 let count = data.write(&self.serial);
                 let written = u32::try_from(count).expect("at most 20");
@@ -344,8 +416,11 @@ impl Handler {
             let index = usize::try_from(completion.token).expect("a slot's index");
             let slot = self.slots[index].take().expect("completes once");
             self.free.push(index);
-            if self.write_through && slot.operation == Operation::Write && completion.result.is_ok()
-            {
+            let wrote = matches!(
+                slot.operation,
+                Operation::Write | Operation::WriteZeroes { .. }
+            );
+            if self.write_through && wrote && completion.result.is_ok() {
                 let operation = Operation::Flush;
                 self.submit(Slot { operation, ..slot }, 0, completion.segments);
                 self.disk.kick().map_err(host("submit disk requests"))?;
@@ -386,6 +461,8 @@ impl Handler {
                 self.counters.written_bytes.add(bytes);
             }
             Operation::Flush => self.counters.flushes.add(1),
+            // They move no data; the requests are seen in the queue's own count.
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => {}
         }
     }
 }

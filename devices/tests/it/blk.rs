@@ -7,7 +7,8 @@ use std::sync::Arc;
 use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_disk::{
-    BlockBackend, Faulty, Geometry, MemoryBackend, OpenOptions, Operation, RawBackend,
+    BlockBackend, Faulty, Format, Geometry, Limited, Limits, MemoryBackend, OpenOptions, Operation,
+    Source,
 };
 
 pub(crate) const DISK_BYTES: u64 = 1 << 20;
@@ -85,7 +86,12 @@ fn a_raw_file_with_io_uring() {
         .unwrap()
         .set_len(DISK_BYTES)
         .unwrap();
-    let backend = RawBackend::open(&path, OpenOptions::default()).unwrap();
+    let source = Source {
+        path,
+        format: Format::Raw,
+        backing: Vec::new(),
+    };
+    let backend = atoll_disk::open(&source, OpenOptions::default()).unwrap();
     let mut driver = device(backend, 2);
     driver.start(u64::MAX);
     for _ in 0..300 {
@@ -211,4 +217,112 @@ fn pause_keeps_the_rings_and_reset_forgets_them() {
         driver.add(0, &chain);
         driver.kick(0);
     }
+}
+
+/// Runs a discard (11) or write-zeroes (13) request; returns its status.
+fn run_range(driver: &mut Driver, kind: u32, range: (u64, u32, u32)) -> u8 {
+    let mut header = [0; 32];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[16..24].copy_from_slice(&range.0.to_le_bytes());
+    header[24..28].copy_from_slice(&range.1.to_le_bytes());
+    header[28..].copy_from_slice(&range.2.to_le_bytes());
+    driver.put(HEADER, &header);
+    driver.put(STATUS, &[0xee]);
+    let chain = [
+        Segment::readable(HEADER, 16),
+        Segment::readable(HEADER + 16, 16),
+        Segment::writable(STATUS, 1),
+    ];
+    driver.add(0, &chain);
+    driver.kick(0);
+    driver.wait_used(0);
+    driver.get(STATUS, 1)[0]
+}
+
+#[test]
+fn discards_and_zeroes() {
+    let mut driver = device(memory_disk(), 1);
+    assert_eq!(driver.offered() & 0x6000, 0x6000);
+    assert_eq!(u32::from_le_bytes(driver.device_config(20)), 512);
+    assert_eq!(u32::from_le_bytes(driver.device_config(36)), 131_072);
+    assert_eq!(driver.device_config::<1>(56), [1]);
+    driver.start(u64::MAX);
+    for (kind, flags) in [(13, 0), (13, 1), (11, 0)] {
+        write_then_read(&mut driver, 0);
+        assert_eq!(run_range(&mut driver, kind, (5, 2, flags)), 0);
+        assert_eq!(run(&mut driver, 0, 0, 3, 8192), (0, 8193));
+        let data = driver.get(DATA - 4096, 8192);
+        assert_eq!(data[1024..2048], [0; 1024]);
+        assert!(data[1023] == 255 && data[2049] == 1, "there and only there");
+    }
+    let last = DISK_BYTES / 512;
+    for (kind, range, status) in [
+        (11, (0, 1, 1), 2),
+        (13, (0, 1, 2), 2),
+        (13, (last, 1, 0), 1),
+        (13, (u64::MAX, 1, 0), 1),
+        (11, (0, u32::MAX, 0), 1),
+    ] {
+        let answer = run_range(&mut driver, kind, range);
+        assert_eq!(answer, status, "{kind} {range:?}");
+    }
+    // A payload of another size.
+    assert_eq!(run(&mut driver, 0, 13, 0, 0), (1, 1));
+    driver.reset();
+    driver.start(!0x6000);
+    assert_eq!(run_range(&mut driver, 13, (0, 1, 0)), 2, "not negotiated");
+}
+
+#[test]
+fn a_disk_that_grew_tells_its_driver() {
+    let backend = Arc::new(memory_disk());
+    let device = Arc::new(Blk::new(BlkOptions {
+        name: "blk0".to_owned(),
+        backend: backend.clone(),
+        serial: String::new(),
+        queue_count: 1,
+    }));
+    let mut driver = Driver::new(device.clone());
+    driver.start(u64::MAX);
+    let last = DISK_BYTES / 512;
+    assert_eq!(run(&mut driver, 0, 0, last, 512), (1, 1));
+    backend.resize(2 * DISK_BYTES).unwrap();
+    device.resized();
+    assert!(
+        driver
+            .interrupts
+            .wait(0, std::time::Duration::from_secs(20))
+    );
+    assert_eq!(u64::from_le_bytes(driver.device_config(0)), 2 * last);
+    assert_eq!(run(&mut driver, 0, 0, last, 512), (0, 513));
+}
+
+/// A limit of one operation a second does not keep a pause waiting, and resumes without loss.
+#[test]
+fn limited_disks_pause_at_once() {
+    let mut limits = Limits::default();
+    limits.total.operations.per_second = Some(1);
+    let limited = Arc::new(Limited::new(Arc::new(memory_disk()), limits));
+    let mut driver = device(limited.clone(), 1);
+    driver.start(u64::MAX);
+    driver.put(HEADER, &[0; 16]);
+    let chain = [
+        Segment::readable(HEADER, 16),
+        Segment::writable(DATA, 512),
+        Segment::writable(STATUS, 1),
+    ];
+    for _ in 0..20 {
+        driver.add(0, &chain);
+    }
+    let before = std::time::Instant::now();
+    driver.kick(0);
+    driver.wait_used(0);
+    driver.device.pause();
+    for _ in 1..20 {
+        driver.wait_used(0);
+    }
+    assert!(before.elapsed() < std::time::Duration::from_secs(10));
+    driver.device.resume().unwrap();
+    limited.set(Limits::default());
+    write_then_read(&mut driver, 0);
 }

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::spec::DiskLimits;
+
 /// A request that the control API knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Request {
@@ -36,6 +38,10 @@ pub enum Request {
     Announce,
     /// Ask the guest for memory, or give it back; takes [`SetBalloon`].
     SetBalloon,
+    /// Tell the guest that a disk has grown, and grow its image; takes [`ResizeDisk`].
+    ResizeDisk,
+    /// Hold a disk to other rates from now on; takes [`SetDiskLimits`].
+    SetDiskLimits,
 }
 
 /// One row of the control API.
@@ -231,7 +237,83 @@ pub const ROUTES: &[Route] = &[
         }],
         answer: "Acted",
     },
+    Route {
+        request: Request::ResizeDisk,
+        method: "PUT",
+        path: "/resize-disk",
+        summary: "Grow a disk's image, and tell the guest",
+        parameters: &[
+            DISK_ID,
+            Parameter {
+                name: "size_bytes",
+                kind: ParameterKind::Integer,
+                required: true,
+                summary: "New size; a disk in use can only grow",
+            },
+        ],
+        answer: "Acted",
+    },
+    Route {
+        request: Request::SetDiskLimits,
+        method: "PUT",
+        path: "/set-disk-limits",
+        summary: "Hold a disk to these rates from now on; what is not given is without limit",
+        parameters: &[
+            DISK_ID,
+            limit(
+                "bytes_per_second",
+                "Bytes a second, both directions together",
+            ),
+            limit("bytes_burst", "Bytes that may come at once after idleness"),
+            limit(
+                "operations_per_second",
+                "Requests a second, both directions together",
+            ),
+            limit(
+                "operations_burst",
+                "Requests that may come at once after idleness",
+            ),
+            limit("read_bytes_per_second", "Bytes read a second"),
+            limit(
+                "read_bytes_burst",
+                "Bytes that may be read at once after idleness",
+            ),
+            limit("read_operations_per_second", "Read requests a second"),
+            limit(
+                "read_operations_burst",
+                "Read requests that may come at once",
+            ),
+            limit("write_bytes_per_second", "Bytes written a second"),
+            limit(
+                "write_bytes_burst",
+                "Bytes that may be written at once after idleness",
+            ),
+            limit("write_operations_per_second", "Write requests a second"),
+            limit(
+                "write_operations_burst",
+                "Write requests that may come at once",
+            ),
+        ],
+        answer: "Acted",
+    },
 ];
+
+/// Which disk a request is about.
+const DISK_ID: Parameter = Parameter {
+    name: "id",
+    kind: ParameterKind::Text,
+    required: true,
+    summary: "The disk: disk0 is the first of the spec",
+};
+
+const fn limit(name: &'static str, summary: &'static str) -> Parameter {
+    Parameter {
+        name,
+        kind: ParameterKind::Integer,
+        required: false,
+        summary,
+    }
+}
 
 impl Request {
     /// The row of [`ROUTES`] that describes this request.
@@ -407,6 +489,41 @@ pub struct BalloonInfo {
     pub major_faults: Option<u64>,
     /// Page faults that did not.
     pub minor_faults: Option<u64>,
+}
+
+/// Body of `PUT /resize-disk`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeDisk {
+    /// The disk: `disk0` is the first of the spec.
+    pub id: String,
+    /// New size in bytes; a disk in use can only grow.
+    pub size_bytes: u64,
+}
+
+/// Body of `PUT /set-disk-limits`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "serde_json::Map<String, serde_json::Value>")]
+pub struct SetDiskLimits {
+    /// The disk: `disk0` is the first of the spec.
+    pub id: String,
+    /// All of its limits.
+    #[serde(flatten)]
+    pub limits: DiskLimits,
+}
+
+// Derived code would let unknown names beside flattened fields pass: a mistyped limit would be none.
+impl TryFrom<serde_json::Map<String, serde_json::Value>> for SetDiskLimits {
+    type Error = String;
+
+    fn try_from(mut body: serde_json::Map<String, serde_json::Value>) -> Result<Self, String> {
+        let id = match body.remove("id") {
+            Some(serde_json::Value::String(id)) => id,
+            _ => return Err("missing field `id`".to_owned()),
+        };
+        let limits = serde_json::from_value(body.into()).map_err(|error| error.to_string())?;
+        Ok(Self { id, limits })
+    }
 }
 
 /// Answer of the requests that change what the machine does.

@@ -56,14 +56,17 @@ pub struct BootSpec {
     pub cmdline: String,
 }
 
-/// One virtio-blk disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
     /// Image file or block device on the host.
     pub path: PathBuf,
     /// Image format: always explicit, never probed, since the guest can write any header into a raw image.
     pub format: DiskFormat,
+    /// The images behind a qcow2 image, nearest first: exactly those that the images' headers name.
+    #[serde(default)]
+    pub backing: Vec<BackingSpec>,
     /// The guest may not write.
     #[serde(default)]
     pub readonly: bool,
@@ -73,14 +76,114 @@ pub struct DiskSpec {
     /// Virtqueues; one a vCPU, at most 16, when absent.
     #[serde(default)]
     pub queue_count: Option<u16>,
+    /// What stands between the guest's writes and the disk.
+    #[serde(default)]
+    pub cache: CacheMode,
+    /// Space that the guest discards is given back to the host.
+    #[serde(default)]
+    pub discard: bool,
+    /// Writes of nothing but zeroes take no space.
+    #[serde(default)]
+    pub detect_zeroes: bool,
+    /// Rates to which the disk is held.
+    #[serde(default)]
+    pub limits: DiskLimits,
 }
 
 /// Formats of disk images.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
     /// The guest's sectors, byte for byte.
+    #[default]
     Raw,
+    /// QEMU's copy-on-write format, version 3.
+    Qcow2,
+}
+
+/// An image that another one is a difference to. Opened read-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingSpec {
+    /// Image file on the host.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DiskFormat,
+}
+
+/// Cache modes, by the names that PVE and QEMU give them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheMode {
+    /// The host's page cache; durable when the guest flushes.
+    #[default]
+    Writeback,
+    /// No page cache (O_DIRECT); durable when the guest flushes.
+    None,
+    /// The host's page cache for reads; each write is durable when it completes.
+    Writethrough,
+    /// No page cache, and each write is durable when it completes.
+    Directsync,
+    /// The host's page cache, and flushes do nothing: a crash of the host loses the disk.
+    Unsafe,
+}
+
+/// Rates to which a disk is held; what is absent is without limit. A burst is what may come at once after
+/// idleness; a tenth of a second's worth when absent. Reads draw from the plain and the `read_` limits, everything
+/// that writes from the plain and the `write_` ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskLimits {
+    /// Bytes, both directions together.
+    pub bytes_per_second: Option<u64>,
+    /// Burst of it.
+    pub bytes_burst: Option<u64>,
+    /// Requests, both directions together.
+    pub operations_per_second: Option<u64>,
+    /// Burst of it.
+    pub operations_burst: Option<u64>,
+    /// Bytes read.
+    pub read_bytes_per_second: Option<u64>,
+    /// Burst of it.
+    pub read_bytes_burst: Option<u64>,
+    /// Read requests.
+    pub read_operations_per_second: Option<u64>,
+    /// Burst of it.
+    pub read_operations_burst: Option<u64>,
+    /// Bytes written.
+    pub write_bytes_per_second: Option<u64>,
+    /// Burst of it.
+    pub write_bytes_burst: Option<u64>,
+    /// Write requests.
+    pub write_operations_per_second: Option<u64>,
+    /// Burst of it.
+    pub write_operations_burst: Option<u64>,
+}
+
+impl DiskLimits {
+    /// Every field with its name, in order.
+    pub fn fields(&mut self) -> [(&'static str, &mut Option<u64>); 12] {
+        [
+            ("bytes_per_second", &mut self.bytes_per_second),
+            ("bytes_burst", &mut self.bytes_burst),
+            ("operations_per_second", &mut self.operations_per_second),
+            ("operations_burst", &mut self.operations_burst),
+            ("read_bytes_per_second", &mut self.read_bytes_per_second),
+            ("read_bytes_burst", &mut self.read_bytes_burst),
+            (
+                "read_operations_per_second",
+                &mut self.read_operations_per_second,
+            ),
+            ("read_operations_burst", &mut self.read_operations_burst),
+            ("write_bytes_per_second", &mut self.write_bytes_per_second),
+            ("write_bytes_burst", &mut self.write_bytes_burst),
+            (
+                "write_operations_per_second",
+                &mut self.write_operations_per_second,
+            ),
+            ("write_operations_burst", &mut self.write_operations_burst),
+        ]
+    }
 }
 
 /// One virtio-net card.

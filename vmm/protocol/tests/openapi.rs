@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use atoll_vmm_protocol::api::*;
+use atoll_vmm_protocol::spec::DiskLimits;
 use serde_json::Value;
 
 fn document() -> Value {
@@ -202,4 +203,18 @@ fn schemas_are_the_types() {
         },
     );
     check("SetNetLimits", SetNetLimits::default());
+    check(
+        "ResizeDisk",
+        ResizeDisk {
+            id: "disk0".into(),
+            size_bytes: 1,
+        },
+    );
+    let mut limits = DiskLimits::default();
+    limits
+        .fields()
+        .into_iter()
+        .for_each(|(_, value)| *value = Some(1));
+    let id = "disk0".into();
+    check("SetDiskLimits", SetDiskLimits { id, limits });
 }

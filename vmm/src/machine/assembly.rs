@@ -22,6 +22,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::kvm_cpuid_entry2;
 
 use super::devices::KINDS;
+use super::disks::Disk;
 use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
@@ -111,7 +112,7 @@ pub(super) struct Assembly<'a> {
     ports: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
     states: Vec<(String, Arc<dyn DeviceState>)>,
-    pub(super) disks: Vec<Arc<VirtioPci>>,
+    pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) consoles: Vec<Console>,

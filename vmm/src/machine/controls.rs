@@ -5,6 +5,7 @@ use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::api::{BalloonInfo, Request, SetBalloon, SetLink, SetNetLimits};
 
 use super::devices::rate;
+use super::disks;
 use super::parts::Parts;
 use crate::api::{self, Answer, Asked};
 
@@ -18,6 +19,8 @@ pub(super) fn obey(parts: &Parts, memory_mib: u64, asked: Asked) -> Result<(), A
             Ok(())
         }
         Request::SetBalloon => set_balloon(parts, memory_mib, &api::body(asked.body)?),
+        Request::ResizeDisk => disks::resize(parts, &api::body(asked.body)?),
+        Request::SetDiskLimits => disks::set_limits(parts, &api::body(asked.body)?),
         other => unreachable!("{other:?} is the owner's own"),
     }
 }

@@ -18,7 +18,11 @@ pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
         uptime_ms,
         resident_bytes: resident_bytes(parts.statm.as_ref()),
         vcpus: parts.vcpus.iter().map(vcpu).collect(),
-        disks: parts.disks.iter().map(|disk| disk_counters(disk)).collect(),
+        disks: parts
+            .disks
+            .iter()
+            .map(|disk| disk_counters(&disk.function))
+            .collect(),
         nets: parts
             .nets
             .iter()

@@ -8,15 +8,12 @@ use std::sync::Arc;
 
 use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
-use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, VhostNetFiles};
 use atoll_devices::virtio::rng::Rng;
-use atoll_disk::{OpenOptions, RawBackend};
-use atoll_vmm_protocol::spec::{
-    ConsoleSpec, DiskFormat, MachineSpec, NetLimits, NetSpec, VhostNet,
-};
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetLimits, NetSpec, VhostNet};
 
 use super::assembly::{Assembly, BuildError};
+use super::disks;
 use super::opened::{Opened, OpenedNet, WAS_OPENED};
 use super::parts::Card;
 use super::services;
@@ -34,8 +31,8 @@ pub(super) struct DeviceKind {
 /// their slots depend on nothing but the spec's own order.
 pub(super) const KINDS: &[DeviceKind] = &[
     DeviceKind {
-        open: open_disks,
-        add: disks,
+        open: disks::open,
+        add: disks::add,
     },
     DeviceKind {
         open: open_nets,
@@ -58,39 +55,6 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: serial,
     },
 ];
-
-fn open_disks(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
-    for disk in &spec.disks {
-        let DiskFormat::Raw = disk.format;
-        let options = OpenOptions {
-            read_only: disk.readonly,
-            ..OpenOptions::default()
-        };
-        let backend = RawBackend::open(&disk.path, options)?;
-        opened.disks.push_back(Arc::new(backend));
-    }
-    Ok(())
-}
-
-fn disks(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    for (index, disk) in assembly.spec.disks.iter().enumerate() {
-        let backend = assembly.opened.disks.pop_front().expect(WAS_OPENED);
-        let queues = u16::from(assembly.spec.cpu_count).min(check::QUEUE_COUNT_MAX);
-        let name = format!("blk{index}");
-        let device = Arc::new(Blk::new(BlkOptions {
-            name: name.clone(),
-            backend,
-            serial: disk
-                .serial
-                .clone()
-                .unwrap_or_else(|| format!("disk{index}")),
-            queue_count: disk.queue_count.unwrap_or(queues),
-        }));
-        let function = assembly.add(name, device)?;
-        assembly.disks.push(function);
-    }
-    Ok(())
-}
 
 fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for net in &spec.nets {

@@ -6,6 +6,7 @@
 //! owner     the thread that holds and releases vCPUs, and takes one event at a time
 //! assembly  from a spec to a machine that is ready for its first instruction
 //! devices   one row a kind of device; services: those that connect the guest with its host
+//! disks     the rows of disks, and what the control API changes about them
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
 //! saved     its state taken out, and put into another one that was just built
@@ -17,6 +18,7 @@ mod assembly;
 mod controls;
 mod counters;
 mod devices;
+mod disks;
 mod opened;
 mod owner;
 mod parts;

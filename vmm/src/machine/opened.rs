@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
 use atoll_devices::virtio::net::{Tap, VhostNetFiles};
-use atoll_disk::BlockBackend;
+use atoll_disk::Limited;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::BuildError;
@@ -41,7 +41,7 @@ pub(super) struct Opened {
     pub(super) directories: Vec<PathBuf>,
     pub(super) touched: Option<Touched>,
     /// In the spec's order.
-    pub(super) disks: VecDeque<Arc<dyn BlockBackend>>,
+    pub(super) disks: VecDeque<Arc<Limited>>,
     /// In the spec's order.
     pub(super) nets: VecDeque<OpenedNet>,
     pub(super) console: Option<ConsoleEnd>,

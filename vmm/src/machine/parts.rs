@@ -18,6 +18,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip};
 
 use super::assembly::BuildError;
+use super::disks::Disk;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::loader::BootFiles;
 use crate::saved::image::Touched;
@@ -30,7 +31,7 @@ pub(super) struct Parts {
     /// Every virtio function, in slot order.
     pub(super) functions: Vec<Arc<VirtioPci>>,
     /// Those among them that are disks, in the spec's order; likewise network cards.
-    pub(super) disks: Vec<Arc<VirtioPci>>,
+    pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) power_button: Arc<dyn IrqLine>,

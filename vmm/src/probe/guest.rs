@@ -232,9 +232,7 @@ fn spec(directory: &Path, tap: Option<NetSpec>) -> Result<MachineSpec, ProbeErro
         disks: vec![DiskSpec {
             path: disk,
             format: DiskFormat::Raw,
-            readonly: false,
-            serial: None,
-            queue_count: None,
+            ..DiskSpec::default()
         }],
         nets: tap.into_iter().collect(),
         serial: ConsoleSpec::Stdio,

@@ -236,7 +236,7 @@ const NET: &[Call] = &[ioctl_types(&[nr(TUN, 0), nr(VHOST, 0)])];
 
 const DISK: &[Call] = &[call(libc::SYS_io_uring_enter), ioctl_types(&[nr(BLOCK, 0)])];
 
-/// The machine's life: everything of KVM, memory, terminal modes at the end.
+/// The machine's life: everything of KVM, memory, terminal modes at the end. (It also grows images: `FILES`.)
 const OWNER: &[Call] = &[
     ioctl_types(&[nr(KVM, 0), nr(VHOST, 0), nr(TUN, 0)]),
     call(libc::SYS_eventfd2),

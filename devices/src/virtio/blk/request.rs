@@ -1,15 +1,20 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! A chain as a block request, VIRTIO 1.2 §5.2.6. Reads the 16 bytes of the header once; touches no data.
 
-use atoll_disk::SECTOR_BYTES;
+use atoll_disk::{Operation, SECTOR_BYTES, Space};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 use crate::virtio::{Chain, GuestBuffers, QueueError};
 
 /// Bytes of `struct virtio_blk_req` before the data: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
+/// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags. One a request.
+const RANGE_BYTES: usize = 16;
+/// Its only flag: the device may free the space of what it zeroes.
+const FLAG_UNMAP: u32 = 1;
 
 /// Value of the status byte, §5.2.6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +47,13 @@ pub enum Action<'a> {
     },
     /// Make completed writes durable.
     Flush,
+    /// Discard or zero a range; the operation has its length.
+    Range {
+        /// First byte on the disk.
+        offset: u64,
+        /// [`Operation::Discard`] or [`Operation::WriteZeroes`].
+        operation: Operation,
+    },
     /// Tell the serial number.
     Identify {
         /// Where to.
@@ -107,7 +119,37 @@ fn action<'a>(
             Action::Write { offset, data }
         }),
         VIRTIO_BLK_T_FLUSH => Action::Flush,
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => range(kind, payload),
         VIRTIO_BLK_T_GET_ID => Action::Identify { data },
         _ => Action::Refuse(Status::Unsupported),
     }
+}
+
+/// §5.2.6.2: the range is in the payload, the header's sector means nothing.
+fn range<'a>(kind: u32, payload: GuestBuffers<'_>) -> Action<'a> {
+    let mut bytes = [0; RANGE_BYTES];
+    if payload.size() != RANGE_BYTES as u64 || payload.read(&mut bytes) != RANGE_BYTES {
+        return Action::Refuse(Status::IoError);
+    }
+    let (sector, rest) = bytes.split_at(8);
+    let (count, flags) = rest.split_at(4);
+    let sector = u64::from_le_bytes(sector.try_into().expect("8 bytes"));
+    let count = u32::from_le_bytes(count.try_into().expect("4 bytes"));
+    let flags = u32::from_le_bytes(flags.try_into().expect("4 bytes"));
+    let Some(offset) = sector.checked_mul(SECTOR_BYTES) else {
+        return Action::Refuse(Status::IoError);
+    };
+    let length_bytes = u64::from(count) * SECTOR_BYTES;
+    let operation = match (kind, flags) {
+        (VIRTIO_BLK_T_DISCARD, 0) => Operation::Discard { length_bytes },
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0 | FLAG_UNMAP) => Operation::WriteZeroes {
+            length_bytes,
+            space: match flags {
+                0 => Space::Keep,
+                _ => Space::Free,
+            },
+        },
+        _ => return Action::Refuse(Status::Unsupported),
+    };
+    Action::Range { offset, operation }
 }

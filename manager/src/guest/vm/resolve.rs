@@ -143,6 +143,7 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
             readonly: cdrom || disk.options.is_set("ro"),
             serial: Some(disk.options.get("serial").unwrap_or(&disk.key).to_owned()),
             queue_count: disk.options.number("queues"),
+            ..DiskSpec::default()
         })
     });
     let nets = cards(id, config)?.into_iter().map(|card| NetSpec {

@@ -1,0 +1,350 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Everything about a disk that is opened: its image and the images behind it, checked, locked.
+//!
+//! [`files`] is the only place of this crate that opens a path. What it returns needs no path any more, so that a
+//! process can open, then enter a sandbox, then build backends ([`OpenedDisk::backend`]).
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::backend::{BlockBackend, SECTOR_BYTES};
+use crate::lock::{Use, lock};
+use crate::qcow2::{Qcow2Backend, Qcow2Error};
+use crate::raw::RawBackend;
+use crate::uring;
+use crate::zeroes::DetectZeroes;
+
+/// How requests reach the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring: one system call for a batch, completions as they come.
+    Uring,
+    /// preadv and pwritev on a few threads.
+    Threads,
+}
+
+impl Engine {
+    /// io_uring, if this process may use it: found out by trying.
+    pub fn best() -> Self {
+        if uring::is_available() {
+            Self::Uring
+        } else {
+            Self::Threads
+        }
+    }
+}
+
+/// What stands between the guest's writes and the disk, by the names that PVE and QEMU give them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// The host's page cache; durable when the guest flushes.
+    #[default]
+    Writeback,
+    /// No page cache (O_DIRECT); durable when the guest flushes.
+    None,
+    /// The host's page cache for reads; each write is durable when it completes (O_DSYNC).
+    Writethrough,
+    /// No page cache, and each write is durable when it completes (O_DIRECT and O_DSYNC).
+    Directsync,
+    /// The host's page cache, and flushes do nothing: a crash of the host loses the disk.
+    Unsafe,
+}
+
+impl Cache {
+    /// Whether it bypasses the page cache.
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::Directsync)
+    }
+
+    /// Whether each write is durable when it completes.
+    pub fn is_synchronous(self) -> bool {
+        matches!(self, Self::Writethrough | Self::Directsync)
+    }
+}
+
+/// Formats of images. Always said, never guessed: a guest can write any header into a raw image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The guest's sectors, byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format, version 3.
+    Qcow2,
+}
+
+impl Format {
+    /// As specs and image headers call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// Where a disk's sectors are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// The images behind it, nearest first: exactly those that the images' own headers name.
+    pub backing: Vec<(PathBuf, Format)>,
+}
+
+/// How to open a disk.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OpenOptions {
+    /// Refuse writes; several readers may then share the image.
+    pub read_only: bool,
+    /// `None` takes io_uring where the process may use it.
+    pub engine: Option<Engine>,
+    /// See [`Cache`].
+    pub cache: Cache,
+    /// Give space back that the guest discards.
+    pub discard: bool,
+    /// Turn writes of nothing but zeroes into zeroed ranges.
+    pub detect_zeroes: bool,
+}
+
+/// Why a disk could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The path cannot be opened in the wanted mode.
+    #[error("open disk {path}")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Not something that has sectors.
+    #[error("disk {path} is {what}, expected a file or a block device")]
+    Kind {
+        /// The image.
+        path: PathBuf,
+        /// What it is instead.
+        what: &'static str,
+    },
+    /// No whole number of sectors, or none at all.
+    #[error(
+        "disk {path} has {size_bytes} bytes, expected a multiple of {unit} above 0 (truncate -s)"
+    )]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+        /// What it should be a multiple of.
+        unit: u32,
+    },
+    /// Somebody else has it open, and one of the two writes.
+    #[error(
+        "disk {path} is in use: another machine or qemu-img has it open; end that first, or make both read-only"
+    )]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The file system has no O_DIRECT.
+    #[error("disk {path}: its file system does not support direct I/O: use cache writeback")]
+    NoDirect {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A raw image has nothing behind it.
+    #[error("disk {path}: a raw image has no backing file")]
+    RawBacking {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image is malformed, or of a kind that is not supported.
+    #[error("disk {path}")]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        source: Qcow2Error,
+    },
+}
+
+/// One open, locked file of a disk.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    pub(crate) file: File,
+    /// For messages only.
+    pub(crate) path: PathBuf,
+    pub(crate) size_bytes: u64,
+    pub(crate) is_device: bool,
+}
+
+/// All files of one disk, open and locked until the last backend or queue made from them is dropped.
+#[derive(Debug)]
+pub struct OpenedDisk {
+    image: ImageFile,
+    format: Format,
+    backing: Vec<(ImageFile, Format)>,
+    options: OpenOptions,
+}
+
+/// Opens and locks all files of a disk: the image for what `options` say, those behind it for reading.
+pub fn files(source: &Source, options: OpenOptions) -> Result<OpenedDisk, OpenError> {
+    if source.format == Format::Raw && !source.backing.is_empty() {
+        let path = source.path.clone();
+        return Err(OpenError::RawBacking { path });
+    }
+    let behind = OpenOptions {
+        read_only: true,
+        ..options
+    };
+    let backing = source.backing.iter();
+    let backing = backing.map(|(path, format)| Ok((open_file(path, behind)?, *format)));
+    Ok(OpenedDisk {
+        image: open_file(&source.path, options)?,
+        format: source.format,
+        backing: backing.collect::<Result<_, OpenError>>()?,
+        options,
+    })
+}
+
+impl OpenedDisk {
+    /// A disk over an image that the caller opened in a mode that fits `options`; `path` is only for messages.
+    pub fn from_file(
+        file: File,
+        path: &Path,
+        format: Format,
+        options: OpenOptions,
+    ) -> Result<Self, OpenError> {
+        Ok(Self {
+            image: take_file(file, path, options)?,
+            format,
+            backing: Vec::new(),
+            options,
+        })
+    }
+
+    /// The backend that serves it. Opens nothing.
+    pub fn backend(self) -> Result<Arc<dyn BlockBackend>, OpenError> {
+        let options = self.options;
+        let backend: Arc<dyn BlockBackend> = match self.format {
+            Format::Raw => Arc::new(RawBackend::new(self.image, options)?),
+            Format::Qcow2 => Arc::new(Qcow2Backend::new(self.image, self.backing, options)?),
+        };
+        match options.detect_zeroes && backend.abilities().write_zeroes && !options.read_only {
+            true => Ok(Arc::new(DetectZeroes::new(backend, options.discard))),
+            false => Ok(backend),
+        }
+    }
+}
+
+/// Opens a disk in one step.
+pub fn open(source: &Source, options: OpenOptions) -> Result<Arc<dyn BlockBackend>, OpenError> {
+    files(source, options)?.backend()
+}
+
+fn open_file(path: &Path, options: OpenOptions) -> Result<ImageFile, OpenError> {
+    let failed = |source| OpenError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    // Looked at before opening: opening a FIFO blocks, and a directory's error would name neither.
+    let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+    if let Some(what) = misfit(kind) {
+        return Err(OpenError::Kind {
+            path: path.to_owned(),
+            what,
+        });
+    }
+    let mut flags = 0;
+    if options.cache.is_direct() {
+        flags |= libc::O_DIRECT;
+    }
+    if options.cache.is_synchronous() {
+        flags |= libc::O_DSYNC;
+    }
+    // For a block device, without O_CREAT: not while it is mounted or part of something (open(2)).
+    if kind.is_block_device() && !options.read_only {
+        flags |= libc::O_EXCL;
+    }
+    let opened = File::options()
+        .read(true)
+        .write(!options.read_only)
+        .custom_flags(flags)
+        .open(path);
+    match opened {
+        Ok(file) => take_file(file, path, options),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) && options.cache.is_direct() => {
+            Err(OpenError::NoDirect {
+                path: path.to_owned(),
+            })
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(OpenError::InUse {
+            path: path.to_owned(),
+        }),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Locks an open image and asks for its size.
+fn take_file(mut file: File, path: &Path, options: OpenOptions) -> Result<ImageFile, OpenError> {
+    let failed = |source| OpenError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let purpose = if options.read_only {
+        Use::Read
+    } else {
+        Use::Write
+    };
+    if !lock(&file, purpose).map_err(failed)? {
+        return Err(OpenError::InUse {
+            path: path.to_owned(),
+        });
+    }
+    // The end's offset is the size of files and of block devices alike.
+    let size_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    Ok(ImageFile {
+        file,
+        path: path.to_owned(),
+        size_bytes,
+        is_device: kind.is_block_device(),
+    })
+}
+
+fn misfit(kind: std::fs::FileType) -> Option<&'static str> {
+    match kind {
+        kind if kind.is_file() || kind.is_block_device() => None,
+        kind if kind.is_dir() => Some("a directory"),
+        kind if kind.is_char_device() => Some("a character device"),
+        kind if kind.is_fifo() => Some("a pipe"),
+        _ => Some("a socket"),
+    }
+}
+
+impl ImageFile {
+    /// Size of a block device now: storage below may have grown it.
+    pub(crate) fn device_bytes(file: &File) -> io::Result<u64> {
+        Ok(rustix::fs::seek(
+            file.as_fd(),
+            rustix::fs::SeekFrom::End(0),
+        )?)
+    }
+
+    /// Whether it has a whole, positive number of `unit`s.
+    pub(crate) fn check_size(&self, unit: u32) -> Result<(), OpenError> {
+        let unit = unit.max(u32::try_from(SECTOR_BYTES).expect("512"));
+        match self.size_bytes {
+            size if size > 0 && size.is_multiple_of(unit.into()) => Ok(()),
+            size_bytes => Err(OpenError::Size {
+                path: self.path.clone(),
+                size_bytes,
+                unit,
+            }),
+        }
+    }
+}

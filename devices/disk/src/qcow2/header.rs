@@ -1,0 +1,287 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The header of a qcow2 image, read before anything else looks at the file: what is malformed or not supported
+//! is told in one sentence, and no table is larger than a sane image's.
+//!
+//! Offsets and bits are those of QEMU's `docs/interop/qcow2.rst`; all numbers are big-endian.
+
+/// Bytes of the file that are looked at. Header, extensions and the backing file's name lie in the first
+/// cluster; of larger clusters no more than this is used for them.
+pub(crate) const HEAD_BYTES: usize = 64 << 10;
+const MAGIC: u32 = 0x5146_49fb;
+/// Fields of version 3 without the optional ones.
+const V3_BYTES: u32 = 104;
+/// QEMU's own bounds: 32 MiB for the first-level table, 8 MiB for the refcount table.
+const L1_BYTES_MAX: u64 = 32 << 20;
+const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+/// Extension that names the backing file's format.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+const BACKING_NAME_BYTES_MAX: u32 = 1023;
+
+/// The incompatible features, by bit, and what to do about each.
+const INCOMPATIBLE: [(&str, &str); 5] = [
+    ("is marked dirty", "repair it: qemu-img check -r all"),
+    ("is marked corrupt", "repair it: qemu-img check -r all"),
+    (
+        "has its data in another file",
+        "convert it: qemu-img convert -O qcow2",
+    ),
+    (
+        "has zstd-compressed clusters",
+        "convert it: qemu-img convert -O qcow2 -o compression_type=zlib",
+    ),
+    (
+        "has extended L2 entries",
+        "convert it: qemu-img convert -O qcow2",
+    ),
+];
+
+/// What is wrong with an image.
+#[derive(Debug, thiserror::Error)]
+pub enum Qcow2Error {
+    /// Not the format that the spec says.
+    #[error("is not a qcow2 image: say its real format")]
+    Magic,
+    /// A version of the format.
+    #[error("is qcow2 version {0}, expected 3: qemu-img amend -o compat=1.1")]
+    Version(u32),
+    /// The file ends within the header, or a field points nowhere.
+    #[error("malformed qcow2 header: {what} is {value}, expected {expected}")]
+    Field {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What would be right.
+        expected: &'static str,
+    },
+    /// A feature of the image.
+    #[error("{what}, which is not supported: {remedy}")]
+    Feature {
+        /// The feature.
+        what: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The header names a file that the spec does not.
+    #[error(
+        "its header names the backing file {name:?}, which the disk's spec does not: add backing=, or rebase it"
+    )]
+    UnnamedBacking {
+        /// The name in the header.
+        name: String,
+    },
+    /// The spec names a file that the header does not.
+    #[error("the disk's spec names a backing file, but the image's header names none")]
+    NoBacking,
+    /// The spec and the header disagree.
+    #[error("its header says that its backing file is {told}, the disk's spec says {named}")]
+    BackingFormat {
+        /// By the header.
+        told: String,
+        /// By the spec.
+        named: &'static str,
+    },
+    /// The library that reads the tables found something, or the kernel did.
+    #[error("cannot be used as qcow2")]
+    Tables(#[source] std::io::Error),
+}
+
+/// What is used of a checked header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) size_bytes: u64,
+    pub(crate) cluster_bytes: u32,
+    pub(crate) backing: Option<Backing>,
+}
+
+/// The file that an image is a difference to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Backing {
+    pub(crate) name: String,
+    /// `None`: to be probed, says the header; never by us.
+    pub(crate) format: Option<String>,
+}
+
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn u32(&self, at: usize) -> Result<u32, Qcow2Error> {
+        let bytes = self.0.get(at..at.saturating_add(4));
+        let bytes = bytes.ok_or(Qcow2Error::Field {
+            what: "the file's size",
+            value: self.0.len() as u64,
+            expected: "a whole header",
+        })?;
+        Ok(u32::from_be_bytes(bytes.try_into().expect("4 bytes")))
+    }
+
+    fn u64(&self, at: usize) -> Result<u64, Qcow2Error> {
+        Ok(u64::from(self.u32(at)?) << 32 | u64::from(self.u32(at + 4)?))
+    }
+
+    fn text(&self, at: usize, length: usize) -> Option<String> {
+        let bytes = self.0.get(at..at.checked_add(length)?)?;
+        Some(String::from_utf8_lossy(bytes).into_owned())
+    }
+}
+
+fn within(
+    what: &'static str,
+    value: u64,
+    sane: bool,
+    expected: &'static str,
+) -> Result<(), Qcow2Error> {
+    match sane {
+        true => Ok(()),
+        false => Err(Qcow2Error::Field {
+            what,
+            value,
+            expected,
+        }),
+    }
+}
+
+impl Header {
+    /// Checks the first bytes of an image ([`HEAD_BYTES`], fewer if it is shorter) of `file_bytes`.
+    pub(crate) fn parse(head: &[u8], file_bytes: u64) -> Result<Self, Qcow2Error> {
+        let fields = Fields(head);
+        if fields.u32(0).ok() != Some(MAGIC) {
+            return Err(Qcow2Error::Magic);
+        }
+        match fields.u32(4)? {
+            3 => {}
+            version => return Err(Qcow2Error::Version(version)),
+        }
+        check_features(&fields)?;
+        let bits = fields.u32(20)?;
+        let sane = (9..=21).contains(&bits);
+        within("cluster_bits", bits.into(), sane, "9 to 21")?;
+        let cluster_bytes = 1_u32 << bits;
+        let size_bytes = fields.u64(24)?;
+        let sane = size_bytes > 0 && size_bytes.is_multiple_of(512) && size_bytes < 1 << 56;
+        let expected = "a multiple of 512 bytes, less than 64 PiB";
+        within("size", size_bytes, sane, expected)?;
+        let order = fields.u32(96)?;
+        within("refcount_order", order.into(), order <= 6, "0 to 6")?;
+        let length = fields.u32(100)?;
+        let sane = length >= V3_BYTES && length.is_multiple_of(8) && length <= cluster_bytes;
+        let expected = "104 or more, within a cluster";
+        within("header_length", length.into(), sane, expected)?;
+        check_tables(&fields, cluster_bytes, size_bytes, file_bytes)?;
+        Ok(Self {
+            size_bytes,
+            cluster_bytes,
+            backing: backing(&fields, length, cluster_bytes)?,
+        })
+    }
+}
+
+fn check_features(fields: &Fields<'_>) -> Result<(), Qcow2Error> {
+    let refuse = |what, remedy| Err(Qcow2Error::Feature { what, remedy });
+    if fields.u32(32)? != 0 {
+        return refuse("is encrypted", "convert it: qemu-img convert");
+    }
+    if fields.u32(60)? != 0 {
+        let remedy = "delete them (qemu-img snapshot -d), or convert it: qemu-img convert -O qcow2";
+        return refuse("has internal snapshots", remedy);
+    }
+    let incompatible = fields.u64(72)?;
+    for (bit, (what, remedy)) in INCOMPATIBLE.into_iter().enumerate() {
+        if incompatible & 1 << bit != 0 {
+            return refuse(what, remedy);
+        }
+    }
+    let (what, expected) = ("incompatible_features", "no unknown bit");
+    within(what, incompatible, incompatible == 0, expected)
+}
+
+fn check_tables(
+    fields: &Fields<'_>,
+    cluster_bytes: u32,
+    size_bytes: u64,
+    file_bytes: u64,
+) -> Result<(), Qcow2Error> {
+    let cluster = u64::from(cluster_bytes);
+    let table = |what, offset: u64, length: u64, length_max: u64| {
+        let end = offset.checked_add(length);
+        let sane = offset >= cluster
+            && offset.is_multiple_of(cluster)
+            && length <= length_max
+            && end.is_some_and(|end| end <= file_bytes);
+        let expected = "a table at a cluster's start, within the file and of a sane size";
+        within(what, offset, sane, expected)
+    };
+    let l1_entries = u64::from(fields.u32(36)?);
+    // An L2 table is one cluster of 8-byte entries.
+    let needed = size_bytes.div_ceil(cluster * (cluster / 8));
+    let expected = "enough for the disk's size";
+    within("l1_size", l1_entries, l1_entries >= needed, expected)?;
+    table(
+        "l1_table_offset",
+        fields.u64(40)?,
+        l1_entries * 8,
+        L1_BYTES_MAX,
+    )?;
+    let clusters = u64::from(fields.u32(56)?);
+    within(
+        "refcount_table_clusters",
+        clusters,
+        clusters > 0,
+        "1 or more",
+    )?;
+    table(
+        "refcount_table_offset",
+        fields.u64(48)?,
+        clusters * cluster,
+        REFCOUNT_TABLE_BYTES_MAX,
+    )
+}
+
+fn backing(
+    fields: &Fields<'_>,
+    header_length: u32,
+    cluster_bytes: u32,
+) -> Result<Option<Backing>, Qcow2Error> {
+    let offset = fields.u64(8)?;
+    if offset == 0 {
+        return Ok(None);
+    }
+    let length = fields.u32(16)?;
+    let end = offset.saturating_add(length.into());
+    let sane = (1..=BACKING_NAME_BYTES_MAX).contains(&length)
+        && end <= u64::from(cluster_bytes).min(HEAD_BYTES as u64);
+    let expected = "a name of 1 to 1023 bytes in the first cluster";
+    within("backing_file_offset", offset, sane, expected)?;
+    let place = usize::try_from(offset)
+        .ok()
+        .zip(usize::try_from(length).ok());
+    let name = place.and_then(|(at, length)| fields.text(at, length));
+    Ok(Some(Backing {
+        name: name.ok_or(Qcow2Error::Field {
+            what: "the file's size",
+            value: fields.0.len() as u64,
+            expected: "the backing file's name",
+        })?,
+        format: backing_format(fields, header_length, end)?,
+    }))
+}
+
+/// Walks the header's extensions: type, length, data padded to 8 bytes.
+fn backing_format(
+    fields: &Fields<'_>,
+    header_length: u32,
+    end: u64,
+) -> Result<Option<String>, Qcow2Error> {
+    let mut at = usize::try_from(header_length).expect("within a cluster");
+    let end = usize::try_from(end).expect("within the head");
+    while at + 8 <= end {
+        let (kind, length) = (fields.u32(at)?, fields.u32(at + 4)?);
+        let length = usize::try_from(length).expect("64-bit host");
+        match kind {
+            0 => break,
+            BACKING_FORMAT => return Ok(fields.text(at + 8, length)),
+            _ => at += 8 + length.next_multiple_of(8),
+        }
+    }
+    Ok(None)
+}

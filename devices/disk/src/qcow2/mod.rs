@@ -1,0 +1,310 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A disk in a qcow2 image, version 3: grows with its content, may be a difference to other images.
+//!
+//! The tables are crate `imago`'s work. Ours: what is accepted (`header`), that files behind an image are those
+//! that the spec names and no others, and threads for its blocking calls.
+//!
+//! Durability: imago holds changed tables in memory and writes them in an order that never points to what is not
+//! there; a guest's flush writes them all. A process that is killed between leaves at worst clusters that nobody
+//! refers to (`qemu-img check` calls them leaked).
+#![expect(
+    unsafe_code,
+    reason = "ranges of guest memory are handed to imago as volatile slices"
+)]
+
+mod create;
+mod header;
+
+pub use create::{CreateError, Qcow2Options, ResizeImageError, create, resize};
+pub use header::Qcow2Error;
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use imago::format::PreallocateMode;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use vm_memory::VolatileSlice;
+
+use self::header::{Backing, HEAD_BYTES, Header};
+use crate::alignment::{AlignedBuffer, Alignment};
+use crate::backend::{
+    Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, ResizeError, SharedGeometry,
+    Space,
+};
+use crate::open::{Cache, Format, ImageFile, OpenError, OpenOptions};
+use crate::pool::Pooled;
+use crate::segments::Segments;
+
+type Image = FormatAccess<imago::file::File>;
+
+/// An open qcow2 disk.
+pub struct Qcow2Backend {
+    image: Arc<Shared>,
+    pool: Pooled,
+    abilities: Abilities,
+}
+
+struct Shared {
+    /// Shared by everything that reads and writes; alone for what frees clusters, since imago forbids others to
+    /// hold a mapping then. First in the lock order; imago's own locks follow.
+    image: RwLock<Image>,
+    geometry: Arc<SharedGeometry>,
+    cache: Cache,
+    write_zeroes: bool,
+}
+
+impl Qcow2Backend {
+    pub(crate) fn new(
+        image: ImageFile,
+        backing: Vec<(ImageFile, Format)>,
+        options: OpenOptions,
+    ) -> Result<Self, OpenError> {
+        let path = image.path.clone();
+        let failed = |error| OpenError::Qcow2 {
+            path: path.clone(),
+            source: Qcow2Error::Tables(error),
+        };
+        let header = read_header(&image)?;
+        let direct = options.cache.is_direct();
+        let block_bytes = match direct {
+            true => Alignment::direct(&image.file).map_err(failed)?.offset_bytes,
+            false => 512,
+        };
+        let below = open_chain(&image, &header, backing, direct)?;
+        let image = open_image(image, below, options)?;
+        let geometry = Arc::new(SharedGeometry::new(Geometry {
+            size_bytes: header.size_bytes,
+            read_only: options.read_only,
+        }));
+        // imago 0.2.6 computes a negative length, and panics, where a part of an image is zeroed that is smaller
+        // than one cluster. There the guest writes its zeroes itself.
+        let write_zeroes = header.size_bytes >= header.cluster_bytes.into();
+        let image = Arc::new(Shared {
+            image: RwLock::new(image),
+            geometry: geometry.clone(),
+            cache: options.cache,
+            write_zeroes,
+        });
+        let serving = image.clone();
+        let transfer = Box::new(move |request: &Request| serving.transfer(request));
+        Ok(Self {
+            image,
+            pool: Pooled::new(geometry, transfer),
+            abilities: Abilities {
+                block_bytes,
+                discard_bytes: options.discard.then_some(header.cluster_bytes),
+                write_zeroes,
+                ..Abilities::default()
+            },
+        })
+    }
+}
+
+impl BlockBackend for Qcow2Backend {
+    fn geometry(&self) -> Geometry {
+        self.image.geometry.get()
+    }
+
+    fn abilities(&self) -> Abilities {
+        self.abilities
+    }
+
+    fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
+        let geometry = &self.image.geometry;
+        geometry.check_growth(size_bytes, self.abilities.block_bytes)?;
+        let image = self.image.image.read();
+        let image = image.unwrap_or_else(PoisonError::into_inner);
+        image.resize_grow(size_bytes, PreallocateMode::None)?;
+        geometry.set_size(size_bytes);
+        Ok(())
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
+        Ok(Box::new(self.pool.queue(depth)?))
+    }
+}
+
+impl Shared {
+    /// Carries out one request that fits the disk.
+    fn transfer(&self, request: &Request) -> io::Result<()> {
+        let at = request.offset_bytes;
+        // A poisoned lock: a thread panicked, which ends the process; nothing is half-changed here.
+        let image = || self.image.read().unwrap_or_else(PoisonError::into_inner);
+        let alone = || self.image.write().unwrap_or_else(PoisonError::into_inner);
+        match request.operation {
+            Operation::Read => {
+                let slices = slices(&request.segments);
+                let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
+                return image().readv(vector, at);
+            }
+            Operation::Flush => return self.flush(&image()),
+            Operation::Write => {
+                let slices = slices(&request.segments);
+                let (vector, _guard) = IoVector::from_volatile_slice(&slices);
+                image().writev(vector, at)?;
+            }
+            // Advice: what the format cannot is left.
+            Operation::Discard { length_bytes } => {
+                let _ = alone().discard_to_any(at, length_bytes);
+            }
+            Operation::WriteZeroes { .. } if !self.write_zeroes => {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            Operation::WriteZeroes {
+                length_bytes,
+                space: Space::Free,
+            } => alone().discard_to_zero(at, length_bytes)?,
+            Operation::WriteZeroes {
+                length_bytes,
+                space: Space::Keep,
+            } => image().write_zeroes(at, length_bytes)?,
+        }
+        match self.cache.is_synchronous() {
+            true => self.flush(&image()),
+            false => Ok(()),
+        }
+    }
+
+    fn flush(&self, image: &Image) -> io::Result<()> {
+        image.flush()?;
+        match self.cache {
+            Cache::Unsafe => Ok(()),
+            _ => image.sync(),
+        }
+    }
+}
+
+fn slices(segments: &Segments) -> Vec<VolatileSlice<'_>> {
+    let slice = |range: &libc::iovec| {
+        // SAFETY: `Segments::push` promised that these bytes stay mapped and writable until the request completes,
+        // and that they are only accessed by volatile copies or by the kernel.
+        unsafe { VolatileSlice::new(range.iov_base.cast(), range.iov_len) }
+    };
+    segments.iovecs().iter().map(slice).collect()
+}
+
+fn read_header(image: &ImageFile) -> Result<Header, OpenError> {
+    let failed = |source| OpenError::Qcow2 {
+        path: image.path.clone(),
+        source,
+    };
+    // Aligned for a file that is open for direct I/O.
+    let mut head = AlignedBuffer::new(HEAD_BYTES, 4096);
+    let bytes = head.bytes();
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match rustix::io::pread(&image.file, &mut bytes[filled..], filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(rustix::io::Errno::INTR) => {}
+            // Direct I/O behind the unaligned end of a file.
+            Err(rustix::io::Errno::INVAL) if filled > 0 => break,
+            Err(error) => return Err(failed(Qcow2Error::Tables(error.into()))),
+        }
+    }
+    Header::parse(&bytes[..filled], image.size_bytes).map_err(failed)
+}
+
+/// The images behind `top`, as one: exactly those that the headers name, each of the format that the spec says.
+fn open_chain(
+    top: &ImageFile,
+    header: &Header,
+    backing: Vec<(ImageFile, Format)>,
+    direct: bool,
+) -> Result<Option<Image>, OpenError> {
+    let (mut above, mut expected) = (top.path.clone(), header.backing.clone());
+    for (image, format) in &backing {
+        agree(expected.as_ref(), *format).map_err(|source| OpenError::Qcow2 {
+            path: above,
+            source,
+        })?;
+        above = image.path.clone();
+        expected = match format {
+            Format::Raw => None,
+            Format::Qcow2 => read_header(image)?.backing,
+        };
+    }
+    if let Some(Backing { name, .. }) = expected {
+        return Err(OpenError::Qcow2 {
+            path: above,
+            source: Qcow2Error::UnnamedBacking { name },
+        });
+    }
+    let cache = if direct {
+        Cache::None
+    } else {
+        Cache::Writeback
+    };
+    let options = OpenOptions {
+        read_only: true,
+        cache,
+        ..OpenOptions::default()
+    };
+    let mut below = None;
+    for (image, format) in backing.into_iter().rev() {
+        below = Some(match format {
+            Format::Raw => open_raw(image, direct)?,
+            Format::Qcow2 => open_image(image, below, options)?,
+        });
+    }
+    Ok(below)
+}
+
+/// Whether a header speaks of a backing file, of the format that the spec says.
+fn agree(told: Option<&Backing>, named: Format) -> Result<(), Qcow2Error> {
+    let told = told.ok_or(Qcow2Error::NoBacking)?;
+    let named = named.name();
+    match &told.format {
+        Some(told) if told != named => Err(Qcow2Error::BackingFormat {
+            told: told.clone(),
+            named,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn storage(file: File, direct: bool, write: bool) -> io::Result<imago::file::File> {
+    let options = StorageOpenOptions::new().direct(direct).write(write);
+    imago::file::File::from_open_file(file, options)
+}
+
+fn open_image(
+    image: ImageFile,
+    below: Option<Image>,
+    options: OpenOptions,
+) -> Result<Image, OpenError> {
+    let write = !options.read_only;
+    let opened = storage(image.file, options.cache.is_direct(), write).and_then(|file| {
+        Qcow2::<imago::file::File>::builder(file)
+            .write(write)
+            .backing(below)
+            .data_file(None)
+            .open(DenyImplicitOpenGate::default())
+    });
+    match opened {
+        Ok(qcow2) => Ok(Image::new(qcow2)),
+        Err(error) => Err(OpenError::Qcow2 {
+            path: image.path,
+            source: Qcow2Error::Tables(error),
+        }),
+    }
+}
+
+fn open_raw(image: ImageFile, direct: bool) -> Result<Image, OpenError> {
+    let opened = storage(image.file, direct, false)
+        .and_then(|file| Raw::builder(file).open(DenyImplicitOpenGate::default()));
+    match opened {
+        Ok(raw) => Ok(Image::new(raw)),
+        Err(source) => Err(OpenError::Open {
+            path: image.path,
+            source,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;
