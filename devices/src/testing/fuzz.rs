@@ -10,14 +10,19 @@ use std::sync::Arc;
 
 use atoll_disk::{Geometry, MemoryBackend};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::CountingSink;
+use crate::console::{Console, ConsoleBackend};
 use crate::memory::{Memory, Ram};
 use crate::pci::Msix;
+use crate::virtio::balloon::{Balloon, BalloonOptions};
 use crate::virtio::blk::request::{Action, Request};
 use crate::virtio::blk::{Blk, BlkOptions};
+use crate::virtio::console::{PortOptions, VirtioConsole};
+use crate::virtio::rng::Rng;
 use crate::virtio::worker::QueueHandler as _;
-use crate::virtio::{Chain, DeviceInterrupts, DeviceQueue, QueueState};
+use crate::virtio::{Chain, DeviceInterrupts, DeviceQueue, QueueStart, QueueState, VirtioDevice};
 
 /// Guest RAM of a fuzzed machine.
 const RAM_BYTES: usize = 0x2_0000;
@@ -149,6 +154,51 @@ pub fn blk_device(input: &[u8]) {
         }
     }
     let _ = handler.drain(&mut queue);
+}
+
+/// Serves the input with a queue of any kind of device, as its transport does, and stops it. Byte 0 chooses the device,
+/// the rest is as for the others.
+pub fn device(input: &[u8]) {
+    let Some((&which, rest)) = input.split_first() else {
+        return;
+    };
+    let Some((_, queue)) = machine(rest) else {
+        return;
+    };
+    let device = any_device(which & 7);
+    let count = device.queue_sizes().len();
+    let index = usize::from(which >> 3) % count;
+    let start = QueueStart {
+        index: u16::try_from(index).expect("a handful of queues"),
+        queue,
+        features: device.features(),
+        doorbell: EventFd::new(EFD_NONBLOCK).unwrap(),
+        counters: Arc::default(),
+    };
+    // A queue that a device does not have without a feature is refused.
+    if let Ok(started) = device.start_queue(start) {
+        started.stop();
+    }
+    device.reset();
+}
+
+fn any_device(which: u8) -> Arc<dyn VirtioDevice> {
+    let port = || Console::open(&ConsoleBackend::Null).unwrap().port();
+    match which {
+        0 | 1 => Arc::new(Rng::new()),
+        2 | 3 => Arc::new(Balloon::new(BalloonOptions {
+            deflate_on_oom: true,
+            reporting: true,
+        })),
+        4 => Arc::new(VirtioConsole::new(port()).unwrap()),
+        _ => {
+            let ports = [None, Some("agent")].map(|name| PortOptions {
+                port: port(),
+                name: name.map(str::to_owned),
+            });
+            Arc::new(VirtioConsole::with_ports(ports.into()).unwrap())
+        }
+    }
 }
 
 /// Inputs that reach far: well-formed requests, and one mistake each.

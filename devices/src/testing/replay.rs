@@ -2,6 +2,8 @@
 //! Replays a fuzz target on the stable toolchain: its corpus, the corpus's mutations by a seeded generator, and random
 //! bytes. Finds less than a fuzzer that sees which code it reaches, but with every run of the tests.
 
+use std::time::{Duration, Instant};
+
 /// SplitMix64: small, and the same everywhere.
 #[derive(Debug)]
 pub struct Random(pub u64);
@@ -41,10 +43,18 @@ pub struct Replay {
 /// Bytes that bounds are off by.
 const EDGES: [u8; 8] = [0, 1, 2, 4, 0x10, 0x7f, 0x80, 0xff];
 
+/// Goes on with further seeds for so many seconds; for `make soak`.
+const SECONDS: &str = "ATOLL_FUZZ_SECONDS";
+
 /// Runs `target` on all of it. A panic names its seed on the line before.
 pub fn replay(how: Replay, corpus: &[Vec<u8>], target: impl Fn(&[u8])) {
     corpus.iter().for_each(|input| target(input));
-    for seed in 0..how.rounds {
+    let seconds = std::env::var(SECONDS)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let end = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let goes_on = |seed: &u64| *seed < how.rounds || end.is_some_and(|end| Instant::now() < end);
+    for seed in (0..).take_while(goes_on) {
         println!("seed {seed}");
         let mut random = Random(seed);
         let size = random.below(how.random_bytes_max);

@@ -13,7 +13,6 @@ pub mod blk;
 pub mod console;
 pub mod net;
 pub mod rng;
-pub mod vsock;
 pub mod worker;
 
 mod notify;

@@ -26,10 +26,25 @@ fn blk_device() {
     replay(QUEUE, &fuzz::corpus(), fuzz::blk_device);
 }
 
+/// The same inputs for every queue of every other kind of device; the first byte says which.
+#[test]
+fn device() {
+    let corpus: Vec<Vec<u8>> = (0..64)
+        .flat_map(|which| {
+            fuzz::corpus().into_iter().map(move |input| {
+                let mut with_kind = vec![which];
+                with_kind.extend(input);
+                with_kind
+            })
+        })
+        .collect();
+    replay(QUEUE, &corpus, fuzz::device);
+}
+
 #[test]
 fn pci() {
     let how = Replay {
-        rounds: 500,
+        rounds: 200,
         random_bytes_max: 1200,
         mutated_bytes: 1200,
     };

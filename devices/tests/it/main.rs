@@ -18,4 +18,3 @@ mod pitfalls;
 mod rng;
 mod state;
 mod transport;
-mod vsock;

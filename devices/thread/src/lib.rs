@@ -39,8 +39,6 @@ pub enum Kind {
     Queue,
     /// Carries bytes between a console and its clients.
     Console,
-    /// Serves the socket device's queues: connects to and accepts from Unix sockets.
-    Vsock,
 }
 
 impl Kind {
@@ -55,7 +53,6 @@ impl Kind {
         Self::Net,
         Self::Queue,
         Self::Console,
-        Self::Vsock,
     ];
 }
 

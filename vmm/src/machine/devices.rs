@@ -51,10 +51,6 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: services::balloon,
     },
     DeviceKind {
-        open: services::open_vsock,
-        add: services::vsock,
-    },
-    DeviceKind {
         open: open_serial,
         add: serial,
     },
