@@ -15,6 +15,8 @@ use crate::layout;
 
 /// Slots of the PCI bus beside the host bridge, less those for one device each of the other kinds.
 const DEVICE_COUNT_MAX: usize = 25;
+/// Addresses below are the hypervisor's and the host's (vsock(7)).
+const VSOCK_CID_MIN: u32 = 3;
 /// Named ports: enough for every agent that a guest may have.
 const PORT_COUNT_MAX: usize = 16;
 /// Bytes of a port's name. Our choice.
@@ -88,6 +90,15 @@ fn services(spec: &MachineSpec) -> Result<(), SpecError> {
         }
         if ports[..index].iter().any(|other| other.name == *name) {
             return refuse(format!("port {name}: there are two of that name"));
+        }
+    }
+    if let Some(vsock) = &spec.services.vsock {
+        let path = vsock.path.display();
+        if vsock.cid < VSOCK_CID_MIN || vsock.cid == u32::MAX {
+            return refuse(format!("vsock cid {}: at least {VSOCK_CID_MIN}", vsock.cid));
+        }
+        if !vsock.path.is_absolute() {
+            return refuse(format!("vsock socket {path}: must be an absolute path"));
         }
     }
     let balloon = spec.services.balloon.as_ref();

@@ -171,7 +171,7 @@ pub enum Filters {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 12] = [
+const MACHINE_ARGUMENTS: [&str; 13] = [
     "kernel",
     "initrd",
     "cmdline",
@@ -184,6 +184,7 @@ const MACHINE_ARGUMENTS: [&str; 12] = [
     "name",
     services::ARGUMENTS[0],
     services::ARGUMENTS[1],
+    services::ARGUMENTS[2],
 ];
 
 /// Arguments of `ctl`.

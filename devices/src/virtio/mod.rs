@@ -13,6 +13,7 @@ pub mod blk;
 pub mod console;
 pub mod net;
 pub mod rng;
+pub mod vsock;
 pub mod worker;
 
 mod notify;

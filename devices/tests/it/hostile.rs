@@ -14,6 +14,7 @@ use atoll_devices::virtio::rng::Rng;
 use crate::balloon;
 use crate::blk::{device, memory_disk};
 use crate::net::{self, Rig};
+use crate::vsock;
 
 const DATA: u64 = 0x10_0000;
 const NEXT: u16 = 1;
@@ -319,6 +320,17 @@ fn console_control_withstands() {
     };
     let device = VirtioConsole::with_ports(vec![port]).unwrap();
     withstands_output_of(&mut Driver::new(Arc::new(device)), 3);
+}
+
+#[test]
+fn vsock_transmit_withstands() {
+    let mut rig = vsock::rig();
+    withstands(&mut rig.driver, 1, |driver| {
+        driver.put(DATA, &[0; 44]);
+        driver.add(1, &[Segment::readable(DATA, 44)]);
+        driver.kick(1);
+        driver.wait_used(1);
+    });
 }
 
 /// For a console an empty buffer is an empty line, no mistake; everything else is.

@@ -18,3 +18,4 @@ mod pitfalls;
 mod rng;
 mod state;
 mod transport;
+mod vsock;

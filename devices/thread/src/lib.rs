@@ -39,6 +39,8 @@ pub enum Kind {
     Queue,
     /// Carries bytes between a console and its clients.
     Console,
+    /// Serves the socket device's queues: connects to and accepts from Unix sockets.
+    Vsock,
 }
 
 impl Kind {
@@ -53,6 +55,7 @@ impl Kind {
         Self::Net,
         Self::Queue,
         Self::Console,
+        Self::Vsock,
     ];
 }
 

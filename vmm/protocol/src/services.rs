@@ -13,6 +13,8 @@ pub struct GuestServices {
     pub ports: Vec<PortSpec>,
     /// Memory that the guest gives back.
     pub balloon: Option<BalloonSpec>,
+    /// Sockets between programs of the guest and of the host.
+    pub vsock: Option<VsockSpec>,
 }
 
 /// One port of the virtio console that is no terminal.
@@ -46,4 +48,16 @@ impl Default for BalloonSpec {
             free_page_reporting: true,
         }
     }
+}
+
+/// A virtio socket device, whose host's end are Unix sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockSpec {
+    /// The guest's address, 3 or more.
+    pub cid: u32,
+    /// A Unix stream socket that the VMM listens on: who connects writes `CONNECT PORT` and a newline, reads `OK`
+    /// and a number, and is connected with that port of the guest. A guest that connects to port N of the host (cid
+    /// 2) reaches who listens on `PATH_N`, where the VMM's user may write. Absolute.
+    pub path: PathBuf,
 }

@@ -3,13 +3,13 @@
 
 use std::path::PathBuf;
 
-use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec};
+use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec, VsockSpec};
 use clap::Args;
 
 use super::keys;
 
 /// Their names, for `--spec`, which stands instead of them.
-pub(super) const ARGUMENTS: [&str; 2] = ["port", "balloon"];
+pub(super) const ARGUMENTS: [&str; 3] = ["port", "balloon", "vsock"];
 
 /// See [`GuestServices`].
 #[derive(Debug, Args)]
@@ -20,6 +20,10 @@ pub struct ServiceArguments {
     /// Adds a memory balloon: [target=MIB][,deflate-on-oom=on|off][,free-page-reporting=on|off], both on
     #[arg(long, value_name = "KEYS", value_parser = balloon, num_args = 0..=1, default_missing_value = "")]
     pub balloon: Option<BalloonSpec>,
+    /// Adds a socket device: cid=N,socket=PATH. Connect to PATH and write "CONNECT PORT" to reach the guest; it
+    /// reaches PATH_PORT
+    #[arg(long, value_name = "KEYS", value_parser = vsock)]
+    pub vsock: Option<VsockSpec>,
 }
 
 impl ServiceArguments {
@@ -28,6 +32,7 @@ impl ServiceArguments {
         GuestServices {
             ports: self.port.clone(),
             balloon: self.balloon.clone(),
+            vsock: self.vsock.clone(),
         }
     }
 }
@@ -44,6 +49,25 @@ fn port(text: &str) -> Result<PortSpec, String> {
     })?;
     Ok(PortSpec {
         name: name.ok_or("name= is missing")?,
+        path: path.ok_or("socket= is missing")?,
+    })
+}
+
+fn vsock(text: &str) -> Result<VsockSpec, String> {
+    let (mut cid, mut path) = (None, None);
+    keys(text, "cid=, socket=", |key, value| {
+        match (key, value) {
+            ("cid", Some(value)) => {
+                let number = value.parse();
+                cid = Some(number.map_err(|_| format!("cid={value}: expected a number"))?);
+            }
+            ("socket", Some(value)) => path = Some(PathBuf::from(value)),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    Ok(VsockSpec {
+        cid: cid.ok_or("cid= is missing")?,
         path: path.ok_or("socket= is missing")?,
     })
 }

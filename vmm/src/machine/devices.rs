@@ -51,6 +51,10 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: services::balloon,
     },
     DeviceKind {
+        open: services::open_vsock,
+        add: services::vsock,
+    },
+    DeviceKind {
         open: open_serial,
         add: serial,
     },

@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -47,6 +48,7 @@ pub(super) struct Opened {
     pub(super) console: Option<ConsoleEnd>,
     /// In the spec's order.
     pub(super) ports: VecDeque<ConsoleEnd>,
+    pub(super) vsock: Option<UnixListener>,
     pub(super) serial: Option<ConsoleEnd>,
 }
 
@@ -74,6 +76,7 @@ impl Opened {
             nets: VecDeque::new(),
             console: None,
             ports: VecDeque::new(),
+            vsock: None,
             serial: None,
         };
         for kind in KINDS {

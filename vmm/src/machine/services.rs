@@ -1,11 +1,16 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Rows of the table of device kinds (`devices`) for what connects a guest with its host: channels, balloon.
+//! Rows of the table of device kinds (`devices`) for what connects a guest with its host: channels, sockets, balloon.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 
 use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
+use atoll_devices::virtio::vsock::Vsock;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::{Assembly, BuildError};
@@ -59,6 +64,35 @@ pub(super) fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
         let device = device.map_err(BuildError::device("virtio console"))?;
         assembly.add("console0".to_owned(), Arc::new(device))?;
     }
+    Ok(())
+}
+
+pub(super) fn open_vsock(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    let Some(spec) = &spec.services.vsock else {
+        return Ok(());
+    };
+    let device = format!("vsock {}", spec.path.display());
+    let listen = || {
+        socket::remove_stale(&spec.path)?;
+        let listener = UnixListener::bind(&spec.path)?;
+        std::fs::set_permissions(&spec.path, Permissions::from_mode(0o600))?;
+        Ok::<_, std::io::Error>(listener)
+    };
+    opened.vsock = Some(listen().map_err(BuildError::device(device))?);
+    // The sockets that the guest may connect to are beside it, and appear when they like.
+    let directory = spec.path.parent().unwrap_or(Path::new("/"));
+    opened.directories.push(directory.to_owned());
+    Ok(())
+}
+
+pub(super) fn vsock(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    let Some(spec) = &assembly.spec.services.vsock else {
+        return Ok(());
+    };
+    let listener = assembly.opened.vsock.take().expect(WAS_OPENED);
+    let device = Vsock::new(spec.cid, spec.path.clone(), listener);
+    let device = device.map_err(BuildError::device("vsock"))?;
+    assembly.add("vsock0".to_owned(), Arc::new(device))?;
     Ok(())
 }
 

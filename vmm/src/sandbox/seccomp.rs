@@ -41,8 +41,6 @@ pub(super) fn arm(mode: Seccomp, log: RawFd) -> Result<(), SandboxError> {
     #[cfg(target_env = "gnu")]
     keep_one_heap();
     let _ = MODE.set(mode);
-    // Looked up once, by a call that no filter allows.
-    let _ = rustix::param::page_size();
     name_denied_calls().map_err(SandboxError::Handler)?;
     atoll_thread::confine(enter).map_err(SandboxError::Starter)
 }
