@@ -29,6 +29,9 @@ struct Arguments {
     /// Where atoll-vmm, atoll-ct and atolld are; default: beside this program
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
+    /// Where peers are that the system does not have: firecracker
+    #[arg(long, value_name = "DIR", env = "PEERS")]
+    peers: Option<PathBuf>,
     /// The table
     #[arg(long, value_name = "FILE", default_value = "target/bench/summary.tsv")]
     output: PathBuf,
@@ -42,6 +45,7 @@ struct Arguments {
 struct Bench {
     runs: usize,
     bin_dir: PathBuf,
+    peers: Option<PathBuf>,
     prepared: bool,
 }
 
@@ -75,6 +79,7 @@ fn main() -> anyhow::Result<()> {
     let bench = Bench {
         runs: arguments.runs.max(1),
         bin_dir: arguments.bin_dir.unwrap_or_else(|| beside.to_owned()),
+        peers: arguments.peers,
         prepared: arguments.prepared,
     };
     let wanted =
