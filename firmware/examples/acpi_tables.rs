@@ -7,7 +7,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-use atoll_firmware::acpi::{self, Platform};
+use atoll_firmware::acpi::{self, Platform, Power};
 
 const BOARD: Platform = Platform {
     tables_address: 0xe_0000,
@@ -20,9 +20,13 @@ const BOARD: Platform = Platform {
     window_size: 0x2000_0000,
     serial_port: 0x3f8,
     serial_gsi: 4,
-    power_gsi: 5,
-    sleep_port: 0x600,
-    reset_port: 0x602,
+    high_window: None,
+    power: Power::Reduced {
+        button_gsi: 5,
+        sleep_port: 0x600,
+        reset_port: 0x602,
+    },
+    devices: Vec::new(),
 };
 
 fn main() -> Result<(), Box<dyn Error>> {

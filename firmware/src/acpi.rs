@@ -1,14 +1,17 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! ACPI tables of the machine: RSDP, XSDT, FADT, MADT, MCFG, DSDT (ACPI 6.5).
+//! ACPI tables of the machine: RSDP, XSDT, FADT, FACS, MADT, MCFG, DSDT (ACPI 6.5).
 //!
-//! Decision: **hardware-reduced ACPI** (§4.1). Context: a guest needs a power button, soft-off and reset;
-//! with full ACPI that is a PM1 event block, a level-triggered SCI, a PM timer, and promises of a PIC, a PIT
-//! and an RTC. Hardware-reduced ACPI needs two byte registers and one edge-triggered interrupt (a generic
+//! Decision: **hardware-reduced ACPI** (§4.1) for `micro`. Context: a guest needs a power button, soft-off and
+//! reset; with full ACPI that is a PM1 event block, a level-triggered SCI, a PM timer, and promises of a PIC, a
+//! PIT and an RTC. Hardware-reduced ACPI needs two byte registers and one edge-triggered interrupt (a generic
 //! event device), and what is not promised need not be saved, restored and migrated. Linux from 4.x and
-//! Windows run so. Revisit when a firmware of the `pc` profile wants PM1 registers.
+//! Windows run so. A firmware made for a PC wants the PM1 registers and the timer: `pc` has them ([`Power`]).
 //!
 //! The host bridge has no `_PRT`: no device has an interrupt pin, all of them signal by MSI-X.
+//!
+//! What a device adds to the tables is data ([`AcpiDevice`]): the same entry serves both kinds of board.
 
+use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -18,7 +21,7 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 
 /// `SLP_TYPx` of the `_S5_` (soft-off) package, in bits 2 to 4 of the sleep control register (§4.8.3.7).
 pub const SLEEP_TYPE_OFF: u8 = 5;
@@ -32,11 +35,73 @@ const OEM_TABLE: [u8; 8] = *b"ATOLLVMM";
 const OEM_REVISION: u32 = 1;
 /// `IAPC_BOOT_ARCH` (§5.2.9.3): there is no VGA and no CMOS clock (nor, bits clear, an 8042).
 const NO_VGA_NO_RTC: u16 = 1 << 2 | 1 << 5;
-/// Tables begin at multiples of this.
-const ALIGNMENT: usize = 16;
+/// The same: there are devices on the LPC bus, and no VGA.
+const LEGACY_NO_VGA: u16 = 1 << 0 | 1 << 2;
+/// Tables begin at multiples of this; a FACS asks for it (§5.2.10).
+pub(crate) const ALIGNMENT: usize = 64;
+
+/// Offsets of the PM blocks from their base, as an ICH9 has them (Intel ICH9 datasheet §13.8.3), which firmware
+/// for a Q35 board relies on.
+pub const PM1_EVENT: u16 = 0x00;
+/// PM1 control register.
+pub const PM1_CONTROL: u16 = 0x04;
+/// Power management timer.
+pub const PM_TIMER: u16 = 0x08;
+/// Status and enable registers of general-purpose events, eight bytes each.
+pub const GPE0: u16 = 0x20;
+/// Bytes of both.
+pub const GPE0_BYTES: u8 = 16;
+/// `SLP_TYPx` of soft-off in the PM1 control register: OVMF writes it without asking ACPI.
+pub const PC_SLEEP_TYPE_OFF: u8 = 0;
+/// Ports of the PM blocks.
+pub const PM_PORT_COUNT: u8 = 0x80;
+/// The ICH9's SMI command and status ports. Nothing answers there; software that finds them free would not mind.
+const APM_PORT: u16 = 0xb2;
+/// Index of the century among the bytes of the CMOS clock.
+pub const RTC_CENTURY: u8 = 0x32;
+/// Port of the PC's reset register, and what is written there.
+pub const PC_RESET_PORT: u16 = 0xcf9;
+/// Full reset of an ICH9 (datasheet §13.7.5): reset the processors, and the system.
+pub const PC_RESET_VALUE: u8 = 0x06;
+
+/// How the guest turns the machine off, and how events reach it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Power {
+    /// Hardware-reduced: byte registers, and one edge-triggered interrupt an event (a generic event device).
+    /// Numbers of [`AcpiDevice::event`] are interrupts (GSIs).
+    Reduced {
+        /// Interrupt of the power button.
+        button_gsi: u32,
+        /// Sleep control register, a byte; the sleep status register is the port after it.
+        sleep_port: u16,
+        /// Reset register, a byte.
+        reset_port: u16,
+    },
+    /// A PC's PM1 and GPE0 blocks, a PM timer, a level-triggered SCI. Numbers of [`AcpiDevice::event`] are bits
+    /// of GPE0.
+    Pc {
+        /// First port of the blocks.
+        pm_base: u16,
+        /// The SCI, active high.
+        sci_gsi: u8,
+    },
+}
+
+/// A device that only ACPI tells the guest of: an entry under `\\_SB` of the DSDT.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcpiDevice {
+    /// Four characters, unique: `VGEN`.
+    pub name: &'static str,
+    /// `_HID`: an EISA name (`PNP0B00`, seven characters) or any other string.
+    pub hid: &'static str,
+    /// AML of the other objects of the device: `_CID`, `_CRS`, methods.
+    pub objects: Vec<u8>,
+    /// Its event: a number of the board's (see [`Power`]), on which the device is notified with `0x80`.
+    pub event: Option<u8>,
+}
 
 /// The hardware that the tables tell of. Addresses are guest-physical.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Platform {
     /// Where the tables go; the RSDP is the first of them.
     pub tables_address: u64,
@@ -54,16 +119,35 @@ pub struct Platform {
     pub window_address: u32,
     /// Length of that window.
     pub window_size: u32,
+    /// First and last address for BARs above 4 GiB.
+    pub high_window: Option<(u64, u64)>,
     /// First port of the 16550 serial port COM1.
     pub serial_port: u16,
     /// Its interrupt.
     pub serial_gsi: u32,
-    /// Interrupt of the power button.
-    pub power_gsi: u32,
-    /// Sleep control register, a byte; the sleep status register is the port after it.
-    pub sleep_port: u16,
-    /// Reset register, a byte.
-    pub reset_port: u16,
+    /// Power registers and events.
+    pub power: Power,
+    /// Devices that only ACPI tells of.
+    pub devices: Vec<AcpiDevice>,
+}
+
+impl Platform {
+    /// Port and value with which the guest resets the machine.
+    #[must_use]
+    pub fn reset_register(&self) -> (u16, u8) {
+        match self.power {
+            Power::Reduced { reset_port, .. } => (reset_port, RESET_VALUE),
+            Power::Pc { .. } => (PC_RESET_PORT, PC_RESET_VALUE),
+        }
+    }
+}
+
+/// A `_CRS` of one range of ports, for [`AcpiDevice::objects`].
+#[must_use]
+pub fn ports(first: u16, count: u8) -> Vec<u8> {
+    let range = aml::IO::new(first, first, 1, count);
+    let resources = aml::ResourceTemplate::new(vec![&range]);
+    serialized(&aml::Name::new("_CRS".into(), &resources))
 }
 
 /// All tables as one piece, to be written at `tables_address`.
@@ -71,26 +155,55 @@ pub struct Platform {
 pub fn tables(platform: &Platform) -> Vec<u8> {
     // The RSDP comes first and has a fixed size; everything else is known before it is.
     let mut bytes = vec![0; Rsdp::len()];
-    let dsdt = append(&mut bytes, platform, &dsdt(platform));
+    let placed = place(&mut bytes, platform, platform.tables_address);
+    let rsdp = serialized(&Rsdp::new(OEM, placed.xsdt));
+    bytes[..rsdp.len()].copy_from_slice(&rsdp);
+    bytes
+}
+
+/// Where [`place`] put the tables that point at others.
+pub(crate) struct Placed {
+    pub(crate) fadt: u64,
+    pub(crate) xsdt: u64,
+    /// Entries of the XSDT.
+    pub(crate) entry_count: usize,
+    pub(crate) has_facs: bool,
+}
+
+/// Appends all tables but the RSDP to `bytes`, which will be at `base`.
+pub(crate) fn place(bytes: &mut Vec<u8>, platform: &Platform, base: u64) -> Placed {
+    let facs = match platform.power {
+        Power::Reduced { .. } => None,
+        Power::Pc { .. } => Some(append(bytes, base, &serialized(&FACS::new()))),
+    };
+    let dsdt = append(bytes, base, &dsdt(platform));
+    let fadt = append(bytes, base, &fadt(platform, dsdt, facs));
     let entries = [
-        append(&mut bytes, platform, &fadt(platform, dsdt)),
-        append(&mut bytes, platform, &madt(platform)),
-        append(&mut bytes, platform, &mcfg(platform)),
+        fadt,
+        append(bytes, base, &madt(platform)),
+        append(bytes, base, &mcfg(platform)),
     ];
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     for entry in entries {
         xsdt.add_entry(entry);
     }
-    let xsdt = append(&mut bytes, platform, &serialized(&xsdt));
-    let rsdp = serialized(&Rsdp::new(OEM, xsdt));
-    bytes[..rsdp.len()].copy_from_slice(&rsdp);
-    bytes
+    Placed {
+        fadt,
+        xsdt: append(bytes, base, &serialized(&xsdt)),
+        entry_count: entries.len(),
+        has_facs: facs.is_some(),
+    }
+}
+
+/// The RSDP that points at an XSDT.
+pub(crate) fn rsdp(xsdt: u64) -> Vec<u8> {
+    serialized(&Rsdp::new(OEM, xsdt))
 }
 
 /// Puts a table behind the others and gives its guest-physical address.
-fn append(bytes: &mut Vec<u8>, platform: &Platform, table: &[u8]) -> u64 {
+fn append(bytes: &mut Vec<u8>, base: u64, table: &[u8]) -> u64 {
     bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
-    let address = platform.tables_address + bytes.len() as u64;
+    let address = base + bytes.len() as u64;
     bytes.extend_from_slice(table);
     address
 }
@@ -101,30 +214,72 @@ fn serialized(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-fn fadt(platform: &Platform, dsdt: u64) -> Vec<u8> {
-    let port = |port: u16| {
-        GAS::new(
-            AddressSpace::SystemIo,
-            8,
-            0,
-            AccessSize::ByteAccess,
-            port.into(),
-        )
+fn byte_port(port: u16) -> GAS {
+    register(port, 8)
+}
+
+/// A register of `bits` in I/O space.
+fn register(port: u16, bits: u8) -> GAS {
+    let access = match bits {
+        8 => AccessSize::ByteAccess,
+        16 => AccessSize::WordAccess,
+        _ => AccessSize::DwordAccess,
     };
+    GAS::new(AddressSpace::SystemIo, bits, 0, access, port.into())
+}
+
+fn fadt(platform: &Platform, dsdt: u64, facs: Option<u64>) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
-        .flag(Flags::HwReducedAcpi)
-        .flag(Flags::PwrButton) // by control method, as a hardware-reduced machine has no fixed one
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd);
-    fadt.iapc_boot_arch = NO_VGA_NO_RTC.into();
-    fadt.reset_reg = port(platform.reset_port);
-    fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = port(platform.sleep_port);
-    fadt.sleep_status_reg = port(platform.sleep_port + 1);
+    let (reset_port, reset_value) = platform.reset_register();
+    fadt.reset_reg = byte_port(reset_port);
+    fadt.reset_value = reset_value;
+    match platform.power {
+        Power::Reduced { sleep_port, .. } => {
+            // The button is by control method, as a hardware-reduced machine has no fixed one.
+            fadt = fadt.flag(Flags::HwReducedAcpi).flag(Flags::PwrButton);
+            fadt.iapc_boot_arch = NO_VGA_NO_RTC.into();
+            fadt.sleep_control_reg = byte_port(sleep_port);
+            fadt.sleep_status_reg = byte_port(sleep_port + 1);
+        }
+        Power::Pc { pm_base, sci_gsi } => fadt = pm_blocks(fadt, pm_base, sci_gsi),
+    }
+    if let Some(facs) = facs {
+        fadt = fadt.firmware_ctrl_64(facs);
+    }
     serialized(&fadt.finalize())
+}
+
+/// The fixed registers of a PC. There is no SMI command port: the machine is in ACPI mode from power-on.
+fn pm_blocks(fadt: FADTBuilder, base: u16, sci_gsi: u8) -> FADTBuilder {
+    let mut fadt = fadt
+        .flag(Flags::TmrValExt)
+        .flag(Flags::FixRtc)
+        .flag(Flags::ProcC1);
+    let at = |offset: u16| u32::from(base + offset).into();
+    fadt.iapc_boot_arch = LEGACY_NO_VGA.into();
+    fadt.sci_int = u16::from(sci_gsi).into();
+    fadt.pm1a_evt_blk = at(PM1_EVENT);
+    fadt.pm1_evt_len = 4;
+    fadt.pm1a_cnt_blk = at(PM1_CONTROL);
+    fadt.pm1_cnt_len = 2;
+    fadt.pm_tmr_blk = at(PM_TIMER);
+    fadt.pm_tmr_len = 4;
+    fadt.gpe0_blk = at(GPE0);
+    fadt.gpe0_blk_len = GPE0_BYTES;
+    fadt.x_pm1a_evt_blk = register(base + PM1_EVENT, 32);
+    fadt.x_pm1a_cnt_blk = register(base + PM1_CONTROL, 16);
+    fadt.x_pm_tmr_blk = register(base + PM_TIMER, 32);
+    fadt.x_gpe0_blk = register(base + GPE0, GPE0_BYTES * 8);
+    fadt.century = RTC_CENTURY;
+    // No C2 and C3: their latencies are above the limits that ACPI gives (§5.2.9).
+    fadt.p_lvl2_lat = 0xfff.into();
+    fadt.p_lvl3_lat = 0xfff.into();
+    fadt
 }
 
 fn madt(platform: &Platform) -> Vec<u8> {
@@ -134,7 +289,27 @@ fn madt(platform: &Platform) -> Vec<u8> {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
     madt.add_structure(IoApic::new(0, platform.ioapic_address, 0));
-    serialized(&madt)
+    let mut bytes = serialized(&madt);
+    if let Power::Pc { sci_gsi, .. } = platform.power {
+        bytes.extend(source_override(sci_gsi));
+        seal(&mut bytes);
+    }
+    bytes
+}
+
+/// An interrupt source override (§5.2.12.5): the ISA interrupt is the GSI of its number, level-triggered, active high.
+fn source_override(irq: u8) -> [u8; 10] {
+    const LEVEL_HIGH: u8 = 0b1101;
+    [2, 10, 0, irq, irq, 0, 0, 0, LEVEL_HIGH, 0]
+}
+
+/// Sets length and checksum of a table that was put together by hand.
+fn seal(table: &mut [u8]) {
+    let length = u32::try_from(table.len()).expect("a table has a few KiB");
+    table[4..8].copy_from_slice(&length.to_le_bytes());
+    table[9] = 0;
+    let sum = table.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+    table[9] = sum.wrapping_neg();
 }
 
 fn mcfg(platform: &Platform) -> Vec<u8> {
@@ -145,7 +320,11 @@ fn mcfg(platform: &Platform) -> Vec<u8> {
 }
 
 fn dsdt(platform: &Platform) -> Vec<u8> {
-    let off = aml::Package::new(vec![&SLEEP_TYPE_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
+    let sleep_type = match platform.power {
+        Power::Reduced { .. } => SLEEP_TYPE_OFF,
+        Power::Pc { .. } => PC_SLEEP_TYPE_OFF,
+    };
+    let off = aml::Package::new(vec![&sleep_type, &sleep_type, &aml::ZERO, &aml::ZERO]);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&serialized(&aml::Name::new("_S5_".into(), &off)));
     for device in [
@@ -153,10 +332,11 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
         host_bridge(platform),
         motherboard(platform),
         serial(platform),
-        power_button(platform),
+        devices(platform),
     ] {
         dsdt.append_slice(&aml::Scope::raw("\\_SB_".into(), device));
     }
+    dsdt.append_slice(&events(platform));
     dsdt.update_checksum();
     dsdt.as_slice().to_vec()
 }
@@ -183,6 +363,23 @@ fn processors(platform: &Platform) -> Vec<u8> {
 fn host_bridge(platform: &Platform) -> Vec<u8> {
     let last_bus = u16::from(platform.bus_count) - 1;
     let window_last = platform.window_address + (platform.window_size - 1);
+    let buses = aml::AddressSpace::new_bus_number(0_u16, last_bus);
+    let config_ports = aml::IO::new(0xcf8, 0xcf8, 1, 8);
+    let low = aml::AddressSpace::new_memory(
+        aml::AddressSpaceCacheable::NotCacheable,
+        true,
+        platform.window_address,
+        window_last,
+        None,
+    );
+    let high = platform.high_window.map(|(first, last)| {
+        let kind = aml::AddressSpaceCacheable::NotCacheable;
+        aml::AddressSpace::new_memory(kind, true, first, last, None)
+    });
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &config_ports, &low];
+    if let Some(high) = &high {
+        resources.push(high);
+    }
     serialized(&aml::Device::new(
         "PCI0".into(),
         vec![
@@ -192,20 +389,7 @@ fn host_bridge(platform: &Platform) -> Vec<u8> {
             &aml::Name::new("_SEG".into(), &aml::ZERO),
             &aml::Name::new("_BBN".into(), &aml::ZERO),
             &aml::Name::new("_CCA".into(), &aml::ONE),
-            &aml::Name::new(
-                "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![
-                    &aml::AddressSpace::new_bus_number(0_u16, last_bus),
-                    &aml::IO::new(0xcf8, 0xcf8, 1, 8),
-                    &aml::AddressSpace::new_memory(
-                        aml::AddressSpaceCacheable::NotCacheable,
-                        true,
-                        platform.window_address,
-                        window_last,
-                        None,
-                    ),
-                ]),
-            ),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(resources)),
         ],
     ))
 }
@@ -213,6 +397,16 @@ fn host_bridge(platform: &Platform) -> Vec<u8> {
 /// Reserves what belongs to no device: without it, Linux does not trust the MCFG.
 fn motherboard(platform: &Platform) -> Vec<u8> {
     let ecam_size = u32::from(platform.bus_count) << 20;
+    let ports = match platform.power {
+        Power::Reduced {
+            sleep_port,
+            reset_port,
+            ..
+        } => [(sleep_port, 2), (reset_port, 1)],
+        // The reset register is within the host bridge's ports.
+        Power::Pc { pm_base, .. } => [(pm_base, PM_PORT_COUNT), (APM_PORT, 2)],
+    };
+    let [first, second] = ports.map(|(port, count)| aml::IO::new(port, port, 1, count));
     serialized(&aml::Device::new(
         "MBRD".into(),
         vec![
@@ -222,8 +416,8 @@ fn motherboard(platform: &Platform) -> Vec<u8> {
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
                     &aml::Memory32Fixed::new(true, platform.ecam_address, ecam_size),
-                    &aml::IO::new(platform.sleep_port, platform.sleep_port, 1, 2),
-                    &aml::IO::new(platform.reset_port, platform.reset_port, 1, 1),
+                    &first,
+                    &second,
                 ]),
             ),
         ],
@@ -248,39 +442,104 @@ fn serial(platform: &Platform) -> Vec<u8> {
     ))
 }
 
-/// The button, and the generic event device (§5.6.9) whose interrupt says that it was pressed.
-fn power_button(platform: &Platform) -> Vec<u8> {
-    let button = aml::Path::new("\\_SB_.PWRB");
-    let pressed = aml::Notify::new(&button, &0x80_u8);
-    let is_button = aml::Equal::new(&aml::Arg(0), &platform.power_gsi);
-    let mut bytes = serialized(&aml::Device::new(
-        "PWRB".into(),
-        vec![&hid("PNP0C0C"), &aml::Name::new("_UID".into(), &aml::ZERO)],
-    ));
-    bytes.extend(serialized(&aml::Device::new(
+/// Devices that only ACPI tells of: the board's own button, and what the machine was given.
+fn devices(platform: &Platform) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Power::Reduced { .. } = platform.power {
+        bytes.extend(device(&power_button()));
+    }
+    bytes.extend(platform.devices.iter().flat_map(device));
+    bytes
+}
+
+fn power_button() -> AcpiDevice {
+    AcpiDevice {
+        name: "PWRB",
+        hid: "PNP0C0C",
+        objects: serialized(&aml::Name::new("_UID".into(), &aml::ZERO)),
+        event: None,
+    }
+}
+
+/// Already serialized AML among objects.
+struct Raw<'a>(&'a [u8]);
+
+impl Aml for Raw<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0);
+    }
+}
+
+fn device(device: &AcpiDevice) -> Vec<u8> {
+    let is_eisa = device.hid.len() == 7 && device.hid.starts_with("PNP");
+    let name = if is_eisa {
+        hid(device.hid)
+    } else {
+        aml::Name::new("_HID".into(), &device.hid)
+    };
+    let objects = Raw(&device.objects);
+    serialized(&aml::Device::new(device.name.into(), vec![&name, &objects]))
+}
+
+/// What the guest does when an event comes: it notifies the event's device.
+fn events(platform: &Platform) -> Vec<u8> {
+    let mut sources: Vec<(u32, &str)> = platform
+        .devices
+        .iter()
+        .filter_map(|device| Some((device.event?.into(), device.name)))
+        .collect();
+    match platform.power {
+        Power::Reduced { button_gsi, .. } => {
+            sources.insert(0, (button_gsi, "PWRB"));
+            aml::Scope::raw("\\_SB_".into(), event_device(&sources))
+        }
+        Power::Pc { .. } if sources.is_empty() => Vec::new(),
+        Power::Pc { .. } => {
+            let methods = sources.iter().flat_map(|(bit, name)| {
+                // Edge-triggered: the status bit is cleared before the method runs (§5.6.4.1).
+                let path = aml::Path::new(&format!("\\_SB_.{name}"));
+                let notify = aml::Notify::new(&path, &0x80_u8);
+                let method = format!("_E{bit:02X}");
+                serialized(&aml::Method::new(
+                    method.as_str().into(),
+                    0,
+                    false,
+                    vec![&notify],
+                ))
+            });
+            aml::Scope::raw("\\_GPE".into(), methods.collect())
+        }
+    }
+}
+
+/// The generic event device (§5.6.9), whose interrupts say what happened: pairs of an interrupt and a device.
+fn event_device(sources: &[(u32, &str)]) -> Vec<u8> {
+    let interrupts: Vec<aml::Interrupt> = sources
+        .iter()
+        .map(|(gsi, _)| aml::Interrupt::new(true, true, false, false, *gsi))
+        .collect();
+    let body: Vec<u8> = sources
+        .iter()
+        .flat_map(|(gsi, name)| {
+            let path = aml::Path::new(&format!("\\_SB_.{name}"));
+            let notify = aml::Notify::new(&path, &0x80_u8);
+            let is_it = aml::Equal::new(&aml::Arg(0), gsi);
+            serialized(&aml::If::new(&is_it, vec![&notify]))
+        })
+        .collect();
+    let resources = interrupts.iter().map(|interrupt| interrupt as &dyn Aml);
+    serialized(&aml::Device::new(
         "GED0".into(),
         vec![
             &aml::Name::new("_HID".into(), &"ACPI0013"),
             &aml::Name::new("_UID".into(), &aml::ZERO),
             &aml::Name::new(
                 "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![&aml::Interrupt::new(
-                    true,
-                    true,
-                    false,
-                    false,
-                    platform.power_gsi,
-                )]),
+                &aml::ResourceTemplate::new(resources.collect()),
             ),
-            &aml::Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![&aml::If::new(&is_button, vec![&pressed])],
-            ),
+            &aml::Method::new("_EVT".into(), 1, true, vec![&Raw(&body)]),
         ],
-    )));
-    bytes
+    ))
 }
 
 #[cfg(test)]
@@ -299,11 +558,31 @@ mod tests {
             bus_count: 1,
             window_address: 0xc000_0000,
             window_size: 0x2000_0000,
+            high_window: None,
             serial_port: 0x3f8,
             serial_gsi: 4,
-            power_gsi: 5,
-            sleep_port: 0x600,
-            reset_port: 0x602,
+            power: Power::Reduced {
+                button_gsi: 5,
+                sleep_port: 0x600,
+                reset_port: 0x602,
+            },
+            devices: vec![AcpiDevice {
+                name: "VGEN",
+                hid: "ATOL0001",
+                objects: Vec::new(),
+                event: Some(6),
+            }],
+        }
+    }
+
+    fn pc(cpu_count: u8) -> Platform {
+        Platform {
+            high_window: Some((0x1_0000_0000, 0xff_ffff_ffff)),
+            power: Power::Pc {
+                pm_base: 0x600,
+                sci_gsi: 9,
+            },
+            ..platform(cpu_count)
         }
     }
 
@@ -330,18 +609,21 @@ mod tests {
 
     /// FADT, MADT, MCFG, DSDT, as a guest finds them from the RSDP.
     fn walk(cpu_count: u8) -> [Vec<u8>; 4] {
-        let bytes = tables(&platform(cpu_count));
+        walk_tables(&tables(&platform(cpu_count)))
+    }
+
+    fn walk_tables(bytes: &[u8]) -> [Vec<u8>; 4] {
         assert_eq!(&bytes[..8], b"RSD PTR ");
         assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
-        let xsdt = table(&bytes, number(&bytes, 24, 8), "XSDT");
+        let xsdt = table(bytes, number(bytes, 24, 8), "XSDT");
         assert_eq!(xsdt.len(), 36 + 3 * 8);
         let entry = |index: usize| number(&xsdt, 36 + 8 * index, 8);
-        let fadt = table(&bytes, entry(0), "FACP");
-        let dsdt = table(&bytes, number(&fadt, 140, 8), "DSDT");
+        let fadt = table(bytes, entry(0), "FACP");
+        let dsdt = table(bytes, number(&fadt, 140, 8), "DSDT");
         [
             fadt,
-            table(&bytes, entry(1), "APIC"),
-            table(&bytes, entry(2), "MCFG"),
+            table(bytes, entry(1), "APIC"),
+            table(bytes, entry(2), "MCFG"),
             dsdt,
         ]
     }
@@ -371,6 +653,26 @@ mod tests {
         );
     }
 
+    /// A PC's fixed registers, in both forms, and its interrupt override; events are methods of `\_GPE`.
+    #[test]
+    fn a_pc_has_power_management_blocks_and_a_level_triggered_sci() {
+        let [fadt, madt, _, dsdt] = walk_tables(&tables(&pc(1)));
+        assert_eq!(number(&fadt, 46, 2), 9, "SCI_INT");
+        let flags = number(&fadt, 112, 4);
+        assert_eq!((flags >> 20 & 1, flags >> 8 & 1, flags >> 4 & 1), (0, 1, 0));
+        let blocks = [56, 64, 76, 80].map(|offset| number(&fadt, offset, 4));
+        assert_eq!(blocks, [0x600, 0x604, 0x608, 0x620]);
+        let extended = [148, 172, 208, 220].map(|offset| number(&fadt, offset + 4, 8));
+        assert_eq!(extended, [0x600, 0x604, 0x608, 0x620]);
+        assert_eq!((number(&fadt, 120, 8), fadt[128]), (0xcf9, 6));
+        assert_ne!(number(&fadt, 132, 8), 0, "the FACS");
+        assert_eq!(madt[madt.len() - 10..], [2, 10, 0, 9, 9, 0, 0, 0, 0x0d, 0]);
+        assert_eq!(&dsdt[36..48], b"\x08_S5_\x12\x06\x04\0\0\0\0");
+        let method = b"_E06\0\x86\\._SB_VGEN\x0a\x80";
+        let found = dsdt.windows(method.len()).filter(|bytes| bytes == method);
+        assert_eq!(found.count(), 1);
+    }
+
     #[test]
     fn every_vcpu_has_a_local_apic_and_a_device() {
         let [_, madt, _, dsdt] = walk(3);
@@ -394,8 +696,8 @@ mod tests {
     fn the_dsdt_is_scopes_after_the_sleep_package() {
         let [.., dsdt] = walk(2);
         // Name (_S5_, Package (4) {5, 0, 0, 0})
-        assert_eq!(&dsdt[36..48], b"\x08_S5_\x12\x07\x04\x0a\x05\0\0");
-        let mut at = 49;
+        assert_eq!(&dsdt[36..50], b"\x08_S5_\x12\x08\x04\x0a\x05\x0a\x05\0\0");
+        let mut at = 50;
         let mut scopes = 0;
         while at < dsdt.len() {
             assert_eq!(dsdt[at], 0x10, "ScopeOp at {at}");
@@ -410,6 +712,6 @@ mod tests {
             at += 1 + length;
             scopes += 1;
         }
-        assert_eq!((at, scopes), (dsdt.len(), 5));
+        assert_eq!((at, scopes), (dsdt.len(), 6));
     }
 }

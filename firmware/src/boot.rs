@@ -36,6 +36,20 @@ pub struct MemoryRange {
     pub kind: MemoryKind,
 }
 
+/// The map as firmware reads it from the file `etc/e820`: 20 bytes a range, as in Linux's zero page.
+#[must_use]
+pub fn e820(map: &[MemoryRange]) -> Vec<u8> {
+    map.iter().flat_map(e820_entry).collect()
+}
+
+fn e820_entry(range: &MemoryRange) -> Vec<u8> {
+    let mut entry = Vec::with_capacity(20);
+    entry.extend(range.base.to_le_bytes());
+    entry.extend(range.size.to_le_bytes());
+    entry.extend((range.kind as u32).to_le_bytes());
+    entry
+}
+
 /// Everything that either protocol hands over.
 #[derive(Debug, Clone, Copy)]
 pub struct Parameters<'a> {
@@ -62,24 +76,15 @@ pub struct NoRoom {
     ceiling: u64,
 }
 
-/// What a processor finds at the reset vector, in real mode: a write to the reset register, whose port is given,
-/// and then rest. Linux ends here where the ACPI is hardware-reduced and there is no EFI: its `reboot_init` then
-/// prefers EFI's way to restart, and after that the PC's, a jump to F000:FFF0 (`machine_real_restart`).
+/// What a processor finds at the reset vector, in real mode: a write of `value` to the reset register, whose port
+/// is given, and then rest. Linux ends here where the ACPI is hardware-reduced and there is no EFI: its
+/// `reboot_init` then prefers EFI's way to restart, and after that the PC's, a jump to F000:FFF0
+/// (`machine_real_restart`).
 #[must_use]
-pub const fn reset_code(reset_port: u16) -> [u8; 9] {
-    let [low, high] = reset_port.to_le_bytes();
+pub const fn reset_code(port: u16, value: u8) -> [u8; 9] {
+    let [low, high] = port.to_le_bytes();
     // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
-    [
-        0xba,
-        low,
-        high,
-        0xb0,
-        crate::acpi::RESET_VALUE,
-        0xee,
-        0xf4,
-        0xeb,
-        0xfd,
-    ]
+    [0xba, low, high, 0xb0, value, 0xee, 0xf4, 0xeb, 0xfd]
 }
 
 /// Address of an initial RAM disk of `size` bytes: as high as possible, so that it is out of the kernel's way,
@@ -124,10 +129,7 @@ pub fn zero_page(setup_header: &[u8], parameters: &Parameters<'_>) -> Vec<u8> {
         put(&mut page, 0x0c4, &high); // ext_ramdisk_size
     }
     for (index, range) in parameters.memory.iter().enumerate() {
-        let mut entry = Vec::with_capacity(20);
-        entry.extend(range.base.to_le_bytes());
-        entry.extend(range.size.to_le_bytes());
-        entry.extend((range.kind as u32).to_le_bytes());
+        let entry = e820_entry(range);
         put(&mut page, 0x2d0 + index * entry.len(), &entry); // e820_table
         page[0x1e8] += 1; // e820_entries
     }

@@ -6,11 +6,13 @@
 //! Called by the VMM's loader, at start and at every reset.
 //!
 //! ```text
-//! acpi    RSDP, XSDT, FADT, MADT, MCFG, DSDT
-//! boot    memory map, Linux zero page, PVH start_info, place of the initrd
-//! paging  GDT and identity map for an entry in long mode
+//! acpi          RSDP, XSDT, FADT, FACS, MADT, MCFG, DSDT
+//! boot          memory map, Linux zero page, PVH start_info, place of the initrd
+//! paging        GDT and identity map for an entry in long mode
+//! table_loader  the ACPI tables as firmware fetches and places them
 //! ```
 
 pub mod acpi;
 pub mod boot;
 pub mod paging;
+pub mod table_loader;

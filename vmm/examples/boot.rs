@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use atoll_vmm::machine::{self, Options};
 use atoll_vmm::probe::PROBE_ELF;
-use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, KernelSpec, MachineSpec};
 
 #[expect(clippy::print_stderr, reason = "an example talks")]
 fn main() -> anyhow::Result<()> {
@@ -25,17 +25,12 @@ fn main() -> anyhow::Result<()> {
         name: "example".to_owned(),
         cpu_count: 2,
         memory_mib: 256,
-        boot: BootSpec {
-            kernel,
+        serial: ConsoleSpec::Stdio,
+        ..MachineSpec::new(BootSpec::Kernel(KernelSpec {
+            image: kernel,
             initrd: arguments.next(),
             cmdline: "console=ttyS0".to_owned(),
-        },
-        disks: Vec::new(),
-        nets: Vec::new(),
-        serial: ConsoleSpec::Stdio,
-        console: None,
-        rng: true,
-        services: atoll_vmm_protocol::services::GuestServices::default(),
+        }))
     };
     let outcome = machine::run_machine(&spec, &Options::default())?;
     eprintln!("the guest ended: {outcome:?}");

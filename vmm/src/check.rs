@@ -9,12 +9,15 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use atoll_vmm_protocol::spec::{ConsoleSpec, DiskSpec, MachineSpec, NetLimits, NetSpec, VhostNet};
+use atoll_vmm_protocol::spec::{
+    BootSpec, ConsoleSpec, DiskSpec, FirmwareSpec, KernelSpec, MachineSpec, NetLimits, NetSpec,
+    Profile, VhostNet,
+};
 
-use crate::layout;
+use crate::{flash, layout};
 
 /// Slots of the PCI bus beside the host bridge, less those for one device each of the other kinds.
-const DEVICE_COUNT_MAX: usize = 25;
+const DEVICE_COUNT_MAX: usize = 24;
 /// Addresses below are the hypervisor's and the host's (vsock(7)).
 const VSOCK_CID_MIN: u32 = 3;
 /// Named ports: enough for every agent that a guest may have.
@@ -52,9 +55,6 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.memory_mib > u64::MAX >> 20 {
         return refuse(format!("{} MiB of memory are too much", spec.memory_mib));
     }
-    if spec.boot.cmdline.len() as u64 >= layout::CMDLINE_BYTES_MAX {
-        return refuse("kernel command line longer than 65535 bytes");
-    }
     if spec.disks.len() + spec.nets.len() > DEVICE_COUNT_MAX {
         return refuse(format!(
             "{} disks and {} network cards: a machine has {DEVICE_COUNT_MAX} slots for both",
@@ -66,9 +66,12 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         return refuse("the serial port and the virtio console cannot both be on stdio");
     }
     services(spec)?;
-    is_file("kernel", &spec.boot.kernel)?;
-    if let Some(initrd) = &spec.boot.initrd {
-        is_file("initrd", initrd)?;
+    match &spec.boot {
+        BootSpec::Kernel(boot) => kernel(boot)?,
+        BootSpec::Firmware(_) if spec.profile != Profile::Pc => {
+            return refuse("firmware needs the board pc: leave out --profile, or say pc");
+        }
+        BootSpec::Firmware(boot) => firmware(boot)?,
     }
     spec.disks.iter().try_for_each(disk)?;
     spec.nets.iter().try_for_each(net)
@@ -109,6 +112,37 @@ fn services(spec: &MachineSpec) -> Result<(), SpecError> {
         )),
         _ => Ok(()),
     }
+}
+
+fn kernel(kernel: &KernelSpec) -> Result<(), SpecError> {
+    if kernel.cmdline.len() as u64 >= layout::CMDLINE_BYTES_MAX {
+        return refuse("kernel command line longer than 65535 bytes");
+    }
+    is_file("kernel", &kernel.image)?;
+    let initrd = kernel.initrd.as_deref();
+    initrd.map_or(Ok(()), |initrd| is_file("initrd", initrd))
+}
+
+fn firmware(firmware: &FirmwareSpec) -> Result<(), SpecError> {
+    for (what, key, path) in [
+        ("firmware code", "code", &firmware.code),
+        ("firmware variables", "vars", &firmware.vars),
+    ] {
+        if path.starts_with(flash::PACKAGED) && !path.exists() {
+            return refuse(format!(
+                "{what} {}: does not exist: install the package ovmf, or name another file with --firmware {key}=",
+                path.display()
+            ));
+        }
+        is_file(what, path)?;
+    }
+    if firmware.vars.starts_with(flash::PACKAGED) {
+        return refuse(format!(
+            "firmware variables {}: is the package's template, which all guests start from: copy it, and give the copy",
+            firmware.vars.display()
+        ));
+    }
+    Ok(())
 }
 
 fn is_file(what: &str, path: &Path) -> Result<(), SpecError> {
@@ -206,7 +240,7 @@ mod tests {
     #[track_caller]
     fn check(change: impl FnOnce(&mut serde_json::Value), expected: &str) {
         let mut value = serde_json::json!({
-            "name": "m", "cpu_count": 1, "memory_mib": 64, "boot": {"kernel": "/dev/null"},
+            "name": "m", "cpu_count": 1, "memory_mib": 64, "boot": {"kernel": {"image": "/dev/null"}},
         });
         change(&mut value);
         let machine = serde_json::from_value(value).unwrap();
@@ -226,11 +260,11 @@ mod tests {
             "0 MiB of memory: a machine needs at least 1",
         );
         check(
-            |m| m["boot"]["kernel"] = "/nonexistent".into(),
+            |m| m["boot"]["kernel"]["image"] = "/nonexistent".into(),
             "kernel /nonexistent: No such file or directory (os error 2)",
         );
         check(
-            |m| m["boot"]["initrd"] = "/tmp".into(),
+            |m| m["boot"]["kernel"]["initrd"] = "/tmp".into(),
             "initrd /tmp: is a directory",
         );
         check(
@@ -279,6 +313,33 @@ mod tests {
         check(
             |m| m["nets"] = serde_json::json!([{"tap": "t", "mac": "01:00:00:00:00:00"}]),
             "MAC address 01:00:00:00:00:00: is a group address, the first octet must be even",
+        );
+    }
+
+    #[test]
+    fn firmware_that_is_not_there_is_named_with_its_package() {
+        let firmware = |code: &str, vars: &str| {
+            let boot = serde_json::json!({"firmware": {"code": code, "vars": vars}});
+            move |m: &mut serde_json::Value| {
+                m["boot"] = boot;
+                m["profile"] = "pc".into();
+            }
+        };
+        check(
+            firmware("/usr/share/OVMF/none.fd", "/dev/null"),
+            "firmware code /usr/share/OVMF/none.fd: does not exist: install the package ovmf, or name another file \
+             with --firmware code=",
+        );
+        check(
+            firmware("/dev/null", "/nonexistent"),
+            "firmware variables /nonexistent: No such file or directory (os error 2)",
+        );
+        check(
+            |m| {
+                firmware("/dev/null", "/dev/null")(m);
+                m["profile"] = "micro".into();
+            },
+            "firmware needs the board pc: leave out --profile, or say pc",
         );
     }
 

@@ -3,19 +3,20 @@
 
 mod services;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
 use atoll_vmm_protocol::spec::{
-    BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskLimits, DiskSpec, MachineSpec,
-    NetSpec, VhostNet,
+    BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec,
+    KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
 };
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
 use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::saved::image;
-use crate::{check, probe};
+use crate::{check, flash, probe};
 
 /// Runs one virtual machine on KVM, in the foreground, until its guest ends.
 #[derive(Debug, Parser)]
@@ -45,6 +46,10 @@ Examples:
       --console socket=/run/vm/serial --api-socket /run/vm/api
   atoll-vmm ctl --api-socket /run/vm/api power-button
 
+  # A disk image that boots by UEFI, as installers make them (Debian: apt install ovmf):
+  cp /usr/share/OVMF/OVMF_VARS_4M.fd vars.fd
+  atoll-vmm run --firmware vars=vars.fd --memory 2G --disk path=disk.raw,format=raw,bootindex=0
+
 Keys of --disk:
   path=FILE             image file or block device
   format=raw|qcow2      never guessed: a guest can write any header
@@ -52,13 +57,14 @@ Keys of --disk:
   readonly              the guest may not write
   serial=TEXT           what the guest reads as the disk's serial number
   queues=N              virtqueues; one a vCPU when absent
+  bootindex=N           place in the firmware's boot order, lowest first
   cache=MODE            writeback (default), none, writethrough, directsync, unsafe
   discard               give space back that the guest discards
   detect-zeroes         writes of nothing but zeroes take no space
   bytes-per-second=N operations-per-second=N, each also with read- or write- before it, and with
   bytes-burst=N operations-burst=N: rates to which the disk is held";
 
-const DISK_KEYS: &str = "path=, format=, backing=, readonly, serial=, queues=, cache=, discard, detect-zeroes, \
+const DISK_KEYS: &str = "path=, format=, backing=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
     bytes-per-second=, bytes-burst=, operations-per-second=, operations-burst=, read-… and write-… of these";
 
 /// Sub-commands.
@@ -90,9 +96,16 @@ pub struct RunArguments {
         requires = "restore"
     )]
     pub memory_mode: image::Mode,
+    /// The board: micro starts a kernel fastest, pc is what firmware and installers expect; pc when --firmware is given
+    #[arg(long, value_name = "BOARD", value_parser = profile())]
+    pub profile: Option<Profile>,
     /// Linux kernel: a bzImage, or an ELF file with a PVH note
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["spec", "restore"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["spec", "restore", "firmware"])]
     pub kernel: Option<PathBuf>,
+    /// UEFI firmware: vars=FILE[,code=FILE][,menu=MILLISECONDS][,log=FILE]; vars is this guest's own copy of
+    /// OVMF_VARS_4M.fd, code is OVMF_CODE_4M.fd of Debian's package ovmf unless given
+    #[arg(long, value_name = "KEYS", value_parser = firmware, conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    pub firmware: Option<FirmwareSpec>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
@@ -109,7 +122,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
     /// A network card: tap=NAME[,mac=AA:BB:CC:DD:EE:FF][,mtu=N][,queues=PAIRS][,vhost=auto|on|off]
-    /// [,rate=BYTES a second, each way][,link=up|down]; may be repeated
+    /// [,rate=BYTES a second, each way][,link=up|down][,bootindex=N]; may be repeated
     #[arg(long, value_name = "KEYS", value_parser = net)]
     pub net: Vec<NetSpec>,
     /// Where the serial port (ttyS0) ends: stdio, pty, socket=PATH or null
@@ -171,7 +184,9 @@ pub enum Filters {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 13] = [
+const MACHINE_ARGUMENTS: [&str; 15] = [
+    "profile",
+    "firmware",
     "kernel",
     "initrd",
     "cmdline",
@@ -293,21 +308,26 @@ impl RunArguments {
     /// The machine that the arguments describe, when there is no `--spec`.
     #[must_use]
     pub fn to_spec(&self) -> MachineSpec {
+        let boot = match &self.firmware {
+            Some(firmware) => BootSpec::Firmware(firmware.clone()),
+            None => BootSpec::Kernel(KernelSpec {
+                image: self.kernel.clone().unwrap_or_default(),
+                initrd: self.initrd.clone(),
+                cmdline: self.cmdline.clone(),
+            }),
+        };
+        let defaults = MachineSpec::new(boot);
         MachineSpec {
             name: self.name.clone(),
             cpu_count: self.cpus,
             memory_mib: self.memory,
-            boot: BootSpec {
-                kernel: self.kernel.clone().unwrap_or_default(),
-                initrd: self.initrd.clone(),
-                cmdline: self.cmdline.clone(),
-            },
+            profile: self.profile.unwrap_or(defaults.profile),
             disks: self.disk.clone(),
             nets: self.net.clone(),
             serial: self.console.clone(),
             console: self.virtio_console.clone(),
-            rng: true,
             services: self.services.to_spec(),
+            ..defaults
         }
     }
 }
@@ -355,6 +375,37 @@ fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
         .map_err(|_| format!("{key}={value}: expected a number"))
 }
 
+fn profile() -> impl TypedValueParser<Value = Profile> {
+    PossibleValuesParser::new(["micro", "pc"]).map(|name| match name.as_str() {
+        "pc" => Profile::Pc,
+        _ => Profile::Micro,
+    })
+}
+
+fn firmware(text: &str) -> Result<FirmwareSpec, String> {
+    let mut vars = None;
+    let mut spec = FirmwareSpec {
+        code: Path::new(flash::PACKAGED).join("OVMF_CODE_4M.fd"),
+        vars: PathBuf::new(),
+        menu_ms: None,
+        log: None,
+    };
+    keys(text, "vars=, code=, menu=, log=", |key, value| {
+        match (key, value) {
+            ("vars", Some(value)) => vars = Some(PathBuf::from(value)),
+            ("code", Some(value)) => spec.code = PathBuf::from(value),
+            ("menu", Some(value)) => spec.menu_ms = Some(number(key, value)?),
+            ("log", Some(value)) => spec.log = Some(PathBuf::from(value)),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    spec.vars = vars.ok_or(
+        "vars= is missing: give this guest its own copy of /usr/share/OVMF/OVMF_VARS_4M.fd, which it writes to",
+    )?;
+    Ok(spec)
+}
+
 fn disk(text: &str) -> Result<DiskSpec, String> {
     let (mut path, mut format) = (None, None);
     let mut spec = DiskSpec::default();
@@ -365,6 +416,7 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
             ("readonly", None) => spec.readonly = true,
             ("serial", Some(value)) => spec.serial = Some(value.to_owned()),
             ("queues", Some(value)) => spec.queue_count = Some(number(key, value)?),
+            ("bootindex", Some(value)) => spec.boot_index = Some(number(key, value)?),
             ("cache", Some(value)) => spec.cache = cache_mode(value)?,
             ("discard", None) => spec.discard = true,
             ("detect-zeroes", None) => spec.detect_zeroes = true,
@@ -426,7 +478,7 @@ fn net(text: &str) -> Result<NetSpec, String> {
     let mut spec = NetSpec::default();
     keys(
         text,
-        "tap=, mac=, mtu=, queues=, vhost=, rate=, link=",
+        "tap=, mac=, mtu=, queues=, vhost=, rate=, link=, bootindex=",
         |key, value| {
             match (key, value) {
                 ("tap", Some(value)) => tap = Some(value.to_owned()),
@@ -435,6 +487,7 @@ fn net(text: &str) -> Result<NetSpec, String> {
                     spec.mac = Some(value.to_owned());
                 }
                 ("mtu", Some(value)) => spec.mtu = Some(number(key, value)?),
+                ("bootindex", Some(value)) => spec.boot_index = Some(number(key, value)?),
                 ("queues", Some(value)) => spec.queue_pairs = Some(number(key, value)?),
                 ("vhost", Some("auto")) => spec.vhost = VhostNet::Auto,
                 ("vhost", Some("on")) => spec.vhost = VhostNet::On,

@@ -6,7 +6,8 @@
 //! main ─► cli ─► check ─► machine::run_machine(spec)
 //!                              │ assembly: a table of steps, one a kind of device
 //!                              ├─► kvm       /dev/kvm, memory slots, interrupts, doorbells
-//!                              ├─► memory    guest RAM        layout   where everything is
+//!                              ├─► memory    guest RAM        layout, board   where everything is
+//!                              ├─► flash, fw_cfg   firmware, what it is told
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
 //!                              ├─► saved     a machine at rest: snapshots
 //!                              ├─► vcpu      threads vcpu0, vcpu1, …
@@ -17,9 +18,12 @@
 //! messages. Devices are in crate `atoll-devices`, which knows no KVM. No tokio here.
 
 pub mod api;
+pub mod board;
 pub mod check;
 pub mod cli;
 pub mod ctl;
+pub mod flash;
+pub mod fw_cfg;
 pub mod kvm;
 pub mod layout;
 pub mod loader;

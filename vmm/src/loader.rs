@@ -8,14 +8,15 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use atoll_devices::memory::Ram;
-use atoll_firmware::acpi;
+use atoll_firmware::acpi::{self, Platform};
 use atoll_firmware::boot::{self, Parameters};
 use atoll_firmware::paging;
-use atoll_vmm_protocol::spec::BootSpec;
+use atoll_vmm_protocol::spec::KernelSpec;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::board::Board;
 use crate::layout;
 use crate::vcpu::setup::Entry;
 
@@ -108,9 +109,9 @@ struct Image {
 
 impl BootFiles {
     /// Opens the files that the spec names.
-    pub fn open(spec: &BootSpec) -> Result<Self, LoadError> {
+    pub fn open(spec: &KernelSpec) -> Result<Self, LoadError> {
         Ok(Self {
-            kernel: open("kernel", &spec.kernel)?,
+            kernel: open("kernel", &spec.image)?,
             initrd: match &spec.initrd {
                 Some(path) => Some(open("initrd", path)?),
                 None => None,
@@ -124,9 +125,10 @@ impl BootFiles {
         &mut self,
         memory: &Ram,
         memory_bytes: u64,
-        cpu_count: u8,
+        board: &Board,
+        platform: &Platform,
     ) -> Result<Entry, LoadError> {
-        let image = self.load_kernel(memory, memory_bytes)?;
+        let image = self.load_kernel(memory, memory_bytes.min(board.low_ram_end))?;
         let (Entry::Pvh { address } | Entry::Long { address }) = image.entry;
         if !memory.address_in_range(GuestAddress(address)) {
             return Err(LoadError::Entry {
@@ -136,7 +138,7 @@ impl BootFiles {
         }
         let initrd = self.load_initrd(memory, &image)?;
         let cmdline_size = self.load_cmdline(memory, &image)?;
-        let map = layout::memory_map(memory_bytes);
+        let map = board.memory_map(memory_bytes);
         let parameters = Parameters {
             memory: &map,
             cmdline_address: layout::CMDLINE,
@@ -144,9 +146,9 @@ impl BootFiles {
             initrd,
             rsdp_address: layout::ACPI,
         };
-        let platform = layout::platform(cpu_count);
-        let tables = acpi::tables(&platform);
-        let reset = boot::reset_code(platform.reset_port).to_vec();
+        let tables = acpi::tables(platform);
+        let (reset_port, reset_value) = platform.reset_register();
+        let reset = boot::reset_code(reset_port, reset_value).to_vec();
         let mut pieces = vec![
             (layout::ACPI, tables),
             (layout::RESET_VECTOR, reset),
@@ -177,7 +179,7 @@ impl BootFiles {
         Ok(image.entry)
     }
 
-    fn load_kernel(&mut self, memory: &Ram, memory_bytes: u64) -> Result<Image, LoadError> {
+    fn load_kernel(&mut self, memory: &Ram, low_end: u64) -> Result<Image, LoadError> {
         let (path, file) = &mut self.kernel;
         let unreadable = |source| LoadError::File {
             what: "kernel",
@@ -188,7 +190,6 @@ impl BootFiles {
         file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
         let read = file.read(&mut magic).map_err(unreadable)?;
         file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
-        let low_end = memory_bytes.min(layout::LOW_RAM_END);
         let start = Some(GuestAddress(layout::KERNEL));
         let damaged = |source| LoadError::Kernel {
             path: path.clone(),

@@ -9,7 +9,7 @@ use std::io;
 use atoll_devices::memory::Ram;
 use vm_memory::{FileOffset, GuestAddress};
 
-use crate::layout;
+use crate::board::Board;
 
 /// What holds the guest's RAM on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,7 +53,12 @@ pub enum MemoryError {
 
 /// Maps `memory_mib` of zeroed RAM, in the ranges of the address map. `address_bits` is the width of a
 /// guest-physical address.
-pub fn allocate(memory_mib: u64, address_bits: u8, backing: Backing) -> Result<Ram, MemoryError> {
+pub fn allocate(
+    board: &Board,
+    memory_mib: u64,
+    address_bits: u8,
+    backing: Backing,
+) -> Result<Ram, MemoryError> {
     let host_mib = host_bytes() >> 20;
     if memory_mib > host_mib {
         return Err(MemoryError::MoreThanHost {
@@ -62,7 +67,7 @@ pub fn allocate(memory_mib: u64, address_bits: u8, backing: Backing) -> Result<R
         });
     }
     let bytes = memory_mib << 20;
-    if layout::ram_end(bytes) > 1 << address_bits {
+    if board.ram_end(bytes) > 1 << address_bits {
         return Err(MemoryError::MoreThanAddresses {
             asked_mib: memory_mib,
             address_bits,
@@ -78,7 +83,7 @@ pub fn allocate(memory_mib: u64, address_bits: u8, backing: Backing) -> Result<R
     };
     let mut offset = 0;
     let mut ranges = Vec::new();
-    for (base, size) in layout::ram(bytes) {
+    for (base, size) in board.ram(bytes) {
         let part = match &file {
             None => None,
             Some(file) => Some(FileOffset::new(file.try_clone().map_err(failed)?, offset)),
@@ -106,12 +111,13 @@ fn memfd(bytes: u64) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::board::MICRO;
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]
     fn every_backing_gives_zeroed_ram() {
         for backing in [Backing::Anonymous, Backing::Shared] {
-            let memory = allocate(4, 40, backing).unwrap();
+            let memory = allocate(&MICRO, 4, 40, backing).unwrap();
             assert_eq!(memory.num_regions(), 1);
             let mut word = [1; 8];
             memory
@@ -126,9 +132,9 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_refused_with_the_reason() {
-        let refused = allocate(u64::MAX >> 24, 40, Backing::Anonymous).unwrap_err();
+        let refused = allocate(&MICRO, u64::MAX >> 24, 40, Backing::Anonymous).unwrap_err();
         assert!(refused.to_string().contains("the host has"), "{refused}");
-        let refused = allocate(64, 25, Backing::Anonymous).unwrap_err();
+        let refused = allocate(&MICRO, 64, 25, Backing::Anonymous).unwrap_err();
         assert_eq!(
             refused.to_string(),
             "64 MiB of memory asked for, this CPU addresses 25 bits"

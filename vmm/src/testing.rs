@@ -10,9 +10,10 @@ use std::os::fd::AsRawFd;
 
 use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::http;
-use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{KernelSpec, MachineSpec};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use crate::board::MICRO;
 use crate::loader::BootFiles;
 use crate::memory::{self, Backing};
 use crate::probe::PROBE_ELF;
@@ -39,14 +40,15 @@ pub fn kernel(input: &[u8]) {
     let file = rustix::fs::memfd_create("kernel", flags).expect("a memfd");
     let mut file = File::from(file);
     file.write_all(input).expect("memory for the kernel");
-    let boot = BootSpec {
-        kernel: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
+    let boot = KernelSpec {
+        image: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
         initrd: None,
         cmdline: "console=ttyS0".to_owned(),
     };
     let mut files = BootFiles::open(&boot).expect("it was just made");
-    let ram: Ram = memory::allocate(MEMORY_MIB, 40, Backing::Anonymous).expect("16 MiB");
-    match files.load(&ram, MEMORY_MIB << 20, 1) {
+    let platform = MICRO.platform(1, &MICRO.windows(MEMORY_MIB << 20, 40), Vec::new());
+    let ram: Ram = memory::allocate(&MICRO, MEMORY_MIB, 40, Backing::Anonymous).expect("16 MiB");
+    match files.load(&ram, MEMORY_MIB << 20, &MICRO, &platform) {
         Ok(Entry::Pvh { address } | Entry::Long { address }) => {
             assert!(ram.address_in_range(GuestAddress(address)), "{address:#x}");
         }

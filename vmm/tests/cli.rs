@@ -120,11 +120,11 @@ fn specs_that_are_not_specs() {
         ("{", "EOF while parsing"),
         ("{\"name\":\"x\"}", "missing field `cpu_count`"),
         (
-            "{\"name\":\"x\",\"cpu_count\":1,\"memory_mib\":0,\"boot\":{\"kernel\":\"/etc/hostname\"}}",
+            "{\"name\":\"x\",\"cpu_count\":1,\"memory_mib\":0,\"boot\":{\"kernel\":{\"image\":\"/etc/hostname\"}}}",
             "0 MiB of memory",
         ),
         (
-            "{\"name\":\"x\",\"cpu_count\":1,\"memory_mib\":1,\"boot\":{\"kernel\":\"/k\"},\"wings\":2}",
+            "{\"name\":\"x\",\"cpu_count\":1,\"memory_mib\":1,\"boot\":{\"kernel\":{\"image\":\"/k\"}},\"wings\":2}",
             "unknown field `wings`",
         ),
     ] {

@@ -21,7 +21,7 @@ use atoll_vmm::probe::PROBE_ELF;
 use atoll_vmm_protocol::api::{MachineState, Request};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{
-    BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
+    BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskSpec, KernelSpec, MachineSpec, NetSpec,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -60,30 +60,20 @@ fn spec(directory: &Path, cmdline: &str) -> MachineSpec {
     fs::write(&kernel, PROBE_ELF).unwrap();
     MachineSpec {
         name: "test".into(),
-        cpu_count: 1,
         memory_mib: 32,
-        boot: BootSpec {
-            kernel,
+        serial: ConsoleSpec::Socket(directory.join("serial")),
+        ..MachineSpec::new(BootSpec::Kernel(KernelSpec {
+            image: kernel,
             initrd: None,
             cmdline: cmdline.into(),
-        },
-        disks: vec![],
-        nets: vec![],
-        serial: ConsoleSpec::Socket(directory.join("serial")),
-        console: None,
-        rng: true,
-        services: atoll_vmm_protocol::services::GuestServices::default(),
+        }))
     }
 }
 
 fn disk(directory: &Path, name: &str, content: &[u8]) -> DiskSpec {
     let path = directory.join(name);
     fs::write(&path, content).unwrap();
-    DiskSpec {
-        path,
-        format: DiskFormat::Raw,
-        ..DiskSpec::default()
-    }
+    DiskSpec::raw(path)
 }
 
 /// A running machine, and what its serial port said so far.
@@ -565,10 +555,8 @@ fn a_neighbour_answers_pings() {
     let directory = TempDir::new().unwrap();
     let mut spec = spec(directory.path(), "stay ip=169.254.7.2 peer=169.254.7.1");
     spec.nets = vec![NetSpec {
-        tap: "tap0".into(),
         mac: Some("52:54:00:07:00:02".into()),
-        mtu: None,
-        ..NetSpec::default()
+        ..NetSpec::tap("tap0")
     }];
     let setup = "ip tuntap add dev tap0 mode tap vnet_hdr && ip address add 169.254.7.1/24 dev tap0 && ip link set tap0 up";
     // Of this thread and what it starts; nothing is left of it at the end.

@@ -112,10 +112,18 @@ pub struct PciBus {
 }
 
 impl PciBus {
-    /// A bus with nothing but its host bridge in slot 0.
+    /// A bus with nothing but a generic host bridge in slot 0.
     pub fn new(windows: Vec<Window>, doorbells: Arc<dyn DoorbellSink>) -> Arc<Self> {
+        Self::with_host_bridge(ConfigSpace::new(HOST_BRIDGE), windows, doorbells)
+    }
+
+    /// The same with a host bridge of the caller's choice.
+    pub fn with_host_bridge(
+        config: ConfigSpace,
+        windows: Vec<Window>,
+        doorbells: Arc<dyn DoorbellSink>,
+    ) -> Arc<Self> {
         let mut slots = [const { None }; SLOT_COUNT];
-        let config = ConfigSpace::new(HOST_BRIDGE);
         slots[0] = Some(Slot {
             initial: config.clone(),
             config,
@@ -374,7 +382,7 @@ impl BusDevice for Ecam {
 }
 
 /// Ports 0xcf8 to 0xcff: the old configuration mechanism, and the reset control register at 0xcf9 that sits
-/// inside it (FADT reset register; value [`ConfigPorts::RESET_VALUE`]).
+/// inside it.
 pub struct ConfigPorts {
     bus: Arc<PciBus>,
     control: Arc<dyn MachineControl>,
@@ -386,9 +394,7 @@ impl ConfigPorts {
     pub const BASE: u64 = 0xcf8;
     /// Ports.
     pub const SIZE: u64 = 8;
-    /// Port of the reset control register.
-    pub const RESET_PORT: u16 = 0xcf9;
-    /// What to write there: a full reset, on the transition of bit 2.
+    /// What software writes to port 0xcf9: a full reset, on the transition of bit 2.
     pub const RESET_VALUE: u8 = 0x06;
     /// Bit 2: reset the processors.
     const RESET_CPU: u8 = 1 << 2;

@@ -194,6 +194,11 @@ impl ConfigSpace {
         true
     }
 
+    /// Says which bits of the bytes from `offset` on the guest may write. Called while building only.
+    pub fn set_writable(&mut self, offset: usize, mask: &[u8]) {
+        self.writable[offset..offset + mask.len()].copy_from_slice(mask);
+    }
+
     /// The host's own write, past the mask: live registers, building.
     pub fn put(&mut self, offset: usize, data: &[u8]) {
         self.bytes[offset..offset + data.len()].copy_from_slice(data);

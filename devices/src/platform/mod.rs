@@ -1,9 +1,30 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The PC's own devices, on ports. Only the serial port is here: the machine is hardware-reduced ACPI, whose few
-//! registers belong to the VMM, and guests take the time from KVM's clock.
+//! The board's own devices, on ports and at fixed addresses. The `micro` board has the serial port only: it is
+//! hardware-reduced ACPI, whose few registers belong to the VMM, and guests take the time from KVM's clock.
+//!
+//! ```text
+//! serial       COM1                                  pm           ACPI registers, PM timer
+//! fw_cfg       what firmware asks the VMM            rtc          clock and CMOS memory
+//! flash        firmware's variables                  debug        firmware's debug console
+//! q35          host bridge and LPC bridge            reset_ports  resets of old
+//! ```
 
+mod debug;
+mod flash;
+pub mod fw_cfg;
+mod pm;
+mod reset_ports;
+mod rtc;
 mod serial;
 
+pub mod q35;
+
+pub use debug::DebugPort;
+pub use flash::{BLOCK_BYTES as FLASH_BLOCK_BYTES, Flash, FlashWindow};
+pub use fw_cfg::{FwCfg, FwCfgItems};
+pub use pm::AcpiPm;
+pub use reset_ports::{KeyboardReset, SystemControl};
+pub use rtc::Rtc;
 pub use serial::Serial;
 
 /// What a guest can ask of the whole machine. The VMM implements it; called on vCPU threads, so it only notes

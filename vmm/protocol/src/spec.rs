@@ -20,6 +20,9 @@ pub struct MachineSpec {
     pub cpu_count: u8,
     /// Guest RAM in MiB, at least 1.
     pub memory_mib: u64,
+    /// The board: which hardware there is beside the devices below.
+    #[serde(default)]
+    pub profile: Profile,
     /// How the first instruction is reached.
     pub boot: BootSpec,
     /// Disks in the order of their PCI slots.
@@ -42,18 +45,112 @@ pub struct MachineSpec {
     pub services: GuestServices,
 }
 
+impl MachineSpec {
+    /// The smallest machine that boots so: one vCPU, 512 MiB, no device but the serial port and an entropy source.
+    #[must_use]
+    pub fn new(boot: BootSpec) -> Self {
+        Self {
+            name: "vm".to_owned(),
+            cpu_count: 1,
+            memory_mib: 512,
+            profile: match boot {
+                BootSpec::Kernel(_) => Profile::Micro,
+                BootSpec::Firmware(_) => Profile::Pc,
+            },
+            boot,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            serial: ConsoleSpec::default(),
+            console: None,
+            rng: true,
+            services: GuestServices::default(),
+        }
+    }
+}
+
+impl DiskSpec {
+    /// A raw image with nothing special about it.
+    #[must_use]
+    pub fn raw(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            format: DiskFormat::Raw,
+            ..Self::default()
+        }
+    }
+}
+
+impl NetSpec {
+    /// A card on that tap, with an address of its own choice.
+    #[must_use]
+    pub fn tap(name: impl Into<String>) -> Self {
+        Self {
+            tap: name.into(),
+            ..Self::default()
+        }
+    }
+}
+
+/// Boards. Both have the same PCI devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// The smallest: hardware-reduced ACPI, a serial port, no firmware. Starts fastest.
+    #[default]
+    Micro,
+    /// A PC with a Q35's identity: what UEFI firmware, boot loaders and installers expect.
+    Pc,
+}
+
+/// How the first instruction is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootSpec {
+    /// A kernel that the VMM loads itself, on either board.
+    Kernel(KernelSpec),
+    /// Firmware, which finds a boot loader on a disk. Needs [`Profile::Pc`].
+    Firmware(FirmwareSpec),
+}
+
+impl BootSpec {
+    /// The kernel, when it is one.
+    #[must_use]
+    pub fn kernel(&self) -> Option<&KernelSpec> {
+        match self {
+            Self::Kernel(kernel) => Some(kernel),
+            Self::Firmware(_) => None,
+        }
+    }
+}
+
 /// A kernel that the VMM loads itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct BootSpec {
+pub struct KernelSpec {
     /// bzImage, or ELF with a PVH note.
-    pub kernel: PathBuf,
+    pub image: PathBuf,
     /// Initial RAM disk, handed over as it is.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
     #[serde(default)]
     pub cmdline: String,
+}
+
+/// UEFI firmware: OVMF, as Debian's package `ovmf` has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FirmwareSpec {
+    /// Its code, mapped read-only so that it ends at 4 GiB (`OVMF_CODE_4M.fd`).
+    pub code: PathBuf,
+    /// Its variables, directly below the code: this guest's own copy of `OVMF_VARS_4M.fd`, written to.
+    pub vars: PathBuf,
+    /// How long the firmware's boot menu waits for a key, in milliseconds; it does not when absent.
+    #[serde(default)]
+    pub menu_ms: Option<u16>,
+    /// What firmware prints on its debug port (0x402; only debug builds do) goes to the end of this file.
+    #[serde(default)]
+    pub log: Option<PathBuf>,
 }
 
 /// One disk.
@@ -88,6 +185,9 @@ pub struct DiskSpec {
     /// Rates to which the disk is held.
     #[serde(default)]
     pub limits: DiskLimits,
+    /// Place in the firmware's boot order, lowest first; not in it when absent.
+    #[serde(default)]
+    pub boot_index: Option<u16>,
 }
 
 /// Formats of disk images.
@@ -210,6 +310,9 @@ pub struct NetSpec {
     /// Most that the card may carry.
     #[serde(default)]
     pub limits: NetLimits,
+    /// Place in the firmware's boot order, lowest first; not in it when absent.
+    #[serde(default)]
+    pub boot_index: Option<u16>,
 }
 
 /// Whether the kernel (`/dev/vhost-net`) moves a card's packets: faster, but without rate limits.

@@ -9,12 +9,13 @@ use std::sync::{Arc, OnceLock};
 use atoll_devices::memory::Ram;
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, kvm_irqchip, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_pit_config,
+    kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::layout;
+use crate::board::Board;
 
 /// Where KVM is.
 pub const DEVICE: &str = "/dev/kvm";
@@ -131,7 +132,7 @@ impl Kvm {
     }
 
     /// Makes a virtual machine with its interrupt controllers, no memory and no vCPU.
-    pub fn create(&self, cpu_count: u8) -> Result<VirtualMachine, KvmError> {
+    pub fn create(&self, board: &Board, cpu_count: u8) -> Result<VirtualMachine, KvmError> {
         let allowed = self.fd.get_max_vcpus();
         if usize::from(cpu_count) > allowed {
             return Err(KvmError::TooManyCpus {
@@ -143,9 +144,11 @@ impl Kvm {
             .fd
             .create_vm()
             .map_err(KvmError::failed("create a virtual machine"))?;
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        fd.set_identity_map_address(board.kvm_pages)
             .map_err(KvmError::failed("place the identity map"))?;
-        fd.set_tss_address(layout::KVM_TSS)
+        // The three pages after that of the identity map.
+        let task_state = usize::try_from(board.kvm_pages + 0x1000).expect("below 4 GiB");
+        fd.set_tss_address(task_state)
             .map_err(KvmError::failed("place the task state segment"))?;
         fd.create_irq_chip()
             .map_err(KvmError::failed("create the interrupt controllers"))?;
@@ -183,6 +186,58 @@ impl VirtualMachine {
                 .map_err(KvmError::failed("give the guest its memory"))?;
         }
         Ok(())
+    }
+
+    /// Makes a region readable for the guest, which sees its own address; writes to it exit as memory accesses.
+    /// The caller keeps the region for as long as the slot or the machine.
+    pub fn set_rom(&self, slot: u32, region: &Arc<GuestRegionMmap>) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is one mapping of this process, `region` says its length, and the caller keeps it for
+        // as long as the guest can reach it.
+        unsafe { self.fd.set_user_memory_region(slot) }
+            .map_err(KvmError::failed("give the guest its firmware"))
+    }
+
+    /// Takes a slot's memory away from the guest.
+    pub fn remove_slot(&self, slot: u32) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            ..Default::default()
+        };
+        // SAFETY: a slot of no bytes maps nothing.
+        unsafe { self.fd.set_user_memory_region(slot) }
+            .map_err(KvmError::failed("take a memory slot away"))
+    }
+
+    /// Gives the machine a PC's interval timer (i8254), with its speaker port.
+    pub fn create_timer(&self) -> Result<(), KvmError> {
+        let config = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        self.fd
+            .create_pit2(config)
+            .map_err(KvmError::failed("create the interval timer"))
+    }
+
+    /// State of the interval timer, if the machine has one.
+    pub fn timer(&self) -> Result<kvm_pit_state2, KvmError> {
+        self.fd
+            .get_pit2()
+            .map_err(KvmError::failed("read the interval timer"))
+    }
+
+    /// Puts it back.
+    pub fn set_timer(&self, state: &kvm_pit_state2) -> Result<(), KvmError> {
+        self.fd
+            .set_pit2(state)
+            .map_err(KvmError::failed("set the interval timer"))
     }
 
     /// State of the interrupt controllers that vCPUs share: both PICs and the I/O APIC.

@@ -16,3 +16,4 @@ pub mod routes;
 mod host;
 
 pub use host::{DEVICE, Kvm, KvmError, VirtualMachine};
+pub use routes::Routes;

@@ -74,6 +74,14 @@ impl Routes {
         Ok(Pin { event })
     }
 
+    /// A pin of the I/O APIC that is driven by its level.
+    pub fn level(&self, gsi: u32) -> LevelPin {
+        LevelPin {
+            machine: self.machine.clone(),
+            gsi,
+        }
+    }
+
     /// The vectors of one PCI function, none of them connected.
     pub fn vectors(self: &Arc<Self>, count: u16) -> io::Result<Arc<Vectors>> {
         let events = (0..count)
@@ -115,6 +123,19 @@ impl IrqLine for Pin {
             // The counter cannot overflow: KVM empties it at every write.
             let _ = self.event.write(1);
         }
+    }
+}
+
+/// One level-triggered wire.
+pub struct LevelPin {
+    machine: VirtualMachine,
+    gsi: u32,
+}
+
+impl IrqLine for LevelPin {
+    fn set_level(&self, asserted: bool) {
+        // The pin exists: the machine has its interrupt controllers.
+        let _ = self.machine.fd().set_irq_line(self.gsi, asserted);
     }
 }
 

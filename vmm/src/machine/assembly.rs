@@ -10,24 +10,30 @@ use std::sync::Arc;
 
 use atoll_devices::bus::{Bus, BusDevice, BusError, BusRange};
 use atoll_devices::console::Console;
+use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::{Memory, Ram};
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
-use atoll_devices::platform::Serial;
+use atoll_devices::platform::{AcpiPm, MachineControl, Serial, q35};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::TapError;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 use atoll_disk::OpenError;
-use atoll_vmm_protocol::spec::MachineSpec;
+use atoll_firmware::acpi::{AcpiDevice, Platform, Power};
+use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use super::devices::KINDS;
 use super::disks::Disk;
+use super::legacy::{self, Legacy};
 use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
 use super::saved::{self, Absence, RestoreError};
 use super::{SavedStart, Start};
+use crate::board::Board;
+use crate::flash::FlashError;
+use crate::fw_cfg::BootEntry;
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
 use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
@@ -50,6 +56,9 @@ pub enum BuildError {
     /// Kernel or initial RAM disk.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// Firmware.
+    #[error(transparent)]
+    Firmware(#[from] FlashError),
     /// A disk's image.
     #[error(transparent)]
     Disk(#[from] OpenError),
@@ -104,12 +113,20 @@ pub(super) struct Assembly<'a> {
     pub(super) spec: &'a MachineSpec,
     pub(super) opened: &'a mut Opened,
     voice: &'a GuestVoice,
-    memory: Memory,
+    pub(super) board: &'static Board,
+    pub(super) memory: Memory,
     pub(super) routes: Arc<Routes>,
-    pci: Arc<PciBus>,
+    pub(super) pci: Arc<PciBus>,
+    windows: Vec<Window>,
+    /// The `pc` board's power block; the other's is a few registers.
+    pm: Option<Arc<AcpiPm>>,
+    acpi_devices: Vec<AcpiDevice>,
+    event_count: usize,
+    pub(super) boot_order: Vec<BootEntry>,
     /// Where the next function's BARs go.
     next_bar: u64,
     ports: Vec<BusRange>,
+    mapped: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
     states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) disks: Vec<Disk>,
@@ -132,44 +149,21 @@ pub(super) fn build(
     if backing != Backing::Anonymous || !start.memory_is_fresh() {
         opened.touched = None;
     }
+    let board = Board::of(spec.profile);
     let (memory, saved) = memory_of(spec, &opened.kvm, backing, start)?;
-    let machine = opened.kvm.create(spec.cpu_count)?;
+    let machine = opened.kvm.create(board, spec.cpu_count)?;
     machine.set_memory(&memory)?;
-    let routes = Routes::new(machine.clone())?;
-    let window = Window {
-        base: layout::WINDOW.into(),
-        size: layout::WINDOW_BYTES.into(),
-    };
-    let mut assembly = Assembly {
-        spec,
-        opened: &mut opened,
-        voice,
-        memory: Memory::from(memory.clone()),
-        pci: PciBus::new(vec![window], Arc::new(Doorbells(machine.clone()))),
-        routes,
-        next_bar: layout::WINDOW.into(),
-        ports: Vec::new(),
-        functions: Vec::new(),
-        states: Vec::new(),
-        disks: Vec::new(),
-        nets: Vec::new(),
-        balloon: None,
-        consoles: Vec::new(),
-        serial: None,
-        serial_path: None,
-        console_path: None,
-    };
-    assembly
-        .states
-        .push(("PCI bus".to_owned(), assembly.pci.clone()));
+    let mut assembly = Assembly::new(spec, &mut opened, voice, &machine, memory.clone())?;
     for kind in KINDS {
         (kind.add)(&mut assembly)?;
     }
-    let power_button = Arc::new(assembly.routes.pin(layout::POWER_GSI)?);
-    let buses = assembly.buses(&window)?;
+    let (power_button, legacy) = assembly.power(&machine)?;
+    let buses = assembly.buses()?;
+    let platform = assembly.platform();
     let cpuid = cpuid_of_all(spec, &assembly.opened.kvm, saved.as_ref())?;
-    let vcpus = start_vcpus(&machine, &cpuid, &buses, voice)?;
-    let pristine = Pristine::of(&assembly.opened.kvm, &machine, &vcpus)?;
+    let vcpus = start_vcpus(&machine, &cpuid, &spec.boot, &buses, voice)?;
+    let kvm = &assembly.opened.kvm;
+    let pristine = Pristine::of(kvm, &machine, &vcpus, legacy.as_ref())?;
     let mut parts = Parts {
         vcpus,
         functions: assembly.functions,
@@ -185,7 +179,10 @@ pub(super) fn build(
         pci: assembly.pci,
         statm: opened.statm,
         touched: opened.touched,
+        board,
+        platform,
         boot_files: opened.boot_files,
+        legacy,
         pristine,
         cpuid,
         machine,
@@ -210,7 +207,8 @@ fn memory_of(
 ) -> Result<Ground, BuildError> {
     let supported = kvm.cpuid()?;
     let address_bits = cpuid::address_bits(supported.as_slice());
-    let fresh = || memory::allocate(spec.memory_mib, address_bits, backing);
+    let board = Board::of(spec.profile);
+    let fresh = || memory::allocate(board, spec.memory_mib, address_bits, backing);
     let Start::Saved(saved) = start else {
         return Ok((Arc::new(fresh()?), None));
     };
@@ -220,7 +218,7 @@ fn memory_of(
         absence,
     } = *saved;
     saved::check(&state, spec, supported.as_slice())?;
-    let ram = memory.into_ram(spec.memory_mib, fresh)?;
+    let ram = memory.into_ram(board, spec.memory_mib, fresh)?;
     Ok((Arc::new(ram), Some((state, absence))))
 }
 
@@ -243,6 +241,54 @@ fn cpuid_of_all(
         cpuid::for_vcpu(supported.as_slice(), place)
     };
     Ok((0..spec.cpu_count).map(of).collect())
+}
+
+impl<'a> Assembly<'a> {
+    /// A machine with RAM and interrupts, and an empty PCI bus.
+    fn new(
+        spec: &'a MachineSpec,
+        opened: &'a mut Opened,
+        voice: &'a GuestVoice,
+        machine: &VirtualMachine,
+        memory: Arc<Ram>,
+    ) -> Result<Self, BuildError> {
+        let board = Board::of(spec.profile);
+        let routes = Routes::new(machine.clone())?;
+        let address_bits = cpuid::address_bits(opened.kvm.cpuid()?.as_slice());
+        let windows = board.windows(spec.memory_mib << 20, address_bits);
+        let doorbells = Arc::new(Doorbells(machine.clone()));
+        let (pci, pm) = root(board, &windows, doorbells, &routes, voice);
+        let mut assembly = Self {
+            spec,
+            opened,
+            voice,
+            board,
+            memory: Memory::from(memory),
+            next_bar: windows[0].base,
+            windows,
+            pci,
+            pm,
+            acpi_devices: Vec::new(),
+            event_count: 0,
+            boot_order: Vec::new(),
+            routes,
+            ports: Vec::new(),
+            mapped: Vec::new(),
+            functions: Vec::new(),
+            states: Vec::new(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            balloon: None,
+            consoles: Vec::new(),
+            serial: None,
+            serial_path: None,
+            console_path: None,
+        };
+        assembly
+            .states
+            .push(("PCI bus".to_owned(), assembly.pci.clone()));
+        Ok(assembly)
+    }
 }
 
 impl Assembly<'_> {
@@ -288,35 +334,115 @@ impl Assembly<'_> {
         });
     }
 
-    /// The tables that exits are answered from.
-    fn buses(&mut self, window: &Window) -> Result<Buses, BuildError> {
-        let control = Arc::new(self.voice.clone());
+    /// Has the state of something saved that is on no bus of ours.
+    pub(super) fn saved(&mut self, name: &str, state: Arc<dyn DeviceState>) {
+        self.states.push((name.to_owned(), state));
+    }
+
+    /// Puts a device on the memory bus, outside of the PCI windows: its base and size.
+    pub(super) fn memory_mapped(
+        &mut self,
+        name: &'static str,
+        (base, size): (u64, u64),
+        device: Arc<impl BusDevice + DeviceState + 'static>,
+    ) {
+        self.states.push((name.to_owned(), device.clone()));
+        self.mapped.push(BusRange {
+            base,
+            size,
+            name,
+            device,
+        });
+    }
+
+    /// Adds a device that only ACPI tells the guest of.
+    #[expect(
+        dead_code,
+        reason = "taken by the devices that come next: generation id, panic notifier"
+    )]
+    pub(super) fn acpi_device(&mut self, device: AcpiDevice) {
+        self.acpi_devices.push(device);
+    }
+
+    /// The next free event of the board, for [`AcpiDevice::event`]: each pulse of its line notifies the device.
+    #[expect(
+        dead_code,
+        reason = "taken by the devices that come next: generation id, hot-plug"
+    )]
+    pub(super) fn acpi_event(&mut self) -> Result<(u8, Arc<dyn IrqLine>), BuildError> {
+        let number = self.board.events[self.event_count];
+        self.event_count += 1;
+        Ok(match &self.pm {
+            Some(pm) => (number, pm.event(number)),
+            None => (number, Arc::new(self.routes.pin(number.into())?)),
+        })
+    }
+
+    /// The slot of the function that was added last.
+    pub(super) fn last_slot(&self) -> usize {
+        self.functions.len()
+    }
+
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.spec.memory_mib << 20
+    }
+
+    /// What a guest can ask of the machine.
+    pub(super) fn control(&self) -> Arc<dyn MachineControl> {
+        Arc::new(self.voice.clone())
+    }
+
+    /// The hardware as ACPI tells it, as far as it is there.
+    pub(super) fn platform(&self) -> Platform {
+        let devices = self.acpi_devices.clone();
+        self.board
+            .platform(self.spec.cpu_count, &self.windows, devices)
+    }
+
+    /// The power button, and the rest of the board.
+    fn power(
+        &mut self,
+        machine: &VirtualMachine,
+    ) -> Result<(Arc<dyn IrqLine>, Option<Legacy>), BuildError> {
+        if let Some(pm) = self.pm.clone() {
+            self.acpi_devices.push(legacy::clock());
+            let legacy = Legacy::add(self, machine, pm.clone())?;
+            return Ok((pm.power_button(), Some(legacy)));
+        }
+        let Power::Reduced { button_gsi, .. } = self.board.power else {
+            unreachable!("a board without a power block is hardware-reduced");
+        };
         self.port(
             "power registers",
             layout::POWER_PORT,
             layout::POWER_PORT_COUNT,
-            Arc::new(PowerRegisters::new(control.clone())),
+            Arc::new(PowerRegisters::new(self.control())),
         );
+        Ok((Arc::new(self.routes.pin(button_gsi)?), None))
+    }
+
+    /// The tables that exits are answered from.
+    fn buses(&mut self) -> Result<Buses, BuildError> {
+        let control = self.control();
         self.port(
             "PCI configuration ports",
             layout::PCI_CONFIG_PORT,
             layout::PCI_CONFIG_PORT_COUNT,
             Arc::new(ConfigPorts::new(self.pci.clone(), control)),
         );
-        let memory = vec![
-            BusRange {
-                base: layout::ECAM.into(),
-                size: Ecam::SIZE,
-                name: "PCI configuration space",
-                device: Arc::new(Ecam(self.pci.clone())),
-            },
-            BusRange {
-                base: window.base,
-                size: window.size,
-                name: "PCI window",
-                device: Arc::new(PciWindow::new(self.pci.clone(), window.base)),
-            },
-        ];
+        let mut memory = std::mem::take(&mut self.mapped);
+        memory.push(BusRange {
+            base: self.board.ecam.into(),
+            size: Ecam::SIZE,
+            name: "PCI configuration space",
+            device: Arc::new(Ecam(self.pci.clone())),
+        });
+        memory.extend(self.windows.iter().map(|window| BusRange {
+            base: window.base,
+            size: window.size,
+            name: "PCI window",
+            device: Arc::new(PciWindow::new(self.pci.clone(), window.base)),
+        }));
         Ok(Buses {
             ports: Bus::new(std::mem::take(&mut self.ports))?,
             memory: Bus::new(memory)?,
@@ -324,10 +450,33 @@ impl Assembly<'_> {
     }
 }
 
+/// An empty PCI bus with the board's host bridge, and the power block where the board has one.
+fn root(
+    board: &Board,
+    windows: &[Window],
+    doorbells: Arc<Doorbells>,
+    routes: &Routes,
+    voice: &GuestVoice,
+) -> (Arc<PciBus>, Option<Arc<AcpiPm>>) {
+    let windows = windows.to_vec();
+    match board.power {
+        Power::Reduced { .. } => (PciBus::new(windows, doorbells), None),
+        Power::Pc { sci_gsi, .. } => {
+            let pci = PciBus::with_host_bridge(q35::host_bridge(), windows, doorbells);
+            let pm = AcpiPm::new(
+                Arc::new(voice.clone()),
+                Arc::new(routes.level(sci_gsi.into())),
+            );
+            (pci, Some(pm))
+        }
+    }
+}
+
 /// Creates all vCPUs, each in a thread of its own, held.
 fn start_vcpus(
     machine: &VirtualMachine,
     cpuid: &[Vec<kvm_cpuid_entry2>],
+    boot: &BootSpec,
     buses: &Buses,
     voice: &GuestVoice,
 ) -> Result<Vec<Vcpu>, BuildError> {
@@ -337,6 +486,9 @@ fn start_vcpus(
             .create_vcpu(id.into())
             .map_err(KvmError::failed("create a vCPU"))?;
         setup::common(&fd, cpuid)?;
+        if let BootSpec::Kernel(_) = boot {
+            setup::as_firmware_leaves_it(&fd)?;
+        }
         let voice = voice.clone();
         let report = move |report| voice.say(GuestEvent::Stopped(report));
         Vcpu::start(id, fd, buses.clone(), report).map_err(|source| BuildError::Host {

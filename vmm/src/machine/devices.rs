@@ -17,6 +17,7 @@ use super::disks;
 use super::opened::{Opened, OpenedNet, WAS_OPENED};
 use super::parts::Card;
 use super::services;
+use crate::fw_cfg::{BootEntry, BootKind};
 use crate::{check, layout, socket};
 
 /// One kind of device, in two acts (see `opened`).
@@ -94,9 +95,18 @@ fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
         );
         device.set_link(!net.link_down);
         let function = assembly.add(name, device.clone())?;
+        boots_from(assembly, net.boot_index, BootKind::Net);
         assembly.nets.push(Card { function, device });
     }
     Ok(())
+}
+
+/// Notes the place of the function that was added last in the boot order.
+pub(super) fn boots_from(assembly: &mut Assembly<'_>, index: Option<u16>, kind: BootKind) {
+    if let Some(index) = index {
+        let slot = assembly.last_slot();
+        assembly.boot_order.push(BootEntry { index, slot, kind });
+    }
 }
 
 /// A limit as the spec has it: 0 is none.

@@ -13,10 +13,12 @@ use atoll_vmm_protocol::api::{ResizeDisk, SetDiskLimits};
 use atoll_vmm_protocol::spec::{CacheMode, DiskFormat, DiskLimits, DiskSpec, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
+use super::devices::boots_from;
 use super::opened::{Opened, WAS_OPENED};
 use super::parts::Parts;
 use crate::api::{self, Answer};
 use crate::check;
+use crate::fw_cfg::BootKind;
 
 /// A disk of a built machine.
 pub(super) struct Disk {
@@ -49,6 +51,7 @@ pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
             queue_count: disk.queue_count.unwrap_or(queues),
         }));
         let function = assembly.add(name, device.clone())?;
+        boots_from(assembly, disk.boot_index, BootKind::Disk);
         assembly.disks.push(Disk {
             function,
             device,

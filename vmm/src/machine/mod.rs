@@ -7,6 +7,7 @@
 //! assembly  from a spec to a machine that is ready for its first instruction
 //! devices   one row a kind of device; services: those that connect the guest with its host
 //! disks     the rows of disks, and what the control API changes about them
+//! legacy    what a PC has beside them
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
 //! saved     its state taken out, and put into another one that was just built
@@ -19,6 +20,7 @@ mod controls;
 mod counters;
 mod devices;
 mod disks;
+mod legacy;
 mod opened;
 mod owner;
 mod parts;
@@ -35,6 +37,7 @@ use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use crate::api::{ApiError, ApiServer};
+use crate::board::Board;
 use crate::memory::{Backing, MemoryError};
 use crate::sandbox::{self, Confinement, SandboxError};
 use crate::saved::{MachineState, image};
@@ -97,13 +100,14 @@ pub enum SavedMemory {
 impl SavedMemory {
     fn into_ram(
         self,
+        board: &Board,
         memory_mib: u64,
         fresh: impl FnOnce() -> Result<Ram, MemoryError>,
     ) -> Result<Ram, BuildError> {
         match self {
             Self::Ram(ram) => Ok(ram),
             Self::File(file, image::Mode::Map) => {
-                image::map(memory_mib, &file).map_err(BuildError::Image)
+                image::map(board, memory_mib, &file).map_err(BuildError::Image)
             }
             Self::File(file, image::Mode::Read) => {
                 let ram = fresh()?;

@@ -20,12 +20,13 @@ use std::sync::Arc;
 use atoll_devices::console::ConsoleEnd;
 use atoll_devices::virtio::net::{Tap, VhostNetFiles};
 use atoll_disk::Limited;
-use atoll_vmm_protocol::spec::MachineSpec;
+use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
 use super::assembly::BuildError;
 use super::devices::KINDS;
 use super::{Options, RunError};
 use crate::api::ApiSocket;
+use crate::flash::FirmwareFiles;
 use crate::kvm::Kvm;
 use crate::loader::BootFiles;
 use crate::saved::image::Touched;
@@ -34,7 +35,9 @@ use crate::saved::image::Touched;
 /// same order.
 pub(super) struct Opened {
     pub(super) kvm: Kvm,
-    pub(super) boot_files: BootFiles,
+    /// The kernel that is loaded directly, or firmware.
+    pub(super) boot_files: Option<BootFiles>,
+    pub(super) firmware: Option<FirmwareFiles>,
     /// Its second number is the process's resident pages (proc(5)); absent where there is no /proc.
     pub(super) statm: Option<File>,
     /// What must be reached by path while the machine runs, because the guest says when (sockets that it connects
@@ -66,8 +69,19 @@ impl Opened {
         spec: &MachineSpec,
         options: &Options,
     ) -> Result<(Self, Option<ApiSocket>), RunError> {
+        let (boot_files, firmware) = match &spec.boot {
+            BootSpec::Kernel(kernel) => {
+                let files = BootFiles::open(kernel).map_err(BuildError::from)?;
+                (Some(files), None)
+            }
+            BootSpec::Firmware(firmware) => {
+                let files = FirmwareFiles::open(firmware).map_err(BuildError::from)?;
+                (None, Some(files))
+            }
+        };
         let mut opened = Self {
-            boot_files: BootFiles::open(&spec.boot).map_err(BuildError::from)?,
+            boot_files,
+            firmware,
             kvm: Kvm::open().map_err(BuildError::from)?,
             statm: File::open("/proc/self/statm").ok(),
             touched: Touched::open(),

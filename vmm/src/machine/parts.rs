@@ -14,11 +14,14 @@ use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
+use atoll_firmware::acpi::Platform;
 use atoll_vmm_protocol::spec::MachineSpec;
-use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip};
+use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2};
 
 use super::assembly::BuildError;
 use super::disks::Disk;
+use super::legacy::Legacy;
+use crate::board::Board;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::loader::BootFiles;
 use crate::saved::image::Touched;
@@ -45,7 +48,12 @@ pub(super) struct Parts {
     pub(super) statm: Option<File>,
     /// Only for RAM that is private and anonymous.
     pub(super) touched: Option<Touched>,
-    pub(super) boot_files: BootFiles,
+    pub(super) board: &'static Board,
+    pub(super) platform: Platform,
+    /// The kernel, unless firmware boots.
+    pub(super) boot_files: Option<BootFiles>,
+    /// The `pc` board's own devices.
+    pub(super) legacy: Option<Legacy>,
     pub(super) pristine: Pristine,
     /// What each vCPU was made with.
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
@@ -66,6 +74,8 @@ pub(super) struct Pristine {
     pub(super) msr_indices: Arc<[u32]>,
     vcpus: Vec<Arc<VcpuState>>,
     irqchips: Vec<kvm_irqchip>,
+    /// The interval timer, where there is one.
+    timer: Option<kvm_pit_state2>,
 }
 
 impl Pristine {
@@ -74,6 +84,7 @@ impl Pristine {
         kvm: &Kvm,
         machine: &VirtualMachine,
         vcpus: &[Vcpu],
+        legacy: Option<&Legacy>,
     ) -> Result<Self, KvmError> {
         let msr_indices: Arc<[u32]> = kvm.msr_indices()?.into();
         let save = |vcpu: &Vcpu| vcpu.save(&msr_indices).map(Arc::new);
@@ -81,6 +92,7 @@ impl Pristine {
             vcpus: vcpus.iter().map(save).collect::<Result<_, _>>()?,
             irqchips: machine.irqchips()?,
             msr_indices,
+            timer: legacy.map(|_| machine.timer()).transpose()?,
         })
     }
 }
@@ -93,12 +105,13 @@ impl Pristine {
 }
 
 impl Parts {
-    /// Loads the kernel and points the first vCPU at it.
+    /// Loads the kernel and points the first vCPU at it. Firmware is in place, at the reset vector.
     pub(super) fn load(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
+        let Some(boot_files) = &mut self.boot_files else {
+            return Ok(());
+        };
         let memory_bytes = spec.memory_mib << 20;
-        let entry = self
-            .boot_files
-            .load(&self.memory, memory_bytes, spec.cpu_count)?;
+        let entry = boot_files.load(&self.memory, memory_bytes, self.board, &self.platform)?;
         self.vcpus[0].enter(entry)?;
         Ok(())
     }
@@ -111,6 +124,12 @@ impl Parts {
         self.pci.reset();
         if let Some(serial) = &self.serial {
             serial.reset();
+        }
+        if let Some(legacy) = &self.legacy {
+            legacy.reset();
+        }
+        if let Some(timer) = &self.pristine.timer {
+            self.machine.set_timer(timer)?;
         }
         self.machine.set_irqchips(&self.pristine.irqchips)?;
         for (vcpu, state) in self.vcpus.iter().zip(&self.pristine.vcpus) {

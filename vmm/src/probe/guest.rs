@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskSpec, KernelSpec, MachineSpec, NetSpec};
 use serde_json::Value;
 
 use super::{PROBE_ELF, section};
@@ -222,23 +222,16 @@ fn spec(directory: &Path, tap: Option<NetSpec>) -> Result<MachineSpec, ProbeErro
         .map_err(host("create the scratch disk"))?;
     Ok(MachineSpec {
         name: "probe".into(),
-        cpu_count: 1,
         memory_mib: MEMORY_MIB,
-        boot: BootSpec {
-            kernel,
-            initrd: None,
-            cmdline: format!("report write echo ip={GUEST_ADDRESS} peer={HOST_ADDRESS}"),
-        },
-        disks: vec![DiskSpec {
-            path: disk,
-            format: DiskFormat::Raw,
-            ..DiskSpec::default()
-        }],
+        disks: vec![DiskSpec::raw(disk)],
         nets: tap.into_iter().collect(),
         serial: ConsoleSpec::Stdio,
         console: Some(ConsoleSpec::Socket(directory.join("console"))),
-        rng: true,
-        services: atoll_vmm_protocol::services::GuestServices::default(),
+        ..MachineSpec::new(BootSpec::Kernel(KernelSpec {
+            image: kernel,
+            initrd: None,
+            cmdline: format!("report write echo ip={GUEST_ADDRESS} peer={HOST_ADDRESS}"),
+        }))
     })
 }
 
@@ -263,10 +256,5 @@ fn tap() -> Result<NetSpec, ProbeError> {
             });
         }
     }
-    Ok(NetSpec {
-        tap: TAP.into(),
-        mac: None,
-        mtu: None,
-        ..NetSpec::default()
-    })
+    Ok(NetSpec::tap(TAP))
 }

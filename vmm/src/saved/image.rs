@@ -17,7 +17,7 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use crate::layout;
+use crate::board::Board;
 
 /// Pages that are looked at together, and written together when they have something in them.
 const CHUNK_BYTES: usize = 256 * PAGE_BYTES;
@@ -146,12 +146,12 @@ fn data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
 }
 
 /// RAM of `memory_mib` that is the file, copy-on-write.
-pub fn map(memory_mib: u64, file: &File) -> io::Result<Ram> {
+pub fn map(board: &Board, memory_mib: u64, file: &File) -> io::Result<Ram> {
     let bytes = memory_mib << 20;
     check_size(file, bytes)?;
     let mut at = 0;
     let mut regions = Vec::new();
-    for (base, size) in layout::ram(bytes) {
+    for (base, size) in board.ram(bytes) {
         let length = usize::try_from(size).expect("64-bit host");
         let mapping = MmapRegionBuilder::new_with_bitmap(length, DirtyLog::with_len(length))
             .with_file_offset(FileOffset::new(file.try_clone()?, at))
@@ -179,11 +179,12 @@ fn check_size(file: &File, expected: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::board::MICRO;
     use crate::memory::{Backing, allocate};
 
     #[test]
     fn pages_come_back_and_zeroes_take_no_room() {
-        let ram = allocate(4, 40, Backing::Anonymous).unwrap();
+        let ram = allocate(&MICRO, 4, 40, Backing::Anonymous).unwrap();
         let put = |address, byte: u8| ram.write_obj(byte, GuestAddress(address)).unwrap();
         for (address, byte) in [(0, 1), (4095, 2), (0x1_0000, 3), (0x3f_ffff, 4)] {
             put(address, byte);
@@ -194,9 +195,9 @@ mod tests {
         // Over an older image: what is zero now is zero in the file.
         put(0x1_0000, 0);
         assert_eq!(write(&ram, None, &file).unwrap(), 2 * 4096);
-        let again = allocate(4, 40, Backing::Anonymous).unwrap();
+        let again = allocate(&MICRO, 4, 40, Backing::Anonymous).unwrap();
         read(&again, &file).unwrap();
-        for copy in [again, map(4, &file).unwrap()] {
+        for copy in [again, map(&MICRO, 4, &file).unwrap()] {
             let (mut left, mut right) = (vec![0; 4 << 20], vec![0; 4 << 20]);
             ram.read_slice(&mut left, GuestAddress(0)).unwrap();
             copy.read_slice(&mut right, GuestAddress(0)).unwrap();
@@ -206,7 +207,7 @@ mod tests {
         let mut first = [0];
         file.read_exact_at(&mut first, 0).unwrap();
         assert_eq!(first, [1], "a mapping writes its own copy");
-        let error = map(8, &file).unwrap_err().to_string();
+        let error = map(&MICRO, 8, &file).unwrap_err().to_string();
         assert_eq!(
             error,
             "the memory file has 4194304 bytes, the machine 8388608"

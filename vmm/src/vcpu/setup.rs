@@ -65,20 +65,19 @@ pub fn common(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
     // CPUID comes first: what a vCPU has decides which MSRs it has.
     fd.set_cpuid2(&cpuid)
         .map_err(KvmError::failed("set a vCPU's features"))?;
-    set_msrs(
-        fd,
-        &[
-            (MSR_MISC_ENABLE, FAST_STRINGS),
-            (MSR_MTRR_DEFAULT, MTRR_WRITE_BACK),
-        ],
-    )?;
+    set_msrs(fd, &[(MSR_MISC_ENABLE, FAST_STRINGS)])?;
     let fpu = kvm_fpu {
         fcw: X87_CONTROL,
         mxcsr: MXCSR,
         ..Default::default()
     };
     fd.set_fpu(&fpu)
-        .map_err(KvmError::failed("set a vCPU's floating-point registers"))?;
+        .map_err(KvmError::failed("set a vCPU's floating-point registers"))
+}
+
+/// What a PC's firmware leaves to the kernel; only where none runs, since firmware expects power-on values.
+pub fn as_firmware_leaves_it(fd: &VcpuFd) -> Result<(), KvmError> {
+    set_msrs(fd, &[(MSR_MTRR_DEFAULT, MTRR_WRITE_BACK)])?;
     connect_local_interrupts(fd)
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskSpec, KernelSpec, MachineSpec, NetSpec};
 
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
@@ -138,19 +138,16 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
     let disks = disks(config)?.into_iter().map(|disk| {
         let cdrom = disk.options.get("media") == Some("cdrom");
         Ok(DiskSpec {
-            path: path(&disk.volume)?,
-            format: DiskFormat::Raw,
             readonly: cdrom || disk.options.is_set("ro"),
             serial: Some(disk.options.get("serial").unwrap_or(&disk.key).to_owned()),
             queue_count: disk.options.number("queues"),
-            ..DiskSpec::default()
+            ..DiskSpec::raw(path(&disk.volume)?)
         })
     });
     let nets = cards(id, config)?.into_iter().map(|card| NetSpec {
-        tap: card.tap,
         mac: card.mac,
         mtu: card.attachment.mtu,
-        ..NetSpec::default()
+        ..NetSpec::tap(card.tap)
     });
     let name = config.get("name").map(str::to_owned);
     Ok(MachineSpec {
@@ -158,17 +155,14 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
         cpu_count: u8::try_from(cpu_count(config))
             .map_err(|_| Error::refused(format!("VM {id}: at most 255 CPUs are possible")))?,
         memory_mib: memory_mib(config),
-        boot: BootSpec {
-            kernel: path(kernel)?,
-            initrd: config.get("initrd").map(path).transpose()?,
-            cmdline: config.get("cmdline").unwrap_or_default().to_owned(),
-        },
         disks: disks.collect::<Result<_, Error>>()?,
         nets: nets.collect(),
         serial: ConsoleSpec::Socket(serial_socket(&places.run_folder)),
-        console: None,
-        rng: true,
-        services: atoll_vmm_protocol::services::GuestServices::default(),
+        ..MachineSpec::new(BootSpec::Kernel(KernelSpec {
+            image: path(kernel)?,
+            initrd: config.get("initrd").map(path).transpose()?,
+            cmdline: config.get("cmdline").unwrap_or_default().to_owned(),
+        }))
     })
 }
 
@@ -225,7 +219,8 @@ mod tests {
         );
         assert_eq!(spec.nets[0].tap, "tap100i0");
         assert_eq!(spec.nets[0].mac.as_deref(), Some("BC:24:11:00:00:01"));
-        assert_eq!(spec.boot.kernel, Path::new("/s/local/snippets/k"));
+        let image = spec.boot.kernel().map(|kernel| kernel.image.as_path());
+        assert_eq!(image, Some(Path::new("/s/local/snippets/k")));
         assert_eq!(
             spec.serial,
             ConsoleSpec::Socket(PathBuf::from("/r/vm-100/serial.sock"))

@@ -1,0 +1,387 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The battery-backed clock and memory of a PC (Motorola MC146818A) at ports 0x70 and 0x71.
+//!
+//! The time is the host's, in UTC, plus what the guest changed. 24-hour mode; BCD or binary as the guest asks.
+//! There is no interrupt: no alarm, no periodic tick. The memory beside the clock tells firmware how much RAM
+//! there is, where it does not learn that from fw_cfg.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::bus::BusDevice;
+use crate::state::{DeviceState, Saved, SavedState, StateError};
+
+/// Bytes of clock and memory.
+const SIZE: usize = 128;
+/// Registers of the clock.
+const SECONDS: usize = 0x00;
+const MINUTES: usize = 0x02;
+const HOURS: usize = 0x04;
+const WEEKDAY: usize = 0x06;
+const DAY: usize = 0x07;
+const MONTH: usize = 0x08;
+const YEAR: usize = 0x09;
+/// Century, as the FADT says.
+const CENTURY: usize = 0x32;
+/// Registers A to D. A: divider on, no periodic rate. B: mode. D: the battery is good.
+const REGISTER_A: usize = 0x0a;
+const REGISTER_B: usize = 0x0b;
+const REGISTER_C: usize = 0x0c;
+const REGISTER_D: usize = 0x0d;
+const A_DIVIDER_ON: u8 = 0x20;
+const A_WRITABLE: u8 = 0x7f;
+/// The clock stands still while the guest sets it.
+const B_SET: u8 = 1 << 7;
+const B_BINARY: u8 = 1 << 2;
+const B_24_HOURS: u8 = 1 << 1;
+const D_VALID: u8 = 1 << 7;
+/// Memory size from 16 MiB on in units of 64 KiB (two bytes), and from 4 GiB on (three bytes), as OVMF and SeaBIOS
+/// read them.
+const MEMORY_ABOVE_16_MIB: usize = 0x34;
+const MEMORY_ABOVE_4_GIB: usize = 0x5b;
+const SECONDS_A_DAY: i64 = 86_400;
+
+/// Clock and memory.
+pub struct Rtc {
+    /// Leaf lock.
+    state: Mutex<State>,
+}
+
+struct State {
+    index: usize,
+    memory: [u8; SIZE],
+    /// What the guest's clock is ahead of the host's, in seconds.
+    ahead: i64,
+}
+
+/// A moment in the proleptic Gregorian calendar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Moment {
+    year: i64,
+    month: i64,
+    day: i64,
+    /// Seconds since midnight.
+    second: i64,
+    /// 1 is Sunday.
+    weekday: i64,
+}
+
+impl Rtc {
+    /// First port.
+    pub const PORT: u16 = 0x70;
+    /// Ports.
+    pub const SIZE: u16 = 2;
+
+    /// A clock of a machine with that much RAM below and above 4 GiB.
+    #[must_use]
+    pub fn new(low_bytes: u64, high_bytes: u64) -> Self {
+        let mut memory = [0; SIZE];
+        memory[REGISTER_A] = A_DIVIDER_ON | 6;
+        memory[REGISTER_B] = B_24_HOURS;
+        memory[REGISTER_D] = D_VALID;
+        let blocks = |bytes: u64| (bytes >> 16).to_le_bytes();
+        let low = blocks(low_bytes.saturating_sub(16 << 20));
+        memory[MEMORY_ABOVE_16_MIB..][..2].copy_from_slice(&low[..2]);
+        memory[MEMORY_ABOVE_4_GIB..][..3].copy_from_slice(&blocks(high_bytes)[..3]);
+        Self {
+            state: Mutex::new(State {
+                index: 0,
+                memory,
+                ahead: 0,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Seconds since 1970 by the host's clock.
+fn host_seconds() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        i64::try_from(since.as_secs()).unwrap_or(i64::MAX / 2)
+    })
+}
+
+impl State {
+    fn read(&mut self, now: i64) -> u8 {
+        match self.index {
+            // Interrupt flags, cleared by reading: there are none.
+            REGISTER_C => 0,
+            SECONDS | MINUTES | HOURS | WEEKDAY | DAY | MONTH | YEAR | CENTURY
+                if self.memory[REGISTER_B] & B_SET == 0 =>
+            {
+                self.field(Moment::at(now.saturating_add(self.ahead)))
+            }
+            index => self.memory[index],
+        }
+    }
+
+    fn field(&self, moment: Moment) -> u8 {
+        let value = match self.index {
+            SECONDS => moment.second % 60,
+            MINUTES => moment.second / 60 % 60,
+            HOURS => moment.second / 3600,
+            WEEKDAY => moment.weekday,
+            DAY => moment.day,
+            MONTH => moment.month,
+            YEAR => moment.year.rem_euclid(100),
+            _ => moment.year.div_euclid(100).rem_euclid(100),
+        };
+        self.encoded(u8::try_from(value).expect("two digits"))
+    }
+
+    fn encoded(&self, value: u8) -> u8 {
+        if self.memory[REGISTER_B] & B_BINARY != 0 {
+            value
+        } else {
+            (value / 10) << 4 | (value % 10)
+        }
+    }
+
+    fn decoded(&self, index: usize) -> i64 {
+        let value = self.memory[index];
+        i64::from(if self.memory[REGISTER_B] & B_BINARY != 0 {
+            value
+        } else {
+            (value >> 4) * 10 + (value & 15)
+        })
+    }
+
+    fn write(&mut self, value: u8, now: i64) {
+        match self.index {
+            REGISTER_A => self.memory[REGISTER_A] = value & A_WRITABLE,
+            REGISTER_B => {
+                let (was, is) = (self.memory[REGISTER_B] & B_SET, value & B_SET);
+                if was == 0 && is != 0 {
+                    self.freeze(now);
+                }
+                // 12-hour mode is not offered.
+                self.memory[REGISTER_B] = value | B_24_HOURS;
+                if was != 0 && is == 0 {
+                    self.ahead = self.frozen().unix_seconds() - now;
+                }
+            }
+            REGISTER_C | REGISTER_D => {}
+            SECONDS | MINUTES | HOURS | WEEKDAY | DAY | MONTH | YEAR | CENTURY
+                if self.memory[REGISTER_B] & B_SET == 0 =>
+            {
+                // One register while the clock runs: the others go on as they are.
+                self.freeze(now);
+                self.memory[self.index] = value;
+                self.ahead = self.frozen().unix_seconds() - now;
+            }
+            index => self.memory[index] = value,
+        }
+    }
+
+    /// Puts the time into the registers, where it stays while the guest sets it.
+    fn freeze(&mut self, now: i64) {
+        let moment = Moment::at(now.saturating_add(self.ahead));
+        let index = self.index;
+        for register in [SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY] {
+            self.index = register;
+            self.memory[register] = self.field(moment);
+        }
+        self.index = index;
+    }
+
+    /// The time in the registers. Values that are none of a calendar's count on into the next unit.
+    fn frozen(&self) -> Moment {
+        Moment {
+            year: self.decoded(CENTURY) * 100 + self.decoded(YEAR),
+            month: self.decoded(MONTH),
+            day: self.decoded(DAY),
+            second: self.decoded(HOURS) * 3600 + self.decoded(MINUTES) * 60 + self.decoded(SECONDS),
+            weekday: 0,
+        }
+    }
+}
+
+impl Moment {
+    fn at(unix_seconds: i64) -> Self {
+        let days = unix_seconds.div_euclid(SECONDS_A_DAY);
+        // Years begin in March here, so that the leap day is a year's last.
+        let shifted = days + 719_468;
+        let era = shifted.div_euclid(146_097);
+        let day_of_era = shifted.rem_euclid(146_097);
+        let year_of_era =
+            (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+        let march_month = (5 * day_of_year + 2) / 153;
+        let month = if march_month < 10 {
+            march_month + 3
+        } else {
+            march_month - 9
+        };
+        Self {
+            year: era * 400 + year_of_era + i64::from(month <= 2),
+            month,
+            day: day_of_year - (153 * march_month + 2) / 5 + 1,
+            second: unix_seconds.rem_euclid(SECONDS_A_DAY),
+            weekday: (days + 4).rem_euclid(7) + 1,
+        }
+    }
+
+    fn unix_seconds(self) -> i64 {
+        let year = self.year - i64::from(self.month <= 2);
+        let era = year.div_euclid(400);
+        let year_of_era = year.rem_euclid(400);
+        let march_month = (self.month + 9).rem_euclid(12);
+        let day_of_year = (153 * march_month + 2) / 5 + self.day - 1;
+        let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+        (era * 146_097 + day_of_era - 719_468) * SECONDS_A_DAY + self.second
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct RtcState {
+    index: u8,
+    memory: Vec<u8>,
+    ahead_seconds: i64,
+}
+
+impl SavedState for RtcState {
+    const KIND: &'static str = "rtc";
+    const VERSION: u32 = 1;
+}
+
+impl DeviceState for Rtc {
+    fn save(&self) -> Saved {
+        let state = self.lock();
+        Saved::of(&RtcState {
+            index: u8::try_from(state.index).expect("masked to seven bits"),
+            memory: state.memory.to_vec(),
+            ahead_seconds: state.ahead,
+        })
+    }
+
+    /// The clock shows the new host's time, as far ahead as it was.
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let saved: RtcState = saved.open()?;
+        let memory = <[u8; SIZE]>::try_from(saved.memory);
+        let memory = memory.map_err(|bytes| StateError::Differs {
+            kind: RtcState::KIND,
+            what: format!("{} bytes of memory, expected {SIZE}", bytes.len()),
+        })?;
+        *self.lock() = State {
+            index: usize::from(saved.index & 0x7f),
+            memory,
+            ahead: saved.ahead_seconds,
+        };
+        Ok(())
+    }
+}
+
+impl BusDevice for Rtc {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (1, [value]) = (offset, data) {
+            *value = self.lock().read(host_seconds());
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            // Bit 7 masks NMIs, of which there are none.
+            (0, [index, ..]) => {
+                self.lock().index = usize::from(index & 0x7f);
+            }
+            (1, [value]) => self.lock().write(*value, host_seconds()),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn get(rtc: &Rtc, index: usize, now: i64) -> u8 {
+        let mut state = rtc.lock();
+        state.index = index;
+        state.read(now)
+    }
+
+    fn set(rtc: &Rtc, index: usize, value: u8, now: i64) {
+        let mut state = rtc.lock();
+        state.index = index;
+        state.write(value, now);
+    }
+
+    #[test]
+    fn the_calendar_goes_both_ways() {
+        for (seconds, year, month, day, weekday) in [
+            (0, 1970, 1, 1, 5),
+            (951_782_400, 2000, 2, 29, 3),
+            (1_709_164_800, 2024, 2, 29, 5),
+            (1_795_305_600, 2026, 11, 22, 1),
+            (4_107_542_400, 2100, 3, 1, 2),
+        ] {
+            let moment = Moment::at(seconds + 3661);
+            assert_eq!(
+                (moment.year, moment.month, moment.day, moment.weekday),
+                (year, month, day, weekday)
+            );
+            assert_eq!(
+                (moment.second, moment.unix_seconds()),
+                (3661, seconds + 3661)
+            );
+        }
+    }
+
+    #[test]
+    fn time_is_read_in_bcd_or_binary() {
+        let rtc = Rtc::new(1 << 30, 0);
+        // 2026-11-22 23:59:58 UTC.
+        let now = 1_795_305_600 + SECONDS_A_DAY - 2;
+        let all = [CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS];
+        let bcd = all.map(|index| get(&rtc, index, now));
+        assert_eq!(bcd, [0x20, 0x26, 0x11, 0x22, 0x23, 0x59, 0x58]);
+        set(&rtc, REGISTER_B, B_24_HOURS | B_BINARY, now);
+        let binary = all.map(|index| get(&rtc, index, now));
+        assert_eq!(binary, [20, 26, 11, 22, 23, 59, 58]);
+        assert_eq!(
+            (get(&rtc, REGISTER_D, now), get(&rtc, REGISTER_A, now) >> 7),
+            (0x80, 0)
+        );
+    }
+
+    #[test]
+    fn a_guest_sets_the_clock_and_it_goes_on() {
+        let rtc = Rtc::new(1 << 30, 0);
+        set(&rtc, REGISTER_B, B_SET, 0);
+        for (index, value) in [(YEAR, 0x30), (CENTURY, 0x20), (MONTH, 0x12), (DAY, 0x31)] {
+            set(&rtc, index, value, 100);
+        }
+        set(&rtc, HOURS, 0x23, 200);
+        set(&rtc, MINUTES, 0x59, 200);
+        set(&rtc, SECONDS, 0x59, 200);
+        assert_eq!(get(&rtc, SECONDS, 250), 0x59, "it stands still");
+        set(&rtc, REGISTER_B, 0, 300);
+        assert_eq!(get(&rtc, YEAR, 300), 0x30);
+        assert_eq!((get(&rtc, YEAR, 301), get(&rtc, SECONDS, 301)), (0x31, 0));
+    }
+
+    #[test]
+    fn memory_sizes_and_any_bytes() {
+        let rtc = Rtc::new(2 << 30, 3 << 30);
+        let at = |index| get(&rtc, index, 0);
+        assert_eq!((at(0x34), at(0x35)), (0x00, 0x7f));
+        assert_eq!((at(0x5b), at(0x5c), at(0x5d)), (0x00, 0xc0, 0));
+        for index in 0..SIZE {
+            for value in [0, 0x7f, 0xff] {
+                set(&rtc, index, value, i64::MAX / 2);
+                get(&rtc, index, i64::MAX / 2);
+            }
+        }
+        let mut data = [0; 4];
+        rtc.read(0, &mut data);
+        rtc.read(1, &mut data);
+        assert_eq!(data, [0xff; 4]);
+    }
+}

@@ -1,0 +1,232 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Firmware images: opened, checked, mapped so that the code ends at 4 GiB and the variables end where it begins.
+//!
+//! The code is a copy in memory that the guest can only read; writes to it reach no device. The variables are the
+//! guest's own file, behind `atoll_devices::platform::Flash`. Not here: what firmware is told (`fw_cfg.rs`).
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use atoll_devices::platform::{FLASH_BLOCK_BYTES, FlashWindow};
+use atoll_vmm_protocol::spec::FirmwareSpec;
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
+
+use crate::kvm::{KvmError, VirtualMachine};
+use crate::machine::BuildError;
+
+/// Where the code ends: the reset vector is 16 bytes before.
+const END: u64 = 1 << 32;
+/// Most bytes of code and variables together: what is below belongs to local APICs.
+const BYTES_MAX: u64 = 16 << 20;
+/// Where Debian's firmware is.
+pub const PACKAGED: &str = "/usr/share/OVMF/";
+
+/// Why this firmware cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FlashError {
+    /// A file cannot be opened or read.
+    #[error("firmware {what} {path}")]
+    File {
+        /// `code`, `variables` or `log`.
+        what: &'static str,
+        /// From the spec.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Not a flash image.
+    #[error(
+        "firmware {what} {path}: {bytes} bytes: a flash image is a multiple of {FLASH_BLOCK_BYTES} bytes, and both \
+         together have at most {BYTES_MAX}"
+    )]
+    Size {
+        /// `code` or `variables`.
+        what: &'static str,
+        /// From the spec.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// The variables are written to by another machine.
+    #[error("firmware variables {path}: another machine uses this file; each needs its own copy")]
+    InUse {
+        /// From the spec.
+        path: PathBuf,
+    },
+    /// No memory for the images.
+    #[error("map the firmware")]
+    Map(#[source] io::Error),
+}
+
+/// Images as they were opened, before the sandbox.
+#[derive(Debug)]
+pub struct FirmwareFiles {
+    code: Vec<u8>,
+    vars: Vec<u8>,
+    vars_file: File,
+    /// Where the debug port writes.
+    pub log: Option<File>,
+}
+
+/// Images in the guest's address space.
+pub struct FirmwareImages {
+    /// Kept for as long as the machine: KVM reads it.
+    pub code: Arc<GuestRegionMmap>,
+    /// First address of the variables.
+    pub vars_base: u64,
+    /// Their bytes.
+    pub vars: Arc<GuestRegionMmap>,
+    /// The same on disk, locked.
+    pub vars_file: File,
+}
+
+impl FirmwareFiles {
+    /// Opens and reads what the spec names.
+    pub fn open(spec: &FirmwareSpec) -> Result<Self, FlashError> {
+        let read = OpenOptions::new().read(true).clone();
+        let (_, code) = open("code", &spec.code, &read)?;
+        let both = OpenOptions::new().read(true).write(true).clone();
+        let (vars_file, vars) = open("variables", &spec.vars, &both)?;
+        let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        rustix::fs::flock(&vars_file, lock).map_err(|_| FlashError::InUse {
+            path: spec.vars.clone(),
+        })?;
+        let log = spec.log.as_ref().map(|path| {
+            let mut options = OpenOptions::new();
+            let file = options.append(true).create(true).open(path);
+            file.map_err(failed("log", path))
+        });
+        let log = log.transpose()?;
+        if code.len() as u64 + vars.len() as u64 > BYTES_MAX {
+            return Err(FlashError::Size {
+                what: "code",
+                path: spec.code.clone(),
+                bytes: code.len() as u64,
+            });
+        }
+        Ok(Self {
+            code,
+            vars,
+            vars_file,
+            log,
+        })
+    }
+
+    /// Maps the images and gives the guest the code; the variables' slot is the caller's, by [`FlashSlot`].
+    pub fn map(self, machine: &VirtualMachine) -> Result<FirmwareImages, BuildError> {
+        let code_base = END - self.code.len() as u64;
+        let vars_base = code_base - self.vars.len() as u64;
+        let code = region(code_base, &self.code)?;
+        machine.set_rom(CODE_SLOT, &code)?;
+        Ok(FirmwareImages {
+            vars: region(vars_base, &self.vars)?,
+            code,
+            vars_base,
+            vars_file: self.vars_file,
+        })
+    }
+}
+
+/// Memory slots of the images, above those of RAM.
+const CODE_SLOT: u32 = 30;
+const VARS_SLOT: u32 = 31;
+
+/// The variables as a read-only memory slot of the guest, while their array is shown.
+pub struct FlashSlot {
+    machine: VirtualMachine,
+    vars: Arc<GuestRegionMmap>,
+}
+
+impl FlashSlot {
+    /// Shows the variables to the guest.
+    pub fn new(machine: VirtualMachine, vars: Arc<GuestRegionMmap>) -> Result<Self, KvmError> {
+        machine.set_rom(VARS_SLOT, &vars)?;
+        Ok(Self { machine, vars })
+    }
+}
+
+impl FlashWindow for FlashSlot {
+    fn show(&self, array: bool) -> io::Result<()> {
+        let result = match array {
+            true => self.machine.set_rom(VARS_SLOT, &self.vars),
+            false => self.machine.remove_slot(VARS_SLOT),
+        };
+        result.map_err(io::Error::other)
+    }
+}
+
+fn region(base: u64, bytes: &[u8]) -> Result<Arc<GuestRegionMmap>, FlashError> {
+    let failed = |error| FlashError::Map(io::Error::other(error));
+    let mapping = MmapRegion::new(bytes.len()).map_err(failed)?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(base)).expect("ends at or below 4 GiB");
+    region
+        .write_slice(bytes, MemoryRegionAddress(0))
+        .expect("as long as the bytes");
+    Ok(Arc::new(region))
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FlashError {
+    let path = path.to_owned();
+    move |source| FlashError::File { what, path, source }
+}
+
+fn open(
+    what: &'static str,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<(File, Vec<u8>), FlashError> {
+    let mut file = options.open(path).map_err(failed(what, path))?;
+    let size = file.metadata().map_err(failed(what, path))?.len();
+    if size == 0 || size > BYTES_MAX || !size.is_multiple_of(FLASH_BLOCK_BYTES) {
+        return Err(FlashError::Size {
+            what,
+            path: path.to_owned(),
+            bytes: size,
+        });
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(failed(what, path))?;
+    bytes.resize(usize::try_from(size).expect("at most 16 MiB"), 0);
+    Ok((file, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(directory: &Path) -> FirmwareSpec {
+        FirmwareSpec {
+            code: directory.join("code"),
+            vars: directory.join("vars"),
+            menu_ms: None,
+            log: None,
+        }
+    }
+
+    #[test]
+    fn images_are_refused_in_words() {
+        let directory = tempfile::tempdir().unwrap();
+        let spec = spec(directory.path());
+        let check = |expected: &str| {
+            let error = FirmwareFiles::open(&spec).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check("firmware code");
+        std::fs::write(&spec.code, [0; 4096]).unwrap();
+        check("firmware variables");
+        std::fs::write(&spec.vars, [0; 4095]).unwrap();
+        check("4095 bytes: a flash image is a multiple of 4096");
+        std::fs::write(&spec.vars, [0; 4096]).unwrap();
+        let first = FirmwareFiles::open(&spec).unwrap();
+        check("another machine uses this file");
+        drop(first);
+        FirmwareFiles::open(&spec).unwrap();
+        File::create(&spec.code)
+            .unwrap()
+            .set_len(BYTES_MAX)
+            .unwrap();
+        check("both together");
+    }
+}
