@@ -8,33 +8,13 @@
 #   initrd.img         its initramfs, made by Debian's initramfs-tools with the virtio modules
 #   disk.raw           ext4 root disk for VMs, 2 GiB sparse; login root, password "atoll"
 #
-# The result is cached under $ATOLL_CACHE (default /var/cache/atoll), keyed by this file's content, and put in
-# place by one rename, so an interrupted build leaves nothing that looks finished.
+# image-cache.sh says where that is.
 set -euo pipefail
 
 suite=bookworm
-key=$(sha256sum "$0" | cut -c1-16)
-cache=${ATOLL_CACHE:-/var/cache/atoll}
-out=$cache/debian-guest-$key
-
-if [ -e "$out/disk.raw" ]; then
-    echo "$out"
-    exit 0
-fi
-
 say() { echo "guest image: $*" >&2; }
 
-mkdir -p "$cache"
-exec 9>"$out.lock"
-flock 9
-if [ -e "$out/disk.raw" ]; then
-    echo "$out"
-    exit 0
-fi
-
-work=$(mktemp -d "$cache/guest.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
-root=$work/root
+. "$(dirname "$(readlink -f "$0")")/image-cache.sh" debian-guest disk.raw
 
 packages=systemd,systemd-sysv,systemd-resolved,dbus,udev,kmod,iproute2,iputils-ping,procps,util-linux,login,passwd,bash,ca-certificates,netbase
 kernel=linux-image-cloud-amd64,initramfs-tools,e2fsprogs
@@ -79,9 +59,4 @@ echo '/dev/vda / ext4 errors=remount-ro 0 1' > "$root/etc/fstab"
 rm -f "$root"/boot/initrd.img-* "$root"/boot/vmlinuz-*
 mke2fs -q -F -t ext4 -L atoll-root -d "$root" "$work/disk.raw" 2G
 
-rm -rf --one-file-system "$root"
-rm -rf "$out"
-chmod 755 "$work"
-mv "$work" "$out"
-trap - EXIT
-echo "$out"
+publish

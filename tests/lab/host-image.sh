@@ -8,32 +8,13 @@
 #   initrd.img   busybox and the modules for virtio-blk and ext4
 #   root.ext4    Debian with systemd, KVM's user-space needs and the command agent
 #
-# Cached under $ATOLL_CACHE (default /var/cache/atoll), keyed by this file's content.
+# image-cache.sh says where that is.
 set -euo pipefail
 
 suite=bookworm
-key=$(sha256sum "$0" | cut -c1-16)
-cache=${ATOLL_CACHE:-/var/cache/atoll}
-out=$cache/lab-host-$key
-
-if [ -e "$out/root.ext4" ]; then
-    echo "$out"
-    exit 0
-fi
-
 say() { echo "lab image: $*" >&2; }
 
-mkdir -p "$cache"
-exec 9>"$out.lock"
-flock 9
-if [ -e "$out/root.ext4" ]; then
-    echo "$out"
-    exit 0
-fi
-
-work=$(mktemp -d "$cache/lab.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
-root=$work/root
+. "$(dirname "$(readlink -f "$0")")/../../run/image-cache.sh" lab-host root.ext4
 
 fetch_qemu() {
     local apt=$work/apt deb uri
@@ -167,9 +148,4 @@ make_initrd "$version"
 rm -rf "$root"/boot/*
 mke2fs -q -F -t ext4 -O ^has_journal -d "$root" "$work/root.ext4" 8G
 
-rm -rf --one-file-system "$root"
-rm -rf "$out"
-chmod 755 "$work"
-mv "$work" "$out"
-trap - EXIT
-echo "$out"
+publish
