@@ -8,6 +8,7 @@
 #   STATE   the node's state (default /var/lib/atoll)
 #   LISTEN, PORT   where the API and the page listen (default 127.0.0.1, 8006)
 #   GUEST   directory with the stock Debian guest; built from Debian's packages when unset
+#   SHOW_URL, SHOW_END   what to say instead of the node's own address and of "make stop"
 set -euo pipefail
 
 here=$(dirname "$(readlink -f "$0")")
@@ -152,7 +153,7 @@ ensure_vm
 
 login=$STATE/initial-login.json
 echo
-echo "Atoll runs:   $(field url < "$login")"
+echo "Atoll runs:   ${SHOW_URL:-$(field url < "$login")}"
 echo "sign in:      $(field username < "$login")  $(field password < "$login")    (from $login)"
 if address=$(container_address); then
     echo "container:    $container debian, running, address $address"
@@ -168,4 +169,4 @@ if exists qemu $vm; then
 else
     echo "VM:           none (see above)"
 fi
-echo "the end:      make stop"
+echo "the end:      ${SHOW_END:-make stop}"

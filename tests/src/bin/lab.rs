@@ -69,9 +69,13 @@ struct Running {
     url: String,
 }
 
-/// What `make run` does, with the payload's parts instead of the checkout's.
-const START: &str =
-    "STATE=/var/lib/atoll LISTEN=0.0.0.0 BIN=/payload/bin GUEST=/payload/guest /payload/run/up.sh";
+/// What `make run` does, with the payload's parts instead of the checkout's, and what it shows of the way here.
+fn start_script(url: &str) -> String {
+    format!(
+        "STATE=/var/lib/atoll LISTEN=0.0.0.0 BIN=/payload/bin GUEST=/payload/guest SHOW_URL={url} \
+         SHOW_END='make lab-stop' /payload/run/up.sh"
+    )
+}
 
 fn main() {
     let arguments = Arguments::parse();
@@ -143,18 +147,24 @@ fn run(arguments: &Arguments) -> Result<i32> {
     }
 }
 
-/// Starts Atoll on the hosts, lets them go and writes down how to reach them.
+/// Starts Atoll on the hosts, one after the other since they share this machine's cores; lets them go and writes
+/// down how to reach them.
 fn up(hosts: Vec<lab::Host>, with_atoll: bool, record: &Path) -> Result<()> {
-    let mut summaries = Vec::new();
     for host in hosts.iter().filter(|_| with_atoll) {
-        eprintln!("atoll-lab: starting Atoll on node{}", host.number());
-        summaries.push(host.check(START, Duration::from_secs(900))?);
+        let number = host.number();
+        let output = host.follow(
+            &start_script(&url(host)),
+            Duration::from_secs(900),
+            |line| println!("node{number}: {line}"),
+        )?;
+        if output.code != 0 {
+            bail!("Atoll did not start on node{number}");
+        }
     }
     let mut running = Vec::new();
     for host in hosts {
-        let url = format!("https://{}:{}", host.api().address, host.api().port);
-        println!("node{}: {url}", host.number());
-        let (number, agent_port) = (host.number(), host.agent_port());
+        let (number, agent_port, url) = (host.number(), host.agent_port(), url(&host));
+        println!("node{number}: {url}");
         let pid = i32::try_from(host.detach())?;
         running.push(Running {
             number,
@@ -164,11 +174,15 @@ fn up(hosts: Vec<lab::Host>, with_atoll: bool, record: &Path) -> Result<()> {
         });
     }
     fs::write(record, serde_json::to_vec_pretty(&running)?)?;
-    for summary in summaries {
-        println!("{}", summary.trim_end());
-    }
-    println!("a shell command on a host: atoll-lab exec 1 COMMAND; the end: make lab-stop");
+    println!(
+        "a shell command on a host: target/debug/atoll-lab exec 1 COMMAND; the end: make lab-stop"
+    );
     Ok(())
+}
+
+/// Where this machine reaches a host's API and page.
+fn url(host: &lab::Host) -> String {
+    format!("https://{}:{}", host.api().address, host.api().port)
 }
 
 /// The hosts of the record whose QEMU still runs.

@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+/// Begins the line with the exit code.
+const MARK: &str = "\0RC ";
+
 /// What a command left behind.
 #[derive(Debug, Clone)]
 pub struct Output {
@@ -16,12 +19,19 @@ pub struct Output {
     pub text: String,
 }
 
-/// Runs a shell script in the host and waits for its end, at most until `deadline`.
-pub(super) fn run(address: SocketAddr, script: &str, deadline: Instant) -> Result<Output> {
+/// Runs a shell script in the host and waits for its end, at most until `deadline`. `follow` gets its output line
+/// by line as it comes.
+pub(super) fn run(
+    address: SocketAddr,
+    script: &str,
+    deadline: Instant,
+    mut follow: impl FnMut(&str),
+) -> Result<Output> {
     let left = remaining(deadline)?;
     let mut stream = TcpStream::connect_timeout(&address, left).context("connect to the agent")?;
     stream.write_all(format!("{}\n{script}", script.len()).as_bytes())?;
     let mut answer = Vec::new();
+    let mut followed = 0;
     let mut buffer = [0; 16384];
     loop {
         stream.set_read_timeout(Some(remaining(deadline).with_context(|| so_far(&answer))?))?;
@@ -30,6 +40,11 @@ pub(super) fn run(address: SocketAddr, script: &str, deadline: Instant) -> Resul
             Ok(count) => answer.extend_from_slice(&buffer[..count]),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context("read from the agent"),
+        }
+        while let Some(length) = answer[followed..].iter().position(|byte| *byte == b'\n') {
+            let line = String::from_utf8_lossy(&answer[followed..followed + length]);
+            follow(line.split(MARK).next().unwrap_or_default());
+            followed += length + 1;
         }
     }
     parse(&answer)
@@ -41,7 +56,7 @@ pub(super) fn wait(address: SocketAddr, deadline: Instant) -> Result<()> {
     let mut pause = Duration::from_millis(50);
     loop {
         let attempt = (Instant::now() + Duration::from_secs(5)).min(deadline);
-        match run(address, "true", attempt) {
+        match run(address, "true", attempt, |_| {}) {
             Ok(output) if output.code == 0 => return Ok(()),
             _ if Instant::now() >= deadline => bail!("the host's agent does not answer"),
             _ => std::thread::sleep(pause),
@@ -63,10 +78,14 @@ fn so_far(answer: &[u8]) -> String {
 }
 
 fn parse(answer: &[u8]) -> Result<Output> {
-    let Some(end) = answer.windows(4).rposition(|window| window == b"\0RC ") else {
+    let mark = MARK.as_bytes();
+    let Some(end) = answer
+        .windows(mark.len())
+        .rposition(|window| window == mark)
+    else {
         bail!("the agent's answer has no end; {}", so_far(answer));
     };
-    let code = std::str::from_utf8(&answer[end + 4..])?
+    let code = std::str::from_utf8(&answer[end + mark.len()..])?
         .trim()
         .parse()
         .context("exit code")?;

@@ -62,7 +62,17 @@ impl Host {
     /// Runs a shell script as root and returns its output, whatever its exit code; an error when it does not
     /// end in time.
     pub fn run(&self, script: &str, timeout: Duration) -> Result<Output> {
-        agent::run(self.agent, script, Instant::now() + timeout)
+        self.follow(script, timeout, |_| {})
+    }
+
+    /// The same, and shows each line of the output to `line` when it comes.
+    pub fn follow(
+        &self,
+        script: &str,
+        timeout: Duration,
+        line: impl FnMut(&str),
+    ) -> Result<Output> {
+        agent::run(self.agent, script, Instant::now() + timeout, line)
             .with_context(|| format!("node{}: {script}", self.number))
     }
 
@@ -104,7 +114,7 @@ ip link set eth1 address 52:54:00:99:00:0{n}
 ip address replace 10.99.0.{n}/24 dev eth1; ip link set eth1 up
 if [ \"$(blkid -o value -s TYPE /dev/vdb)\" = ext4 ]; then mount -o ro /dev/vdb /payload; fi"
         );
-        let output = agent::run(self.agent, &script, deadline)?;
+        let output = agent::run(self.agent, &script, deadline, |_| {})?;
         ensure!(
             output.code == 0,
             "configure the resumed host:\n{}",

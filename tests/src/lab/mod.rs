@@ -86,7 +86,7 @@ pub fn start(settings: &Settings) -> Result<Vec<Host>> {
 /// Runs a shell script on a host that another process started, by its agent's port on loopback.
 pub fn run_at(agent_port: u16, script: &str, timeout: Duration) -> Result<Output> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, agent_port));
-    agent::run(address, script, Instant::now() + timeout)
+    agent::run(address, script, Instant::now() + timeout, |_| {})
 }
 
 /// Fills an empty directory with what a host needs to run Atoll: `bin/` (the programs under test), `guest/` (the

@@ -101,7 +101,7 @@ fn freeze(work: &Path, port: u16, deadline: Instant) -> Result<()> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut monitor = Monitor::open(work, deadline)?;
     agent::wait(address, deadline)?;
-    let prepared = agent::run(address, PREPARE, deadline)?;
+    let prepared = agent::run(address, PREPARE, deadline, |_| {})?;
     ensure!(
         prepared.code == 0,
         "the template host is not ready:\n{}",
