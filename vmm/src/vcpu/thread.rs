@@ -85,6 +85,11 @@ enum Command {
     End,
 }
 
+/// First instruction after a reset (Intel SDM vol. 3A §10.1.4). KVM on AMD resets a vCPU before it reports a triple
+/// fault, since the hardware leaves its state undefined (AMD APM vol. 2 §15.14.3).
+const RESET_CS: u16 = 0xf000;
+const RESET_RIP: u64 = 0xfff0;
+
 /// The owner's end of a vCPU.
 pub struct Vcpu {
     commands: Sender<Command>,
@@ -397,6 +402,9 @@ impl Body {
         let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else {
             return "at an unknown address".to_owned();
         };
+        if regs.rip == RESET_RIP && sregs.cs.selector == RESET_CS {
+            return "(this host's KVM reset it at once, so where it was is not known)".to_owned();
+        }
         format!(
             "at rip {:#x}, cs {:#x}, rsp {:#x}, cr0 {:#x}, cr2 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}, idt {:#x}+{:#x}",
             regs.rip,
