@@ -3,14 +3,18 @@
 //! name, before anything is created; what is left open gets our default. Not here: idmapped mounts (`idmap`).
 
 use std::fs;
+use std::io::Write;
 use std::path::{Component, Path, PathBuf};
 
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{utils, validator::Validator};
 use oci_spec::runtime::{
-    Capabilities, Hook, Hooks, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder,
-    LinuxDeviceType, LinuxNamespaceType, LinuxResources, Process, Spec,
+    Capabilities, Capability, Hook, Hooks, LinuxCapabilities, LinuxDeviceCgroup,
+    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceType, LinuxResources,
+    LinuxSeccompAction, Process, Spec,
 };
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
 use crate::cgroup::Owner;
 use crate::create::Request;
@@ -62,7 +66,7 @@ pub fn load(request: &Request) -> Result<Bundle> {
             format!("{} is no directory", rootfs.display()),
         ));
     }
-    settle(&mut spec, &request.id)?;
+    settle(&mut spec, &request.id, &path)?;
     Ok(Bundle {
         path,
         rootfs,
@@ -71,12 +75,55 @@ pub fn load(request: &Request) -> Result<Bundle> {
     })
 }
 
-/// Parses config.json, or the copy of it that a container keeps.
+/// Parses config.json, or the copy of it that a container keeps. Capabilities that this version does not know are
+/// left out, as the runtime-spec ("Process", capabilities) asks for those that cannot be granted.
 pub fn parse(text: &[u8], file: &Path) -> Result<Spec> {
-    serde_json::from_slice(text).map_err(|source| Error::Json {
+    parse_lenient(text, &["process"]).map_err(|source| Error::Json {
         what: file.display().to_string(),
         source,
     })
+}
+
+/// Parses a document of the runtime-spec whose process is `at` a place. The type has no room for unknown names of
+/// capabilities, and none for a process without a user, who is root: both are set right before a second try.
+pub(crate) fn parse_lenient<T: DeserializeOwned>(
+    text: &[u8],
+    at: &[&str],
+) -> serde_json::Result<T> {
+    serde_json::from_slice(text).or_else(|error| {
+        let mut document: Value = serde_json::from_slice(text)?;
+        let process = at
+            .iter()
+            .try_fold(&mut document, |value, name| value.get_mut(name));
+        let Some(Value::Object(process)) = process else {
+            return Err(error);
+        };
+        let root = || json!({ "uid": 0, "gid": 0 });
+        process.entry("user").or_insert_with(root);
+        let sets = process
+            .get_mut("capabilities")
+            .and_then(Value::as_object_mut);
+        let sets = sets.into_iter().flat_map(serde_json::Map::values_mut);
+        for names in sets.filter_map(Value::as_array_mut) {
+            names.retain(is_capability);
+        }
+        serde_json::from_value(document)
+    })
+}
+
+/// Whether a JSON string names a capability.
+fn is_capability(name: &Value) -> bool {
+    let known = serde_json::from_value::<Capability>(name.clone()).is_ok();
+    if !known {
+        warn(&format!("capability {name} is unknown and left out"));
+    }
+    known
+}
+
+/// Tells the caller about something that does not keep the operation from going on.
+pub(crate) fn warn(text: &str) {
+    // A caller without standard error does not want to know.
+    writeln!(std::io::stderr(), "atoll-ct: warning: {text}").ok();
 }
 
 /// Refuses what cannot work. libcontainer's own checks come last: theirs name no setting.
@@ -134,6 +181,7 @@ fn check(spec: &Spec) -> Result<()> {
         }
     }
     check_linux(spec)?;
+    check_seccomp(spec)?;
     check_by_libcontainer(spec)
 }
 
@@ -155,6 +203,38 @@ fn check_linux(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
+/// What libcontainer would find out in the middle, in words that name nothing.
+fn check_seccomp(spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref();
+    let Some(filter) = linux.and_then(|linux| linux.seccomp().as_ref()) else {
+        return Ok(());
+    };
+    if !libcontainer::seccomp::is_notify(filter) {
+        return Ok(());
+    }
+    let field = "linux.seccomp";
+    let rules = filter.syscalls().iter().flatten();
+    let mut notified = rules.filter(|r| r.action() == LinuxSeccompAction::ScmpActNotify);
+    if notified.any(|rule| rule.names().iter().any(|name| name == "write")) {
+        // The runtime itself writes, to tell about the listener.
+        return Err(wrong(
+            field,
+            "SCMP_ACT_NOTIFY cannot be used for the write syscall",
+        ));
+    }
+    match filter.listener_path() {
+        Some(path) if path.exists() => Ok(()),
+        Some(path) => {
+            let path = path.display();
+            Err(wrong(
+                field,
+                format!("failed to connect with seccomp agent at {path}: it does not exist"),
+            ))
+        }
+        None => Err(wrong(field, "SCMP_ACT_NOTIFY needs a listenerPath")),
+    }
+}
+
 fn check_by_libcontainer(spec: &Spec) -> Result<()> {
     let invalid = |reason: String| Error::Init(reason);
     let syscall = create_syscall();
@@ -165,18 +245,30 @@ fn check_by_libcontainer(spec: &Spec) -> Result<()> {
 }
 
 /// Fills in what config.json leaves open and the runtime must decide.
-fn settle(spec: &mut Spec, id: &str) -> Result<()> {
+fn settle(spec: &mut Spec, id: &str, folder: &Path) -> Result<()> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         // Kernel file systems need none, but libcontainer does.
         if mount.source().is_none() {
             mount.set_source(mount.typ().clone().map(PathBuf::from));
         }
+        let binds = |o: &String| o == "bind" || o == "rbind";
+        let bind =
+            mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(binds);
+        // The runtime-spec: "Config", mounts: relative to the bundle, not to where the caller happens to be.
+        let source = mount.source().as_ref().filter(|_| bind);
+        if let Some(relative) = source.filter(|source| source.is_relative()) {
+            mount.set_source(Some(folder.join(relative)));
+        }
     }
     spec.set_mounts(Some(mounts));
     inherit_environment(spec);
     if let Some(mut process) = spec.process().clone() {
         close_capabilities(&mut process);
+        if process.no_new_privileges() == Some(false) {
+            // libcontainer takes "given" for "true" when it chooses the moment to load the seccomp filter.
+            process.set_no_new_privileges(None);
+        }
         spec.set_process(Some(process));
     }
     let Some(mut linux) = spec.linux().clone() else {

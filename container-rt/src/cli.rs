@@ -3,6 +3,7 @@
 //! option before or after the container's id. What an option does is in `commands`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -44,14 +45,18 @@ pub(crate) struct Global {
     /// The same as --cgroup-manager systemd
     #[arg(long, global = true)]
     pub(crate) systemd_cgroup: bool,
+    /// Accepted for runc's callers; checkpoint and restore are refused
+    #[arg(long, global = true, hide = true)]
+    criu: Option<PathBuf>,
     /// Accepted for runc's callers; there is nothing more to log
     #[arg(long, global = true, hide = true)]
     debug: bool,
     /// Accepted for callers of runc and crun; errors are logged always
     #[arg(long, global = true, hide = true)]
     log_level: Option<String>,
-    /// Accepted for runc's callers; only `false` and `auto` mean anything here
-    #[arg(long, global = true, hide = true)]
+    /// Accepted for runc's callers, before the command, since `spec` has an option of that name; only `false` and
+    /// `auto` mean anything here
+    #[arg(long, hide = true)]
     rootless: Option<String>,
 }
 
@@ -101,6 +106,14 @@ pub(crate) enum Command {
     Resume { id: String },
     /// Change limits
     Update(Box<Update>),
+    /// Print statistics at intervals, and out-of-memory kills
+    Events(Events),
+    /// Refused, with the reason
+    #[command(hide = true)]
+    Checkpoint(Refused),
+    /// Refused, with the reason
+    #[command(hide = true)]
+    Restore(Refused),
     /// Print what this runtime can do, as JSON
     Features,
     /// Write a config.json to start from
@@ -109,9 +122,17 @@ pub(crate) enum Command {
     Console { id: String },
     /// Set the size of a monitored container's terminal
     Resize { id: String, columns: u16, rows: u16 },
-    /// The hook of library module `own_dev`
-    #[command(name = atoll_container_rt::own_dev::COMMAND, hide = true)]
-    UncoverDev { rootfs: PathBuf },
+    /// The hook of library module `furnish`
+    #[command(name = atoll_container_rt::furnish::COMMAND, hide = true)]
+    Furnish { rootfs: PathBuf, steps: Vec<String> },
+    /// Likewise
+    #[command(name = atoll_container_rt::furnish::IN_DIRECTORY, hide = true)]
+    InDirectory {
+        directory: PathBuf,
+        program: PathBuf,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -168,6 +189,9 @@ pub(crate) struct Kill {
     /// Every process, not only the init
     #[arg(long, short)]
     pub(crate) all: bool,
+    /// ID is a regular expression
+    #[arg(long, short)]
+    pub(crate) regex: bool,
 }
 
 #[derive(Debug, Args)]
@@ -176,6 +200,65 @@ pub(crate) struct Delete {
     /// Kill it first; no error when it does not exist
     #[arg(long, short)]
     pub(crate) force: bool,
+    /// ID is a regular expression
+    #[arg(long, short)]
+    pub(crate) regex: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    pub(crate) id: String,
+    /// Time between two statistics, as in 5s, 100ms, 1m
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    pub(crate) interval: Duration,
+    /// Print the statistics once
+    #[arg(long)]
+    pub(crate) stats: bool,
+}
+
+/// Whatever is asked of a command that is refused.
+#[derive(Debug, Args)]
+pub(crate) struct Refused {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    _arguments: Vec<String>,
+}
+
+/// Reads a time as Go's programs take it.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: f64 = digits.parse().map_err(|_| format!("{text:?} is no time"))?;
+    let seconds = match &text[digits.len()..] {
+        "ms" => number / 1e3,
+        "s" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        unit => return Err(format!("unit {unit:?}: use ms, s, m or h")),
+    };
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(time) if !time.is_zero() => Ok(time),
+        _ => Err(format!("{text:?} is no time above zero")),
+    }
+}
+
+/// Reads an amount of memory: bytes, or with a unit in powers of 1024; -1 is no limit.
+fn bytes(text: &str) -> Result<i64, String> {
+    let wrong =
+        || format!("{text:?} is no amount of memory: use bytes, or a number with k, m, g, t");
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: i64 = digits.parse().map_err(|_| wrong())?;
+    let shift = match lower[digits.len()..]
+        .trim_end_matches('b')
+        .trim_end_matches('i')
+    {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
 #[derive(Debug, Args)]
@@ -214,6 +297,9 @@ pub(crate) struct Exec {
     /// AppArmor profile
     #[arg(long)]
     pub(crate) apparmor: Option<String>,
+    /// SELinux label; refused
+    #[arg(long, hide = true)]
+    pub(crate) process_label: Option<String>,
     /// Even when the container is frozen
     #[arg(long)]
     pub(crate) ignore_paused: bool,
@@ -226,9 +312,9 @@ pub(crate) struct Exec {
     /// Pass this many more file descriptors
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) preserve_fds: u32,
-    /// Existing cgroup below the container's
+    /// Existing cgroup below the container's; on v1 for some controllers as in memory,cpu:PATH
     #[arg(long, value_name = "PATH")]
-    pub(crate) cgroup: Option<PathBuf>,
+    pub(crate) cgroup: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -255,6 +341,12 @@ pub(crate) struct Spec {
     /// Directory to write to
     #[arg(long, short, default_value = ".", value_name = "DIR")]
     pub(crate) bundle: PathBuf,
+    /// Name of the file
+    #[arg(long, short, default_value = "config.json")]
+    pub(crate) file: PathBuf,
+    /// For a user without privileges: with a user namespace that has this user as its root
+    #[arg(long)]
+    pub(crate) rootless: bool,
 }
 
 #[derive(Debug, Args)]
@@ -263,15 +355,21 @@ pub(crate) struct Update {
     /// A resources object of the runtime-spec; - is standard input
     #[arg(long, short, value_name = "FILE")]
     pub(crate) resources: Option<PathBuf>,
-    /// Bytes
-    #[arg(long)]
+    /// Bytes, or with a unit as in 64M; -1 is no limit
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory: Option<i64>,
-    /// Bytes
-    #[arg(long)]
+    /// Likewise
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_reservation: Option<i64>,
-    /// Bytes of memory and swap together; -1 is no limit
-    #[arg(long, allow_hyphen_values = true)]
+    /// Memory and swap together
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_swap: Option<i64>,
+    /// Accepted for callers of runc and crun: kernels from 5.4 on have no such limit
+    #[arg(long, hide = true)]
+    kernel_memory: Option<String>,
+    /// Likewise
+    #[arg(long, hide = true)]
+    kernel_memory_tcp: Option<String>,
     /// Relative weight, 2 to 262144
     #[arg(long, alias = "cpu-share")]
     pub(crate) cpu_shares: Option<u64>,
@@ -281,6 +379,18 @@ pub(crate) struct Update {
     /// Microseconds
     #[arg(long)]
     pub(crate) cpu_period: Option<u64>,
+    /// Realtime microseconds in a realtime period
+    #[arg(long)]
+    pub(crate) cpu_rt_runtime: Option<i64>,
+    /// Microseconds
+    #[arg(long)]
+    pub(crate) cpu_rt_period: Option<u64>,
+    /// Microseconds that may be saved up for a burst
+    #[arg(long)]
+    pub(crate) cpu_burst: Option<u64>,
+    /// 1: run only when nothing else wants the processor
+    #[arg(long)]
+    pub(crate) cpu_idle: Option<i64>,
     /// Processors, as in 0-2,7
     #[arg(long)]
     pub(crate) cpuset_cpus: Option<String>,

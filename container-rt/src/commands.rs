@@ -12,12 +12,13 @@ use atoll_container_rt::lifecycle::{self, Container, Force};
 use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::Status;
-use atoll_container_rt::{bundle, cgroup, console, exec, monitor, own_dev, terminal};
+use atoll_container_rt::{bundle, cgroup, console, events, exec, furnish, monitor, terminal};
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
 use crate::cli::{
-    CgroupManager, Command, Create, Delete, Exec, Format, Global, Kill, List, Ps, Run, Spec, Update,
+    CgroupManager, Command, Create, Delete, Events, Exec, Format, Global, Kill, List, Ps, Run,
+    Spec, Update,
 };
 use crate::features;
 
@@ -31,7 +32,7 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
     match command {
         Command::Create(arguments) => create(root, global, arguments)?,
         Command::Run(arguments) => return run(root, global, arguments),
-        Command::Start { id } => Container::load(root, &id)?.start()?,
+        Command::Start { id } => lifecycle::load_created(root, &id)?.start()?,
         Command::State { id } => print(&pretty(&Container::load(root, &id)?.oci_state())?)?,
         Command::Kill(arguments) => kill(root, &arguments)?,
         Command::Delete(arguments) => delete(root, &arguments)?,
@@ -41,6 +42,8 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
         Command::Pause { id } => Container::load(root, &id)?.pause()?,
         Command::Resume { id } => Container::load(root, &id)?.resume()?,
         Command::Update(arguments) => update(root, &arguments)?,
+        Command::Events(arguments) => events(root, &arguments)?,
+        Command::Checkpoint(_) | Command::Restore(_) => return Err(no_checkpoints()),
         Command::Features => print(&pretty(&features::features())?)?,
         Command::Spec(arguments) => spec(&arguments)?,
         Command::Console { id } => attach(root, &id)?,
@@ -48,7 +51,12 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
             let container = Container::load(root, &id)?;
             console::resize(&container.directory, columns, rows)?;
         }
-        Command::UncoverDev { rootfs } => own_dev::uncover(&rootfs)?,
+        Command::Furnish { rootfs, steps } => furnish::furnish(&rootfs, &steps)?,
+        Command::InDirectory {
+            directory,
+            program,
+            arguments,
+        } => return Err(furnish::in_directory(&directory, &program, &arguments)),
     }
     Ok(0)
 }
@@ -129,13 +137,47 @@ fn exit_code(status: atoll_container_rt::process::ExitStatus) -> u8 {
     u8::try_from(status.code).unwrap_or(u8::MAX)
 }
 
+/// The containers that a command is about.
+fn ids(root: &Path, id: &str, regex: bool) -> Result<Vec<String>> {
+    if regex {
+        return lifecycle::matching(root, id);
+    }
+    Ok(vec![id.to_owned()])
+}
+
 fn kill(root: &Path, arguments: &Kill) -> Result<()> {
     let signal = parse_signal(&arguments.signal)?;
-    let container = Container::load(root, &arguments.id)?;
-    if arguments.all {
-        return container.kill_all(signal);
+    for id in ids(root, &arguments.id, arguments.regex)? {
+        let container = Container::load(root, &id)?;
+        if arguments.all {
+            container.kill_all(signal)?;
+        } else {
+            container.kill(signal)?;
+        }
     }
-    container.kill(signal)
+    Ok(())
+}
+
+fn no_checkpoints() -> Error {
+    Error::Argument(
+        "checkpoint and restore are not supported: stop the container and start it again"
+            .to_owned(),
+    )
+}
+
+fn events(root: &Path, arguments: &Events) -> Result<()> {
+    let container = Container::load(root, &arguments.id)?;
+    let line = |event: &events::Event<'_>| {
+        let text = serde_json::to_string(event).map_err(|source| Error::Json {
+            what: "the event".to_owned(),
+            source,
+        })?;
+        print(&text)
+    };
+    if arguments.stats {
+        return line(&events::statistics(&container)?);
+    }
+    events::follow(&container, arguments.interval, line)
 }
 
 fn delete(root: &Path, arguments: &Delete) -> Result<()> {
@@ -144,14 +186,24 @@ fn delete(root: &Path, arguments: &Delete) -> Result<()> {
     } else {
         Force::No
     };
-    for warning in lifecycle::delete(root, &arguments.id, force)? {
-        writeln!(std::io::stderr(), "atoll-ct: warning: {warning}").ok();
+    for id in ids(root, &arguments.id, arguments.regex)? {
+        for warning in lifecycle::delete(root, &id, force)? {
+            writeln!(std::io::stderr(), "atoll-ct: warning: {warning}").ok();
+        }
     }
     Ok(())
 }
 
 fn exec(root: &Path, arguments: Exec) -> Result<u8> {
     let container = Container::load(root, &arguments.id)?;
+    if arguments
+        .process_label
+        .is_some_and(|label| !label.is_empty())
+    {
+        return Err(Error::Argument(
+            "--process-label: SELinux is not supported: leave it out".to_owned(),
+        ));
+    }
     let request = exec::Request {
         process: arguments.process,
         arguments: arguments.arguments,
@@ -168,7 +220,7 @@ fn exec(root: &Path, arguments: Exec) -> Result<u8> {
         console_socket: arguments.console_socket,
         pid_file: arguments.pid_file,
         preserve_fds: arguments.preserve_fds,
-        cgroup: arguments.cgroup,
+        cgroups: arguments.cgroup,
     };
     Ok(exec::exec(&container, &request)?.map_or(0, exit_code))
 }
@@ -180,30 +232,36 @@ fn list(root: &Path, arguments: &List) -> Result<()> {
     }
     if arguments.format == Format::Json {
         let states: Vec<_> = containers.iter().map(Container::oci_state).collect();
-        return print(&pretty(&states)?);
+        let text = serde_json::to_string(&states).map_err(|source| Error::Json {
+            what: "the answer".to_owned(),
+            source,
+        })?;
+        return print(&text);
     }
-    let width = containers
-        .iter()
-        .map(|c| c.saved.id.len())
-        .max()
-        .unwrap_or(0)
-        .max(4);
-    print(&format!(
-        "{:width$}  {:>8}  {:8}  {:30}  BUNDLE",
-        "ID", "PID", "STATUS", "CREATED"
-    ))?;
-    for container in &containers {
-        let saved = &container.saved;
-        let pid = saved
-            .init
-            .filter(|_| container.status != Status::Stopped)
-            .map_or(0, |i| i.pid);
-        let (status, bundle) = (container.status.to_string(), saved.bundle.display());
-        let created = &saved.created;
-        print(&format!(
-            "{:width$}  {pid:>8}  {status:8}  {created:30}  {bundle}",
-            saved.id
-        ))?;
+    let row = |c: &Container| {
+        let saved = &c.saved;
+        let pid = saved.init.filter(|_| c.status != Status::Stopped);
+        [
+            saved.id.clone(),
+            pid.map_or(0, |init| init.pid).to_string(),
+            c.status.to_string(),
+            saved.bundle.display().to_string(),
+            saved.created.clone(),
+            "root".to_owned(),
+        ]
+    };
+    let head = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned);
+    let rows: Vec<_> = std::iter::once(head)
+        .chain(containers.iter().map(row))
+        .collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    for row in &rows {
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
+        print(cells.collect::<Vec<_>>().join("   ").trim_end())?;
     }
     Ok(())
 }
@@ -288,6 +346,10 @@ fn resources_of(arguments: &Update) -> Result<LinuxResources> {
             "shares": arguments.cpu_shares,
             "quota": arguments.cpu_quota,
             "period": arguments.cpu_period,
+            "realtimeRuntime": arguments.cpu_rt_runtime,
+            "realtimePeriod": arguments.cpu_rt_period,
+            "burst": arguments.cpu_burst,
+            "idle": arguments.cpu_idle,
             "cpus": arguments.cpuset_cpus,
             "mems": arguments.cpuset_mems,
         },
@@ -314,13 +376,13 @@ fn resources_of(arguments: &Update) -> Result<LinuxResources> {
 }
 
 fn spec(arguments: &Spec) -> Result<()> {
-    let path = arguments.bundle.join("config.json");
+    let path = arguments.bundle.join(&arguments.file);
     let failed = |source| Error::Io {
         what: format!("create {}", path.display()),
         source,
     };
     let mut file = fs::File::create_new(&path).map_err(failed)?;
-    let text = pretty(&features::default_config())?;
+    let text = pretty(&features::default_config(arguments.rootless))?;
     file.write_all(text.as_bytes()).map_err(failed)
 }
 

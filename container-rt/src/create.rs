@@ -11,6 +11,7 @@
 //! undumpable. It forks without exec and goes on running Rust code in the children: **never call this from a
 //! process that has threads.**
 
+use std::cell::RefCell;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -30,8 +31,10 @@ use crate::cgroup::{self, Prepared};
 use crate::error::{Context, Error, Result};
 use crate::log::Causes;
 use crate::process::ProcessId;
-use crate::state::{Directory, Saved, now, write_atomically};
-use crate::{devices, hooks, idmap, own_dev, program, sys, terminal};
+use crate::state::{Directory, Saved, Status, now, write_atomically};
+use crate::{
+    devices, furnish, hooks, idmap, inherit, own_dev, program, starting, sys, terminal, workdir,
+};
 
 /// What to create, as `atoll-ct create` and `run` take it.
 #[derive(Debug, Clone, Default)]
@@ -89,25 +92,25 @@ fn create_in(
     console: &Console,
 ) -> Result<Saved> {
     let terminal = terminal_socket(&bundle.spec, request, console)?;
-    let mut spec = bundle.spec;
-    let linux = spec
-        .linux()
-        .as_ref()
-        .ok_or_else(|| wrong("linux", "is missing"))?;
-    let asked = linux.cgroups_path().clone().unwrap_or_default();
-    let cgroup = if request.systemd_cgroup {
-        Prepared::by_systemd()?
+    refuse_unified(&bundle.spec)?;
+    let linux = bundle.spec.linux().as_ref();
+    let asked = linux.and_then(|linux| linux.cgroups_path().clone());
+    let asked = asked.unwrap_or_default();
+    let (cgroup, cgroup_path) = if request.systemd_cgroup {
+        (Prepared::by_systemd()?, asked)
     } else {
         let path = bundle::cgroup_path(&asked)?;
-        cgroup::prepare(&path, bundle::owner(&spec))?
+        let prepared = cgroup::prepare(&path, bundle::owner(&bundle.spec))?;
+        (prepared, path)
     };
     let mut saved = Saved {
         id: request.id.clone(),
-        oci_version: spec.version().clone(),
+        oci_version: bundle.spec.version().clone(),
         bundle: bundle.path,
         rootfs: bundle.rootfs,
         created: now(),
-        annotations: spec
+        annotations: bundle
+            .spec
             .annotations()
             .clone()
             .unwrap_or_default()
@@ -115,49 +118,65 @@ fn create_in(
             .collect(),
         init: None,
         monitor: None,
-        cgroup_path: if request.systemd_cgroup {
-            asked
-        } else {
-            bundle::cgroup_path(&asked)?
-        },
+        cgroup_path,
         cgroups: cgroup.directories.clone(),
         mounts: Vec::new(),
-        has_hooks: hooks::any_after_create(&spec),
+        has_hooks: hooks::any_after_create(&bundle.spec),
     };
-    let (rootfs, mut mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
-    devices::prepare(&mut spec, &mut mounts)?;
-    saved.mounts = mounts.paths().to_vec();
-    own_dev::cover(&mut spec, &rootfs)?;
-    // From here on a creator that is killed leaves what `delete --force` can find.
-    directory.save(&saved)?;
     write_atomically(&directory.config(), &bundle.text)?;
-    let plan = Plan {
+    let mut plan = Plan {
         directory,
         request,
-        rootfs,
+        rootfs: PathBuf::new(),
         terminal,
         console,
     };
+    let result = build(&mut plan, bundle.spec, &cgroup, &mut saved);
+    if result.is_err() {
+        // The first error is the one to tell.
+        cgroup.leave().ok();
+        cgroup::remove(&saved.cgroups).ok();
+    }
+    result.map(|()| saved)
+}
+
+/// Everything from the mounts on; what fails is taken back by the caller.
+fn build(plan: &mut Plan<'_>, mut spec: Spec, cgroup: &Prepared, saved: &mut Saved) -> Result<()> {
+    let (rootfs, mut mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
+    devices::prepare(&mut spec, &mut mounts)?;
+    saved.mounts = mounts.paths().to_vec();
+    own_dev::cover(&mut spec);
+    furnish::place_hooks(&mut spec, &rootfs)?;
+    furnish::prepare(&mut spec, &rootfs, plan.request.no_pivot)?;
+    workdir::make(&spec, &rootfs);
+    plan.rootfs = rootfs;
+    // From here on a creator that is killed leaves what `delete --force` can find.
+    plan.directory.save(saved)?;
     let namespace = several_ranges(&mut spec)?;
-    let result = enter_and_launch(&plan, &spec, &cgroup, &saved);
+    let result = enter_and_launch(plan, &spec, cgroup, saved);
     drop(namespace);
     drop(mounts);
-    let pid = match result {
-        Ok(pid) => pid,
-        Err(error) => {
-            cgroup.leave().ok();
-            cgroup::remove(&saved.cgroups).ok();
-            hooks::after_delete(&spec, &saved);
-            return Err(error);
-        }
-    };
+    let pid = result.inspect_err(|_| {
+        hooks::after_delete(&spec, saved);
+    })?;
     saved.mounts.clear();
-    if let Err(error) = finish(&plan, &spec, &mut saved, pid) {
+    finish(plan, &spec, saved, pid).inspect_err(|_| {
         sys::kill(pid, libc::SIGKILL).ok();
-        cgroup::remove(&saved.cgroups).ok();
-        return Err(error);
+    })
+}
+
+/// Settings of v2 files mean nothing on v1; libcgroups passes over them.
+fn refuse_unified(spec: &Spec) -> Result<()> {
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    let given = resources.and_then(|resources| resources.unified().as_ref());
+    if given.is_some_and(|files| !files.is_empty()) && !cgroup::is_unified_host()? {
+        let reason = "is for cgroup v2, and this host has v1: use the other settings";
+        return Err(wrong("linux.resources.unified", reason));
     }
-    Ok(saved)
+    Ok(())
 }
 
 /// What [`launch`] needs besides the configuration.
@@ -246,6 +265,8 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
     );
     state.oci_version.clone_from(&saved.oci_version);
     state.annotations = spec.annotations().clone();
+    let (executor, spec) = program(plan, spec, saved)?;
+    let _inheritable = spec.process().as_ref().map(inherit::raise).transpose()?;
     let raw = |index: usize| {
         plan.console
             .stdio
@@ -255,7 +276,8 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
     let arguments = ContainerArgs {
         container_type: ContainerType::InitContainer,
         syscall: SyscallType::default(),
-        spec: Rc::new(spec.clone()),
+        user_ns_config: UserNamespaceConfig::new(&spec).map_err(|e| described(&e))?,
+        spec: Rc::new(spec),
         rootfs: plan.rootfs.clone(),
         console_socket: plan.terminal.as_ref().map(AsRawFd::as_raw_fd),
         notify_listener: listener,
@@ -264,14 +286,13 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
             state,
             root: plan.directory.path.clone(),
         }),
-        user_ns_config: UserNamespaceConfig::new(spec).map_err(|e| described(&e))?,
         cgroup_config: CgroupConfig {
             cgroup_path: saved.cgroup_path.clone(),
             systemd_cgroup: plan.request.systemd_cgroup,
             container_name: saved.id.clone(),
         },
         detached: true,
-        executor: Box::new(program::Init::default()),
+        executor: Box::new(executor),
         no_pivot: plan.request.no_pivot,
         stdin: raw(0),
         stdout: raw(1),
@@ -286,6 +307,26 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
             None => described(&error),
         }),
     }
+}
+
+/// The last step of the init, and the configuration without what that step does.
+fn program(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<(program::Init, Spec)> {
+    let mut spec = spec.clone();
+    let mut hooks = Vec::new();
+    if let Some(mut all) = spec.hooks().clone() {
+        hooks = all.start_container().clone().unwrap_or_default();
+        all.set_start_container(None);
+        spec.set_hooks(Some(all));
+    }
+    // startContainer hooks run in the container, where its init is the first process, mostly.
+    let init = program::Init {
+        report: Rc::new(starting::listen(&plan.directory.report_socket())?),
+        state: hooks::state(saved, Status::Created, Some(1)),
+        hooks,
+        path: RefCell::default(),
+        environment: RefCell::default(),
+    };
+    Ok((init, spec))
 }
 
 /// Makes the user namespace of a container with several ranges of ids, and has libcontainer join it: by itself it
@@ -310,6 +351,20 @@ fn several_ranges(spec: &mut Spec) -> Result<Option<OwnedFd>> {
     Ok(Some(made))
 }
 
+/// The terminal belongs to the container's user, or programs such as `screen` do not take it. Its group stays that of
+/// terminals.
+fn own_terminal(spec: &Spec, init: sys::Pid) -> Result<()> {
+    let user = spec.process().as_ref().map(|process| process.user().uid());
+    let Some(uid) = user.filter(|uid| *uid != 0 && bundle::has_terminal(spec)) else {
+        return Ok(());
+    };
+    let linux = spec.linux().as_ref();
+    let maps = bundle::owner(spec).and(linux.and_then(|l| l.uid_mappings().as_deref()));
+    let terminal = PathBuf::from(format!("/proc/{init}/fd/0"));
+    let uid = devices::on_host(uid, maps)?;
+    std::os::unix::fs::chown(&terminal, Some(uid), None).at("chown", &terminal)
+}
+
 /// What is left to do once there is an init.
 fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Result<()> {
     saved.init = Some(ProcessId::of(init)?);
@@ -320,6 +375,9 @@ fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Re
             cgroup::devices::enforce(directory, device_list(spec))?;
         }
     }
+    if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
+        cgroup::limits::apply_unknown(&saved.cgroups, resources)?;
+    }
     let score = spec
         .process()
         .as_ref()
@@ -328,6 +386,8 @@ fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Re
         let file = PathBuf::from(format!("/proc/{init}/oom_score_adj"));
         fs::write(&file, score.to_string()).at("write", &file)?;
     }
+    own_terminal(spec, init)?;
+    furnish::seal(spec, init)?;
     plan.directory.save(saved)?;
     if let Some(file) = &plan.request.pid_file {
         write_atomically(file, init.to_string().as_bytes())?;

@@ -93,7 +93,7 @@ fn make(device: &LinuxDevice, node: &Path) -> Result<()> {
 }
 
 /// The host's id for the container's; without mappings they are the same.
-fn on_host(id: u32, mappings: Option<&[LinuxIdMapping]>) -> Result<u32> {
+pub(crate) fn on_host(id: u32, mappings: Option<&[LinuxIdMapping]>) -> Result<u32> {
     let Some(mappings) = mappings else {
         return Ok(id);
     };

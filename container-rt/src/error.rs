@@ -34,7 +34,7 @@ pub enum Error {
         id: String,
     },
     /// The bundle asks for what cannot be.
-    #[error("config.json: {field}: {reason}")]
+    #[error("invalid configuration: {field}: {reason}")]
     Config {
         /// Path of the setting, such as `linux.cgroupsPath`.
         field: String,

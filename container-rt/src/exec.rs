@@ -14,7 +14,8 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::{Component, Path, PathBuf};
 
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp, tty};
@@ -28,7 +29,7 @@ use crate::process::{ExitStatus, ProcessFd};
 use crate::state::{Status, write_atomically};
 use crate::sys::{self, Fork};
 use crate::terminal::{self, Signals};
-use crate::{cgroup, program};
+use crate::{bundle, cgroup, inherit, notify, program};
 
 /// What to execute and how, as `atoll-ct exec` takes it.
 #[derive(Debug, Default)]
@@ -63,18 +64,25 @@ pub struct Request {
     pub pid_file: Option<PathBuf>,
     /// Descriptors above standard error that the program inherits.
     pub preserve_fds: u32,
-    /// Cgroup below the container's, which must exist.
-    pub cgroup: Option<PathBuf>,
+    /// Cgroups below the container's, which must exist: `path`, or for some v1 controllers `name,name:path`.
+    pub cgroups: Vec<String>,
 }
 
 /// Executes a process in a container. Answers how it ended, or nothing when detached.
 pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatus>> {
     let allowed: &[Status] = if request.ignore_paused {
-        &[Status::Running, Status::Paused]
+        &[Status::Created, Status::Running, Status::Paused]
     } else {
-        &[Status::Running]
+        &[Status::Created, Status::Running]
     };
-    container.require(allowed, "only a running container takes another process")?;
+    if container.status == Status::Paused && !request.ignore_paused {
+        return Err(Error::Status {
+            id: container.saved.id.clone(),
+            status: Status::Paused,
+            needed: "cannot exec in a paused container (--ignore-paused lets it wait there)",
+        });
+    }
+    container.require(allowed, "only a container with processes takes another")?;
     let spec = container.spec()?;
     let process = process(&spec, request)?;
     let wants_terminal = process.terminal().unwrap_or(false);
@@ -84,16 +92,12 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
         Some(Signals::block()?)
     };
     let (ours, theirs) = terminal_sockets(request, wants_terminal)?;
+    let filter = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    let asks = filter.filter(|filter| seccomp::is_notify(filter));
+    let pair = asks.map(|_| UnixStream::pair()).transpose();
+    let (offered, offer) = pair.context(|| "create a socket pair".to_owned())?.unzip();
     let (mut errors, report) = std::io::pipe().context(|| "create a pipe".to_owned())?;
-    let init = container
-        .saved
-        .init
-        .and_then(crate::process::ProcessId::open)
-        .ok_or_else(|| Error::Status {
-            id: container.saved.id.clone(),
-            status: Status::Stopped,
-            needed: "only a running container takes another process",
-        })?;
+    let init = init_of(container)?;
     let flags = namespaces(&spec);
     if flags & libc::CLONE_NEWPID != 0 {
         // For our children only; we stay where we are.
@@ -103,20 +107,24 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
     let child = match sys::fork().context(|| "fork".to_owned())? {
         Fork::Parent(pid) => pid,
         Fork::Child => {
-            drop((errors, ours));
+            drop((errors, ours, offered));
             let entry = Entry {
                 container,
                 request,
                 process: &process,
-                seccomp: spec.linux().as_ref().and_then(|l| l.seccomp().as_ref()),
+                seccomp: filter,
+                offer: offer.as_ref(),
                 init: &init,
                 flags: flags & !libc::CLONE_NEWPID,
             };
             fail_in_child(&entry, theirs, report);
         }
     };
-    drop((theirs, report));
+    drop((theirs, report, offer));
     let child_fd = ProcessFd::of_child(child)?;
+    if let (Some(filter), Some(offered)) = (asks, offered) {
+        notify::pass_on(offered, &child_fd, child, filter, &container.saved)?;
+    }
     let pty = ours.map(|socket| terminal::receive_pty(&socket));
     wait_for_program(&mut errors, &child_fd)?;
     if let Some(file) = &request.pid_file {
@@ -126,6 +134,19 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
         return Ok(None);
     };
     terminal::foreground(&child_fd, pty.transpose()?, signals).map(Some)
+}
+
+/// The init, held open: it cannot become another process meanwhile.
+fn init_of(container: &Container) -> Result<ProcessFd> {
+    let init = container
+        .saved
+        .init
+        .and_then(crate::process::ProcessId::open);
+    init.ok_or_else(|| Error::Status {
+        id: container.saved.id.clone(),
+        status: Status::Stopped,
+        needed: "only a container with processes takes another",
+    })
 }
 
 /// Runs the child's side; it either becomes the program or reports why not and ends.
@@ -168,7 +189,7 @@ fn wait_for_program(errors: &mut impl Read, child: &ProcessFd) -> Result<()> {
 fn terminal_sockets(
     request: &Request,
     wanted: bool,
-) -> Result<(Option<std::os::unix::net::UnixStream>, Option<OwnedFd>)> {
+) -> Result<(Option<UnixStream>, Option<OwnedFd>)> {
     match &request.console_socket {
         Some(_) if !wanted => Err(Error::Argument(
             "--console-socket needs a terminal: add --tty, or set terminal in the process"
@@ -182,7 +203,7 @@ fn terminal_sockets(
             "a detached process with a terminal needs --console-socket".to_owned(),
         )),
         None if wanted => {
-            let pair = std::os::unix::net::UnixStream::pair();
+            let pair = UnixStream::pair();
             let (ours, theirs) = pair.context(|| "create a socket pair".to_owned())?;
             Ok((Some(ours), Some(theirs.into())))
         }
@@ -218,7 +239,7 @@ fn process(spec: &Spec, request: &Request) -> Result<Process> {
     let mut process = match &request.process {
         Some(path) => {
             let text = fs::read(path).at("read", path)?;
-            serde_json::from_slice(&text).map_err(|source| Error::Json {
+            bundle::parse_lenient(&text, &[]).map_err(|source| Error::Json {
                 what: path.display().to_string(),
                 source,
             })?
@@ -263,8 +284,8 @@ fn process(spec: &Spec, request: &Request) -> Result<Process> {
     }
     process.set_env(Some(environment));
     set_user(&mut process, request)?;
-    crate::bundle::close_capabilities(&mut process);
-    add_capabilities(&mut process, &request.capabilities)?;
+    bundle::close_capabilities(&mut process);
+    add_capabilities(&mut process, &request.capabilities);
     Ok(process)
 }
 
@@ -286,18 +307,20 @@ fn set_user(process: &mut Process, request: &Request) -> Result<()> {
 }
 
 /// Adds capabilities to what the process may use; not to what its children inherit (CVE-2022-29162).
-fn add_capabilities(process: &mut Process, names: &[String]) -> Result<()> {
+fn add_capabilities(process: &mut Process, names: &[String]) {
     if names.is_empty() {
-        return Ok(());
+        return;
     }
     let mut added = Capabilities::new();
     for name in names {
         let upper = name.to_ascii_uppercase();
         let upper = upper.strip_prefix("CAP_").unwrap_or(&upper);
-        let parsed = serde_json::from_value(serde_json::Value::from(format!("CAP_{upper}")));
-        added.insert(
-            parsed.map_err(|_| Error::Argument(format!("--cap {name}: unknown capability")))?,
-        );
+        match serde_json::from_value(serde_json::Value::from(format!("CAP_{upper}"))) {
+            Ok(capability) => {
+                added.insert(capability);
+            }
+            Err(_) => bundle::warn(&format!("--cap {name}: unknown capability, left out")),
+        }
     }
     let mut sets = process.capabilities().clone().unwrap_or_default();
     let with = |set: &Option<Capabilities>| {
@@ -315,7 +338,6 @@ fn add_capabilities(process: &mut Process, names: &[String]) -> Result<()> {
     sets.set_effective(effective);
     sets.set_permitted(permitted);
     process.set_capabilities(Some(sets));
-    Ok(())
 }
 
 /// What the child needs to enter the container.
@@ -324,6 +346,8 @@ struct Entry<'a> {
     request: &'a Request,
     process: &'a Process,
     seccomp: Option<&'a LinuxSeccomp>,
+    /// Where the listener of a filter that asks is offered.
+    offer: Option<&'a UnixStream>,
     init: &'a ProcessFd,
     flags: i32,
 }
@@ -341,6 +365,9 @@ fn enter(entry: &Entry<'_>, terminal: Option<OwnedFd>) -> Result<std::convert::I
         // libcontainer checks that the container's /dev/ptmx is a real one, and closes the socket.
         tty::setup_console(system.as_ref(), socket.into_raw_fd(), false)
             .map_err(|e| Error::Argument(format!("terminal: {}", one_line(&e))))?;
+        let uid = Uid::from_raw(process.user().uid());
+        nix::unistd::fchown(std::io::stdin(), Some(uid), None)
+            .context(|| "give the terminal to its user".to_owned())?;
         if let Some(size) = process.console_size() {
             let (columns, rows) = (clamp(size.width()), clamp(size.height()));
             sys::set_window_size(std::io::stdin().as_fd(), columns, rows).ok();
@@ -382,15 +409,27 @@ fn clamp(size: u64) -> u16 {
 fn join_cgroups(entry: &Entry<'_>) -> Result<()> {
     let saved = &entry.container.saved;
     let init = saved.init.map_or(0, |init| init.pid);
-    match &entry.request.cgroup {
-        None => cgroup::join(&saved.cgroups, init),
-        Some(below) => {
-            let relative = crate::bundle::cgroup_path(&Path::new("/").join(below))?;
-            let relative = relative.strip_prefix("/").unwrap_or(&relative);
-            let joined: Vec<PathBuf> = saved.cgroups.iter().map(|d| d.join(relative)).collect();
-            cgroup::join(&joined, init)
+    let mut directories = saved.cgroups.clone();
+    for below in &entry.request.cgroups {
+        let (controllers, path) = below.split_once(':').unwrap_or(("", below));
+        let path = Path::new(path.trim_start_matches('/'));
+        if path
+            .components()
+            .any(|c| !matches!(c, Component::Normal(_) | Component::CurDir))
+        {
+            let path = path.display();
+            return Err(Error::Argument(format!(
+                "--cgroup: {path} is not a sub cgroup path"
+            )));
+        }
+        let chosen = cgroup::of_controllers(&saved.cgroups, controllers)?;
+        for (directory, whole) in directories.iter_mut().zip(&saved.cgroups) {
+            if chosen.contains(whole) {
+                *directory = whole.join(path);
+            }
         }
     }
+    cgroup::join(&directories, init)
 }
 
 type System<'a> = &'a dyn libcontainer::syscall::Syscall;
@@ -435,16 +474,12 @@ fn restrict(entry: &Entry<'_>, system: System<'_>) -> Result<()> {
         let Some(filter) = entry.seccomp else {
             return Ok(());
         };
-        if seccomp::is_notify(filter) {
-            return Err(Error::Argument(
-                "exec into a container whose seccomp filter notifies a listener is not supported"
-                    .to_owned(),
-            ));
+        let loaded = seccomp::initialize_seccomp(filter)
+            .map_err(|e| Error::Argument(format!("seccomp: {}", one_line(&e))))?;
+        match (loaded, entry.offer) {
+            (Some(listener), Some(parent)) => notify::offer(parent, listener),
+            _ => Ok(()),
         }
-        let loaded = seccomp::initialize_seccomp(filter);
-        loaded
-            .map(drop)
-            .map_err(|e| Error::Argument(format!("seccomp: {}", one_line(&e))))
     };
     if !no_new_privileges {
         // Without the bit, loading a filter takes CAP_SYS_ADMIN, which is about to go.
@@ -452,6 +487,8 @@ fn restrict(entry: &Entry<'_>, system: System<'_>) -> Result<()> {
     }
     let failed =
         |e: &dyn std::error::Error| Error::Argument(format!("capabilities: {}", one_line(e)));
+    // Kept to the end: this process becomes the program.
+    std::mem::forget(inherit::raise(process)?);
     capabilities::reset_effective(system).map_err(|e| failed(&e))?;
     if let Some(sets) = process.capabilities() {
         capabilities::drop_privileges(sets, system).map_err(|e| failed(&e))?;

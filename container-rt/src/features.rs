@@ -109,7 +109,51 @@ fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value
 
 /// A config.json that runs a shell in `rootfs`, with a terminal: `run` serves it, and `create` takes it with
 /// --console-socket or --monitor.
-pub(crate) fn default_config() -> Value {
+/// Without privileges the container shares the host's network and has no cgroup, and this user is its root.
+pub(crate) fn default_config(rootless: bool) -> Value {
+    let mut config = default();
+    if rootless {
+        let (uid, gid) = (
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        );
+        let linux = &mut config["linux"];
+        linux["uidMappings"] = json!([{ "containerID": 0, "hostID": uid, "size": 1 }]);
+        linux["gidMappings"] = json!([{ "containerID": 0, "hostID": gid, "size": 1 }]);
+        linux["resources"] = json!({});
+        let kinds = ["pid", "ipc", "uts", "mount", "cgroup", "user"];
+        linux["namespaces"] = kinds.iter().map(|kind| json!({ "type": kind })).collect();
+        let sys = json!(["rbind", "nosuid", "noexec", "nodev", "ro"]);
+        for mount in config["mounts"].as_array_mut().into_iter().flatten() {
+            match mount["destination"].as_str() {
+                Some("/sys") => {
+                    *mount = json!({ "destination": "/sys", "type": "none", "source": "/sys", "options": sys });
+                }
+                // The group of terminals has no mapping.
+                Some("/dev/pts") => {
+                    if let Some(options) = mount["options"].as_array_mut() {
+                        options.retain(|option| option != "gid=5");
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    config
+}
+
+fn default() -> Value {
+    let mut config = with_all_namespaces();
+    if !std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+        && let Some(namespaces) = config["linux"]["namespaces"].as_array_mut()
+    {
+        // As runc: on v1 a container reads the host's paths of its cgroups.
+        namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    }
+    config
+}
+
+fn with_all_namespaces() -> Value {
     json!({
         "ociVersion": oci_spec::runtime::VERSION,
         "process": {

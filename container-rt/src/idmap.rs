@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 
 use crate::bundle;
@@ -130,6 +131,9 @@ pub fn prepare(spec: &mut Spec, rootfs: &Path) -> Result<(PathBuf, Transient)> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for (index, mount) in mounts.iter_mut().enumerate() {
         let Some(recursive) = wants_mapping(mount) else {
+            if let Some(owner) = owner {
+                make_reachable(mount, owner, index, &mut transient)?;
+            }
             continue;
         };
         let own;
@@ -160,6 +164,38 @@ pub fn prepare(spec: &mut Spec, rootfs: &Path) -> Result<(PathBuf, Transient)> {
     }
     spec.set_mounts(Some(mounts));
     Ok((used, transient))
+}
+
+/// A bind mount from below a directory that the container's root may not enter, who does the binding: it gets a way
+/// there that is open to that user, as a second mount of the same.
+fn make_reachable(
+    mount: &mut Mount,
+    owner: Owner,
+    index: usize,
+    transient: &mut Transient,
+) -> Result<()> {
+    let binds = |o: &String| o == "bind" || o == "rbind";
+    let is_bind =
+        mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(binds);
+    let Some(source) = mount.source().clone().filter(|_| is_bind) else {
+        return Ok(());
+    };
+    let before = (
+        setfsgid(Gid::from_raw(owner.gid)),
+        setfsuid(Uid::from_raw(owner.uid)),
+    );
+    let refused = fs::metadata(&source).is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    setfsuid(before.1);
+    setfsgid(before.0);
+    if !refused {
+        return Ok(());
+    }
+    let recursive = mount.options().iter().flatten().any(|o| o == "rbind");
+    let target = transient.directory(Some(owner))?.join(index.to_string());
+    let tree = sys::open_tree(&source, recursive).at("open the mount of", &source)?;
+    place(&tree, &source, &target, transient)?;
+    mount.set_source(Some(target));
+    Ok(())
 }
 
 /// Whether a mount is to be mapped, and with everything below it. The runtime-spec has `idmap` and `ridmap`.
@@ -246,7 +282,12 @@ fn attach(
             source.path.display()
         )
     })?;
-    if fs::metadata(source.path).at("read", source.path)?.is_dir() {
+    place(&tree, source.path, target, transient)
+}
+
+/// Attaches a detached mount of `source` at the new `target`.
+fn place(tree: &OwnedFd, source: &Path, target: &Path, transient: &mut Transient) -> Result<()> {
+    if fs::metadata(source).at("read", source)?.is_dir() {
         fs::create_dir(target).at("create", target)?;
     } else {
         fs::File::create_new(target).at("create", target)?;

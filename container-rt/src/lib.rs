@@ -7,12 +7,16 @@
 //! |---|---|---|
 //! | [`bundle`] | reads and checks config.json, fills in defaults | errors that name the setting; devices closed by default |
 //! | [`create`] | cgroups, idmapped mounts, then libcontainer, then the record | its builder reads the file and keeps state by itself |
+//! | [`furnish`] | what is left undone in the mount namespace | dropped options, `--no-pivot` |
 //! | [`idmap`] | idmapped root file system and bind mounts | refused there |
 //! | [`cgroup`] | named hierarchies, use check, recursive removal, freezer, v2 device filter | absent there |
 //! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
 //! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
+//! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
+//! | `starting` | what `start` is told by the init | its signal goes one way |
+//! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
 //!
 //! Not here: rootless containers, checkpoint and restore, SELinux; asking for them is a one-line error.
 
@@ -22,16 +26,22 @@ pub mod console;
 pub mod create;
 mod devices;
 pub mod error;
+pub mod events;
 pub mod exec;
+pub mod furnish;
 mod hooks;
 pub mod idmap;
+mod inherit;
 pub mod lifecycle;
 pub mod log;
 pub mod monitor;
-pub mod own_dev;
+mod notify;
+mod own_dev;
 pub mod process;
 mod program;
 pub mod run;
+mod starting;
 pub mod state;
 mod sys;
 pub mod terminal;
+mod workdir;

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libcontainer::notify_socket::NotifySocket;
 use oci_spec::runtime::LinuxResources;
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
 use crate::state::{Directory, Saved, Status};
-use crate::{bundle, cgroup, hooks, idmap, sys};
+use crate::{bundle, cgroup, hooks, idmap, starting, sys};
 
 /// How long a killed init may take to end: its memory is given back meanwhile.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -22,6 +22,9 @@ const THAW_AFTER: Duration = Duration::from_millis(100);
 
 /// How long the monitor may take to write the exit record after the init's end.
 const MONITOR_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long `start` waits for somebody's `create`.
+const CREATE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A container as it is now.
 #[derive(Debug)]
@@ -114,11 +117,20 @@ impl Container {
             &[Status::Created],
             "only a created container can be started",
         )?;
+        if cgroup::is_frozen(&self.saved.cgroups) {
+            return Err(Error::Argument(format!(
+                "container {} is frozen: resume it first",
+                self.saved.id
+            )));
+        }
+        let report = starting::connect(&self.directory.report_socket());
         let socket = self.directory.start_socket();
         NotifySocket::new(socket.clone())
             .notify_container_start()
             .map_err(|e| Error::Argument(format!("start: {}", crate::error::one_line(&e))))?;
         fs::remove_file(&socket).at("remove", &socket)?;
+        report.map_or(Ok(()), starting::wait)?;
+        fs::remove_file(self.directory.report_socket()).ok();
         if self.saved.has_hooks
             && let Err(error) = hooks::after_start(&self.spec()?, &self.saved)
         {
@@ -176,7 +188,8 @@ impl Container {
             &there,
             "only a container with processes has limits to change",
         )?;
-        cgroup::limits::apply(&self.saved.id, &self.saved.cgroup_path, resources)
+        cgroup::limits::apply(&self.saved.id, &self.saved.cgroup_path, resources)?;
+        cgroup::limits::apply_unknown(&self.saved.cgroups, resources)
     }
 
     /// Removes a container that has ended or was never started, and everything of it on the host. Answers the
@@ -186,12 +199,14 @@ impl Container {
             let idle = [Status::Stopped, Status::Created];
             self.require(&idle, "stop it first, or delete with --force")?;
         }
+        let init_pid = self.saved.init.map_or(0, |init| init.pid);
         if let Some(init) = self.saved.init.and_then(crate::process::ProcessId::open) {
             // It may have ended meanwhile.
             init.signal(libc::SIGKILL).ok();
             if !init.wait_end(THAW_AFTER) {
                 // Perhaps it is frozen, by us or by itself; in a v1 freezer it cannot even die.
                 cgroup::thaw_for_kill(&self.saved.cgroups);
+                cgroup::fetch(&self.saved.cgroups, init_pid);
             }
             if !init.wait_end(KILL_LIMIT) {
                 return Err(Error::Argument(format!(
@@ -227,6 +242,26 @@ pub enum Force {
     No,
     /// Kill what runs; a container that does not exist is no error.
     Yes,
+}
+
+/// Loads a container to be started. One that somebody is just creating is waited for.
+pub fn load_created(root: &Path, id: &str) -> Result<Container> {
+    let deadline = Instant::now() + CREATE_LIMIT;
+    loop {
+        let container = Container::load(root, id)?;
+        if container.status != Status::Creating || Instant::now() > deadline {
+            return Ok(container);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The ids below a root that a regular expression finds.
+pub fn matching(root: &Path, expression: &str) -> Result<Vec<String>> {
+    let expression = regex_lite::Regex::new(expression)
+        .map_err(|e| Error::Argument(format!("--regex {expression}: {e}")))?;
+    let ids = list(root)?.into_iter().map(|c| c.saved.id);
+    Ok(ids.filter(|id| expression.is_match(id)).collect())
 }
 
 /// Deletes by id, also what a killed creator has left.

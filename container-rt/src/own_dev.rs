@@ -2,23 +2,18 @@
 //! A container whose `/dev` is a bind mount, mostly the host's: it is used as it is. libcontainer would make its
 //! links and nodes there, fail at the first that exists, and before that change the directory of the host.
 //!
-//! So it works on a scratch file system that lies over the bound directory, and a createRuntime hook of our own
-//! takes the scratch away again: that is after libcontainer's work and before it changes the root and opens the
-//! terminal. Called by `create` (the cover) and by `atoll-ct uncover-dev`, which is that hook.
+//! So it works on a scratch file system that lies over the bound directory, and a step of `furnish` takes the scratch
+//! away again: that is after libcontainer's work and before it changes the root and opens the terminal. Called by
+//! `create` (the cover) and `furnish`.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns};
-use oci_spec::runtime::{Hook, HookBuilder, Mount, MountBuilder, Spec, State};
+use oci_spec::runtime::{Mount, MountBuilder, Spec};
 
-use crate::error::{Context, Error, Result};
-
-/// Name of the hidden command of `atoll-ct`.
-pub const COMMAND: &str = "uncover-dev";
+use crate::error::{Context, Result};
 
 const NO_TEXT: Option<&str> = None;
 
@@ -39,9 +34,9 @@ pub(crate) fn is_bound(spec: &Spec) -> bool {
 }
 
 /// Covers a bound `/dev` for as long as libcontainer furnishes it.
-pub(crate) fn cover(spec: &mut Spec, rootfs: &Path) -> Result<()> {
+pub(crate) fn cover(spec: &mut Spec) {
     if !is_bound(spec) {
-        return Ok(());
+        return;
     }
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let scratch = MountBuilder::default()
@@ -51,44 +46,10 @@ pub(crate) fn cover(spec: &mut Spec, rootfs: &Path) -> Result<()> {
         .options(["nosuid", "noexec", "mode=755", "size=64k"].map(str::to_owned));
     mounts.push(scratch.build().expect("every field is given"));
     spec.set_mounts(Some(mounts));
-    let mut hooks = spec.hooks().clone().unwrap_or_default();
-    let mut list = hooks.create_runtime().clone().unwrap_or_default();
-    list.insert(0, hook(rootfs)?);
-    hooks.set_create_runtime(Some(list));
-    spec.set_hooks(Some(hooks));
-    Ok(())
 }
 
-fn hook(rootfs: &Path) -> Result<Hook> {
-    let text = rootfs
-        .to_str()
-        .ok_or_else(|| Error::Argument(format!("{}: the path is not UTF-8", rootfs.display())))?;
-    let hook = HookBuilder::default()
-        .path("/proc/self/exe")
-        .args(["atoll-ct", COMMAND, text].map(str::to_owned))
-        .env(Vec::new());
-    Ok(hook.build().expect("every field is given"))
-}
-
-/// The hook: takes the uppermost mount off `rootfs`/dev in the mount namespace of the container whose state is on
-/// standard input.
-pub fn uncover(rootfs: &Path) -> Result<()> {
-    let mut text = Vec::new();
-    std::io::stdin()
-        .read_to_end(&mut text)
-        .context(|| "read the container's state".to_owned())?;
-    let state: State = serde_json::from_slice(&text).map_err(|source| Error::Json {
-        what: "standard input".to_owned(),
-        source,
-    })?;
-    let pid = state
-        .pid()
-        .ok_or_else(|| Error::Argument(format!("{COMMAND}: the state names no process")))?;
-    let namespace = PathBuf::from(format!("/proc/{pid}/ns/mnt"));
-    let file = File::open(&namespace).at("open", &namespace)?;
-    setns(file, CloneFlags::CLONE_NEWNS)
-        .map_err(std::io::Error::from)
-        .at("enter", &namespace)?;
+/// The step of `furnish`: takes the uppermost mount off `rootfs`/dev.
+pub(crate) fn uncover(rootfs: &Path) -> Result<()> {
     let dev = rootfs.join("dev");
     // A link would have led libcontainer to another place below the root; never follow it to one of the host's.
     umount2(&dev, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)

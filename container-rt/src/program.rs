@@ -8,7 +8,9 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
@@ -16,9 +18,11 @@ use libcontainer::workload::{
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::{AccessFlags, access, execve};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Hook, Spec};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::{hooks, starting};
 
 /// Where programs are looked for when the environment has no PATH; as login(1) sets it for root.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -115,11 +119,36 @@ pub fn become_program(
         .map_err(|errno| not_executable(&format!("exec: `{}`", path.display()), errno))
 }
 
-/// The container's own program, as libcontainer's init executes it.
-#[derive(Clone, Default)]
+/// The container's own program, as libcontainer's init executes it, after the startContainer hooks.
+#[derive(Clone)]
 pub struct Init {
-    path: RefCell<PathBuf>,
-    environment: RefCell<Vec<String>>,
+    /// Where `start` listens for what goes wrong.
+    pub report: Rc<UnixListener>,
+    /// What the hooks get to read.
+    pub state: Value,
+    /// Runs in the container right before its program.
+    pub hooks: Vec<Hook>,
+    /// Set by `validate`.
+    pub path: RefCell<PathBuf>,
+    /// Set by `validate`, with more by `setup_envs`.
+    pub environment: RefCell<Vec<String>>,
+}
+
+impl Init {
+    /// Becomes the program. Returns only with the reason why not.
+    fn go_on(&self, spec: &Spec) -> Error {
+        let environment = self.environment.borrow();
+        for hook in &self.hooks {
+            if let Err(error) = hooks::run(hook, &self.state, &environment) {
+                return error;
+            }
+        }
+        let (arguments, _) = parts(spec);
+        match become_program(&self.path.borrow(), &arguments, &environment) {
+            Err(error) => error,
+            Ok(never) => match never {},
+        }
+    }
 }
 
 fn parts(spec: &Spec) -> (Vec<String>, Vec<String>) {
@@ -166,10 +195,8 @@ impl Executor for Init {
     }
 
     fn exec(&self, spec: &Spec) -> std::result::Result<(), ExecutorError> {
-        let (arguments, _) = parts(spec);
-        match become_program(&self.path.borrow(), &arguments, &self.environment.borrow()) {
-            Err(error) => Err(ExecutorError::Other(error.to_string())),
-            Ok(never) => match never {},
-        }
+        let error = self.go_on(spec);
+        starting::tell(&self.report, &error);
+        Err(ExecutorError::Other(error.to_string()))
     }
 }

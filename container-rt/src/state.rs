@@ -131,6 +131,11 @@ impl Directory {
         self.path.join("start.sock")
     }
 
+    /// The socket by which `start` hears from the init, until the program runs.
+    pub fn report_socket(&self) -> PathBuf {
+        self.path.join("report.sock")
+    }
+
     /// The copy of config.json that the container was created from.
     pub fn config(&self) -> PathBuf {
         self.path.join("config.json")

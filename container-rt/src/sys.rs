@@ -163,6 +163,12 @@ pub fn pty_peer(pty: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     owned_fd(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
 }
 
+/// A copy of another process's descriptor. pidfd_getfd(2), Linux 5.6.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes integers only.
+    owned_fd(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) })
+}
+
 /// Joins the namespaces `flags` (CLONE_NEW*) of the process behind a pidfd. setns(2), Linux 5.8.
 pub fn setns(pidfd: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
     // SAFETY: takes integers only.
@@ -210,6 +216,82 @@ pub fn mount_idmapped(
     check(result).map(drop)
 }
 
+/// What [`change_mount`] takes away or sets, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MountChange {
+    attributes: u64,
+    propagation: u64,
+    below: bool,
+}
+
+impl MountChange {
+    /// Writing.
+    pub const READONLY: Self = Self {
+        attributes: libc::MOUNT_ATTR_RDONLY,
+        propagation: 0,
+        below: false,
+    };
+    /// Set-user-id programs, devices and programs.
+    pub const HARMLESS: Self = Self {
+        attributes: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
+        propagation: 0,
+        below: false,
+    };
+    /// In every mount below, too.
+    pub const BELOW: Self = Self {
+        attributes: 0,
+        propagation: 0,
+        below: true,
+    };
+
+    /// How mounts below travel between namespaces: one of MS_SHARED, MS_SLAVE, MS_PRIVATE and MS_UNBINDABLE.
+    pub const fn propagation(flag: u64) -> Self {
+        Self {
+            attributes: 0,
+            propagation: flag,
+            below: false,
+        }
+    }
+}
+
+impl std::ops::BitOr for MountChange {
+    type Output = Self;
+    fn bitor(self, other: Self) -> Self {
+        Self {
+            attributes: self.attributes | other.attributes,
+            propagation: self.propagation | other.propagation,
+            below: self.below || other.below,
+        }
+    }
+}
+
+/// MountChanges the mount at `path`, not following a link there. mount_setattr(2).
+pub fn change_mount(path: &Path, what: MountChange) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: what.attributes,
+        attr_clr: 0,
+        propagation: what.propagation,
+        userns_fd: 0,
+    };
+    let below = if what.below { libc::AT_RECURSIVE } else { 0 };
+    let flags = libc::AT_SYMLINK_NOFOLLOW | below;
+    let path = c_path(path)?;
+    let size = size_of::<libc::mount_attr>();
+    let pointer = &raw const attributes;
+    // SAFETY: the attributes and the path live through the call, and `size` is the structure's.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            pointer,
+            size,
+        )
+    };
+    check(result).map(drop)
+}
+
 /// Attaches a detached mount at `target`. move_mount(2).
 pub fn move_mount(tree: BorrowedFd<'_>, target: &Path) -> io::Result<()> {
     const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
@@ -236,6 +318,12 @@ pub fn unmount(target: &Path) -> io::Result<()> {
     let result =
         unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) };
     check(result.into()).map(drop)
+}
+
+/// A counter that the kernel can be given to report events. eventfd(2).
+pub fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: takes integers only.
+    owned_fd(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) }.into())
 }
 
 /// Starts a new session keyring, so that the container does not share the caller's. keyctl(2).

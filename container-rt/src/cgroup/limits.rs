@@ -2,12 +2,13 @@
 //! Changing the limits of a container that exists: `update`. The arithmetic between the runtime-spec's numbers
 //! and the files of v1 and v2 is libcgroups'.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
 use oci_spec::runtime::LinuxResources;
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 
 /// Writes the given limits into the cgroup at `path` (absolute, relative to every hierarchy). Limits that
 /// `resources` does not name stay as they are, the device list included.
@@ -26,4 +27,23 @@ pub fn apply(id: &str, path: &Path, resources: &LinuxResources) -> Result<()> {
         freezer_state: None,
     };
     manager.apply(&options).map_err(|e| failed(e.to_string()))
+}
+
+/// Writes the limits that libcgroups does not know: the weights of single block devices under the BFQ scheduler.
+pub fn apply_unknown(directories: &[PathBuf], resources: &LinuxResources) -> Result<()> {
+    let weights = resources.block_io().as_ref();
+    let weights = weights.and_then(|io| io.weight_device().as_deref());
+    for device in weights.unwrap_or_default() {
+        let Some(weight) = device.weight() else {
+            continue;
+        };
+        let line = format!("{}:{} {weight}", device.major(), device.minor());
+        for name in ["blkio.bfq.weight_device", "io.bfq.weight"] {
+            let files = directories.iter().map(|directory| directory.join(name));
+            for file in files.filter(|file| file.exists()) {
+                fs::write(&file, &line).at("write", &file)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -141,6 +141,12 @@ pub fn hierarchies() -> Result<Vec<Hierarchy>> {
     Ok(found)
 }
 
+/// Whether the host has cgroup v2 only.
+pub fn is_unified_host() -> Result<bool> {
+    let found = hierarchies()?;
+    Ok(found.iter().any(|h| h.mount == Path::new(MOUNT_ROOT)))
+}
+
 /// The cgroup of a container that is about to be created.
 #[derive(Debug)]
 pub struct Prepared {
@@ -229,9 +235,7 @@ fn create_with_controllers(mount: &Path, relative: &Path) -> Result<()> {
 impl Prepared {
     /// A cgroup that systemd makes when libcgroups asks it: nothing to prepare, and it knows v2 only.
     pub fn by_systemd() -> Result<Self> {
-        let unified = hierarchies()?
-            .iter()
-            .any(|h| h.mount == Path::new(MOUNT_ROOT));
+        let unified = is_unified_host()?;
         if !unified {
             return Err(Error::Argument(
                 "the systemd cgroup driver needs a host with cgroup v2 only: use --cgroup-manager cgroupfs"
@@ -296,7 +300,7 @@ fn check_free(directory: &Path, path: &Path) -> Result<()> {
     }
     if is_frozen(&[directory.to_owned()]) {
         return Err(in_use(
-            "the cgroup exists and is frozen: thaw or remove it".to_owned(),
+            "container's cgroup unexpectedly frozen: thaw or remove it".to_owned(),
         ));
     }
     Ok(())
@@ -335,10 +339,36 @@ pub fn join(directories: &[PathBuf], init: Pid) -> Result<()> {
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {
                 add_process(&init_cgroup(init)?, 0)?
             }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let (own, file) = (std::process::id(), file.display());
+                return Err(Error::Argument(format!(
+                    "exec: adding pid {own}: open {file}: no such file or directory"
+                )));
+            }
             other => other.at("write", &file)?,
         }
     }
     Ok(())
+}
+
+/// Those of a container's directories that belong to v1 controllers named `a,b`; all when none is named.
+pub fn of_controllers(directories: &[PathBuf], controllers: &str) -> Result<Vec<PathBuf>> {
+    if controllers.is_empty() {
+        return Ok(directories.to_vec());
+    }
+    let hierarchies = hierarchies()?;
+    let mut found = Vec::new();
+    for name in controllers.split(',') {
+        let has = |h: &&Hierarchy| match &h.kind {
+            Kind::Controllers(names) => names.iter().any(|n| n == name),
+            Kind::Named(own) => name.strip_prefix("name=") == Some(own),
+            Kind::Unified => name.is_empty(),
+        };
+        let unknown = || Error::Argument(format!("--cgroup: unknown controller {name}"));
+        let mount = &hierarchies.iter().find(has).ok_or_else(unknown)?.mount;
+        found.extend(directories.iter().filter(|d| d.starts_with(mount)).cloned());
+    }
+    Ok(found)
 }
 
 /// The cgroup directories of a process, where a driver has chosen them.
@@ -551,6 +581,17 @@ pub fn thaw_for_kill(directories: &[PathBuf]) {
             // Best effort: removal reports what remains.
             fs::write(&file, "THAWED").ok();
             pending.extend(children(&directory).unwrap_or_default());
+        }
+    }
+}
+
+/// Brings a process back from somebody else's v1 freezer, in which it cannot even die: one moved to a thawed
+/// freezer runs again.
+pub fn fetch(directories: &[PathBuf], pid: Pid) {
+    for directory in directories {
+        if directory.join("freezer.state").exists() {
+            // Best effort: the caller waits for the process's end, and says when there is none.
+            add_process(directory, pid).ok();
         }
     }
 }

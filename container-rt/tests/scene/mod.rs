@@ -83,6 +83,11 @@ impl Scene {
         config["process"]["args"] = json!(arguments);
         config["linux"]["cgroupsPath"] = json!(format!("/atoll-test/{id}"));
         config["root"]["readonly"] = json!(false);
+        // On v1 the default has none, as runc's.
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        if !namespaces.contains(&json!({ "type": "cgroup" })) {
+            namespaces.push(json!({ "type": "cgroup" }));
+        }
         Self {
             directory,
             config,

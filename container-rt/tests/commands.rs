@@ -1,0 +1,120 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Commands beside the lifecycle: update, events, console; and what `start` is told by the init.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "tests fail by panicking and skip by a line"
+)]
+
+mod scene;
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+
+use scene::{Scene, can_run, wait_for};
+use serde_json::{Value, json};
+
+#[test]
+fn start_tells_what_kept_the_program_from_running() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = Scene::new(&["sleep", "1000"]);
+    let hook = json!([{ "path": "/bin/sh", "args": ["sh", "-c", "exit 7"] }]);
+    scene.config["hooks"] = json!({ "startContainer": hook });
+    assert_eq!(scene.quiet(&["create", "ID"]), Some(0));
+    let failed = scene.ct(&["start", "ID"]);
+    assert_eq!(failed.code, Some(1));
+    let expected = "error running hook /bin/sh: exit status 7";
+    assert!(failed.stderr.contains(expected), "{}", failed.stderr);
+    scene.wait_status("stopped");
+}
+
+#[test]
+fn limits_by_flags_with_units_and_by_document() {
+    if !can_run() {
+        return;
+    }
+    let scene = Scene::new(&["sleep", "1000"]);
+    scene.start(&[]);
+    let read = |names: [&str; 2]| {
+        let files = scene.cgroups();
+        let files = files.iter().flat_map(|d| names.map(|name| d.join(name)));
+        let mut texts = files.filter_map(|file| std::fs::read_to_string(file).ok());
+        texts.next().map(|text| text.trim().to_owned())
+    };
+    let memory = ["memory.limit_in_bytes", "memory.max"];
+    if read(memory).is_none() {
+        println!("ATOLL-SKIP: this host has no memory controller");
+        return;
+    }
+    scene.ct(&["update", "ID", "--memory", "48M"]).ok();
+    assert_eq!(read(memory).unwrap(), (48 << 20).to_string());
+    scene.ct(&["update", "--memory", "-1", "ID"]).ok();
+    assert_ne!(read(memory).unwrap(), (48 << 20).to_string());
+    let document = json!({ "memory": { "limit": 40 << 20 }, "pids": { "limit": 55 } });
+    std::fs::write(scene.path("limits.json"), document.to_string()).unwrap();
+    scene.ct(&["update", "-r", "limits.json", "ID"]).ok();
+    assert_eq!(read(memory).unwrap(), (40 << 20).to_string());
+    let stats: Value = serde_json::from_str(&scene.ct(&["events", "--stats", "ID"]).ok()).unwrap();
+    assert_eq!(
+        (&stats["type"], &stats["id"]),
+        (&json!("stats"), &json!(scene.id))
+    );
+    assert_eq!(stats["data"]["memory"]["usage"]["limit"], 40 << 20);
+    let refused = scene.ct(&["checkpoint", "--image-path", "x", "ID"]);
+    assert!(
+        refused.stderr.contains("not supported"),
+        "{}",
+        refused.stderr
+    );
+}
+
+#[test]
+fn events_end_with_the_container() {
+    if !can_run() {
+        return;
+    }
+    let scene = Scene::new(&["sleep", "1000"]);
+    scene.start(&[]);
+    let mut follow = scene.command(&["events", "--interval", "50ms", "ID"]);
+    let mut follow = follow.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
+    let first = lines.next().unwrap().unwrap();
+    assert!(first.starts_with("{\"type\":\"stats\",\"id\":"), "{first}");
+    scene.ct(&["delete", "--force", "ID"]).ok();
+    assert!(lines.all(|line| line.is_ok()));
+    follow.wait().unwrap();
+}
+
+#[test]
+fn the_console_command_attaches_a_terminal() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = Scene::new(&["sh"]);
+    scene.config["process"]["terminal"] = json!(true);
+    scene.start(&["--monitor"]);
+    let console = scene.command(&["console", "ID"]);
+    let words = std::iter::once(console.get_program()).chain(console.get_args());
+    let line: Vec<String> = words
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    // script(1) is the user's terminal.
+    let mut script = Command::new("script");
+    script.args(["-qec", &line.join(" "), "/dev/null"]);
+    script.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut user = script.spawn().unwrap();
+    let mut keys = user.stdin.take().unwrap();
+    let log = scene.path("run").join(&scene.id).join("console.log");
+    keys.write_all(b"echo mark$((6*7))\n").unwrap();
+    wait_for("the answer", || {
+        std::fs::read_to_string(&log).is_ok_and(|text| text.contains("mark42"))
+    });
+    // Ctrl-] detaches; the container goes on.
+    keys.write_all(&[0x1d]).unwrap();
+    let output = user.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("mark42"), "{text}");
+    assert_eq!(scene.state()["status"], "running");
+}
