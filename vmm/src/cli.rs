@@ -72,6 +72,8 @@ const DISK_KEYS: &str = "path=, format=, backing=, readonly, serial=, queues=, b
 pub enum Command {
     /// Build a machine and run it until its guest ends
     Run(Box<RunArguments>),
+    /// Wait for a machine that another process moves here (`ctl migrate`), then run it
+    Receive(Box<ReceiveArguments>),
     /// Ask or tell a running machine, by its control socket
     Ctl(CtlArguments),
     /// Can this host run guests, and how fast?
@@ -140,6 +142,17 @@ pub struct RunArguments {
     /// Name shown by `ctl info` and in the log
     #[arg(long, value_name = "TEXT", default_value = "vm")]
     pub name: String,
+    #[command(flatten)]
+    #[expect(
+        missing_docs,
+        reason = "each argument has its own, and clap takes none here"
+    )]
+    pub host: HostArguments,
+}
+
+/// What `run` and `receive` need beside the machine.
+#[derive(Debug, Args)]
+pub struct HostArguments {
     /// Control API: a Unix socket that is created here (see `atoll-vmm ctl --help`)
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
@@ -181,6 +194,23 @@ pub enum Filters {
     Log,
     /// No filters.
     Off,
+}
+
+/// Arguments of `receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArguments {
+    /// Unix socket that is created here, for the source to connect to
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The same machine with this host's files and taps; those of the source when absent
+    #[arg(long, value_name = "FILE")]
+    pub spec: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(
+        missing_docs,
+        reason = "each argument has its own, and clap takes none here"
+    )]
+    pub host: HostArguments,
 }
 
 /// What `--spec` stands instead of.
@@ -289,7 +319,7 @@ fn option(parameter: &'static Parameter) -> clap::Arg {
     }
 }
 
-impl RunArguments {
+impl HostArguments {
     /// How the process is to be confined, but for its log.
     #[must_use]
     pub fn to_confinement(&self) -> Confinement {
@@ -304,7 +334,9 @@ impl RunArguments {
             log: None,
         }
     }
+}
 
+impl RunArguments {
     /// The machine that the arguments describe, when there is no `--spec`.
     #[must_use]
     pub fn to_spec(&self) -> MachineSpec {

@@ -3,18 +3,25 @@
 //! the machine's process can open nothing itself.
 
 use std::fs::{DirBuilder, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use atoll_vmm_protocol::api::{Request, Snapshot, SnapshotTaken};
+use atoll_vmm_protocol::api::{
+    Migrate, MigrationInfo, MigrationStage, Request, Snapshot, SnapshotTaken,
+};
 use atoll_vmm_protocol::client::Client;
+use atoll_vmm_protocol::files::FILES_MAX;
 use serde_json::{Map, Value};
 
 use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
 
+/// How often a migration is asked how far it is.
+const POLL: Duration = Duration::from_millis(20);
 /// How long a machine's RAM may take to be written.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
@@ -26,9 +33,45 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
             let taken = snapshot(client, Path::new(&body.to))?;
             Ok(serde_json::to_value(taken)?)
         }
+        Request::Migrate => {
+            let body: Migrate = serde_json::from_value(Value::Object(body.clone()))?;
+            Ok(serde_json::to_value(migrate(client, &body)?)?)
+        }
         _ if request.route().parameters.is_empty() => Ok(client.ask(request)?),
         _ => Ok(client.ask_with(request, body)?),
     }
+}
+
+/// Connects to the process that waits for the machine, lets the machine move there, and waits for the end. A
+/// machine that has moved is told to end its process.
+pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo> {
+    let count = usize::try_from(body.connections.unwrap_or(1)).unwrap_or(usize::MAX);
+    anyhow::ensure!(
+        (1..FILES_MAX).contains(&count),
+        "{count} connections: 1 to {}",
+        FILES_MAX - 1
+    );
+    let connect = |_| UnixStream::connect(&body.to);
+    let sockets = (0..=count).map(connect).collect::<io::Result<Vec<_>>>();
+    let sockets = sockets.with_context(|| format!("connect to {}", body.to))?;
+    let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
+    let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, body, &descriptors)?;
+    // The machine has its own handles: the end of its connections must be the end of all.
+    drop(sockets);
+    while matches!(
+        info.stage,
+        MigrationStage::Copying | MigrationStage::Switching
+    ) {
+        std::thread::sleep(POLL);
+        info = client.ask(Request::Migration)?;
+    }
+    if info.stage == MigrationStage::Completed {
+        // A process that has ended already needs not be told.
+        let _ = client.act(Request::Shutdown);
+        return Ok(info);
+    }
+    let error = info.error.unwrap_or_default();
+    anyhow::bail!("the machine stays: {error}");
 }
 
 /// Makes `directory` and lets the machine write itself into it. Leaves nothing there when that fails.

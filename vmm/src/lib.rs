@@ -10,6 +10,7 @@
 //!                              ├─► flash, fw_cfg   firmware, what it is told
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
 //!                              ├─► saved     a machine at rest: snapshots
+//!                              ├─► migration  a machine's move to another process
 //!                              ├─► vcpu      threads vcpu0, vcpu1, …
 //!                              ├─► sandbox   what the process may still do, once everything is open
 //!                              └─► api       control API, thread api
@@ -29,6 +30,7 @@ pub mod layout;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod power;
 pub mod probe;
 pub mod sandbox;

@@ -15,13 +15,17 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 
 use anyhow::Context;
-use atoll_vmm::cli::{Cli, Command, CtlArguments, CtlRequest, RunArguments};
+use atoll_vmm::cli::{
+    Cli, Command, CtlArguments, CtlRequest, HostArguments, ReceiveArguments, RunArguments,
+};
 use atoll_vmm::machine::{
     self, Absence, Options, Outcome, SavedMemory, SavedStart, Signals, Start,
 };
+use atoll_vmm::memory::Backing;
+use atoll_vmm::migration::target;
 use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::RawTerminal;
-use atoll_vmm::{check, ctl, probe, saved};
+use atoll_vmm::{check, ctl, probe, saved, socket};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 use clap::Parser;
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Run(arguments) => run(&arguments),
+        Command::Receive(arguments) => receive(&arguments),
         Command::Ctl(arguments) => control(&arguments),
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
     };
@@ -70,7 +75,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
-    let log = log_to(arguments.log_file.as_deref())?;
+    let log = log_to(arguments.host.log_file.as_deref())?;
     let spec = match (&arguments.spec, &arguments.restore) {
         (Some(path), _) => read_spec(path)?,
         (None, Some(snapshot)) => read_spec(&snapshot.join(saved::SPEC_FILE))?,
@@ -84,20 +89,67 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
                 state,
                 memory: SavedMemory::File(memory, arguments.memory_mode),
                 absence: Absence::Unseen,
+                handover: None,
             }))
         }
     };
     check::spec(&spec)?;
-    if let Some(path) = &arguments.pid_file {
-        std::fs::write(path, format!("{}\n", std::process::id()))
-            .with_context(|| format!("pid file {}", path.display()))?;
+    write_pid(&arguments.host)?;
+    run_on(&arguments.host, log, &spec, start)
+}
+
+/// Waits for a machine of another process, then runs it as `run` does.
+fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
+    let log = log_to(arguments.host.log_file.as_deref())?;
+    let own_spec = arguments.spec.as_deref().map(read_spec).transpose()?;
+    let listener = socket::listen(&arguments.socket)
+        .with_context(|| format!("socket {}", arguments.socket.display()))?;
+    write_pid(&arguments.host)?;
+    let arrived = target::accept(&listener, own_spec, Backing::default());
+    drop(listener);
+    // One machine, one socket: nobody else is to connect.
+    let _ = std::fs::remove_file(&arguments.socket);
+    let target::Arrived {
+        spec,
+        state,
+        memory,
+        handover,
+    } = arrived?;
+    let mut source = handover.try_clone().context("keep the connection")?;
+    let start = Start::Saved(Box::new(SavedStart {
+        state,
+        memory: SavedMemory::Ram(memory),
+        absence: Absence::Passed,
+        handover: Some(handover),
+    }));
+    let outcome = run_on(&arguments.host, log, &spec, start);
+    if let Err(error) = &outcome {
+        // Read by a source that still waits; one that has handed the machine over is gone.
+        source.fail(&format!("{error:#}"));
     }
+    outcome
+}
+
+fn write_pid(host: &HostArguments) -> anyhow::Result<()> {
+    let Some(path) = &host.pid_file else {
+        return Ok(());
+    };
+    std::fs::write(path, format!("{}\n", std::process::id()))
+        .with_context(|| format!("pid file {}", path.display()))
+}
+
+fn run_on(
+    host: &HostArguments,
+    log: Option<RawFd>,
+    spec: &MachineSpec,
+    start: Start,
+) -> anyhow::Result<ExitCode> {
     let options = Options {
-        api_socket: arguments.api_socket.clone(),
+        api_socket: host.api_socket.clone(),
         signals: Signals::ShutDown,
         confinement: Confinement {
             log,
-            ..arguments.to_confinement()
+            ..host.to_confinement()
         },
         ..Options::default()
     };
@@ -106,10 +158,10 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         true => RawTerminal::enter().context("switch the terminal to raw mode")?,
         false => None,
     };
-    let outcome = machine::run_from(&spec, &options, start);
+    let outcome = machine::run_from(spec, &options, start);
     drop(terminal);
     Ok(match outcome? {
-        Outcome::PoweredOff | Outcome::ShutDown => ExitCode::SUCCESS,
+        Outcome::PoweredOff | Outcome::ShutDown | Outcome::Migrated => ExitCode::SUCCESS,
         Outcome::Crashed { reason } => {
             eprintln!("atoll-vmm: {reason}");
             ExitCode::from(CRASHED)

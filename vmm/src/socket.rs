@@ -3,7 +3,8 @@
 
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 /// Removes the socket at `path` if nobody listens on it any more. Fails with [`io::ErrorKind::AddrInUse`] if
@@ -18,4 +19,18 @@ pub fn remove_stale(path: &Path) -> io::Result<()> {
         Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
         Err(_) => std::fs::remove_file(path),
     }
+}
+
+/// Listens on `path`, for this user only; a socket that a killed process left behind is replaced.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    remove_stale(path)?;
+    // Under its name only once it listens: who sees it can connect.
+    let mut early = path.as_os_str().to_owned();
+    early.push(".new");
+    let early = Path::new(&early);
+    remove_stale(early)?;
+    let listener = UnixListener::bind(early)?;
+    std::fs::set_permissions(early, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(early, path)?;
+    Ok(listener)
 }

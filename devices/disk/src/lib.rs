@@ -43,6 +43,7 @@ pub use backend::{
 pub use bucket::TokenBucket;
 pub use fault::{Fault, Faulty};
 pub use limits::{Limit, Limited, Limits, Rate};
+pub use lock::WriterLock;
 pub use memory::MemoryBackend;
 pub use open::{Cache, Engine, Format, OpenError, OpenOptions, OpenedDisk, Source, files, open};
 pub use raw::RawBackend;

@@ -42,6 +42,30 @@ pub(crate) fn lock(file: &File, purpose: Use) -> io::Result<bool> {
     }
 }
 
+/// The lock of one image that is open for writing, apart from who writes: it can change hands while both have the
+/// image open, as in a live migration.
+#[derive(Debug)]
+pub struct WriterLock {
+    /// The same open file as the backend's.
+    file: File,
+}
+
+impl WriterLock {
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
+        file.try_clone().map(|file| Self { file })
+    }
+
+    /// Lets another process have it. Nothing may be written until it is taken back.
+    pub fn release(&self) -> io::Result<()> {
+        set(&self.file, libc::F_UNLCK, 0, 0).map(drop)
+    }
+
+    /// Takes it back, also when it was never released. `false`: somebody else has it.
+    pub fn take_back(&self) -> io::Result<bool> {
+        lock(&self.file, Use::Write)
+    }
+}
+
 fn request(kind: i32, start: i64, length: i64) -> libc::flock {
     libc::flock {
         l_type: i16::try_from(kind).expect("one of three small constants"),

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::backend::{BlockBackend, SECTOR_BYTES};
-use crate::lock::{Use, lock};
+use crate::lock::{Use, WriterLock, lock};
 use crate::qcow2::{Qcow2Backend, Qcow2Error};
 use crate::raw::RawBackend;
 use crate::uring;
@@ -225,6 +225,18 @@ impl OpenedDisk {
             backing: Vec::new(),
             options,
         })
+    }
+
+    /// The lock of the image, if it is open for writing.
+    pub fn writer_lock(&self) -> Result<Option<WriterLock>, OpenError> {
+        if self.options.read_only {
+            return Ok(None);
+        }
+        let lock = WriterLock::of(&self.image.file).map_err(|source| OpenError::Open {
+            path: self.image.path.clone(),
+            source,
+        })?;
+        Ok(Some(lock))
     }
 
     /// The backend that serves it. Opens nothing.

@@ -41,6 +41,8 @@ pub enum Kind {
     Console,
     /// Serves the socket device's queues: connects to and accepts from Unix sockets.
     Vsock,
+    /// Moves the machine to another process.
+    Migration,
 }
 
 impl Kind {
@@ -56,6 +58,7 @@ impl Kind {
         Self::Queue,
         Self::Console,
         Self::Vsock,
+        Self::Migration,
     ];
 }
 

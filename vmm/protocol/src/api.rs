@@ -30,6 +30,13 @@ pub enum Request {
     /// Write the machine to three files, which come with the request (`spec.json`, `state.json`, `memory`); takes
     /// [`Snapshot`].
     Snapshot,
+    /// Begin to move the machine to another process, over connected Unix sockets that come with the request: one for
+    /// messages, the others for memory; takes [`Migrate`].
+    Migrate,
+    /// How far the move is; answered with [`MigrationInfo`].
+    Migration,
+    /// Stay here.
+    CancelMigration,
     /// Pull a network card's plug, or put it in; takes [`SetLink`].
     SetLink,
     /// Limit what a network card carries; takes [`SetNetLimits`].
@@ -155,6 +162,55 @@ pub const ROUTES: &[Route] = &[
             summary: "The directory, which is made",
         }],
         answer: "SnapshotTaken",
+    },
+    Route {
+        request: Request::Migrate,
+        method: "PUT",
+        path: "/migrate",
+        summary: "Move the running machine to another process, which waits for it (receive)",
+        parameters: &[
+            Parameter {
+                name: "to",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "Where the other process listens: a Unix socket's path",
+            },
+            Parameter {
+                name: "connections",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "Connections for memory, 1 to 15; 1 when absent",
+            },
+            Parameter {
+                name: "downtime_limit_ms",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "How long the guest may stand still; 300 when absent",
+            },
+            Parameter {
+                name: "relayed",
+                kind: ParameterKind::Switch,
+                required: false,
+                summary: "Whether the connections are a tunnel's, whose end is not the other process's end",
+            },
+        ],
+        answer: "MigrationInfo",
+    },
+    Route {
+        request: Request::Migration,
+        method: "GET",
+        path: "/migration",
+        summary: "How far the move to another process is, or how it ended",
+        parameters: &[],
+        answer: "MigrationInfo",
+    },
+    Route {
+        request: Request::CancelMigration,
+        method: "PUT",
+        path: "/cancel-migration",
+        summary: "Stay here; too late once the machine has been handed over",
+        parameters: &[],
+        answer: "MigrationInfo",
     },
     Route {
         request: Request::SetLink,
@@ -336,6 +392,8 @@ pub enum MachineState {
     Paused,
     /// The guest powered off or was shut down; the process is about to end.
     Stopped,
+    /// It goes on in another process; this one is about to end.
+    Migrated,
 }
 
 /// Answer of `GET /info`.
@@ -548,6 +606,60 @@ pub struct SnapshotTaken {
     pub memory_bytes: u64,
     /// For how long the machine was held, in microseconds.
     pub held_us: u64,
+}
+
+/// Body of [`Request::Migrate`]; its connections come as descriptors, that for messages first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Migrate {
+    /// Where the other process listens: for whoever connects, and for the log.
+    pub to: String,
+    /// How many connections are for memory: for whoever connects.
+    #[serde(default)]
+    pub connections: Option<u64>,
+    /// How long the guest may stand still, in milliseconds.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
+    /// Whether the end of a connection may be something else than the end of the other process.
+    #[serde(default)]
+    pub relayed: Option<bool>,
+}
+
+/// Where a move to another process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationStage {
+    /// The guest runs here, and its memory is sent.
+    Copying,
+    /// The guest is held; the rest is sent.
+    Switching,
+    /// The guest runs there.
+    Completed,
+    /// The guest runs here: something went wrong.
+    Failed,
+    /// The guest runs here: somebody wanted it so.
+    Cancelled,
+    /// The guest is paused here, and may run there: say `resume` if it does not, `shutdown` if it does.
+    InDoubt,
+}
+
+/// Answer of the requests about a move to another process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationInfo {
+    /// Where it is.
+    pub stage: MigrationStage,
+    /// Passes over memory that are complete.
+    pub rounds: u32,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+    /// Bytes of memory that are still to be sent in this pass.
+    pub remaining_bytes: u64,
+    /// Time since it began, in milliseconds.
+    pub elapsed_ms: u64,
+    /// For how long the guest stood still, in microseconds; 0 until it is known.
+    pub downtime_us: u64,
+    /// Why it did not happen.
+    pub error: Option<String>,
 }
 
 /// Body of every answer whose status is not 200.

@@ -188,13 +188,6 @@ fn schemas_are_the_types() {
         },
     );
     check("Refused", Refused { error: "e".into() });
-    check("Snapshot", Snapshot { to: "d".into() });
-    let (memory_bytes, held_us) = (1, 1);
-    let taken = SnapshotTaken {
-        memory_bytes,
-        held_us,
-    };
-    check("SnapshotTaken", taken);
     check(
         "SetLink",
         SetLink {
@@ -217,4 +210,32 @@ fn schemas_are_the_types() {
         .for_each(|(_, value)| *value = Some(1));
     let id = "disk0".into();
     check("SetDiskLimits", SetDiskLimits { id, limits });
+}
+
+#[test]
+fn schemas_of_saved_and_moved_machines_are_the_types() {
+    let migrate = Migrate {
+        to: "s".into(),
+        connections: Some(1),
+        downtime_limit_ms: Some(1),
+        relayed: Some(true),
+    };
+    check("Migrate", migrate);
+    let info = MigrationInfo {
+        stage: MigrationStage::InDoubt,
+        rounds: 1,
+        sent_bytes: 1,
+        remaining_bytes: 1,
+        elapsed_ms: 1,
+        downtime_us: 1,
+        error: Some("e".into()),
+    };
+    check("MigrationInfo", info);
+    check("Snapshot", Snapshot { to: "d".into() });
+    let (memory_bytes, held_us) = (1, 1);
+    let taken = SnapshotTaken {
+        memory_bytes,
+        held_us,
+    };
+    check("SnapshotTaken", taken);
 }

@@ -9,8 +9,8 @@ use std::sync::{Arc, OnceLock};
 use atoll_devices::memory::Ram;
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_pit_config,
-    kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
@@ -171,10 +171,19 @@ impl VirtualMachine {
 
     /// Makes every region of `memory` the guest's RAM, one slot each.
     pub fn set_memory(&self, memory: &Arc<Ram>) -> Result<(), KvmError> {
+        self.set_slots(memory, 0)
+    }
+
+    /// Lets KVM log, or no longer log, which pages of `memory` vCPUs write. The RAM is that of `set_memory`.
+    pub(super) fn log_writes(&self, memory: &Arc<Ram>, on: bool) -> Result<(), KvmError> {
+        self.set_slots(memory, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+    }
+
+    fn set_slots(&self, memory: &Arc<Ram>, flags: u32) -> Result<(), KvmError> {
         for (slot, region) in (0_u32..).zip(memory.iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags,
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,

@@ -5,11 +5,13 @@
 //! host       Kvm (what the host offers), VirtualMachine (one VM file descriptor)
 //! cpuid      what the guest's CPUs say they are
 //! routes     interrupts: pins, and messages by irqfd
+//! dirty      pages that were written
 //! doorbells  writes that signal an eventfd
 //! ```
 //! Not here: running vCPUs (`vcpu`).
 
 pub mod cpuid;
+pub mod dirty;
 pub mod doorbells;
 pub mod routes;
 

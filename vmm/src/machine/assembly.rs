@@ -178,6 +178,7 @@ pub(super) fn build(
         states: assembly.states,
         pci: assembly.pci,
         statm: opened.statm,
+        disk_locks: opened.disk_locks,
         touched: opened.touched,
         board,
         platform,
@@ -216,6 +217,7 @@ fn memory_of(
         state,
         memory,
         absence,
+        handover: _,
     } = *saved;
     saved::check(&state, spec, supported.as_slice())?;
     let ram = memory.into_ram(board, spec.memory_mib, fresh)?;

@@ -30,7 +30,9 @@ pub(super) struct Disk {
 /// Opens and locks every image, and those behind it. Makes no thread.
 pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for disk in &spec.disks {
-        let backend = atoll_disk::open(&source(disk), options(disk))?;
+        let files = atoll_disk::files(&source(disk), options(disk))?;
+        opened.disk_locks.extend(files.writer_lock()?);
+        let backend = files.backend()?;
         let limited = Limited::new(backend, limits(&disk.limits));
         opened.disks.push_back(Arc::new(limited));
     }

@@ -12,6 +12,7 @@
 //! controls  changes of one device while it runs
 //! saved     its state taken out, and put into another one that was just built
 //! snapshot  the same into files, on request
+//! handover  its move to another process
 //! counters  its numbers for the control API
 //! ```
 
@@ -20,6 +21,7 @@ mod controls;
 mod counters;
 mod devices;
 mod disks;
+mod handover;
 mod legacy;
 mod opened;
 mod owner;
@@ -39,6 +41,8 @@ use atoll_vmm_protocol::spec::MachineSpec;
 use crate::api::{ApiError, ApiServer};
 use crate::board::Board;
 use crate::memory::{Backing, MemoryError};
+use crate::migration::MigrationError;
+use crate::migration::target::Handover;
 use crate::sandbox::{self, Confinement, SandboxError};
 use crate::saved::{MachineState, image};
 use crate::{check, vcpu};
@@ -87,6 +91,8 @@ pub struct SavedStart {
     pub memory: SavedMemory,
     /// What the guest is told about the time between.
     pub absence: Absence,
+    /// Another process has the machine until it is handed over.
+    pub handover: Option<Handover>,
 }
 
 /// RAM of a saved machine.
@@ -135,6 +141,8 @@ pub enum Outcome {
     PoweredOff,
     /// The control API or a signal ended it.
     ShutDown,
+    /// It goes on in another process.
+    Migrated,
     /// The guest cannot go on.
     Crashed {
         /// One sentence.
@@ -171,6 +179,9 @@ pub enum RunError {
     /// A device did not start again after a pause.
     #[error("resume the machine")]
     Resume(#[source] atoll_devices::virtio::PauseError),
+    /// The machine stays where it was.
+    #[error("take the machine over")]
+    Handover(#[from] MigrationError),
     /// The process could not be prepared.
     #[error("prepare signals")]
     Signals(#[source] io::Error),
@@ -182,8 +193,16 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
 }
 
 /// The same from another beginning.
-pub fn run_from(spec: &MachineSpec, options: &Options, start: Start) -> Result<Outcome, RunError> {
+pub fn run_from(
+    spec: &MachineSpec,
+    options: &Options,
+    mut start: Start,
+) -> Result<Outcome, RunError> {
     check::spec(spec)?;
+    let handover = match &mut start {
+        Start::PowerOn => None,
+        Start::Saved(saved) => saved.handover.take(),
+    };
     let (events, received) = channel();
     let (opened, api_socket) = Opened::of(spec, options)?;
     // Before any thread is made, so that all of them inherit the mask.
@@ -210,14 +229,26 @@ pub fn run_from(spec: &MachineSpec, options: &Options, start: Start) -> Result<O
         "machine starts"
     );
     sandbox::seal_starter();
-    machine.begin()?;
-    // While the guest's first instructions run; before this thread looks at anything that comes from it.
-    sandbox::seal_owner();
-    let outcome = machine.drive(&received);
+    let outcome = begin(&mut machine, handover).and_then(|()| {
+        // While the guest's first instructions run; before this thread looks at anything that comes from it.
+        sandbox::seal_owner();
+        machine.drive(&received)
+    });
     machine.hold();
     // A request that came too late is answered by its sender being dropped.
     drop(received);
     drop(server);
     tracing::info!(name = spec.name, ?outcome, "machine ended");
     outcome
+}
+
+/// Lets the guest go, once it is this process's.
+fn begin(machine: &mut Machine<'_>, handover: Option<Handover>) -> Result<(), RunError> {
+    let Some(mut handover) = handover else {
+        return machine.begin();
+    };
+    handover.take_over()?;
+    machine.begin()?;
+    machine.announce();
+    Ok(())
 }

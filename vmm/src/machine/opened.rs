@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
 use atoll_devices::virtio::net::{Tap, VhostNetFiles};
-use atoll_disk::Limited;
+use atoll_disk::{Limited, WriterLock};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
 use super::assembly::BuildError;
@@ -43,7 +43,9 @@ pub(super) struct Opened {
     /// What must be reached by path while the machine runs, because the guest says when (sockets that it connects
     /// to). Absolute.
     pub(super) directories: Vec<PathBuf>,
-    pub(super) touched: Option<Touched>,
+    pub(super) touched: Option<Arc<Touched>>,
+    /// Of the images that are open for writing.
+    pub(super) disk_locks: Vec<WriterLock>,
     /// In the spec's order.
     pub(super) disks: VecDeque<Arc<Limited>>,
     /// In the spec's order.
@@ -84,8 +86,9 @@ impl Opened {
             firmware,
             kvm: Kvm::open().map_err(BuildError::from)?,
             statm: File::open("/proc/self/statm").ok(),
-            touched: Touched::open(),
+            touched: Touched::open().map(Arc::new),
             directories: Vec::new(),
+            disk_locks: Vec::new(),
             disks: VecDeque::new(),
             nets: VecDeque::new(),
             console: None,

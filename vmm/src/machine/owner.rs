@@ -16,7 +16,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::time::Instant;
 
 use atoll_devices::platform::MachineControl;
@@ -25,6 +25,7 @@ use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
 use atoll_vmm_protocol::spec::MachineSpec;
 use nix::sys::signal::{SigSet, Signal};
 
+use super::handover::{Migration, MigrationEvent};
 use super::parts::Parts;
 use super::{Outcome, RunError, controls, counters};
 use crate::api::{self, Answer, Asked};
@@ -37,6 +38,8 @@ pub(super) enum Event {
     Request(Asked, SyncSender<Answer>),
     /// By a guest, in its boot of that number.
     Guest(u64, GuestEvent),
+    /// By the thread that moves the machine.
+    Migration(MigrationEvent),
     /// By SIGTERM or SIGINT.
     Terminate,
 }
@@ -122,6 +125,11 @@ pub(super) struct Machine<'a> {
     boot: Arc<AtomicU64>,
     pub(super) state: MachineState,
     started: Instant,
+    /// The way to itself, for threads that it starts.
+    pub(super) events: Sender<Event>,
+    pub(super) migration: Option<Migration>,
+    /// What the guest said while it was held for its move.
+    pub(super) deferred: Vec<Event>,
 }
 
 impl<'a> Machine<'a> {
@@ -133,14 +141,29 @@ impl<'a> Machine<'a> {
             boot: voice.boot,
             state: MachineState::Running,
             started: Instant::now(),
+            events: voice.events,
+            migration: None,
+            deferred: Vec::new(),
         }
     }
 
     /// Takes events until the machine ends.
     pub(super) fn drive(&mut self, events: &Receiver<Event>) -> Result<Outcome, RunError> {
         loop {
-            match events.recv() {
-                Ok(Event::Request(asked, sender)) => {
+            let event = match self.migration.as_ref().and_then(Migration::end) {
+                None => events.recv().ok(),
+                Some(end) => {
+                    match events.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                        Err(RecvTimeoutError::Timeout) => return Ok(Outcome::Migrated),
+                        event => event.ok(),
+                    }
+                }
+            };
+            let Some(event) = event.and_then(|event| self.defer_unless_own(event)) else {
+                continue;
+            };
+            match event {
+                Event::Request(asked, sender) => {
                     let answer = self.answer(asked)?;
                     // A client that has gone away is not told.
                     let _ = sender.send(answer);
@@ -148,7 +171,7 @@ impl<'a> Machine<'a> {
                         return Ok(Outcome::ShutDown);
                     }
                 }
-                Ok(Event::Guest(boot, event)) => {
+                Event::Guest(boot, event) => {
                     let current = self.boot.load(Ordering::SeqCst);
                     if boot == current
                         && let Some(outcome) = self.obey_guest(event)?
@@ -156,9 +179,17 @@ impl<'a> Machine<'a> {
                         return Ok(outcome);
                     }
                 }
-                // The sender is held by `run_machine` and the guest's voice, so the channel does not close.
-                Ok(Event::Terminate) | Err(_) => return Ok(Outcome::ShutDown),
+                Event::Migration(event) => self.obey_migration(event)?,
+                Event::Terminate => return Ok(Outcome::ShutDown),
             }
+        }
+    }
+
+    /// Only what a guest says may have to wait.
+    fn defer_unless_own(&mut self, event: Event) -> Option<Event> {
+        match event {
+            Event::Guest(..) => self.defer_while_held(event),
+            event => Some(event),
         }
     }
 
@@ -180,6 +211,9 @@ impl<'a> Machine<'a> {
     }
 
     fn answer(&mut self, asked: Asked) -> Result<Answer, RunError> {
+        if let Some(refused) = self.refuse_while_moving(asked.request) {
+            return Ok(refused);
+        }
         match asked.request {
             Request::Info => return Ok(api::json(200, &self.info())),
             Request::Counters => {
@@ -187,7 +221,12 @@ impl<'a> Machine<'a> {
                 return Ok(api::json(200, &counters));
             }
             Request::Pause => self.pause(),
-            Request::Resume => self.resume()?,
+            Request::Resume => {
+                if let Err(text) = self.take_disks_back() {
+                    return Ok(api::refusal(409, text));
+                }
+                self.resume()?;
+            }
             Request::PowerButton if self.state == MachineState::Paused => {
                 let text = "the machine is paused and cannot see its power button: resume it first";
                 return Ok(api::refusal(409, text));
@@ -199,6 +238,9 @@ impl<'a> Machine<'a> {
                 self.state = MachineState::Stopped;
             }
             Request::Snapshot => return self.snapshot(asked),
+            Request::Migrate => return Ok(self.migrate(asked)),
+            Request::Migration => return Ok(self.migration_info()),
+            Request::CancelMigration => return Ok(self.cancel_migration()),
             // What is left is for one of the devices.
             _ => {
                 if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
@@ -233,6 +275,11 @@ impl<'a> Machine<'a> {
     /// Lets a machine go that has just been built.
     pub(super) fn begin(&mut self) -> Result<(), RunError> {
         self.release()
+    }
+
+    /// Tells the network that the guest's cards are here now.
+    pub(super) fn announce(&self) {
+        self.parts.nets.iter().for_each(|net| net.device.announce());
     }
 
     fn run_vcpus(&self) {

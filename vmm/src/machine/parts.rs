@@ -14,6 +14,7 @@ use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
+use atoll_disk::WriterLock;
 use atoll_firmware::acpi::Platform;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2};
@@ -46,8 +47,9 @@ pub(super) struct Parts {
     pub(super) pci: Arc<PciBus>,
     /// See [`super::opened::Opened`].
     pub(super) statm: Option<File>,
+    pub(super) disk_locks: Vec<WriterLock>,
     /// Only for RAM that is private and anonymous.
-    pub(super) touched: Option<Touched>,
+    pub(super) touched: Option<Arc<Touched>>,
     pub(super) board: &'static Board,
     pub(super) platform: Platform,
     /// The kernel, unless firmware boots.

@@ -73,7 +73,7 @@ impl Machine<'_> {
         let spec = serde_json::to_vec_pretty(self.spec)?;
         let memory_bytes = image::write(
             &self.parts.memory,
-            self.parts.touched.as_ref(),
+            self.parts.touched.as_deref(),
             &files.memory,
         )?;
         let whole = |file: &File, bytes: &[u8]| -> io::Result<()> {

@@ -75,6 +75,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Queue => &[COMMON, WAIT],
         Kind::Console => &[COMMON, WAIT, CHANNELS],
         Kind::Vsock => &[COMMON, WAIT, CHANNELS, VSOCK],
+        Kind::Migration => &[COMMON, FILES, CHANNELS, MIGRATION],
     }
 }
 
@@ -243,6 +244,12 @@ const VSOCK: &[Call] = &[
     call(libc::SYS_connect),
 ];
 
+/// The log of written pages, on and off.
+const MIGRATION: &[Call] = &[ioctl(&[
+    nr(KVM, 0x42), // KVM_GET_DIRTY_LOG
+    nr(KVM, 0x46), // KVM_SET_USER_MEMORY_REGION
+])];
+
 /// The machine's life: everything of KVM, memory, terminal modes at the end. (It also grows images: `FILES`.)
 const OWNER: &[Call] = &[
     ioctl_types(&[nr(KVM, 0), nr(VHOST, 0), nr(TUN, 0)]),
@@ -283,6 +290,7 @@ pub(super) const LATE: &[Kind] = &[
     Kind::Queue,
     Kind::Console,
     Kind::Vsock,
+    Kind::Migration,
 ];
 
 #[cfg(test)]

@@ -48,7 +48,8 @@ impl Touched {
     }
 
     /// Whether any of these pages exists.
-    fn any(&self, address: usize, length: usize) -> bool {
+    #[must_use]
+    pub fn any(&self, address: usize, length: usize) -> bool {
         let mut entries = vec![0; length / PAGE_BYTES * 8];
         let at = address / PAGE_BYTES * 8;
         let read = self.0.read_exact_at(&mut entries, at as u64);

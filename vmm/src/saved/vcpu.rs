@@ -30,26 +30,32 @@ pub struct VcpuSaved {
     events: Raw<kvm_vcpu_events>,
 }
 
+/// Function, index, flags, EAX, EBX, ECX, EDX of each leaf of CPUID.
+#[must_use]
+pub fn leaves(cpuid: &[kvm_cpuid_entry2]) -> Vec<[u32; 7]> {
+    let leaf = |entry: &kvm_cpuid_entry2| {
+        let kvm_cpuid_entry2 {
+            function,
+            index,
+            flags,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..
+        } = *entry;
+        [function, index, flags, eax, ebx, ecx, edx]
+    };
+    cpuid.iter().map(leaf).collect()
+}
+
 impl VcpuSaved {
     /// Of a vCPU that was made with `cpuid`. (KVM's own list is not read back: some KVMs add to it.)
     #[must_use]
     pub fn new(state: VcpuState, cpuid: &[kvm_cpuid_entry2]) -> Self {
-        let leaf = |entry: &kvm_cpuid_entry2| {
-            let kvm_cpuid_entry2 {
-                function,
-                index,
-                flags,
-                eax,
-                ebx,
-                ecx,
-                edx,
-                ..
-            } = *entry;
-            [function, index, flags, eax, ebx, ecx, edx]
-        };
         let msr = |entry: &kvm_msr_entry| (entry.index, entry.data);
         Self {
-            cpuid: cpuid.iter().map(leaf).collect(),
+            cpuid: leaves(cpuid),
             tsc: state.tsc,
             msrs: state.msrs.iter().map(msr).collect(),
             mp_state: Raw(state.mp_state),

@@ -1,0 +1,279 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What the owner does while its machine moves to another process (`crate::migration`): begins it, holds the
+//! machine when the thread `migrate` asks for that, and lets it go on if nothing came of it.
+//!
+//! ```text
+//!   Running ── migrate ──► Running, copying ── Hold ──► Running, held ── Done(Ok) ──► Migrated (ends soon)
+//!      ▲                        │                            │
+//!      └──────── Done(error) ───┴────────────────────────────┤
+//!                                            Done(in doubt)  └──► Paused, until somebody who knows says more
+//! ```
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use atoll_thread::Kind;
+use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, MigrationStage, Request};
+
+use super::owner::{Event, Machine};
+use super::{RunError, saved};
+use crate::api::{self, Answer, Asked};
+use crate::kvm::dirty::WriteLog;
+use crate::migration::source::{self, Plan, Progress};
+use crate::migration::target::chain;
+use crate::migration::{Hello, MigrationError};
+use crate::saved::MachineState as Saved;
+
+/// How long a machine that has moved still answers, so that whoever asked for it learns how it went.
+const AFTERLIFE: Duration = Duration::from_secs(10);
+/// How long a target that has failed may take to end, and how often it is looked at.
+const DISK_PATIENCE: Duration = Duration::from_secs(10);
+/// See [`DISK_PATIENCE`].
+const DISK_POLL: Duration = Duration::from_millis(5);
+/// What a guest stands still at most, unless it is said otherwise.
+const DOWNTIME_LIMIT_MS: u64 = 300;
+
+/// What the thread `migrate` says to the owner.
+pub(super) enum MigrationEvent {
+    /// Hold the machine and give its state.
+    Hold(SyncSender<Result<Saved, MigrationError>>),
+    /// It is over.
+    Done(Result<(), MigrationError>),
+}
+
+/// The machine's migration, the last one or the one under way.
+pub(super) struct Migration {
+    progress: Arc<Progress>,
+    under_way: bool,
+    held: bool,
+    moved: Option<Instant>,
+}
+
+impl Migration {
+    /// When the process ends because the machine has moved.
+    pub(super) fn end(&self) -> Option<Instant> {
+        self.moved.map(|moved| moved + AFTERLIFE)
+    }
+}
+
+impl Machine<'_> {
+    /// Why this request has to wait, while the machine moves.
+    pub(super) fn refuse_while_moving(&self, request: Request) -> Option<Answer> {
+        let moving = self.migration.as_ref().is_some_and(|it| it.under_way);
+        let harmless = matches!(
+            request,
+            Request::Info | Request::Counters | Request::Migration | Request::CancelMigration
+        );
+        (moving && !harmless).then(|| {
+            let text = "the machine is moving to another process: wait, or cancel-migration";
+            api::refusal(409, text)
+        })
+    }
+
+    /// Begins a migration over the connections that came with the request.
+    pub(super) fn migrate(&mut self, asked: Asked) -> Answer {
+        match self.begin_migration(asked) {
+            Ok(info) => api::json(200, &info),
+            Err(refused) => refused,
+        }
+    }
+
+    fn begin_migration(&mut self, mut asked: Asked) -> Result<MigrationInfo, Answer> {
+        if self.state != MachineState::Running {
+            let text = "the machine does not run: resume it first, or take a snapshot";
+            return Err(api::refusal(409, text));
+        }
+        let in_kernel = self.parts.nets.iter().find(|net| net.device.is_in_kernel());
+        if let Some(net) = in_kernel {
+            let name = net.function.name();
+            let text = format!(
+                "{name}: what vhost-net writes into memory is not logged: start the card with vhost=off to migrate"
+            );
+            return Err(api::refusal(409, text));
+        }
+        let control = asked.file("the control connection")?;
+        let data: Vec<UnixStream> = asked.files.into_iter().map(UnixStream::from).collect();
+        if data.is_empty() {
+            return Err(api::refusal(400, "a migration needs a data connection"));
+        }
+        let body: Migrate = api::body(asked.body)?;
+        let limit_ms = body.downtime_limit_ms.unwrap_or(DOWNTIME_LIMIT_MS);
+        let cpuid = self.parts.cpuid.first().map_or(&[][..], Vec::as_slice);
+        let hello = Hello::new(self.spec.clone(), crate::saved::leaves(cpuid), data.len());
+        let plan = Plan {
+            control: UnixStream::from(std::os::fd::OwnedFd::from(control)),
+            data,
+            downtime_limit: Duration::from_millis(limit_ms),
+            relayed: body.relayed.unwrap_or(false),
+        };
+        let failed = |error: &dyn std::error::Error| api::refusal(500, chain(error));
+        let progress = Arc::new(Progress::new(&plan).map_err(|error| failed(&error))?);
+        let log = WriteLog::start(self.parts.machine.clone(), self.parts.memory.clone());
+        let log = log.map_err(|error| failed(&error))?;
+        let (touched, events) = (self.parts.touched.clone(), self.events.clone());
+        let shared = progress.clone();
+        let body = move || {
+            let hold = || {
+                let (sender, answer) = sync_channel(1);
+                let asked = events.send(Event::Migration(MigrationEvent::Hold(sender)));
+                let answer = asked.ok().and_then(|()| answer.recv().ok());
+                answer.unwrap_or(Err(MigrationError::Ended))
+            };
+            let done = source::run(plan, hello, &log, touched, &shared, hold);
+            drop(log);
+            // Without an owner the machine has ended.
+            let _ = events.send(Event::Migration(MigrationEvent::Done(done)));
+        };
+        let thread = atoll_thread::spawn(Kind::Migration, "migrate", body);
+        thread.map_err(|error| failed(&error))?;
+        tracing::info!(name = self.spec.name, "migration begins");
+        let info = progress.info();
+        self.migration = Some(Migration {
+            progress,
+            under_way: true,
+            held: false,
+            moved: None,
+        });
+        Ok(info)
+    }
+
+    /// How far it is.
+    pub(super) fn migration_info(&self) -> Answer {
+        match &self.migration {
+            Some(migration) => api::json(200, &migration.progress.info()),
+            None => api::refusal(404, "the machine has not been asked to migrate"),
+        }
+    }
+
+    /// Ends it, unless the machine is the target's already.
+    pub(super) fn cancel_migration(&self) -> Answer {
+        match self.migration.as_ref().filter(|it| it.under_way) {
+            None => api::refusal(409, "no migration is under way"),
+            Some(migration) if migration.progress.cancel() => {
+                api::json(200, &migration.progress.info())
+            }
+            Some(_) => api::refusal(409, "too late: the machine has been handed over"),
+        }
+    }
+
+    pub(super) fn obey_migration(&mut self, event: MigrationEvent) -> Result<(), RunError> {
+        match event {
+            MigrationEvent::Hold(sender) => {
+                let state = self.hold_for_migration();
+                let _ = sender.send(state);
+                Ok(())
+            }
+            MigrationEvent::Done(done) => self.finish_migration(done),
+        }
+    }
+
+    fn hold_for_migration(&mut self) -> Result<Saved, MigrationError> {
+        self.hold();
+        if let Some(migration) = &mut self.migration {
+            migration.held = true;
+        }
+        for lock in &self.parts.disk_locks {
+            let released = lock.release();
+            released.map_err(MigrationError::connection("let the target have the disks"))?;
+        }
+        saved::save(&self.parts, self.spec).map_err(|error| MigrationError::Refused(chain(&error)))
+    }
+
+    fn finish_migration(&mut self, done: Result<(), MigrationError>) -> Result<(), RunError> {
+        let Some(migration) = &mut self.migration else {
+            return Ok(());
+        };
+        migration.under_way = false;
+        let held = std::mem::take(&mut migration.held);
+        let name = &self.spec.name;
+        match done {
+            Ok(()) => {
+                self.deferred.clear();
+                migration.moved = Some(Instant::now());
+                self.state = MachineState::Migrated;
+                migration
+                    .progress
+                    .set_stage(MigrationStage::Completed, None);
+                let downtime_us = migration.progress.info().downtime_us;
+                tracing::info!(name, downtime_us, "the machine has moved");
+                return Ok(());
+            }
+            Err(error) => {
+                let text = chain(&error);
+                tracing::warn!(name, error = text, "migration ended");
+                let stage = match error {
+                    MigrationError::Cancelled => MigrationStage::Cancelled,
+                    MigrationError::Doubt => MigrationStage::InDoubt,
+                    _ => MigrationStage::Failed,
+                };
+                migration.progress.set_stage(stage, Some(text));
+                if stage == MigrationStage::InDoubt {
+                    self.state = MachineState::Paused;
+                    return Ok(());
+                }
+            }
+        }
+        if !held {
+            return Ok(());
+        }
+        // A target that has failed has them open until its process ends.
+        let deadline = Instant::now() + DISK_PATIENCE;
+        let mut taken = self.take_disks_back();
+        while taken.is_err() && Instant::now() < deadline {
+            std::thread::sleep(DISK_POLL);
+            taken = self.take_disks_back();
+        }
+        if let Err(text) = taken {
+            // Somebody has them, who may be the target after all: nobody must write beside it.
+            tracing::error!(
+                name = self.spec.name,
+                error = text,
+                "the machine stays paused"
+            );
+            self.state = MachineState::Paused;
+            if let Some(migration) = &self.migration {
+                migration
+                    .progress
+                    .set_stage(MigrationStage::InDoubt, Some(text));
+            }
+            return Ok(());
+        }
+        self.release()?;
+        // What the guest asked for in its last moment before it was held.
+        for event in std::mem::take(&mut self.deferred) {
+            let _ = self.events.send(event);
+        }
+        Ok(())
+    }
+
+    /// Locks the images again that were the target's to take.
+    pub(super) fn take_disks_back(&self) -> Result<(), String> {
+        for lock in &self.parts.disk_locks {
+            match lock.take_back() {
+                Ok(true) => {}
+                Ok(false) => return Err("a disk is in use by another process".to_owned()),
+                Err(error) => return Err(format!("lock a disk: {error}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// A guest's wish that came while the machine was held for its move: it would be lost with the state that has
+    /// been taken. The move is off, unless it has happened; the wish is kept.
+    pub(super) fn defer_while_held(&mut self, event: Event) -> Option<Event> {
+        let held = self.migration.as_ref().filter(|it| it.held);
+        let Some(migration) = held else {
+            return Some(event);
+        };
+        if migration.progress.cancel() {
+            tracing::info!(
+                name = self.spec.name,
+                "the guest wants something: its move is off"
+            );
+        }
+        self.deferred.push(event);
+        None
+    }
+}

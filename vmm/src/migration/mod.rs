@@ -1,0 +1,240 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Live migration: a running machine goes on in another process, on this host or another one.
+//!
+//! ```text
+//! source (thread migrate)                         target (atoll-vmm receive, before it is a machine)
+//!   Hello: spec, CPU, sizes        ──►            can this host have it?
+//!                                  ◄──  Welcome
+//!   RAM, round after round         ══►  pages     N data connections, each with its own part of RAM
+//!   hold; last pages; State        ──►            builds the machine, restores it, holds it
+//!                                  ◄──  Ready
+//!   Commit                         ──►            from here on only the target may run
+//!                                  ◄──  Taken     sent before the first instruction
+//! ```
+//! **Exactly one runs.** Until it has written Commit the source may always go on; the target runs only after it has
+//! read Commit. In between the source waits for Taken. If the connection ends without it, the target has ended
+//! before it ran, since it sends Taken first: the source goes on. That holds where the end of a connection is the
+//! end of the process at its other side, as on a Unix socket. Through a tunnel (`relayed`) it does not: then the
+//! source stays paused, says "in doubt", and whoever knows what became of the target says `resume` or `shutdown`.
+//!
+//! Messages are JSON behind a length, pages are binary ([`pages`]). Both sides know the version of the other before
+//! anything else; unknown fields are ignored, so that the protocol only grows.
+//!
+//! Not here: what the owner of the machine does meanwhile (`machine::handover`), encryption (`ctl`).
+
+pub mod pages;
+pub mod source;
+pub mod target;
+
+use std::io::{self, Read, Write};
+
+use atoll_vmm_protocol::spec::MachineSpec;
+use serde::{Deserialize, Serialize};
+
+use crate::saved::MachineState;
+
+/// What the first field of a Hello says.
+const FORMAT: &str = "atoll-migration";
+/// Newest version of the protocol that this program speaks.
+const VERSION: u32 = 1;
+/// Longest message: the state of 255 vCPUs takes less than 10 MiB.
+const MESSAGE_BYTES_MAX: u32 = 64 << 20;
+
+/// What the two sides say to each other on the control connection.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Message {
+    /// Source: this comes.
+    Hello(Box<Hello>),
+    /// Target: let it come.
+    Welcome,
+    /// Source: everything but RAM, which has been sent.
+    State(Box<MachineState>),
+    /// Target: everything is in place.
+    Ready,
+    /// Source: it is yours.
+    Commit,
+    /// Target: it is mine.
+    Taken,
+    /// Either: it does not go on, because of this.
+    Failed {
+        /// One line.
+        reason: String,
+    },
+}
+
+/// What the target must know before it takes anything.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Hello {
+    format: String,
+    version: u32,
+    /// Version of the source's `atoll-vmm`.
+    pub program: String,
+    /// The machine.
+    pub spec: MachineSpec,
+    /// Version of its address map and devices.
+    pub machine_version: u32,
+    /// Function, index, flags and registers of each leaf of CPUID, of the first vCPU.
+    pub cpuid: Vec<[u32; 7]>,
+    /// Connections that will bring pages.
+    pub data_connections: usize,
+}
+
+impl Hello {
+    /// Of this program's version.
+    #[must_use]
+    pub fn new(spec: MachineSpec, cpuid: Vec<[u32; 7]>, data_connections: usize) -> Self {
+        Self {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            spec,
+            machine_version: crate::layout::MACHINE_VERSION,
+            cpuid,
+            data_connections,
+        }
+    }
+
+    /// Why this program cannot take it, if it cannot.
+    pub fn check(&self) -> Result<(), MigrationError> {
+        if self.format != FORMAT || self.version > VERSION {
+            return Err(MigrationError::Version {
+                found: self.version,
+                program: self.program.clone(),
+            });
+        }
+        let known = crate::layout::MACHINE_VERSION;
+        if self.machine_version != known {
+            return Err(MigrationError::Refused(format!(
+                "the machine is of version {}, atoll-vmm {} builds version {known}",
+                self.machine_version,
+                env!("CARGO_PKG_VERSION")
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Why a migration did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// The connection broke.
+    #[error("{what}")]
+    Connection {
+        /// What was being done.
+        what: &'static str,
+        /// How.
+        source: io::Error,
+    },
+    /// The other side will not, or could not.
+    #[error("the other side: {0}")]
+    Other(String),
+    /// This side will not.
+    #[error("{0}")]
+    Refused(String),
+    /// The other side speaks a newer protocol.
+    #[error(
+        "migration protocol {found} of atoll-vmm {program}, this program knows up to {VERSION}"
+    )]
+    Version {
+        /// The version.
+        found: u32,
+        /// Whose it is.
+        program: String,
+    },
+    /// A message that makes no sense here.
+    #[error("expected {0}, something else came")]
+    Unexpected(&'static str),
+    /// The guest writes faster than the connections carry.
+    #[error(
+        "the guest writes {dirty} MiB/s, {sent} MiB/s are sent: allow more than {limit_ms} ms of downtime"
+    )]
+    Diverges {
+        /// MiB a second that the guest writes.
+        dirty: u64,
+        /// MiB a second that are sent.
+        sent: u64,
+        /// What was allowed.
+        limit_ms: u64,
+    },
+    /// By request.
+    #[error("cancelled")]
+    Cancelled,
+    /// The guest ended meanwhile.
+    #[error("the machine has ended")]
+    Ended,
+    /// Nobody knows which side has the machine.
+    #[error("in doubt: the connection broke after the machine was handed over")]
+    Doubt,
+}
+
+impl MigrationError {
+    /// For `map_err`.
+    pub fn connection(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Connection { what, source }
+    }
+}
+
+/// Sends one message.
+pub fn send(stream: &mut impl Write, message: &Message) -> io::Result<()> {
+    let body = serde_json::to_vec(message).expect("messages have string keys only");
+    let size = u32::try_from(body.len()).map_err(io::Error::other)?;
+    let mut bytes = size.to_le_bytes().to_vec();
+    bytes.extend(body);
+    stream.write_all(&bytes)
+}
+
+/// Receives one message.
+pub fn receive(stream: &mut impl Read) -> io::Result<Message> {
+    let mut size = [0; 4];
+    stream.read_exact(&mut size)?;
+    let size = u32::from_le_bytes(size);
+    if size > MESSAGE_BYTES_MAX {
+        return Err(io::Error::other("a message of impossible size"));
+    }
+    let mut body = Vec::new();
+    stream.take(size.into()).read_to_end(&mut body)?;
+    if body.len() as u64 != u64::from(size) {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    serde_json::from_slice(&body).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_read_as_they_were_written_and_nothing_else_is() {
+        let mut bytes = Vec::new();
+        send(&mut bytes, &Message::Ready).unwrap();
+        assert!(matches!(receive(&mut &bytes[..]).unwrap(), Message::Ready));
+        let cut = receive(&mut &bytes[..bytes.len() - 1]).unwrap_err();
+        assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+        receive(&mut &[0xff; 8][..]).unwrap_err();
+        receive(&mut &b"\x04\0\0\0null"[..]).unwrap_err();
+    }
+
+    #[test]
+    fn a_newer_source_is_told_apart() {
+        let spec = serde_json::json!({
+            "name": "m", "cpu_count": 1, "memory_mib": 1, "boot": {"kernel": "/k"},
+        });
+        let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), Vec::new(), 1);
+        hello.check().unwrap();
+        hello.machine_version += 1;
+        assert!(
+            hello
+                .check()
+                .unwrap_err()
+                .to_string()
+                .contains("is of version")
+        );
+        hello.version += 1;
+        let error = hello.check().unwrap_err().to_string();
+        assert!(
+            error.starts_with("migration protocol 2 of atoll-vmm"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,246 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Pages of RAM on data connections: headers of 16 bytes (address, size, kind; little endian), and the bytes.
+//!
+//! RAM is dealt out to the connections in stripes. A page always takes the same one, so that two versions of it
+//! cannot overtake each other. What is zero travels as a header.
+
+use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use atoll_devices::memory::{PAGE_BYTES, Ram};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::saved::image::{Touched, is_zero};
+
+/// Bytes of a header.
+const HEADER_BYTES: usize = 16;
+/// Kinds of header.
+const DATA: u32 = 0;
+const ZERO: u32 = 1;
+/// The connection's last header.
+const END: u32 = 2;
+/// Pages of one word of a bitmap; the most that one header announces.
+const WORD_PAGES: usize = 64;
+/// Words of a stripe: 2 MiB.
+const STRIPE_WORDS: usize = 8;
+
+/// Pages to send: a bit a page, of each region.
+pub type Dirty = Vec<Vec<u64>>;
+
+/// Every page.
+#[must_use]
+pub fn all(ram: &Ram) -> Dirty {
+    ram.iter()
+        .map(|region| {
+            let pages = usize::try_from(region.len()).expect("64-bit host") / PAGE_BYTES;
+            let mut words = vec![!0; pages / WORD_PAGES];
+            if !pages.is_multiple_of(WORD_PAGES) {
+                words.push((1 << (pages % WORD_PAGES)) - 1);
+            }
+            words
+        })
+        .collect()
+}
+
+/// Adds pages to others of the same RAM.
+pub fn merge(pages: &mut Dirty, others: &Dirty) {
+    let words = pages.iter_mut().flatten().zip(others.iter().flatten());
+    words.for_each(|(word, other)| *word |= other);
+}
+
+/// Bytes of these pages.
+#[must_use]
+pub fn size_bytes(dirty: &Dirty) -> u64 {
+    let words = dirty.iter().flatten();
+    words.map(|word| u64::from(word.count_ones())).sum::<u64>() * PAGE_BYTES as u64
+}
+
+/// One of several connections.
+#[derive(Debug, Clone, Copy)]
+pub struct Stripe {
+    /// Its number.
+    pub index: usize,
+    /// How many there are.
+    pub count: usize,
+}
+
+/// What a round is about.
+pub struct Round<'a> {
+    /// Where pages are.
+    pub ram: &'a Ram,
+    /// Which.
+    pub dirty: &'a Dirty,
+    /// In the first round what is zero is not sent, as the target's RAM is zero; and what this tells was never
+    /// touched is not looked at.
+    pub first: Option<Option<&'a Touched>>,
+    /// Counts bytes as they go.
+    pub sent: &'a AtomicU64,
+}
+
+/// Sends the stripe's part of a round.
+pub fn send(round: &Round<'_>, stripe: Stripe, out: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
+    for (region, words) in round.ram.iter().zip(round.dirty) {
+        for (index, word) in words.iter().enumerate() {
+            if *word == 0 || index / STRIPE_WORDS % stripe.count != stripe.index {
+                continue;
+            }
+            let offset = index * WORD_PAGES * PAGE_BYTES;
+            let left = usize::try_from(region.len()).expect("64-bit host") - offset;
+            let part = &mut buffer[..left.min(WORD_PAGES * PAGE_BYTES)];
+            if let Some(Some(touched)) = round.first
+                && !touched.any(region.as_ptr() as usize + offset, part.len())
+            {
+                continue;
+            }
+            let start = region.start_addr().0 + offset as u64;
+            let read = round.ram.read_slice(part, GuestAddress(start));
+            read.map_err(io::Error::other)?;
+            send_word(round, *word, start, part, out)?;
+        }
+    }
+    out.flush()
+}
+
+/// Sends the pages of one word of the bitmap, which begin at `start`: runs of zeroes and of others.
+fn send_word(
+    round: &Round<'_>,
+    word: u64,
+    start: u64,
+    pages: &[u8],
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let kind = |page: usize| {
+        let bytes = &pages[page * PAGE_BYTES..(page + 1) * PAGE_BYTES];
+        let wanted = word & 1 << page != 0;
+        wanted.then(|| if is_zero(bytes) { ZERO } else { DATA })
+    };
+    let count = pages.len() / PAGE_BYTES;
+    let mut page = 0;
+    while page < count {
+        let Some(kind_here) = kind(page) else {
+            page += 1;
+            continue;
+        };
+        let end = (page + 1..count)
+            .find(|next| kind(*next) != Some(kind_here))
+            .unwrap_or(count);
+        let bytes = &pages[page * PAGE_BYTES..end * PAGE_BYTES];
+        let at = start + (page * PAGE_BYTES) as u64;
+        page = end;
+        if kind_here == ZERO && round.first.is_some() {
+            continue;
+        }
+        out.write_all(&header(at, bytes.len(), kind_here))?;
+        let mut sent = HEADER_BYTES;
+        if kind_here == DATA {
+            out.write_all(bytes)?;
+            sent += bytes.len();
+        }
+        round.sent.fetch_add(sent as u64, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Tells the target that this connection brings no more.
+pub fn send_end(out: &mut impl Write) -> io::Result<()> {
+    out.write_all(&header(0, 0, END))?;
+    out.flush()
+}
+
+fn header(address: u64, size: usize, kind: u32) -> [u8; HEADER_BYTES] {
+    let mut bytes = [0; HEADER_BYTES];
+    let size = u32::try_from(size).expect("at most 64 pages");
+    bytes[..8].copy_from_slice(&address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&size.to_le_bytes());
+    bytes[12..].copy_from_slice(&kind.to_le_bytes());
+    bytes
+}
+
+/// Receives pages into `ram` until the end that the source tells.
+pub fn receive(ram: &Ram, from: &mut impl Read) -> io::Result<()> {
+    let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
+    loop {
+        let mut bytes = [0; HEADER_BYTES];
+        from.read_exact(&mut bytes)?;
+        let [low, high] = [[0, 1, 2, 3], [4, 5, 6, 7]].map(|at| at.map(|at| bytes[at]));
+        let address =
+            u64::from(u32::from_le_bytes(low)) | u64::from(u32::from_le_bytes(high)) << 32;
+        let size = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
+        let kind = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+        if kind == END {
+            return Ok(());
+        }
+        let size = usize::try_from(size).expect("64-bit host");
+        let Some(part) = buffer.get_mut(..size).filter(|_| kind <= ZERO) else {
+            return Err(io::Error::other("a header of pages that makes no sense"));
+        };
+        match kind {
+            DATA => from.read_exact(part)?,
+            _ => part.fill(0),
+        }
+        let written = ram.write_slice(part, GuestAddress(address));
+        written.map_err(io::Error::other)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::board::MICRO;
+    use crate::memory::{Backing, allocate};
+
+    #[test]
+    fn rounds_over_several_connections_make_a_copy() {
+        let [ram, copy] = [(); 2].map(|()| allocate(&MICRO, 9, 40, Backing::Anonymous).unwrap());
+        let put = |page: u64, byte: u8| ram.write_obj(byte, GuestAddress(page * 4096)).unwrap();
+        for page in (0..9 * 256).step_by(7) {
+            put(page, 1);
+        }
+        let sent = AtomicU64::new(0);
+        let round = |dirty: &Dirty, first| {
+            for index in 0..3 {
+                let stripe = Stripe { index, count: 3 };
+                let round = Round {
+                    ram: &ram,
+                    dirty,
+                    first,
+                    sent: &sent,
+                };
+                let mut bytes = Vec::new();
+                send(&round, stripe, &mut bytes).unwrap();
+                send_end(&mut bytes).unwrap();
+                receive(&copy, &mut &bytes[..]).unwrap();
+            }
+        };
+        let touched = Touched::open();
+        round(&all(&ram), Some(touched.as_ref()));
+        let first = sent.load(Ordering::Relaxed);
+        assert_eq!(first, (9 * 256_u64).div_ceil(7) * (4096 + 16));
+        // A page that became zero, and one that was written anew.
+        put(7, 0);
+        put(8, 9);
+        let mut dirty = vec![vec![0; 36]];
+        dirty[0][0] = 0b11 << 7;
+        assert_eq!(size_bytes(&dirty), 8192);
+        round(&dirty, None);
+        assert_eq!(sent.load(Ordering::Relaxed) - first, 16 + 16 + 4096);
+        let (mut left, mut right) = (vec![0; 9 << 20], vec![0; 9 << 20]);
+        ram.read_slice(&mut left, GuestAddress(0)).unwrap();
+        copy.read_slice(&mut right, GuestAddress(0)).unwrap();
+        assert!(left == right);
+    }
+
+    #[test]
+    fn nonsense_is_an_error() {
+        let ram = allocate(&MICRO, 1, 40, Backing::Anonymous).unwrap();
+        for bytes in [
+            &header(0, 4096, 7)[..],
+            &header(0, 65 * 4096, DATA),
+            &header(1 << 20, 4096, ZERO),
+            &header(0, 4096, DATA),
+        ] {
+            receive(&ram, &mut &*bytes).unwrap_err();
+        }
+    }
+}

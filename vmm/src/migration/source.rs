@@ -1,0 +1,369 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The source's side: rounds over RAM while the guest runs, then the hand-over. Runs on the thread `migrate`, with
+//! one thread a data connection.
+
+use std::io::{self, BufWriter};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use atoll_thread::Kind;
+use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
+use rustix::net::{Shutdown, shutdown};
+
+use super::pages::{self, Dirty, Round, Stripe};
+use super::{Hello, Message, MigrationError, receive, send};
+use crate::kvm::KvmError;
+use crate::kvm::dirty::WriteLog;
+use crate::saved::MachineState;
+use crate::saved::image::Touched;
+
+/// Rounds after which a guest that still writes too fast is given up.
+const ROUNDS_MAX: u32 = 30;
+/// What a hand-over takes beside its last pages: state, building the other machine. An estimate, to plan with.
+const HANDOVER: Duration = Duration::from_millis(30);
+/// How long the target may take to build the machine, and then to say that it has it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes that are gathered before they go into a socket.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Whose decision it is that the source goes on.
+const OPEN: u8 = 0;
+const COMMITTED: u8 = 1;
+const CANCELLED: u8 = 2;
+
+/// What is asked of a migration.
+pub struct Plan {
+    /// Messages.
+    pub control: UnixStream,
+    /// Pages.
+    pub data: Vec<UnixStream>,
+    /// How long the guest may stand still.
+    pub downtime_limit: Duration,
+    /// The connections are a tunnel's: their end is not the end of the target.
+    pub relayed: bool,
+}
+
+/// How far a migration is; also the way to cancel it.
+pub struct Progress {
+    started: Instant,
+    decision: AtomicU8,
+    rounds: AtomicU32,
+    sent: Arc<AtomicU64>,
+    remaining: AtomicU64,
+    downtime_us: AtomicU64,
+    /// Leaf lock: stage, and why it failed.
+    stage: Mutex<(MigrationStage, Option<String>)>,
+    /// Ended by a cancellation, so that nobody goes on waiting for them.
+    sockets: Vec<UnixStream>,
+}
+
+impl Progress {
+    /// Of a migration that begins.
+    pub fn new(plan: &Plan) -> io::Result<Self> {
+        let control = std::iter::once(&plan.control);
+        Ok(Self {
+            started: Instant::now(),
+            decision: AtomicU8::new(OPEN),
+            rounds: AtomicU32::new(0),
+            sent: Arc::default(),
+            remaining: AtomicU64::new(0),
+            downtime_us: AtomicU64::new(0),
+            stage: Mutex::new((MigrationStage::Copying, None)),
+            sockets: control
+                .chain(&plan.data)
+                .map(UnixStream::try_clone)
+                .collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// Cancels it; false when the machine is the target's already.
+    pub fn cancel(&self) -> bool {
+        let cancelled = self.decide(CANCELLED);
+        if cancelled {
+            for socket in &self.sockets {
+                // Fails when the other side has ended it.
+                let _ = shutdown(socket, Shutdown::Both);
+            }
+        }
+        cancelled || self.decision.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    fn decide(&self, decision: u8) -> bool {
+        self.decision
+            .compare_exchange(OPEN, decision, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.decision.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    /// Notes the stage.
+    pub fn set_stage(&self, stage: MigrationStage, error: Option<String>) {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = (stage, error);
+    }
+
+    /// As the control API tells it.
+    pub fn info(&self) -> MigrationInfo {
+        let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        let elapsed = self.started.elapsed().as_millis();
+        MigrationInfo {
+            stage: stage.0,
+            rounds: self.rounds.load(Ordering::Relaxed),
+            sent_bytes: self.sent.load(Ordering::Relaxed),
+            remaining_bytes: self.remaining.load(Ordering::Relaxed),
+            elapsed_ms: u64::try_from(elapsed).unwrap_or(u64::MAX),
+            downtime_us: self.downtime_us.load(Ordering::Relaxed),
+            error: stage.1.clone(),
+        }
+    }
+}
+
+/// Moves the machine. `hold` stops it and takes its state; after that it stays held, whatever becomes of the
+/// migration: the caller lets it go on when the answer is an error other than [`MigrationError::Doubt`].
+pub fn run(
+    plan: Plan,
+    hello: Hello,
+    log: &WriteLog,
+    touched: Option<Arc<Touched>>,
+    progress: &Arc<Progress>,
+    hold: impl FnOnce() -> Result<MachineState, MigrationError>,
+) -> Result<(), MigrationError> {
+    let migrated = attempt(plan, hello, log, touched, progress, hold);
+    match migrated {
+        Err(_) if progress.is_cancelled() => Err(MigrationError::Cancelled),
+        migrated => migrated,
+    }
+}
+
+fn attempt(
+    plan: Plan,
+    hello: Hello,
+    log: &WriteLog,
+    touched: Option<Arc<Touched>>,
+    progress: &Arc<Progress>,
+    hold: impl FnOnce() -> Result<MachineState, MigrationError>,
+) -> Result<(), MigrationError> {
+    let Plan {
+        mut control,
+        data,
+        downtime_limit,
+        relayed,
+    } = plan;
+    let broken = MigrationError::connection;
+    let limited = control.set_read_timeout(Some(PATIENCE));
+    limited.map_err(broken("limit the wait for the target"))?;
+    send(&mut control, &Message::Hello(Box::new(hello))).map_err(broken("greet the target"))?;
+    match ask(&mut control)? {
+        Message::Welcome => {}
+        _ => return Err(MigrationError::Unexpected("a welcome")),
+    }
+    let senders = Senders::start(data, log, touched, progress)?;
+    let mut last = copy_while_running(&senders, log, progress, downtime_limit)?;
+
+    progress.set_stage(MigrationStage::Switching, None);
+    let held = Instant::now();
+    let state = hold()?;
+    pages::merge(&mut last, &log.take().map_err(|error| refused(&error))?);
+    progress
+        .remaining
+        .store(pages::size_bytes(&last), Ordering::Relaxed);
+    senders.round(last, false)?;
+    senders.end()?;
+    let state = Message::State(Box::new(state));
+    send(&mut control, &state).map_err(broken("send the machine's state"))?;
+    match ask(&mut control)? {
+        Message::Ready => {}
+        _ => return Err(MigrationError::Unexpected("that the target is ready")),
+    }
+    if !progress.decide(COMMITTED) {
+        return Err(MigrationError::Cancelled);
+    }
+    // What was not written whole cannot be read as a Commit: the target has not taken it.
+    send(&mut control, &Message::Commit).map_err(broken("hand the machine over"))?;
+    let taken = receive(&mut control);
+    let downtime_us = u64::try_from(held.elapsed().as_micros()).unwrap_or(u64::MAX);
+    progress.downtime_us.store(downtime_us, Ordering::Relaxed);
+    progress.remaining.store(0, Ordering::Relaxed);
+    match taken {
+        Ok(Message::Taken) => Ok(()),
+        // Says so before it would run.
+        Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason)),
+        Ok(_) => Err(MigrationError::Doubt),
+        Err(error) if !relayed && has_ended(&error) => Err(MigrationError::Connection {
+            what: "the target ended before it took the machine",
+            source: error,
+        }),
+        Err(_) => Err(MigrationError::Doubt),
+    }
+}
+
+/// Whether the process at the other end of a Unix socket is gone.
+fn has_ended(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
+}
+
+/// The target's next message; its refusal is an error.
+fn ask(control: &mut UnixStream) -> Result<Message, MigrationError> {
+    match receive(control) {
+        Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason)),
+        Ok(message) => Ok(message),
+        Err(source) => Err(MigrationError::Connection {
+            what: "wait for the target",
+            source,
+        }),
+    }
+}
+
+fn refused(error: &KvmError) -> MigrationError {
+    MigrationError::Refused(error.to_string())
+}
+
+/// Sends what was written since the last round, until so little is left that the guest may be held for it: the
+/// pages that are returned.
+fn copy_while_running(
+    senders: &Senders,
+    log: &WriteLog,
+    progress: &Progress,
+    downtime_limit: Duration,
+) -> Result<Dirty, MigrationError> {
+    let mut dirty = pages::all(log.memory());
+    for round in 0..ROUNDS_MAX {
+        if progress.is_cancelled() {
+            return Err(MigrationError::Cancelled);
+        }
+        let (before, started) = (progress.sent.load(Ordering::Relaxed), Instant::now());
+        progress
+            .remaining
+            .store(pages::size_bytes(&dirty), Ordering::Relaxed);
+        senders.round(dirty, round == 0)?;
+        progress.rounds.store(round + 1, Ordering::Relaxed);
+        let seconds = started.elapsed().as_secs_f64().max(1e-6);
+        let sent = progress.sent.load(Ordering::Relaxed) - before;
+        dirty = log.take().map_err(|error| refused(&error))?;
+        let left = pages::size_bytes(&dirty);
+        progress.remaining.store(left, Ordering::Relaxed);
+        // A round with little in it tells nothing about the speed of the connections: a page takes its time.
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let needed = Duration::from_secs_f64(left as f64 * seconds / sent.max(1 << 20) as f64);
+        if left == 0 || needed + HANDOVER <= downtime_limit.max(HANDOVER * 2) {
+            return Ok(dirty);
+        }
+        if round + 1 == ROUNDS_MAX {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                clippy::cast_precision_loss,
+                reason = "for a message"
+            )]
+            let rate = |bytes: u64| (bytes as f64 / seconds) as u64 >> 20;
+            return Err(MigrationError::Diverges {
+                dirty: rate(left),
+                sent: rate(sent),
+                limit_ms: u64::try_from(downtime_limit.as_millis()).unwrap_or(u64::MAX),
+            });
+        }
+    }
+    unreachable!("the last round returns")
+}
+
+enum Job {
+    Round(Arc<Dirty>, bool),
+    End,
+}
+
+/// One thread a data connection. They end when this is dropped, with their connections.
+struct Senders {
+    jobs: Vec<Sender<Job>>,
+    results: Receiver<io::Result<()>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Senders {
+    fn start(
+        data: Vec<UnixStream>,
+        log: &WriteLog,
+        touched: Option<Arc<Touched>>,
+        progress: &Progress,
+    ) -> Result<Self, MigrationError> {
+        let count = data.len();
+        let (result, results) = channel();
+        let mut senders = Self {
+            jobs: Vec::new(),
+            results,
+            threads: Vec::new(),
+        };
+        for (index, stream) in data.into_iter().enumerate() {
+            let (job, jobs) = channel::<Job>();
+            let (ram, touched, sent) =
+                (log.memory().clone(), touched.clone(), progress.sent.clone());
+            let result = result.clone();
+            let body = move || {
+                let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream);
+                for job in jobs {
+                    let done = match job {
+                        Job::End => pages::send_end(&mut out),
+                        Job::Round(dirty, first) => {
+                            let round = Round {
+                                ram: &ram,
+                                dirty: &dirty,
+                                first: first.then_some(touched.as_deref()),
+                                sent: &sent,
+                            };
+                            pages::send(&round, Stripe { index, count }, &mut out)
+                        }
+                    };
+                    if result.send(done).is_err() {
+                        return;
+                    }
+                }
+            };
+            let name = format!("migrate-{index}");
+            let thread = atoll_thread::spawn(Kind::Migration, &name, body);
+            let thread = thread.map_err(MigrationError::connection("start a sender's thread"))?;
+            senders.threads.push(thread);
+            senders.jobs.push(job);
+        }
+        Ok(senders)
+    }
+
+    fn round(&self, dirty: Dirty, first: bool) -> Result<(), MigrationError> {
+        let dirty = Arc::new(dirty);
+        self.all(|| Job::Round(dirty.clone(), first))
+    }
+
+    fn end(&self) -> Result<(), MigrationError> {
+        self.all(|| Job::End)
+    }
+
+    fn all(&self, job: impl Fn() -> Job) -> Result<(), MigrationError> {
+        for sender in &self.jobs {
+            // A thread lives as long as its channel.
+            let _ = sender.send(job());
+        }
+        let results: Vec<_> = self.results.iter().take(self.jobs.len()).collect();
+        let failed = results.into_iter().find_map(Result::err);
+        failed.map_or(Ok(()), |source| {
+            Err(MigrationError::Connection {
+                what: "send memory",
+                source,
+            })
+        })
+    }
+}
+
+impl Drop for Senders {
+    fn drop(&mut self) {
+        self.jobs.clear();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,197 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The target's side, up to the point where there is a machine: waits for a source, takes RAM and state.
+//!
+//! Runs before the process is confined and before anything of the host is opened, since disks and taps are the
+//! source's until it has been held. Its threads have ended by then.
+
+use std::io::BufReader;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use atoll_devices::memory::Ram;
+use atoll_thread::Kind;
+use atoll_vmm_protocol::spec::MachineSpec;
+use kvm_bindings::kvm_cpuid_entry2;
+
+use super::{Hello, Message, MigrationError, pages, receive, send};
+use crate::board::Board;
+use crate::check;
+use crate::kvm::{Kvm, cpuid};
+use crate::memory::{Backing, allocate};
+use crate::saved::MachineState;
+
+/// How long a source that is there may be silent between two messages, a whole pass over RAM included.
+const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+/// How long the data connections may take to come, once the first is there.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
+/// Most data connections.
+const CONNECTIONS_MAX: usize = 64;
+/// Bytes that are read at once.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// A machine that has come, and is still the source's.
+pub struct Arrived {
+    /// How to build it.
+    pub spec: MachineSpec,
+    /// Everything but RAM.
+    pub state: MachineState,
+    /// RAM.
+    pub memory: Ram,
+    /// The last step.
+    pub handover: Handover,
+}
+
+/// The connection on which the machine becomes this process's.
+pub struct Handover(UnixStream);
+
+impl Handover {
+    /// The machine is built and held: asks for it. After `Ok` only this process may run it.
+    pub fn take_over(&mut self) -> Result<(), MigrationError> {
+        let broken = MigrationError::connection;
+        send(&mut self.0, &Message::Ready).map_err(broken("tell the source that all is ready"))?;
+        match receive(&mut self.0).map_err(broken("wait for the source"))? {
+            Message::Commit => {}
+            Message::Failed { reason } => return Err(MigrationError::Other(reason)),
+            _ => return Err(MigrationError::Unexpected("the hand-over")),
+        }
+        // A source that is gone needs not know.
+        let _ = send(&mut self.0, &Message::Taken);
+        Ok(())
+    }
+
+    /// Another handle of the same connection.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// Tells the source why this host cannot. Only before [`Handover::take_over`] has succeeded.
+    pub fn fail(&mut self, reason: &str) {
+        let reason = reason.to_owned();
+        // A source that is gone needs not know.
+        let _ = send(&mut self.0, &Message::Failed { reason });
+    }
+}
+
+/// Waits for a source and takes its machine. `own_spec` replaces the source's, which names the source's files.
+pub fn accept(
+    listener: &UnixListener,
+    own_spec: Option<MachineSpec>,
+    backing: Backing,
+) -> Result<Arrived, MigrationError> {
+    let broken = MigrationError::connection;
+    let (control, _) = listener.accept().map_err(broken("wait for a source"))?;
+    let mut control = Handover(control);
+    let arrived = take(listener, &mut control, own_spec, backing);
+    if let Err(error) = &arrived {
+        control.fail(&chain(error));
+    }
+    let (spec, state, memory) = arrived?;
+    Ok(Arrived {
+        spec,
+        state,
+        memory,
+        handover: control,
+    })
+}
+
+fn take(
+    listener: &UnixListener,
+    control: &mut Handover,
+    own_spec: Option<MachineSpec>,
+    backing: Backing,
+) -> Result<(MachineSpec, MachineState, Ram), MigrationError> {
+    let broken = MigrationError::connection;
+    let control = &mut control.0;
+    let limited = control.set_read_timeout(Some(PATIENCE));
+    limited.map_err(broken("limit the wait for the source"))?;
+    let hello = match receive(control).map_err(broken("be greeted by the source"))? {
+        Message::Hello(hello) => hello,
+        _ => return Err(MigrationError::Unexpected("a greeting")),
+    };
+    hello.check()?;
+    let spec = own_spec.unwrap_or_else(|| hello.spec.clone());
+    let memory = Arc::new(prepare(&hello, &spec, backing)?);
+    send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
+    let receivers = (0..hello.data_connections).map(|index| {
+        let stream = next(listener)?;
+        let memory = memory.clone();
+        let body =
+            move || pages::receive(&memory, &mut BufReader::with_capacity(BUFFER_BYTES, stream));
+        let thread = atoll_thread::spawn(Kind::Migration, &format!("receive-{index}"), body);
+        thread.map_err(broken("start a receiver's thread"))
+    });
+    let receivers: Vec<_> = receivers.collect::<Result<_, _>>()?;
+    let state = match receive(control).map_err(broken("receive the machine"))? {
+        Message::State(state) => *state,
+        Message::Failed { reason } => return Err(MigrationError::Other(reason)),
+        _ => return Err(MigrationError::Unexpected("the machine's state")),
+    };
+    for receiver in receivers {
+        let received = receiver.join().expect("a receiver does not panic");
+        received.map_err(broken("receive memory"))?;
+    }
+    let memory = Arc::try_unwrap(memory).expect("the receivers have ended");
+    Ok((spec, state, memory))
+}
+
+/// The next data connection.
+fn next(listener: &UnixListener) -> Result<UnixStream, MigrationError> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let broken = MigrationError::connection;
+    let patience = Timespec::try_from(CONNECT_PATIENCE).expect("a minute");
+    let mut event = [PollFd::new(listener, PollFlags::IN)];
+    match poll(&mut event, Some(&patience)) {
+        Ok(1..) => {}
+        _ => return Err(MigrationError::Unexpected("the data connections")),
+    }
+    let (stream, _) = listener
+        .accept()
+        .map_err(broken("take a data connection"))?;
+    Ok(stream)
+}
+
+/// What can be told before anything is sent: whether this host can have the machine. Its RAM, if so.
+fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, MigrationError> {
+    let refused = |error: &dyn std::error::Error| MigrationError::Refused(chain(error));
+    if !(1..=CONNECTIONS_MAX).contains(&hello.data_connections) {
+        return Err(MigrationError::Refused(format!(
+            "{} data connections, from 1 to {CONNECTIONS_MAX} are possible",
+            hello.data_connections
+        )));
+    }
+    let same = |what: &str, source: u64, own: u64| match source == own {
+        true => Ok(()),
+        false => Err(MigrationError::Refused(format!(
+            "the machine has {source} {what}, this side's spec {own}"
+        ))),
+    };
+    same("vCPUs", hello.spec.cpu_count.into(), spec.cpu_count.into())?;
+    same("MiB of memory", hello.spec.memory_mib, spec.memory_mib)?;
+    check::spec(spec).map_err(|error| refused(&error))?;
+    let kvm = Kvm::open().map_err(|error| refused(&error))?;
+    let supported = kvm.cpuid().map_err(|error| refused(&error))?;
+    let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    };
+    let wanted: Vec<_> = hello.cpuid.iter().map(entry).collect();
+    cpuid::check_host(&wanted, supported.as_slice()).map_err(|missing| {
+        MigrationError::Refused(format!("this host's CPU is not the guest's: {missing}"))
+    })?;
+    let bits = cpuid::address_bits(supported.as_slice());
+    let board = Board::of(spec.profile);
+    allocate(board, spec.memory_mib, bits, backing).map_err(|error| refused(&error))
+}
+
+/// An error with its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

@@ -1,0 +1,279 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Machines that move between two processes on the host's own KVM, on one disk, while the probe guest works; and
+//! what is left when a process is killed or the move is called off in the middle of it. Seeds are printed; another
+//! one comes from ATOLL_SEED, more of them from ATOLL_MIGRATION_SEEDS (`make soak`).
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests fail by panicking, and say what they skip"
+)]
+
+mod guest;
+
+use std::process::{Child, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, Request};
+use guest::{Guest, Place, eventually, kvm, shell};
+
+fn number(variable: &str, otherwise: u64) -> u64 {
+    let asked = std::env::var(variable).ok();
+    asked.map_or(otherwise, |text| text.parse().unwrap())
+}
+
+/// A process that waits for `source`'s machine, in a folder with the same disk.
+fn target_for(source: &Guest) -> Guest {
+    let place = Place::new();
+    std::fs::remove_file(place.path("disk")).unwrap();
+    std::fs::hard_link(source.path("disk"), place.path("disk")).unwrap();
+    let target = place.start(&["receive", "--socket", "in"]);
+    eventually("the target's socket", || {
+        target.path("in").exists().then_some(())
+    });
+    target
+}
+
+/// `ctl migrate`, not waited for.
+fn begin(source: &Guest, target: &Guest, connections: &str) -> Child {
+    let to = target.path("in");
+    source
+        .place
+        .command(&["ctl", "--api-socket", "api", "migrate", "--to"])
+        .arg(to)
+        .args(["--connections", connections])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_guest_at_work_moves_there_and_back() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("64", "2"));
+    let mut serial = guest.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    for round in 0..number("ATOLL_MIGRATION_ROUNDS", 4) {
+        let mut target = target_for(&guest);
+        let connections = ["1", "3"][usize::from(round % 2 == 1)];
+        let output = begin(&guest, &target, connections)
+            .wait_with_output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{said} {} {}",
+            guest.said(),
+            target.said()
+        );
+        let info: MigrationInfo = serde_json::from_slice(&output.stdout).unwrap();
+        println!(
+            "{} ms, stood still for {} us, {} bytes",
+            info.elapsed_ms, info.downtime_us, info.sent_bytes
+        );
+        assert_eq!(guest.ended().0.code(), Some(0));
+        serial = target.serial();
+        done = serial.load_beyond(done);
+        guest = target;
+    }
+    assert!(serial.end_load() >= done);
+    serial.wait_for("probe> ");
+    serial.type_line("report");
+    serial.wait_for("everything works");
+}
+
+/// xorshift64*: enough to choose a moment.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
+    }
+}
+
+/// Whether the machine's process is there and says that its guest runs.
+fn runs(guest: &Guest) -> bool {
+    let info = guest.client().with_timeout(Duration::from_secs(5)).info();
+    info.is_ok_and(|info| info.state == MachineState::Running)
+}
+
+/// Waits until the guest works on; false when its process ends instead.
+fn works(guest: &mut Guest) -> bool {
+    let deadline = Instant::now() + guest::PATIENCE;
+    while !runs(guest) {
+        if guest.process.try_wait().unwrap().is_some() {
+            return false;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "neither runs nor ends: {}",
+            guest.said()
+        );
+        sleep(Duration::from_millis(5));
+    }
+    let mut serial = guest.serial();
+    let done = serial.load_beyond(0);
+    serial.load_beyond(done);
+    true
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Disturbance {
+    KillSource,
+    KillTarget,
+    Cancel,
+}
+
+/// One migration that is disturbed at a random moment.
+fn disturbed(seed: u64) {
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let disturbance = [
+        Disturbance::KillSource,
+        Disturbance::KillTarget,
+        Disturbance::Cancel,
+    ][usize::try_from(random.below(3)).unwrap()];
+    let moment = Duration::from_micros(random.below(400_000));
+    println!("seed {seed}: {disturbance:?} after {moment:?}");
+    let mut source = Place::new().start(&shell("64", "1"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    serial.load_beyond(0);
+    let mut target = target_for(&source);
+    let mut asker = begin(&source, &target, "2");
+    sleep(moment);
+    match disturbance {
+        Disturbance::KillSource => {
+            source.process.kill().unwrap();
+            source.process.wait().unwrap();
+            asker.wait().unwrap();
+            // Without the source the target has the machine or ends.
+            let took_over = works(&mut target);
+            let failed = || target.said().contains("atoll-vmm: ");
+            assert!(took_over || failed(), "seed {seed}: {}", target.said());
+        }
+        Disturbance::KillTarget => {
+            target.process.kill().unwrap();
+            target.process.wait().unwrap();
+            let moved = asker.wait().unwrap().success();
+            // It was the target's and died with it, or it is the source's again.
+            assert_eq!(works(&mut source), !moved, "seed {seed}: {}", source.said());
+        }
+        Disturbance::Cancel => {
+            // Refused when it is too late, or too early.
+            let _ = source.ctl(&["cancel-migration"]);
+            let moved = asker.wait().unwrap().success();
+            assert_eq!(works(&mut target), moved, "seed {seed}: {}", target.said());
+            assert_eq!(works(&mut source), !moved, "seed {seed}: {}", source.said());
+        }
+    }
+}
+
+#[test]
+fn exactly_one_runs_whatever_happens() {
+    if !kvm() {
+        return;
+    }
+    let first = number("ATOLL_SEED", u64::from(std::process::id()));
+    for seed in first..first + number("ATOLL_MIGRATION_SEEDS", 6) {
+        disturbed(seed);
+    }
+}
+
+#[test]
+fn what_cannot_move_stays_with_the_reason() {
+    if !kvm() {
+        return;
+    }
+    let mut source = Place::new().start(&shell("64", "1"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    let mut refused = |change: &dyn Fn(&Place), arguments: &[&str], expected: &str| {
+        let place = Place::new();
+        change(&place);
+        let mut target = place.start(&[&["receive", "--socket", "in"], arguments].concat());
+        let socket = target.path("in");
+        eventually("the target's socket", || socket.exists().then_some(()));
+        let output = begin(&source, &target, "1").wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            said.contains("the machine stays: the other side: "),
+            "{said}"
+        );
+        assert!(said.contains(expected), "{said}");
+        assert_eq!(target.ended().0.code(), Some(1));
+        done = serial.load_beyond(done);
+        assert!(runs(&source));
+    };
+    refused(
+        &|place| std::fs::remove_file(place.path("disk")).unwrap(),
+        &[],
+        "disk disk: No such file or directory",
+    );
+    let other = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut spec = serde_json::json!({
+            "name": "vm", "cpu_count": 1, "memory_mib": 64,
+            "boot": {"kernel": "kernel", "cmdline": "stay write"},
+            "disks": [{"path": "disk", "format": "raw"}], "serial": {"socket": "serial"},
+        });
+        change(&mut spec);
+        move |place: &Place| std::fs::write(place.path("own"), spec.to_string()).unwrap()
+    };
+    refused(
+        &other(&|spec| spec["cpu_count"] = 2.into()),
+        &["--spec", "own"],
+        "the machine has 1 vCPUs, this side's spec 2",
+    );
+    // Told only when everything has come: the devices are built last.
+    refused(
+        &other(&|spec| spec["disks"] = serde_json::json!([])),
+        &["--spec", "own"],
+        "the state has the devices",
+    );
+    refused(
+        &|place| {
+            let disk = std::fs::File::create(place.path("disk")).unwrap();
+            disk.set_len(2 << 20).unwrap();
+        },
+        &[],
+        "the disk's size in bytes was 1048576 and is now 2097152",
+    );
+}
+
+#[test]
+fn who_cannot_move_is_told_why() {
+    if !kvm() {
+        return;
+    }
+    let mut source = Place::new().start(&shell("64", "1"));
+    source.serial().wait_for("probe> ");
+    let nobody = source.ctl(&["migrate", "--to", "nobody"]).unwrap_err();
+    assert!(nobody.contains("connect to nobody"), "{nobody}");
+    source.client().act(Request::Pause).unwrap();
+    let target = target_for(&source);
+    let to = target.path("in").display().to_string();
+    let paused = source.ctl(&["migrate", "--to", &to]).unwrap_err();
+    assert!(paused.contains("the machine does not run"), "{paused}");
+    let body = Migrate {
+        to,
+        connections: None,
+        downtime_limit_ms: None,
+        relayed: None,
+    };
+    source.client().act(Request::Resume).unwrap();
+    let client = source.client();
+    let none = client.ask_with::<MigrationInfo>(Request::Migrate, &body);
+    assert!(
+        none.unwrap_err()
+            .to_string()
+            .contains("the control connection")
+    );
+}
