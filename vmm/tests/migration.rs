@@ -196,6 +196,8 @@ fn what_cannot_move_stays_with_the_reason() {
     let mut serial = source.serial();
     serial.start_load("");
     let mut done = serial.load_beyond(0);
+    source.ctl(&["snapshot", "--to", "snapshot"]).unwrap();
+    let spec = std::fs::read(source.path("snapshot/spec.json")).unwrap();
     let mut refused = |change: &dyn Fn(&Place), arguments: &[&str], expected: &str| {
         let place = Place::new();
         change(&place);
@@ -219,11 +221,7 @@ fn what_cannot_move_stays_with_the_reason() {
         "disk disk: No such file or directory",
     );
     let other = |change: &dyn Fn(&mut serde_json::Value)| {
-        let mut spec = serde_json::json!({
-            "name": "vm", "cpu_count": 1, "memory_mib": 64,
-            "boot": {"kernel": "kernel", "cmdline": "stay write"},
-            "disks": [{"path": "disk", "format": "raw"}], "serial": {"socket": "serial"},
-        });
+        let mut spec: serde_json::Value = serde_json::from_slice(&spec).unwrap();
         change(&mut spec);
         move |place: &Place| std::fs::write(place.path("own"), spec.to_string()).unwrap()
     };
