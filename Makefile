@@ -52,11 +52,11 @@ test: ## every test; the table goes to target/test/summary.tsv
 	@$(MAKE) --no-print-directory $(WEB)
 	@run/test.sh
 
-soak: ## the slow forms: 1 GiB through a guest's disk in the lab, ten minutes a fuzz target, whole suites
+soak: ## the slow forms: 20 boots with 4 vCPUs in the lab, ten minutes a fuzz target, whole suites
 	@run/deps.sh build run test
 	cargo build --workspace --bins --locked
 	ATOLL_FUZZ_SECONDS=600 cargo nextest run --locked --profile soak -p atoll-devices -p atoll-vmm -E 'test(fuzz) + binary(fuzz)'
-	ATOLL_LAB_DATA_MIB=1024 cargo nextest run --locked --profile soak -p atoll-tests --test lab
+	ATOLL_LAB_BOOTS=20 cargo nextest run --locked --profile soak -p atoll-tests --test lab
 	ATOLL_JUDGES=whole cargo nextest run --locked --profile soak -p atoll-container-rt --test judges
 
 bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv

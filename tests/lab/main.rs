@@ -4,6 +4,10 @@
 //! Each test resumes hosts of its own from the template and ends them; they run one at a time, since each host
 //! wants both of the machine's cores.
 
+#![allow(
+    clippy::print_stdout,
+    reason = "counted mishaps of the emulation, kept with the test's output"
+)]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod node;
