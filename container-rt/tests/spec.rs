@@ -10,7 +10,7 @@
 
 mod scene;
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use scene::{Scene, can_run};
 use serde_json::{Value, json};
@@ -264,7 +264,8 @@ fn peer(scene: &Scene, program: &str) -> String {
         .args([program, "--root"])
         .arg(scene.path(program))
         .args(["run", &scene.id]);
-    match command.output() {
+    // runc gives the container's user what it has as its input; the host's /dev/null must not be that.
+    match command.stdin(Stdio::piped()).output() {
         Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout)
             .trim_end()
             .to_owned(),

@@ -253,6 +253,8 @@ def judged(suite, file, name, runtime, work, logs):
     environment |= {key: str(value) for key, value in suite.environment(runtime, scratch).items()}
     # crun 1.8 refuses a host that has cgroup v1 and v2 both.
     setup = "umount /sys/fs/cgroup/unified 2>/dev/null;" if name == "crun" else ""
+    # runc 1.1 gives its containers' users whatever their input is, also the host's /dev/null.
+    setup += f"mknod -m 666 {scratch}/null c 1 3 && mount --bind {scratch}/null /dev/null;"
     # One case wants process ids of five digits.
     inner = f'mount --make-rprivate /; {setup} cd {scratch}; echo 20000 > /proc/sys/kernel/ns_last_pid; exec "$@"'
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", inner, "sh"]
