@@ -9,10 +9,12 @@
 //! acpi          RSDP, XSDT, FADT, FACS, MADT, MCFG, DSDT
 //! boot          memory map, Linux zero page, PVH start_info, place of the initrd
 //! paging        GDT and identity map for an entry in long mode
+//! smbios        what the guest reads about its board
 //! table_loader  the ACPI tables as firmware fetches and places them
 //! ```
 
 pub mod acpi;
 pub mod boot;
 pub mod paging;
+pub mod smbios;
 pub mod table_loader;

@@ -73,6 +73,10 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         }
         BootSpec::Firmware(boot) => firmware(boot)?,
     }
+    spec.identity
+        .uuid
+        .as_deref()
+        .map_or(Ok(()), |text| uuid(text).map(drop))?;
     spec.disks.iter().try_for_each(disk)?;
     spec.nets.iter().try_for_each(net)
 }
@@ -209,6 +213,21 @@ fn net(net: &NetSpec) -> Result<(), SpecError> {
         .map_or(Ok(()), |text| mac(text).map(drop))
 }
 
+/// Parses a UUID as text: 32 hexadecimal digits, with or without hyphens between its five groups.
+pub fn uuid(text: &str) -> Result<[u8; 16], SpecError> {
+    let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
+    let parsed: Option<Vec<u8>> = digits
+        .chunks(2)
+        .map(|pair| {
+            let hexadecimal = pair.len() == 2 && pair.iter().all(u8::is_ascii_hexdigit);
+            let text = std::str::from_utf8(pair).ok().filter(|_| hexadecimal)?;
+            u8::from_str_radix(text, 16).ok()
+        })
+        .collect();
+    let bytes = parsed.and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
+    bytes.ok_or_else(|| SpecError(format!("UUID {text:?}: expected 32 hexadecimal digits")))
+}
+
 /// Parses `aa:bb:cc:dd:ee:ff`, the address of one card.
 pub fn mac(text: &str) -> Result<[u8; 6], SpecError> {
     let octets: Vec<Option<u8>> = text
@@ -341,6 +360,20 @@ mod tests {
             },
             "firmware needs the board pc: leave out --profile, or say pc",
         );
+    }
+
+    #[test]
+    fn uuids_are_sixteen_bytes() {
+        let bytes = uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap();
+        assert_eq!((bytes[1], bytes[15]), (0x11, 0xff));
+        for text in [
+            "",
+            "0011",
+            "00112233-4455-6677-8899-aabbccddeefg",
+            "é0112233445566778899aabbccddeef",
+        ] {
+            assert!(uuid(text).is_err(), "{text}");
+        }
     }
 
     #[test]

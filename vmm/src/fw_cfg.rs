@@ -4,9 +4,10 @@
 //! Pure: numbers in, items out.
 
 use atoll_devices::platform::FwCfgItems;
-use atoll_devices::platform::fw_cfg::{BOOT_MENU, CPU_COUNT, CPU_COUNT_MAX};
+use atoll_devices::platform::fw_cfg::{BOOT_MENU, CPU_COUNT, CPU_COUNT_MAX, UUID};
 use atoll_firmware::acpi::Platform;
 use atoll_firmware::boot::{self, MemoryKind, MemoryRange};
+use atoll_firmware::smbios;
 use atoll_firmware::table_loader::{self, RSDP_FILE, SCRIPT_FILE, TABLES_FILE};
 
 /// Sleep states, a byte each, of which S3 and S4 can be switched off: the machine has neither (QEMU
@@ -49,6 +50,7 @@ impl BootEntry {
 pub fn items(
     platform: &Platform,
     ram: &[(u64, u64)],
+    identity: &smbios::Identity,
     mut boot_order: Vec<BootEntry>,
     menu_ms: Option<u16>,
 ) -> FwCfgItems {
@@ -70,6 +72,10 @@ pub fn items(
     items.add(RSDP_FILE, files.rsdp);
     items.add(TABLES_FILE, files.tables);
     items.add(SCRIPT_FILE, files.script);
+    let tables = smbios::tables(identity, env!("CARGO_PKG_VERSION"), platform.cpu_count, ram);
+    items.add(smbios::ANCHOR_FILE, smbios::anchor(&tables, 0));
+    items.add(smbios::TABLES_FILE, tables);
+    items.set(UUID, identity.uuid);
     boot_order.sort_unstable();
     if !boot_order.is_empty() {
         let paths: Vec<String> = boot_order.into_iter().map(BootEntry::path).collect();
@@ -97,7 +103,13 @@ mod tests {
             entry(1, 3, BootKind::Net),
             entry(2, 4, BootKind::Disk),
         ];
-        let items = items(&platform, &PC.ram(3 << 30), order, Some(500));
+        let items = items(
+            &platform,
+            &PC.ram(3 << 30),
+            &smbios::Identity::default(),
+            order,
+            Some(500),
+        );
         let file = |name: &str| items.file(name).unwrap_or_default().to_vec();
         assert_eq!(
             String::from_utf8(file("bootorder")).unwrap(),

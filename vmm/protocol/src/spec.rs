@@ -25,6 +25,9 @@ pub struct MachineSpec {
     pub profile: Profile,
     /// How the first instruction is reached.
     pub boot: BootSpec,
+    /// What the guest reads about its board (SMBIOS); told by firmware only.
+    #[serde(default)]
+    pub identity: IdentitySpec,
     /// Disks in the order of their PCI slots.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
@@ -58,6 +61,7 @@ impl MachineSpec {
                 BootSpec::Firmware(_) => Profile::Pc,
             },
             boot,
+            identity: IdentitySpec::default(),
             disks: Vec::new(),
             nets: Vec::new(),
             serial: ConsoleSpec::default(),
@@ -100,6 +104,28 @@ pub enum Profile {
     Micro,
     /// A PC with a Q35's identity: what UEFI firmware, boot loaders and installers expect.
     Pc,
+}
+
+/// Texts of the SMBIOS system structure (DSP0134 §7.2); our own where absent.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IdentitySpec {
+    /// UUID of the machine, as text; none when absent.
+    pub uuid: Option<String>,
+    /// Manufacturer.
+    pub manufacturer: Option<String>,
+    /// Product name.
+    pub product: Option<String>,
+    /// Version.
+    pub version: Option<String>,
+    /// Serial number.
+    pub serial: Option<String>,
+    /// Stock keeping unit.
+    pub sku: Option<String>,
+    /// Family.
+    pub family: Option<String>,
+    /// Texts for the guest's software (type 11).
+    pub options: Vec<String>,
 }
 
 /// How the first instruction is reached.

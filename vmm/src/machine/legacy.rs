@@ -8,14 +8,15 @@ use atoll_devices::platform::q35::{LPC_SLOT, LpcBridge};
 use atoll_devices::platform::{AcpiPm, DebugPort, Flash, FwCfg, KeyboardReset, Rtc, SystemControl};
 use atoll_devices::state::{DeviceState, Saved, SavedState, StateError};
 use atoll_firmware::acpi::{self, AcpiDevice};
-use atoll_vmm_protocol::spec::BootSpec;
+use atoll_firmware::smbios;
+use atoll_vmm_protocol::spec::{BootSpec, IdentitySpec};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::assembly::{Assembly, BuildError};
 use crate::flash::{FirmwareFiles, FlashSlot};
 use crate::kvm::VirtualMachine;
 use crate::saved::Raw;
-use crate::{fw_cfg, layout};
+use crate::{check, fw_cfg, layout};
 use kvm_bindings::kvm_pit_state2;
 use serde::{Deserialize, Serialize};
 
@@ -98,6 +99,21 @@ impl Legacy {
     }
 }
 
+/// What SMBIOS tells, from a spec that was checked.
+fn identity(spec: &IdentitySpec) -> smbios::Identity {
+    let uuid = spec.uuid.as_deref().and_then(|text| check::uuid(text).ok());
+    smbios::Identity {
+        uuid: uuid.unwrap_or_default(),
+        manufacturer: spec.manufacturer.clone(),
+        product: spec.product.clone(),
+        version: spec.version.clone(),
+        serial: spec.serial.clone(),
+        sku: spec.sku.clone(),
+        family: spec.family.clone(),
+        options: spec.options.clone(),
+    }
+}
+
 /// KVM's interval timer, as far as its state is concerned.
 struct IntervalTimer(VirtualMachine);
 
@@ -152,7 +168,8 @@ fn firmware(
     };
     let ram = assembly.board.ram(assembly.memory_bytes());
     let boot_order = std::mem::take(&mut assembly.boot_order);
-    let items = fw_cfg::items(&assembly.platform(), &ram, boot_order, menu_ms);
+    let identity = identity(&assembly.spec.identity);
+    let items = fw_cfg::items(&assembly.platform(), &ram, &identity, boot_order, menu_ms);
     let fw_cfg = Arc::new(FwCfg::new(items, assembly.memory.clone()));
     assembly.port("fw_cfg", FwCfg::PORT, FwCfg::SIZE, fw_cfg.clone());
     Ok(Firmware {

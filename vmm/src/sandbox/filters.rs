@@ -182,6 +182,8 @@ const fn nr(kind: u32, number: u32) -> u32 {
 
 /// The guest's exits, and what its writes to the PCI bus move: doorbells, interrupt routes, tap offloads.
 const VCPU: &[Call] = &[
+    // Firmware's variables: a byte of flash is in its file before the guest is told so.
+    call(libc::SYS_pwrite64),
     ioctl(&[
         nr(KVM, 0x80),          // KVM_RUN: first, since it is asked for with every exit.
         nr(KVM, 0x79),          // KVM_IOEVENTFD
