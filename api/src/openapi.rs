@@ -126,6 +126,10 @@ fn kind(kind: &Kind) -> Value {
             schema["maximum"] = json!(max);
         }
         Kind::Text { length_max } => schema["maxLength"] = json!(length_max),
+        Kind::List { length_max } => {
+            schema["type"] = json!("array");
+            schema["items"] = json!({ "type": "string", "maxLength": length_max });
+        }
         Kind::Format(format) | Kind::NumberFormat(format) => {
             schema["format"] = json!(format.name);
         }

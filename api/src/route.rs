@@ -263,6 +263,11 @@ fn insert(
         return Ok(());
     };
     match param.kind {
+        Kind::List { .. } => {
+            present.push('\0');
+            present.push_str(&value);
+            Ok(())
+        }
         Kind::Format(format) if format.name.ends_with("-list") => {
             present.push(',');
             present.push_str(&value);
@@ -311,6 +316,12 @@ impl Values {
     /// The items of a list, split as PVE does: at commas, semicolons, white space and NUL.
     pub fn list(&self, name: &str) -> Vec<String> {
         let items = split_list(self.text(name).unwrap_or_default());
+        items.map(str::to_owned).collect()
+    }
+
+    /// The texts of a parameter that has several, as they were given.
+    pub fn items(&self, name: &str) -> Vec<String> {
+        let items = self.text(name).unwrap_or_default().split('\0');
         items.map(str::to_owned).collect()
     }
 

@@ -349,6 +349,7 @@ mod tests {
             ("{tokenid}", "t"),
             ("{groupid}", "staff"),
             ("{roleid}", "Custom"),
+            ("{snapname}", "before"),
         ];
         let fill = |path: String, (name, value): (&str, &str)| path.replace(name, value);
         values.into_iter().fold(route.path.to_owned(), fill)

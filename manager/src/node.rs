@@ -80,6 +80,7 @@ impl Node {
             store: store.clone(),
             storage: storage.clone(),
             locks: Locks::default(),
+            agents: Locks::default(),
         };
         let guests = Guests::new(Arc::new(site), tasks.clone(), cluster.clone());
         Ok(Self {

@@ -410,6 +410,19 @@ fn authorize_storages(caller: &Caller, values: &BTreeMap<String, String>) -> Res
     Ok(())
 }
 
+/// Whether the caller may put copies of a guest's disks on `storage`, or beside the disks.
+pub fn authorize_clone(
+    caller: &Caller,
+    source: &Stored,
+    storage: Option<&str>,
+) -> Result<(), Error> {
+    let Some(storage) = storage else {
+        return authorize_storages(caller, &source.config.current.values);
+    };
+    let disk = ("rootfs".to_owned(), format!("{storage}:1"));
+    authorize_storages(caller, &BTreeMap::from([disk]))
+}
+
 async fn create(call: Call) -> Result<Answer, Refusal> {
     let (kind, id) = (kind(&call), id(&call));
     let values = call

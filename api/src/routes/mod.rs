@@ -3,6 +3,7 @@
 //! checks all of it before the handler below the table runs.
 
 mod access;
+mod agent;
 mod atoll;
 mod cluster;
 mod guest_actions;
@@ -11,6 +12,7 @@ mod nodes;
 pub mod parameters;
 mod resources;
 mod series;
+mod snapshots;
 mod storage;
 mod tasks;
 mod terminals;
@@ -28,6 +30,8 @@ use crate::route::Route;
 /// Every table.
 pub const TABLES: &[&[Route]] = &[
     access::ROUTES,
+    agent::PLAIN,
+    agent::ROUTES,
     atoll::ROUTES,
     cluster::ROUTES,
     guest_actions::CONTAINERS,
@@ -40,6 +44,8 @@ pub const TABLES: &[&[Route]] = &[
     nodes::ROUTES,
     resources::ROUTES,
     series::ROUTES,
+    snapshots::CONTAINERS,
+    snapshots::VMS,
     storage::ROUTES,
     tasks::ROUTES,
     terminals::CONTAINERS,

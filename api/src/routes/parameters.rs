@@ -41,6 +41,7 @@ pub const IN_PATH: &[Param] = &[
         "Name of the group.",
     )
     .required(),
+    SNAPSHOT,
     Param::new("roleid", Kind::Format(format::ROLE_ID), "Name of the role.").required(),
 ];
 
@@ -49,6 +50,14 @@ pub const VMID: Param = Param::new(
     "vmid",
     Kind::NumberFormat(format::VMID),
     "Number of the guest.",
+)
+.required();
+
+/// Name of a snapshot.
+pub const SNAPSHOT: Param = Param::new(
+    "snapname",
+    Kind::Format(format::SNAPSHOT_NAME),
+    "Name of the snapshot.",
 )
 .required();
 

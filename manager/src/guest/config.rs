@@ -21,7 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aws_lc_rs::digest;
 
-use super::keys::{self, Apply};
+use super::{crypt, keys};
 use crate::error::{Error, MISMATCH, MODIFIED};
 use crate::id::GuestKind;
 use crate::schema::Properties;
@@ -277,7 +277,8 @@ impl GuestConfig {
             return;
         }
         let row = keys::find(self.kind, key);
-        if running && row.is_none_or(|row| row.apply == Apply::Restart) {
+        let is_live = |row: &keys::Key| row.is_live(former.as_deref(), value.map(String::as_str));
+        if running && !row.is_some_and(is_live) {
             match value {
                 Some(value) => drop(self.pending.values.insert(key.to_owned(), value.clone())),
                 None => drop(self.pending.delete.insert(key.to_owned())),
@@ -337,6 +338,10 @@ impl ConfigUpdate {
             (key, value)
         };
         let mut set: BTreeMap<_, _> = set.into_iter().map(|(k, v)| normal(k, v)).collect();
+        if let Some(password) = set.remove("cipassword") {
+            let hash = kept_password(password)?;
+            set.insert("cipassword".to_owned(), hash);
+        }
         if let Some(text) = set.remove("description") {
             set.insert("description".to_owned(), with_line_feed(text));
         }
@@ -347,6 +352,14 @@ impl ConfigUpdate {
             digest,
         })
     }
+}
+
+/// A password as configs keep it: hashed, unless it was already.
+fn kept_password(password: String) -> Result<String, Error> {
+    if password.starts_with('$') {
+        return Ok(password);
+    }
+    crypt::hash(&password).map_err(|e| Error::failed("hash the password", e))
 }
 
 impl Pending {

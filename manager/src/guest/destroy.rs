@@ -73,7 +73,10 @@ async fn free(destroy: &mut Destroy, task: &TaskContext) -> Result<(), Error> {
         return Ok(());
     };
     let pending = config.pending.values.iter();
-    for (key, value) in config.current.values.iter().chain(pending) {
+    // A disk that was taken out since is only named by snapshots.
+    let snapshots = config.sections.values().flat_map(|section| &section.values);
+    let all = config.current.values.iter().chain(pending).chain(snapshots);
+    for (key, value) in all {
         if !disks::holds_volume(destroy.seat.kind, key) {
             continue;
         }

@@ -1,11 +1,14 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Disks in configs: what a user may write for one (`local:8`), and what is stored (`local:100/vm-100-disk-0.raw,size=8G`).
 
+use std::collections::BTreeMap;
+
 use crate::error::Error;
 use crate::guest::site::Seat;
+use crate::guest::vm::cloud_init;
 use crate::id::GuestKind;
 use crate::storage::Storages;
-use crate::storage::name::{Content, StorageName, VolumeId};
+use crate::storage::name::{Content, StorageName, VolumeId, VolumeName};
 
 /// Bytes of a GiB, the unit of sizes without a unit in `STORAGE:SIZE`.
 const GIB: u64 = 1 << 30;
@@ -26,6 +29,8 @@ pub enum Wanted {
         /// How large.
         size_bytes: u64,
     },
+    /// A cloud-init drive: `local:cloudinit`.
+    CloudInit(StorageName),
     /// One that is there: `local:100/vm-100-disk-0.raw`.
     Existing(VolumeId),
     /// An empty CD drive: `none`.
@@ -79,6 +84,10 @@ pub fn wanted(key: &str, value: &str) -> Result<Wanted, Error> {
             storage,
             size_bytes,
         });
+    }
+    if let Some((storage, cloud_init::NAME)) = volume.split_once(':') {
+        let storage = storage.parse().map_err(|e| wrong(format!("{e}")))?;
+        return Ok(Wanted::CloudInit(storage));
     }
     let volume: VolumeId = volume.parse().map_err(|e| wrong(format!("{e}")))?;
     Ok(Wanted::Existing(volume))
@@ -184,11 +193,38 @@ pub async fn provide(
             let volume = VolumeId { storage, name };
             Ok((with_volume(value, &volume, size_bytes), Some(volume)))
         }
+        Wanted::CloudInit(storage) => {
+            let volume = cloud_init_drive(seat, storage).await?;
+            let stored = with_volume(value, &volume, cloud_init::SIZE_BYTES);
+            Ok((stored, Some(volume)))
+        }
         Wanted::Existing(volume) => {
             let size_bytes = storages.size_bytes(&volume).await?;
             Ok((with_volume(value, &volume, size_bytes), None))
         }
     }
+}
+
+/// Makes a guest's cloud-init drive; what it holds is written at each start.
+pub async fn cloud_init_drive(seat: &Seat, storage: StorageName) -> Result<VolumeId, Error> {
+    let name =
+        VolumeName::image(seat.id, cloud_init::NAME).map_err(|e| Error::refused(format!("{e}")))?;
+    seat.site
+        .storage
+        .open_for(&storage, Content::Images)?
+        .allocate_as(&name, cloud_init::SIZE_BYTES)
+        .await?;
+    Ok(VolumeId { storage, name })
+}
+
+/// The volumes of a guest's own among these keys: its disks, without those that are taken out, images and empty drives.
+pub fn own_volumes(seat: &Seat, values: &BTreeMap<String, String>) -> Vec<(String, VolumeId)> {
+    let own = values.iter().filter_map(|(key, value)| {
+        let volume: VolumeId = volume_of(value).parse().ok()?;
+        let is_own = is_disk(seat.kind, key) && volume.name.owner() == Some(seat.id);
+        is_own.then(|| (key.clone(), volume))
+    });
+    own.collect()
 }
 
 /// Removes a volume if it is this guest's own.

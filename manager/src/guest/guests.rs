@@ -9,16 +9,20 @@ use atoll_vmm_protocol::api::Request;
 
 use crate::cluster::{Cluster, GuestSummary, Inventory};
 use crate::error::Error;
+use crate::guest::clone::{self, Cloning, Wish};
 use crate::guest::config::{Applied, ConfigUpdate};
 use crate::guest::create::{Draft, Params};
 use crate::guest::destroy::{self, Destroy};
 use crate::guest::lock::Guard;
 use crate::guest::resize::{self, Resize};
 use crate::guest::site::{Seat, Site};
+use crate::guest::snapshot::roll_back::RollBack;
+use crate::guest::snapshot::take::Take;
 use crate::guest::status::{self, CpuMeter, RunningCache, RunningGuests, Status};
 use crate::guest::vm::Vm;
 use crate::guest::{
-    Ask, Guest, Phase, container, guest, shutdown, start, stop, stored, update, vm,
+    Ask, Guest, Phase, container, guest, shutdown, snapshot, start, stop, stored, template, update,
+    view, vm,
 };
 use crate::id::{GuestId, GuestKind};
 use crate::network::interfaces::{self, Inner};
@@ -240,10 +244,14 @@ impl Guests {
         self.tasks.spawn(new, async move |task: TaskContext| {
             let applied = update::update(&seat, update).await?;
             for (key, _, value) in &applied.now {
+                let value = value.as_ref().map(|value| match key.as_str() {
+                    view::SECRET => view::HIDDEN,
+                    _ => value.as_str(),
+                });
                 task.log(&format!(
                     "update {}: {key}: {}",
                     seat.title(),
-                    value.as_deref().unwrap_or("(removed)")
+                    value.unwrap_or("(removed)")
                 ));
             }
             for key in &applied.pending {
@@ -267,6 +275,116 @@ impl Guests {
         let resize = Resize::new(seat, disk.to_owned(), size.to_owned());
         self.tasks
             .spawn_steps(NewTask::new("resize", id, user), resize::STEPS, resize)
+    }
+
+    /// Takes a snapshot: task `qmsnapshot` or `vzsnapshot`.
+    pub fn snapshot(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        name: &str,
+        description: &str,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        snapshot::check_name(name)?;
+        if seat.config()?.sections.contains_key(name) {
+            return Err(Error::refused(format!(
+                "snapshot name '{name}' already used"
+            )));
+        }
+        let new = NewTask::new(word(kind, "qmsnapshot", "vzsnapshot"), id, user);
+        let take = Take::new(seat, name.to_owned(), description.to_owned());
+        self.tasks.spawn_steps(new, snapshot::take::STEPS, take)
+    }
+
+    /// Takes a guest back to a snapshot, and starts it then if `starts`: task `qmrollback` or `vzrollback`.
+    pub fn roll_back(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        name: &str,
+        starts: bool,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        snapshot::find(&seat.config()?, name)?;
+        let new = NewTask::new(word(kind, "qmrollback", "vzrollback"), id, user);
+        let mut back = RollBack::new(seat.clone(), name.to_owned());
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            run_steps(snapshot::roll_back::STEPS, &mut back, &task).await?;
+            // The lock is free again before the start asks for it.
+            drop(back);
+            match starts {
+                true => start(&seat, &task).await,
+                false => Ok(()),
+            }
+        })
+    }
+
+    /// Removes a snapshot: task `qmdelsnapshot` or `vzdelsnapshot`.
+    pub fn delete_snapshot(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        name: &str,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        snapshot::find(&seat.config()?, name)?;
+        let new = NewTask::new(word(kind, "qmdelsnapshot", "vzdelsnapshot"), id, user);
+        let delete = snapshot::delete::Delete::new(seat, name.to_owned());
+        self.tasks.spawn_steps(new, snapshot::delete::STEPS, delete)
+    }
+
+    /// Changes the notes of a snapshot.
+    pub async fn describe_snapshot(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        name: &str,
+        description: &str,
+    ) -> Result<(), Error> {
+        snapshot::describe(&self.site.seat(kind, id), name, description).await
+    }
+
+    /// Makes a guest of its own from another one: task `qmclone` or `vzclone`.
+    pub fn clone_guest(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        new_id: GuestId,
+        wish: Wish,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let source = self.site.seat(kind, id);
+        let config = source.config()?;
+        if let Some(name) = &wish.snapshot {
+            snapshot::find(&config, name)?;
+        }
+        if stored::find(self.site.store.as_ref(), new_id)?.is_some() {
+            return Err(Error::refused(format!(
+                "unable to create {} {new_id}: config file already exists",
+                kind.title()
+            )));
+        }
+        let clone = Cloning::new(source, self.site.seat(kind, new_id), wish)?;
+        let new = NewTask::new(word(kind, "qmclone", "vzclone"), id, user);
+        self.tasks.spawn_steps(new, clone::STEPS, clone)
+    }
+
+    /// Makes a guest a template: task `qmtemplate` or `vztemplate`.
+    pub fn make_template(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?;
+        let new = NewTask::new(word(kind, "qmtemplate", "vztemplate"), id, user);
+        self.tasks
+            .spawn(new, async move |_| template::convert(&seat).await)
     }
 
     /// Shuts down every guest of this node, by force those that do not obey: task `stopall`.

@@ -9,23 +9,29 @@
 //!
 //! The API calls [`Guests`]; nothing outside of this module knows how a guest is run.
 
+pub mod agent;
 pub mod cgroup;
+pub mod clone;
 pub mod config;
 pub mod container;
 pub mod create;
+pub mod crypt;
 pub mod destroy;
 pub mod disks;
 pub mod guests;
 pub mod hardware;
+pub mod hold;
 pub mod keys;
 pub mod lock;
 pub mod resize;
 pub mod site;
+pub mod snapshot;
 pub mod start;
 pub mod status;
 pub mod stop;
 pub mod stored;
 pub mod tables;
+pub mod template;
 pub mod update;
 pub mod view;
 pub mod vm;
@@ -124,6 +130,11 @@ pub trait Guest: Send + Sync {
 
     /// Lets a guest whose CPUs are held go on.
     async fn resume(&self) -> Result<(), Error>;
+
+    /// Writes what the host keeps of its disks in memory, once its CPUs are held: copies of them are whole then.
+    async fn settle(&self) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Asks it to power off, and does not wait for that.
     async fn power_off(&self, task: &TaskContext) -> Result<(), Error>;

@@ -8,7 +8,8 @@ use crate::error::Error;
 use crate::exec::Program;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::{Phase, disks, guest};
+use crate::guest::vm::{self, Vm};
+use crate::guest::{Guest, Phase, disks, guest};
 use crate::id::GuestKind;
 use crate::step;
 use crate::storage::name::VolumeId;
@@ -61,10 +62,14 @@ async fn grow_volume(resize: &mut Resize, task: &TaskContext) -> Result<(), Erro
     let storage = &resize.seat.site.storage;
     let size_now = storage.size_bytes(&volume).await?;
     let size_bytes = disks::resized(&resize.size, size_now)?;
-    storage
-        .open(&volume.storage)?
-        .resize(&volume.name, size_bytes)
-        .await?;
+    let vm = Vm::new(resize.seat.clone());
+    if resize.seat.kind == GuestKind::Vm && vm.process().is_some() {
+        // The machine grows its image itself, so that its guest is told.
+        vm::live::resize(&vm, &volume, size_bytes).await?;
+    } else {
+        let storage = storage.open(&volume.storage)?;
+        storage.resize(&volume.name, size_bytes).await?;
+    }
     task.log(&format!(
         "{volume}: {} -> {}",
         disks::print_size(size_now),
@@ -80,9 +85,6 @@ async fn grow_file_system(resize: &mut Resize, task: &TaskContext) -> Result<(),
     };
     let running = matches!(guest(&resize.seat).phase(), Phase::Running { .. });
     if resize.seat.kind == GuestKind::Vm {
-        if running {
-            task.log("the guest sees the new size after its next start");
-        }
         return Ok(());
     }
     let image = resize.seat.site.storage.path(volume).await?;

@@ -28,6 +28,8 @@ pub struct Site {
     pub storage: Storages,
     /// Who works on which guest.
     pub locks: Locks,
+    /// Who talks to which guest's agent.
+    pub agents: Locks,
 }
 
 /// One guest on a site: what the steps of most tables work on.

@@ -2,7 +2,7 @@
 //! Every step table of guests, and what holds when one of its steps fails. `tests/faults.rs` fails each step of each
 //! table in this list, before and after its work; a table that is not in it is not tested.
 
-use super::{container, destroy, resize, stop, vm};
+use super::{clone, container, destroy, resize, snapshot, stop, vm};
 use crate::task::TaskStep;
 
 /// What is true after a failed step.
@@ -38,6 +38,14 @@ pub const TABLES: &[Table] = &[
     Table::new("stop", Promise::Repeatable, || names(stop::STOP)),
     Table::new("shutdown", Promise::Repeatable, || names(stop::SHUTDOWN)),
     Table::new("resize", Promise::Repeatable, || names(resize::STEPS)),
+    Table::new("snapshot", Promise::Undone, || names(snapshot::take::STEPS)),
+    Table::new("rollback", Promise::Repeatable, || {
+        names(snapshot::roll_back::STEPS)
+    }),
+    Table::new("delsnapshot", Promise::Repeatable, || {
+        names(snapshot::delete::STEPS)
+    }),
+    Table::new("clone", Promise::Undone, || names(clone::STEPS)),
     Table::new("destroy", Promise::Repeatable, || names(destroy::STEPS)),
 ];
 

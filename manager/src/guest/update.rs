@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::guest::config::{Applied, ConfigUpdate, GuestConfig};
 use crate::guest::container::{Container, format};
 use crate::guest::site::Seat;
+use crate::guest::vm::{self, Vm};
 use crate::guest::{Phase, disks, guest, hardware};
 use crate::id::GuestKind;
 use crate::storage::name::VolumeId;
@@ -20,6 +21,7 @@ pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Er
     let _guard = seat.lock().await?;
     let mut stored = seat.unlocked()?;
     stored.config.check_digest(update.digest.as_deref())?;
+    refuse_kept_volumes(&stored.config, &update)?;
     let mut new = Vec::new();
     let result = async {
         provide(seat, &stored.config, &mut update, &mut new).await?;
@@ -33,6 +35,10 @@ pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Er
             .any(|(key, _, _)| LIMITS.contains(&key.as_str()));
         if running && limits && seat.kind == GuestKind::Container {
             Container::new(seat.clone()).limit(&stored.config).await?;
+        }
+        if running && seat.kind == GuestKind::Vm {
+            let vm = Vm::new(seat.clone());
+            vm::live::apply(&vm, &stored.config, &applied.now).await?;
         }
         stored.save(&seat.site.store).await?;
         Ok((applied, freed))
@@ -51,6 +57,20 @@ pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Er
             Err(error)
         }
     }
+}
+
+/// Refuses to free a volume that a snapshot has.
+fn refuse_kept_volumes(config: &GuestConfig, update: &ConfigUpdate) -> Result<(), Error> {
+    for key in update.delete.iter().filter(|key| key.starts_with("unused")) {
+        let volume = config.get(key).unwrap_or_default();
+        let mut kept = config.sections.values().flat_map(|s| s.values.values());
+        if kept.any(|value| disks::volume_of(value) == volume) {
+            return Err(Error::refused(format!(
+                "unable to delete '{volume}' - volume is still in use (snapshot?)"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Makes the disks that the update asks for, and gives its cards addresses.

@@ -13,6 +13,11 @@ use super::keys;
 use crate::id::GuestKind;
 use crate::schema::{Kind, parse_boolean};
 
+/// The key that is a secret, a password's hash, and what is shown of it.
+pub const SECRET: &str = "cipassword";
+/// See [`SECRET`]. PVE's text.
+pub const HIDDEN: &str = "**********";
+
 /// Which values to show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum View {
@@ -61,6 +66,9 @@ pub fn pending(config: &GuestConfig) -> Vec<Value> {
 
 /// One value with its JSON type. Keys that no table knows are strings.
 pub fn value(kind: GuestKind, key: &str, text: &str) -> Value {
+    if key == SECRET {
+        return json!(HIDDEN);
+    }
     match keys::find(kind, key).map(|row| row.param.kind) {
         Some(Kind::Boolean) => {
             parse_boolean(text).map_or_else(|| json!(text), |b| json!(u8::from(b)))

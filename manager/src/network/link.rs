@@ -30,6 +30,8 @@ pub struct Attachment {
     pub mtu: Option<u16>,
     /// The cable is pulled.
     pub link_down: bool,
+    /// The tap has several pairs of queues.
+    pub multi_queue: bool,
 }
 
 /// The container's end of a pair.
@@ -161,7 +163,13 @@ pub async fn delete(name: &str) -> Result<(), Error> {
 pub async fn create_tap(name: &str, attachment: &Attachment) -> Result<(), Error> {
     delete_leftover(name).await?;
     // vnet_hdr: checksums and segments cross the tap unfinished, as the guest's virtio-net offers.
-    ip(&["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"]).await?;
+    let add = ["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"];
+    let queues: &[&str] = if attachment.multi_queue {
+        &["multi_queue"]
+    } else {
+        &[]
+    };
+    ip(&[&add, queues].concat()).await?;
     let connected = connect(name, attachment).await;
     if connected.is_err() {
         delete(name).await?;

@@ -23,6 +23,11 @@ formats! {
     /// Name of a config key.
     CONFIG_ID = "pve-configid", |text| is_config_id(text).then_some(())
         .ok_or_else(|| format!("invalid configuration ID '{text}'"));
+    /// Name of a snapshot.
+    SNAPSHOT_NAME = "pve-configid", |text| match text.len() {
+        0..=40 => (CONFIG_ID.check)(text),
+        _ => Err("value may only be 40 characters long".to_owned()),
+    };
     /// Several names of config keys.
     CONFIG_ID_LIST = "pve-configid-list", |text| each(text, CONFIG_ID);
     /// Name of a storage.

@@ -74,6 +74,11 @@ pub enum Kind {
         /// `virtio=BC:24:11:00:00:01` is a network card's model and its address.
         value_key: Option<&'static str>,
     },
+    /// Several texts: the parameter is given several times, or once with NULs between them.
+    List {
+        /// Largest length of all in characters.
+        length_max: usize,
+    },
     /// A file sent in a multipart body.
     Upload,
 }
@@ -161,7 +166,7 @@ impl Kind {
                 }
                 check_range(number, *min, *max)
             }
-            Self::Text { length_max } => {
+            Self::Text { length_max } | Self::List { length_max } => {
                 if value.chars().count() > *length_max {
                     return Err(format!("value may only be {length_max} characters long"));
                 }

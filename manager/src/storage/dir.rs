@@ -2,6 +2,8 @@
 //! The `dir` plugin: volumes are files below one folder, in PVE's layout.
 //!
 //! ```text
+//! PATH/images/100/snap-NAME/vm-100-disk-0.raw                what the disk held at snapshot NAME: a copy, shared
+//!                                                            extents where the file system can
 //! PATH/images/100/vm-100-disk-0.raw    template/cache/*.tar.zst    template/iso/*.iso    snippets/*    dump/*
 //! ```
 //!
@@ -21,10 +23,12 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
 use crate::error::Error;
 use crate::id::GuestId;
 use crate::schema::{Kind, Param};
+use crate::storage::copy::copy;
 use crate::storage::incoming::Incoming;
 use crate::storage::name::{Content, VolumeName};
 use crate::storage::section::Section;
 use crate::storage::{Plugin, Space, Storage, Volume};
+use crate::task::TaskContext;
 
 /// This plugin's row.
 pub const PLUGIN: Plugin = Plugin {
@@ -43,6 +47,8 @@ pub const PLUGIN: Plugin = Plugin {
 
 /// Longest wait for one call to the file system below the folder.
 const DEADLINE: Duration = Duration::from_secs(20);
+/// What folders of snapshots begin with, beside a guest's disks.
+const SNAPSHOT_PREFIX: &str = "snap-";
 /// Disks that one guest may have here.
 const DISKS_MAX: u32 = 1024;
 /// Unit of `st_blocks`, whatever the file system's block size: stat(2).
@@ -118,6 +124,15 @@ impl Storage for Dir {
         .await
     }
 
+    async fn allocate_as(&self, volume: &VolumeName, size_bytes: u64) -> Result<(), Error> {
+        let name = volume.clone();
+        self.blocking(volume, move |dir| {
+            let file = create(&dir.folder(&parent_of(&name))?, file_of(&name))?;
+            Ok(rustix::fs::ftruncate(&file, size_bytes)?)
+        })
+        .await
+    }
+
     async fn resize(&self, volume: &VolumeName, size_bytes: u64) -> Result<(), Error> {
         let name = volume.clone();
         let shrinks = self
@@ -158,10 +173,60 @@ impl Storage for Dir {
                 Err(error) => return Err(error.into()),
             }
             if name.owner().is_some() {
+                for snapshot in entries(&root, parent)? {
+                    if snapshot.starts_with(SNAPSHOT_PREFIX) {
+                        unlink_snapshot(&root, &parent.join(&snapshot), file_of(&name))?;
+                    }
+                }
                 // The last disk takes its guest's folder along; a folder with more in it stays.
                 let _ = rustix::fs::unlinkat(&root, parent, AtFlags::REMOVEDIR);
             }
             Ok(())
+        })
+        .await
+    }
+
+    async fn snapshot(
+        &self,
+        volume: &VolumeName,
+        snapshot: &str,
+        task: &TaskContext,
+    ) -> Result<(), Error> {
+        let from = self.path(volume).await?;
+        let (name, folder) = (volume.clone(), snapshot_folder(volume, snapshot));
+        let to = self
+            .blocking(volume, move |dir| {
+                dir.folder(&folder)?;
+                Ok(dir.path.join(&folder).join(file_of(&name)))
+            })
+            .await?;
+        copy(&from, &to, task).await
+    }
+
+    async fn snapshot_path(&self, volume: &VolumeName, snapshot: &str) -> Result<PathBuf, Error> {
+        let path = Path::new(&snapshot_folder(volume, snapshot)).join(file_of(volume));
+        self.blocking(format!("{volume}@{snapshot}"), move |dir| {
+            regular(&dir.root()?, &path)?;
+            Ok(dir.path.join(&path))
+        })
+        .await
+    }
+
+    async fn roll_back(
+        &self,
+        volume: &VolumeName,
+        snapshot: &str,
+        task: &TaskContext,
+    ) -> Result<(), Error> {
+        let from = self.snapshot_path(volume, snapshot).await?;
+        // Not self.path(): an attempt that was cut off may have left no disk.
+        copy(&from, &self.path.join(relative(volume)), task).await
+    }
+
+    async fn free_snapshot(&self, volume: &VolumeName, snapshot: &str) -> Result<(), Error> {
+        let (name, folder) = (volume.clone(), snapshot_folder(volume, snapshot));
+        self.blocking(volume, move |dir| {
+            unlink_snapshot(&dir.root()?, Path::new(&folder), file_of(&name))
         })
         .await
     }
@@ -247,6 +312,28 @@ impl Dir {
         volumes.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(volumes)
     }
+}
+
+/// Folder of what a guest's disks held at a snapshot, beneath the root.
+fn snapshot_folder(volume: &VolumeName, snapshot: &str) -> String {
+    format!("{}/{SNAPSHOT_PREFIX}{snapshot}", parent_of(volume))
+}
+
+/// Removes one disk's copy from a snapshot's folder, a copy that was cut off too, and the folder when it was the last.
+fn unlink_snapshot(root: &OwnedFd, folder: &Path, file: &str) -> io::Result<()> {
+    let open = match open_folder(root.as_fd(), folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for file in [file, &format!("{file}.part")] {
+        match rustix::fs::unlinkat(&open, file, AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    // One with more in it stays.
+    let _ = rustix::fs::unlinkat(root, folder, AtFlags::REMOVEDIR);
+    Ok(())
 }
 
 /// Adds the regular files of one folder whose names `parse` accepts.

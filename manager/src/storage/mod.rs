@@ -6,6 +6,7 @@
 
 pub mod checksum;
 pub mod configure;
+pub mod copy;
 pub mod dir;
 pub mod fetch;
 pub mod incoming;
@@ -25,6 +26,7 @@ use crate::storage::incoming::Incoming;
 use crate::storage::name::{Content, StorageName, VolumeId, VolumeName};
 use crate::storage::section::Section;
 use crate::store::{ConfigStore, Expect};
+use crate::task::TaskContext;
 
 /// Key of the storages' configuration in the store.
 const CONFIG_KEY: &str = "storage.cfg";
@@ -84,11 +86,36 @@ pub trait Storage: Send + Sync {
     /// Makes a new, empty disk for a guest, under the first free number.
     async fn allocate(&self, guest: GuestId, size_bytes: u64) -> Result<VolumeName, Error>;
 
+    /// Makes a disk of this very name; one that is there already is an error.
+    async fn allocate_as(&self, volume: &VolumeName, size_bytes: u64) -> Result<(), Error>;
+
     /// Grows a disk; shrinking is refused.
     async fn resize(&self, volume: &VolumeName, size_bytes: u64) -> Result<(), Error>;
 
     /// Removes a volume. Removing what is not there is no error.
     async fn free(&self, volume: &VolumeName) -> Result<(), Error>;
+
+    /// Keeps what a disk holds now under the name of a snapshot. Nobody writes to the disk meanwhile.
+    async fn snapshot(
+        &self,
+        volume: &VolumeName,
+        snapshot: &str,
+        task: &TaskContext,
+    ) -> Result<(), Error>;
+
+    /// Where what a disk held at a snapshot is on this node. It exists; nobody may write to it.
+    async fn snapshot_path(&self, volume: &VolumeName, snapshot: &str) -> Result<PathBuf, Error>;
+
+    /// Makes a disk again what it was at a snapshot, which stays. Nobody has the disk open.
+    async fn roll_back(
+        &self,
+        volume: &VolumeName,
+        snapshot: &str,
+        task: &TaskContext,
+    ) -> Result<(), Error>;
+
+    /// Removes what was kept of a disk for a snapshot. Removing what is not there is no error.
+    async fn free_snapshot(&self, volume: &VolumeName, snapshot: &str) -> Result<(), Error>;
 
     /// Prepares the arrival of a file; it appears under its name when [`Incoming::commit`] is called.
     async fn receive(&self, volume: &VolumeName) -> Result<Incoming, Error>;

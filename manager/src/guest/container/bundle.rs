@@ -182,6 +182,7 @@ pub fn cards(config: &GuestConfig) -> Result<Vec<(u16, Attachment, Inside)>, Err
             bridge: card.get("bridge").map(str::to_owned),
             mtu: card.number("mtu"),
             link_down: card.is_set("link_down"),
+            multi_queue: false,
         };
         let inside = Inside {
             name: name_of(&card, key),

@@ -9,7 +9,7 @@ use crate::exec::Program;
 use crate::guest::container::root::GuestRoot;
 use crate::guest::container::{format, mount, setup, unmount_below};
 use crate::guest::create::Draft;
-use crate::guest::disks;
+use crate::guest::{crypt, disks};
 use crate::step;
 use crate::storage::name::{Content, VolumeId};
 use crate::task::{TaskContext, TaskStep};
@@ -176,7 +176,7 @@ async fn set_up(create: &mut Create, _: &TaskContext) -> Result<(), Error> {
     let work = tokio::task::spawn_blocking(move || {
         let root = GuestRoot::open(&rootfs)?;
         if let Some(password) = password {
-            setup::set_root_password(&root, &hash(&password)?)?;
+            setup::set_root_password(&root, &crypt::hash(&password)?)?;
         }
         if let Some(keys) = keys {
             setup::add_root_keys(&root, &keys)?;
@@ -191,29 +191,6 @@ async fn set_up(create: &mut Create, _: &TaskContext) -> Result<(), Error> {
         .map_err(|e| Error::failed("set up root's account", e))
 }
 
-/// A SHA-512 crypt(3) hash, which every distribution's login understands.
-fn hash(password: &str) -> std::io::Result<String> {
-    use sha_crypt::{PasswordHasher, ShaCrypt};
-    let mut salt = [0; SALT_BYTES];
-    aws_lc_rs::rand::fill(&mut salt).map_err(std::io::Error::other)?;
-    let hash = ShaCrypt::SHA512.hash_password_with_salt(password.as_bytes(), &salt);
-    Ok(hash.map_err(std::io::Error::other)?.to_string())
-}
-
-/// Random bytes of a salt: 16 characters when printed. crypt(3) cuts a longer salt off, and then its hash differs
-/// from the stored one in the salt.
-const SALT_BYTES: usize = 12;
-
 async fn write_config(create: &mut Create, _: &TaskContext) -> Result<(), Error> {
     create.draft.write_config().await
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn hashes_are_crypts() {
-        let hash = super::hash("secret").unwrap();
-        let fields: Vec<&str> = hash.split('$').collect();
-        assert_eq!((fields[1], fields[3].len()), ("6", 16), "{hash}");
-    }
 }

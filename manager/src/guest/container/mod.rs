@@ -134,6 +134,20 @@ impl Guest for Container {
         Ok(())
     }
 
+    /// Its file systems are mounted on this host, which has pages of them that are not in the images yet.
+    async fn settle(&self) -> Result<(), Error> {
+        let mounts = mounts_below(&self.seat.run_folder());
+        let sync = tokio::task::spawn_blocking(move || {
+            for mount in mounts {
+                rustix::fs::syncfs(std::fs::File::open(mount)?)?;
+            }
+            Ok::<_, std::io::Error>(())
+        });
+        sync.await
+            .map_err(|e| Error::failed("write the container's file systems", e))?
+            .map_err(|e| Error::failed("write the container's file systems", e))
+    }
+
     async fn power_off(&self, task: &TaskContext) -> Result<(), Error> {
         let signal = tokio::fs::read_to_string(self.halt_file()).await;
         let signal = signal.unwrap_or_else(|_| "SIGPWR".to_owned());

@@ -29,6 +29,8 @@ pub struct Key {
     pub apply: Apply,
     /// What it does here.
     pub effect: Effect,
+    /// Properties whose change alone reaches a running guest at once, whatever `apply` says.
+    pub live: &'static [&'static str],
     /// Atoll's own; PVE does not have it.
     pub own: bool,
 }
@@ -78,12 +80,18 @@ impl Key {
             right,
             apply: Apply::Restart,
             effect: Effect::Full,
+            live: &[],
             own: false,
         }
     }
 
     const fn now(mut self) -> Self {
         self.apply = Apply::Now;
+        self
+    }
+
+    const fn live(mut self, properties: &'static [&'static str]) -> Self {
+        self.live = properties;
         self
     }
 
@@ -112,6 +120,27 @@ impl Key {
         let mut key = Self::new(param, Right::Guest(Privilege::VmConfigHwType));
         key.effect = Effect::Unavailable(why);
         key
+    }
+
+    /// Whether a change from `former` to `value` reaches a running guest at once.
+    pub fn is_live(&self, former: Option<&str>, value: Option<&str>) -> bool {
+        if self.apply == Apply::Now {
+            return true;
+        }
+        let fixed = |text: &str| {
+            let name = self.param.name;
+            let mut properties = Properties::parse(&self.param.kind, name, text).ok()?;
+            for property in self.live {
+                properties.remove(property);
+            }
+            Some(properties.print(&self.param.kind))
+        };
+        match (former, value) {
+            (Some(former), Some(value)) if !self.live.is_empty() => {
+                fixed(former).is_some_and(|former| Some(former) == fixed(value))
+            }
+            _ => false,
+        }
     }
 
     /// What is wrong with a value that a client gives for `name`, this key or one of its family, in PVE's words.

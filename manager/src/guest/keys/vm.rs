@@ -1,13 +1,16 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Config keys of virtual machines.
 
-use super::shared::{self, LINK_BRIDGE, NO_RATE, NO_VLAN, absent};
+use super::shared::{self, LINK_BRIDGE, NO_VLAN, absent};
 use super::{Key, Right};
 use crate::access::Privilege::{
     VmConfigCdrom, VmConfigCloudinit, VmConfigCpu, VmConfigHwType, VmConfigMemory, VmConfigNetwork,
     VmConfigOptions,
 };
-use crate::schema::format::{ADDRESS_LIST, DISK_SIZE, DNS_NAME, MAC, SEARCH_DOMAINS, VOLUME_ID};
+use crate::schema::format::{
+    ADDRESS_LIST, DISK_SIZE, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS,
+    VOLUME_ID,
+};
 use crate::schema::{Format, Kind, Param};
 
 use Right::{Drive, Guest};
@@ -17,7 +20,7 @@ const LINUX_SOLE: &str =
 const NO_DISPLAY: &str = "There is no display yet; the console is serial.";
 const ONE_KIND: &str = "Every disk is a virtio block device here.";
 const NO_FIRMWARE: &str = "firmware boot is not available yet: give `kernel`";
-const NO_CLOUDINIT: &str = "cloud-init drives are not available yet";
+const CLOUD_INIT: Right = Right::Either(VmConfigCloudinit, VmConfigCdrom);
 
 /// The keys, in the order of a form: what it is, what it boots, what it has, how it behaves, the rest by name.
 pub const VM: &[Key] = &[
@@ -76,17 +79,21 @@ pub const VM: &[Key] = &[
     Key::new(
         Param::new("scsi[n]", DRIVE, "Disk. Every disk is a virtio block device here.").family(31),
         Drive,
-    ),
-    Key::new(Param::new("virtio[n]", DRIVE, "Disk, a virtio block device.").family(16), Drive),
+    )
+    .live(DRIVE_LIVE),
+    Key::new(Param::new("virtio[n]", DRIVE, "Disk, a virtio block device.").family(16), Drive)
+    .live(DRIVE_LIVE),
     Key::new(
         Param::new("sata[n]", DRIVE, "Disk. Every disk is a virtio block device here.").family(6),
         Drive,
-    ),
+    )
+    .live(DRIVE_LIVE),
     Key::new(
         Param::new("ide[n]", DRIVE, "Disk. Every disk is a virtio block device here.").family(4),
         Drive,
-    ),
-    Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork)),
+    )
+    .live(DRIVE_LIVE),
+    Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork)).live(NET_LIVE),
     Key::new(
         Param::new(
             "serial[n]",
@@ -102,8 +109,7 @@ pub const VM: &[Key] = &[
     Key::new(
         Param::new("agent", AGENT, "QEMU guest agent in the guest."),
         Guest(VmConfigOptions),
-    )
-    .no_effect("There is no agent channel yet; the agent is reported as not running."),
+    ),
     Key::new(Param::new("boot", BOOT, "Boot order."), Guest(VmConfigOptions)).no_effect(LINUX_SOLE),
     Key::new(
         Param::new("bootdisk", Kind::Text { length_max: 16 }, "Disk to boot from."),
@@ -148,15 +154,18 @@ pub const VM: &[Key] = &[
     )
     .no_effect("The guest has one memory node."),
     Key::new(
-        Param::new("balloon", Kind::Integer { min: 0, max: 1 << 30 }, "Least memory in MiB when the host needs some."),
+        Param::new(
+            "balloon",
+            Kind::Integer { min: 0, max: 1 << 30 },
+            "0: no memory balloon. Otherwise the guest tells the host of its free pages; nothing takes more yet.",
+        ),
         Guest(VmConfigMemory),
-    )
-    .no_effect("There is no balloon yet: the guest keeps all its memory."),
+    ),
     Key::new(
         Param::new("shares", Kind::Integer { min: 0, max: 50_000 }, "Share in ballooning.").default("1000"),
         Guest(VmConfigMemory),
     )
-    .no_effect("There is no balloon yet: the guest keeps all its memory."),
+    .no_effect("Nothing takes memory from guests yet, so there are no shares."),
     Key::new(
         Param::new("acpi", Kind::Boolean, "ACPI.").default("1"),
         Guest(VmConfigHwType),
@@ -239,24 +248,36 @@ pub const VM: &[Key] = &[
     Key::new(
         Param::new("nameserver", Kind::Format(ADDRESS_LIST), "Name servers, for cloud-init."),
         Right::Either(VmConfigCloudinit, VmConfigNetwork),
-    )
-    .no_effect(NO_CLOUDINIT),
+    ),
     Key::new(
         Param::new("searchdomain", Kind::Format(SEARCH_DOMAINS), "Search domain, for cloud-init."),
         Right::Either(VmConfigCloudinit, VmConfigNetwork),
-    )
-    .no_effect(NO_CLOUDINIT),
+    ),
     Key::new(
-        Param::new("ciuser", Kind::Text { length_max: 64 }, "User, for cloud-init."),
-        Right::Either(VmConfigCloudinit, VmConfigCdrom),
-    )
-    .no_effect(NO_CLOUDINIT),
-    Key::unavailable("cipassword", 0, NO_CLOUDINIT),
-    Key::unavailable("cicustom", 0, NO_CLOUDINIT),
-    Key::unavailable("citype", 0, NO_CLOUDINIT),
-    Key::unavailable("ciupgrade", 0, NO_CLOUDINIT),
-    Key::unavailable("sshkeys", 0, NO_CLOUDINIT),
-    Key::unavailable("ipconfig[n]", 32, NO_CLOUDINIT),
+        Param::new("ciuser", Kind::Text { length_max: 64 }, "User, for cloud-init; the image's own when not given."),
+        CLOUD_INIT,
+    ),
+    Key::new(
+        Param::new("cipassword", Kind::Text { length_max: 1024 }, "Password of that user; only its hash is kept."),
+        CLOUD_INIT,
+    ),
+    Key::new(
+        Param::new("sshkeys", Kind::Text { length_max: 65_536 }, "SSH keys of that user, one a line, percent-encoded."),
+        CLOUD_INIT,
+    ),
+    Key::new(
+        Param::new("ciupgrade", Kind::Boolean, "Upgrade packages at the first start.").default("1"),
+        CLOUD_INIT,
+    ),
+    Key::new(
+        Param::new("citype", Kind::Choice(&["nocloud"]), "Form of the cloud-init drive.").default("nocloud"),
+        CLOUD_INIT,
+    ),
+    Key::new(
+        Param::new("ipconfig[n]", IP_CONFIG, "Addresses of the card of that number, for cloud-init.").family(32),
+        Right::Either(VmConfigCloudinit, VmConfigNetwork),
+    ),
+    Key::unavailable("cicustom", 0, "custom cloud-init files are not available yet: use the other keys"),
     Key::unavailable("efidisk0", 0, NO_FIRMWARE),
     Key::unavailable("tpmstate0", 0, "TPMs are not available yet"),
     Key::unavailable("args", 0, "QEMU arguments mean nothing to atoll-vmm"),
@@ -325,11 +346,11 @@ const NET: Kind = Kind::PropertyString {
         Param::new(
             "queues",
             Kind::Integer { min: 0, max: 64 },
-            "Queue pairs. Without effect: there is one.",
+            "Queue pairs, one a vCPU at best; 1 when it is not given.",
         ),
         absent("tag", NO_VLAN),
         absent("trunks", NO_VLAN),
-        absent("rate", NO_RATE),
+        rate("rate", "Most MiB a second, each way; 0 is no limit."),
     ],
     default_key: Some("model"),
     value_key: Some("macaddr"),
@@ -340,7 +361,7 @@ const DRIVE: Kind = Kind::PropertyString {
         Param::new(
             "file",
             Kind::Format(DRIVE_FILE),
-            "The volume; STORAGE:SIZE (in GiB) makes a new one; `none` is an empty drive.",
+            "The volume; STORAGE:SIZE (in GiB) makes a new one, STORAGE:cloudinit a cloud-init drive; `none` is an empty drive.",
         )
         .required(),
         Param::new("size", Kind::Format(DISK_SIZE), "Size; the server sets it."),
@@ -354,7 +375,7 @@ const DRIVE: Kind = Kind::PropertyString {
         Param::new(
             "cache",
             Kind::Choice(&["none", "writethrough", "writeback", "unsafe", "directsync"]),
-            "Host cache. Without effect: a flush reaches the disk, always.",
+            "Cache of the host, `writeback` when it is not given; with `unsafe` a crash of the host loses the disk.",
         ),
         Param::new(
             "aio",
@@ -383,7 +404,11 @@ const DRIVE: Kind = Kind::PropertyString {
             Kind::Text { length_max: 20 },
             "Serial number that the guest sees.",
         ),
-        Param::new("detect_zeroes", Kind::Boolean, "Without effect."),
+        Param::new(
+            "detect_zeroes",
+            Kind::Boolean,
+            "Writes of zeroes take no space.",
+        ),
         Param::new(
             "shared",
             Kind::Boolean,
@@ -391,14 +416,45 @@ const DRIVE: Kind = Kind::PropertyString {
         ),
         Param::new("snapshot", Kind::Boolean, "Without effect."),
         absent("import-from", NO_IMPORT),
-        absent("mbps", NO_DISK_LIMIT),
-        absent("mbps_rd", NO_DISK_LIMIT),
-        absent("mbps_wr", NO_DISK_LIMIT),
-        absent("iops", NO_DISK_LIMIT),
-        absent("iops_rd", NO_DISK_LIMIT),
-        absent("iops_wr", NO_DISK_LIMIT),
+        rate("mbps", "Most MiB a second, both directions together."),
+        rate("mbps_rd", "Most MiB read a second."),
+        rate("mbps_wr", "Most MiB written a second."),
+        rate("mbps_max", "MiB that may come at once after idleness."),
+        rate(
+            "mbps_rd_max",
+            "MiB that may be read at once after idleness.",
+        ),
+        rate(
+            "mbps_wr_max",
+            "MiB that may be written at once after idleness.",
+        ),
+        count("iops", "Most requests a second, both directions together."),
+        count("iops_rd", "Most requests to read a second."),
+        count("iops_wr", "Most requests to write a second."),
+        count("iops_max", "Requests that may come at once after idleness."),
+        count("iops_rd_max", "Requests to read that may come at once."),
+        count("iops_wr_max", "Requests to write that may come at once."),
     ],
     default_key: Some("file"),
+    value_key: None,
+};
+
+const IP_CONFIG: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new(
+            "ip",
+            Kind::Format(IPV4_CONFIG),
+            "IPv4 address with prefix length, or `dhcp`.",
+        ),
+        Param::new("gw", Kind::Format(IPV4), "IPv4 gateway."),
+        Param::new(
+            "ip6",
+            Kind::Format(IPV6_CONFIG),
+            "IPv6 address with prefix length, `auto` or `dhcp`.",
+        ),
+        Param::new("gw6", Kind::Format(IPV6), "IPv6 gateway."),
+    ],
+    default_key: None,
     value_key: None,
 };
 
@@ -409,10 +465,41 @@ const NO_IMPORT: Format = Format {
     },
 };
 
-const NO_DISK_LIMIT: Format = Format {
-    name: super::UNAVAILABLE,
-    check: |_| Err("rate limits of disks are not available yet".to_owned()),
-};
+/// Properties of a drive that reach a running machine at once.
+const DRIVE_LIVE: &[&str] = &[
+    "backup",
+    "iops",
+    "iops_max",
+    "iops_rd",
+    "iops_rd_max",
+    "iops_wr",
+    "iops_wr_max",
+    "mbps",
+    "mbps_max",
+    "mbps_rd",
+    "mbps_rd_max",
+    "mbps_wr",
+    "mbps_wr_max",
+    "replicate",
+];
+/// Properties of a card that reach a running machine at once.
+const NET_LIVE: &[&str] = &["firewall", "link_down", "rate"];
+
+const fn rate(name: &'static str, what: &'static str) -> Param {
+    let kind = Kind::Number {
+        min: 0.0,
+        max: 1_048_576.0,
+    };
+    Param::new(name, kind, what)
+}
+
+const fn count(name: &'static str, what: &'static str) -> Param {
+    let kind = Kind::Integer {
+        min: 0,
+        max: 1 << 30,
+    };
+    Param::new(name, kind, what)
+}
 
 /// A volume, `none`, or `STORAGE:SIZE`. Paths of the host are not: they would reach around the storage's rights.
 const DRIVE_FILE: Format = Format {

@@ -5,7 +5,9 @@
 //! run/vm-100/   spec.json  api.sock  serial.sock  pid  log
 //! ```
 
+pub mod cloud_init;
 pub mod create;
+pub mod live;
 pub mod resolve;
 pub mod start;
 
@@ -13,9 +15,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use atoll_vmm_protocol::api::{Info, MachineState, Request};
+use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
 use atoll_vmm_protocol::client::{Client, ClientError};
+use atoll_vmm_protocol::spec::MachineSpec;
 use rustix::process::Signal;
+use serde::Serialize;
 
 use crate::error::Error;
 use crate::guest::cgroup::Group;
@@ -51,6 +55,30 @@ impl Vm {
     pub async fn act(&self, request: Request) -> Result<(), Error> {
         self.ask(move |client| client.act(request)).await?;
         Ok(())
+    }
+
+    /// Makes the machine do something that takes a body.
+    pub async fn ask_for(
+        &self,
+        request: Request,
+        body: impl Serialize + Send + 'static,
+    ) -> Result<(), Error> {
+        let _: Acted = self
+            .ask(move |client| client.ask_with(request, &body))
+            .await?;
+        Ok(())
+    }
+
+    /// The guest that it is.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
+    }
+
+    /// What its present run was started with.
+    pub fn spec(&self) -> Result<MachineSpec, Error> {
+        let path = self.spec_file();
+        let read = || serde_json::from_slice(&std::fs::read(&path)?).map_err(std::io::Error::other);
+        read().map_err(|e: std::io::Error| Error::failed(format!("read {}", path.display()), e))
     }
 
     /// Its control group.

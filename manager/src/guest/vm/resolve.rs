@@ -4,7 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskSpec, KernelSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec};
+use atoll_vmm_protocol::spec::{
+    BootSpec, CacheMode, ConsoleSpec, DiskLimits, DiskSpec, KernelSpec, MachineSpec, NetLimits,
+    NetSpec,
+};
 
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
@@ -16,6 +20,11 @@ use crate::schema::Properties;
 const MEMORY_MIB: u64 = 512;
 /// Families of disks, in the order of their slots.
 const DISK_FAMILIES: [&str; 4] = ["virtio[n]", "scsi[n]", "sata[n]", "ide[n]"];
+
+/// The guest agent's channel, by the name that QEMU gave it.
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
+/// Unit of the rates in configs: `mbps=1`, `rate=1`.
+const MIB: f64 = 1_048_576.0;
 
 /// Where things of one VM are, found before the spec is made.
 #[derive(Debug, Clone, Default)]
@@ -81,6 +90,10 @@ pub struct Card {
     pub attachment: Attachment,
     /// MAC address of the guest's end.
     pub mac: Option<String>,
+    /// Pairs of queues.
+    pub queue_pairs: Option<u16>,
+    /// Most that it may carry.
+    pub limits: NetLimits,
 }
 
 /// Network cards by number.
@@ -96,11 +109,98 @@ pub fn cards(id: GuestId, config: &GuestConfig) -> Result<Vec<Card>, Error> {
                 // 1 stands for the bridge's own.
                 mtu: card.number("mtu").filter(|mtu| *mtu > 1),
                 link_down: card.is_set("link_down"),
+                multi_queue: card.number("queues").is_some_and(|pairs: u16| pairs > 1),
             },
             mac: card.get("macaddr").map(str::to_owned),
+            queue_pairs: card.number("queues").filter(|pairs| *pairs > 1),
+            limits: net_limits(&card),
         });
     }
     Ok(cards)
+}
+
+/// Most that a card may carry: its `rate`, each way.
+pub fn net_limits(card: &Properties) -> NetLimits {
+    let rate = card.number("rate").map_or(0, |rate: f64| whole(rate * MIB));
+    NetLimits {
+        receive_bytes_per_second: rate,
+        send_bytes_per_second: rate,
+        ..NetLimits::default()
+    }
+}
+
+/// Rates that a disk is held to.
+pub fn disk_limits(disk: &Properties) -> DiskLimits {
+    let bytes = |key: &str| disk.number(key).map(|rate: f64| whole(rate * MIB));
+    let operations = |key: &str| disk.number::<u64>(key);
+    let limits = DiskLimits {
+        bytes_per_second: bytes("mbps"),
+        bytes_burst: bytes("mbps_max"),
+        operations_per_second: operations("iops"),
+        operations_burst: operations("iops_max"),
+        read_bytes_per_second: bytes("mbps_rd"),
+        read_bytes_burst: bytes("mbps_rd_max"),
+        read_operations_per_second: operations("iops_rd"),
+        read_operations_burst: operations("iops_rd_max"),
+        write_bytes_per_second: bytes("mbps_wr"),
+        write_bytes_burst: bytes("mbps_wr_max"),
+        write_operations_per_second: operations("iops_wr"),
+        write_operations_burst: operations("iops_wr_max"),
+    };
+    without_zeroes(limits)
+}
+
+/// In configs, 0 is no limit.
+fn without_zeroes(mut limits: DiskLimits) -> DiskLimits {
+    for (_, limit) in limits.fields() {
+        *limit = limit.filter(|limit| *limit > 0);
+    }
+    limits
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "rates are checked to be from 0 to some thousand MiB"
+)]
+fn whole(bytes: f64) -> u64 {
+    bytes as u64
+}
+
+/// What stands between the guest and the disk. Not PVE's default, no cache at all: that takes direct I/O, which not
+/// every file system has.
+fn cache_mode(disk: &Properties) -> CacheMode {
+    match disk.get("cache") {
+        Some("none") => CacheMode::None,
+        Some("writethrough") => CacheMode::Writethrough,
+        Some("directsync") => CacheMode::Directsync,
+        Some("unsafe") => CacheMode::Unsafe,
+        _ => CacheMode::Writeback,
+    }
+}
+
+/// Channels and the balloon.
+fn services(config: &GuestConfig, run_folder: &Path) -> Result<GuestServices, Error> {
+    let agent = config.properties("agent")?.unwrap_or_default();
+    let port = PortSpec {
+        name: AGENT_PORT.to_owned(),
+        path: agent_socket(run_folder),
+    };
+    let has_balloon = config.number("balloon") != Some(0_u64);
+    Ok(GuestServices {
+        ports: agent
+            .is_set("enabled")
+            .then_some(port)
+            .into_iter()
+            .collect(),
+        balloon: has_balloon.then(BalloonSpec::default),
+        ..GuestServices::default()
+    })
+}
+
+/// Socket of the guest agent's channel.
+pub fn agent_socket(run_folder: &Path) -> PathBuf {
+    run_folder.join("agent.sock")
 }
 
 /// CPUs that the guest sees.
@@ -139,6 +239,10 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
         let cdrom = disk.options.get("media") == Some("cdrom");
         Ok(DiskSpec {
             readonly: cdrom || disk.options.is_set("ro"),
+            cache: cache_mode(&disk.options),
+            discard: disk.options.get("discard") == Some("on"),
+            detect_zeroes: disk.options.is_set("detect_zeroes"),
+            limits: disk_limits(&disk.options),
             serial: Some(disk.options.get("serial").unwrap_or(&disk.key).to_owned()),
             queue_count: disk.options.number("queues"),
             ..DiskSpec::raw(path(&disk.volume)?)
@@ -147,6 +251,9 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
     let nets = cards(id, config)?.into_iter().map(|card| NetSpec {
         mac: card.mac,
         mtu: card.attachment.mtu,
+        queue_pairs: card.queue_pairs,
+        link_down: card.attachment.link_down,
+        limits: card.limits,
         ..NetSpec::tap(card.tap)
     });
     let name = config.get("name").map(str::to_owned);
@@ -158,6 +265,7 @@ pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<Mac
         disks: disks.collect::<Result<_, Error>>()?,
         nets: nets.collect(),
         serial: ConsoleSpec::Socket(serial_socket(&places.run_folder)),
+        services: services(config, &places.run_folder)?,
         ..MachineSpec::new(BootSpec::Kernel(KernelSpec {
             image: path(kernel)?,
             initrd: config.get("initrd").map(path).transpose()?,
@@ -225,6 +333,33 @@ mod tests {
             spec.serial,
             ConsoleSpec::Socket(PathBuf::from("/r/vm-100/serial.sock"))
         );
+    }
+
+    #[test]
+    fn options_reach_the_machine() {
+        let config = config(
+            "kernel: local:snippets/k\nagent: 1\nballoon: 0\n\
+             scsi0: local:100/vm-100-disk-0.raw,cache=unsafe,discard=on,iops_wr=100,mbps=1.5,mbps_rd=0\n\
+             virtio0: local:100/vm-100-disk-1.raw,ro=1\n\
+             net0: virtio,queues=4,rate=2,link_down=1,mtu=1400\n",
+        );
+        let spec = resolve(id(), &config, &places(&config)).unwrap();
+        let [plain, fast] = &spec.disks[..] else {
+            panic!("two disks")
+        };
+        assert_eq!((plain.cache, plain.readonly), (CacheMode::Writeback, true));
+        assert_eq!((fast.cache, fast.discard), (CacheMode::Unsafe, true));
+        assert_eq!(fast.limits.bytes_per_second, Some(1_572_864));
+        assert_eq!(fast.limits.write_operations_per_second, Some(100));
+        assert_eq!(fast.limits.read_bytes_per_second, None);
+        let net = &spec.nets[0];
+        assert_eq!((net.queue_pairs, net.link_down), (Some(4), true));
+        assert_eq!(
+            (net.mtu, net.limits.send_bytes_per_second),
+            (Some(1400), 2 << 20)
+        );
+        assert_eq!(spec.services.ports[0].name, AGENT_PORT);
+        assert_eq!(spec.services.balloon, None);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use rustix::process::Signal;
 
 use crate::error::Error;
 use crate::exec::Program;
-use crate::guest::vm::Vm;
 use crate::guest::vm::resolve::{self, Places};
-use crate::guest::{Guest, start};
+use crate::guest::vm::{Vm, cloud_init};
+use crate::guest::{Guest, disks, start};
 use crate::network::link;
 use crate::process::Process;
 use crate::step;
@@ -32,6 +32,7 @@ pub type Start = start::Start<MachineSpec>;
 pub const STEPS: &[TaskStep<Start>] = &[
     step!("read the configuration", start::read_config),
     step!("resolve the spec", resolve_spec),
+    step!("write the cloud-init drive", write_cloud_init),
     step!("make the run folder", make_folder, undo remove_folder),
     step!("create taps", create_taps, undo delete_taps),
     step!("start the process", start_process, undo end_process),
@@ -55,6 +56,22 @@ async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
             .insert(volume, start.seat.site.storage.path(&id).await?);
     }
     start.made = Some(resolve::resolve(start.seat.id, config, &places)?);
+    Ok(())
+}
+
+async fn write_cloud_init(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let config = start.config()?;
+    for (key, volume) in disks::own_volumes(&start.seat, &config.current.values) {
+        if !cloud_init::is_drive(&volume.name) {
+            continue;
+        }
+        let path = start.seat.site.storage.path(&volume).await?;
+        let image = cloud_init::image(start.seat.id, config)?;
+        task.log(&format!("{key}: writing cloud-init data"));
+        tokio::fs::write(&path, image)
+            .await
+            .map_err(|e| Error::failed(format!("write {}", path.display()), e))?;
+    }
     Ok(())
 }
 

@@ -1,0 +1,149 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Tasks `qmsnapshot` and `vzsnapshot`.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::{PRESENT_KEYS, check_name, set_description};
+use crate::error::Error;
+use crate::guest::config::Section;
+use crate::guest::disks;
+use crate::guest::hold::Hold;
+use crate::guest::lock::Guard;
+use crate::guest::site::Seat;
+use crate::step;
+use crate::storage::name::VolumeId;
+use crate::task::{TaskContext, TaskStep};
+
+/// Value of the config's `lock` meanwhile.
+pub const LOCK: &str = "snapshot";
+
+/// What the steps hand on.
+#[derive(Debug)]
+pub struct Take {
+    seat: Seat,
+    name: String,
+    description: String,
+    guard: Option<Guard>,
+    hold: Hold,
+    noted: bool,
+    volumes: Vec<VolumeId>,
+}
+
+impl Take {
+    /// A snapshot of the guest on this seat.
+    pub fn new(seat: Seat, name: String, description: String) -> Self {
+        Self {
+            seat,
+            name,
+            description,
+            guard: None,
+            hold: Hold::default(),
+            noted: false,
+            volumes: Vec::new(),
+        }
+    }
+}
+
+/// The table.
+pub const STEPS: &[TaskStep<Take>] = &[
+    step!("note the snapshot", note, undo forget),
+    step!("hold the guest", hold, undo release),
+    step!("copy disks", copy, undo remove),
+    step!("let the guest go on", release),
+    step!("write the configuration", write_config),
+];
+
+async fn note(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
+    check_name(&take.name)?;
+    take.guard = Some(take.seat.lock().await?);
+    let mut stored = take.seat.unlocked()?;
+    let config = &mut stored.config;
+    if config.is_set("template") {
+        return Err(Error::refused(format!(
+            "unable to create snapshot: {} is a template",
+            take.seat.title()
+        )));
+    }
+    if config.sections.contains_key(&take.name) {
+        let name = &take.name;
+        return Err(Error::refused(format!(
+            "snapshot name '{name}' already used"
+        )));
+    }
+    let mut section = Section {
+        raw: config.current.raw.clone(),
+        ..Section::default()
+    };
+    let kept = config.current.values.iter();
+    let kept = kept.filter(|(key, _)| !PRESENT_KEYS.contains(&key.as_str()));
+    section
+        .values
+        .extend(kept.map(|(key, value)| (key.clone(), value.clone())));
+    set_description(&mut section, &take.description);
+    section
+        .values
+        .insert("snapstate".to_owned(), "prepare".to_owned());
+    take.volumes = disks::own_volumes(&take.seat, &section.values)
+        .into_iter()
+        .map(|(_, volume)| volume)
+        .collect();
+    config.sections.insert(take.name.clone(), section);
+    config.set("lock", LOCK);
+    stored.save(&take.seat.site.store).await?;
+    take.noted = true;
+    Ok(())
+}
+
+async fn forget(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
+    if !std::mem::take(&mut take.noted) {
+        return Ok(());
+    }
+    let mut stored = take.seat.stored()?;
+    let section = stored.config.sections.remove(&take.name);
+    match section.and_then(|section| section.values.get("parent").cloned()) {
+        Some(parent) => stored.config.set("parent", parent),
+        None => drop(stored.config.unset("parent")),
+    }
+    stored.config.unset("lock");
+    stored.save(&take.seat.site.store).await
+}
+
+async fn hold(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    take.hold.take(&take.seat, task).await
+}
+
+async fn release(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
+    take.hold.release(&take.seat).await
+}
+
+async fn copy(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    for volume in &take.volumes {
+        let storage = take.seat.site.storage.open(&volume.storage)?;
+        task.log(&format!("copying {volume}"));
+        storage.snapshot(&volume.name, &take.name, task).await?;
+    }
+    Ok(())
+}
+
+async fn remove(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
+    for volume in &take.volumes {
+        let storage = take.seat.site.storage.open(&volume.storage)?;
+        storage.free_snapshot(&volume.name, &take.name).await?;
+    }
+    Ok(())
+}
+
+async fn write_config(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
+    let mut stored = take.seat.stored()?;
+    let config = &mut stored.config;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |since| since.as_secs());
+    let section = config.sections.entry(take.name.clone()).or_default();
+    section.values.remove("snapstate");
+    section
+        .values
+        .insert("snaptime".to_owned(), now.to_string());
+    config.set("parent", &take.name);
+    config.unset("lock");
+    stored.save(&take.seat.site.store).await
+}
