@@ -14,6 +14,7 @@ import type {
   Realm,
   Resource,
   SeriesRow,
+  Snapshot,
   StorageRow,
   Task,
   Volume,
@@ -87,6 +88,8 @@ export const useVolumes = (node: string | null, storage: string | null, content?
 export const useGuestStatus = (guest: Guest) => useGet<GuestStatus>(`${guestPath(guest)}/status/current`, { every: POLL_MS.guest });
 export const useGuestConfig = (guest: Guest) => useGet<GuestConfig>(`${guestPath(guest)}/config`, { every: POLL_MS.config });
 export const useGuestPending = (guest: Guest) => useGet<PendingRow[]>(`${guestPath(guest)}/pending`, { every: POLL_MS.config });
+
+export const useSnapshots = (guest: Guest) => useGet<Snapshot[]>(`${guestPath(guest)}/snapshot`, { every: POLL_MS.config });
 
 export type Timeframe = 'hour' | 'day' | 'week' | 'month' | 'year';
 

@@ -141,6 +141,15 @@ export interface PendingRow {
   delete?: number;
 }
 
+/** A row of …/snapshot; the last one is `current`, where the guest is now. */
+export interface Snapshot {
+  name: string;
+  description?: string;
+  snaptime?: number;
+  parent?: string;
+  snapstate?: string;
+}
+
 export type GuestConfig = Record<string, string | number> & { digest?: string };
 
 export interface Realm {

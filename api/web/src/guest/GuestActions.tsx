@@ -2,7 +2,7 @@
 // The buttons that start, stop and delete a guest.
 import { Button, Checkbox, Group, Menu, Modal, Stack, Text, TextInput } from '@mantine/core';
 import { notifications } from '@mantine/notifications';
-import { IconChevronDown, IconDotsVertical, IconPlayerPause, IconPlayerPlay, IconPlayerStop, IconPower, IconRefresh, IconRotate, IconTrash } from '@tabler/icons-react';
+import { IconChevronDown, IconCopy, IconDotsVertical, IconPlayerPause, IconPlayerPlay, IconPlayerStop, IconPower, IconRefresh, IconRotate, IconTemplate, IconTrash } from '@tabler/icons-react';
 import { useMutation } from '@tanstack/react-query';
 import { useNavigate } from '@tanstack/react-router';
 import { useState, useSyncExternalStore, type FormEvent } from 'react';
@@ -15,6 +15,7 @@ import { ErrorNote } from '../app/ErrorPage';
 import { useOpenTask } from '../app/navigation';
 import { guestTitle, KIND } from '../lib/guest';
 import { watchTask } from '../tasks/watch';
+import { CloneDialog } from './CloneDialog';
 import { fits, may, POWER_ACTIONS, stateOf, type PowerAction } from './actions';
 
 const ICONS = { start: IconPlayerPlay, shutdown: IconPower, stop: IconPlayerStop, reboot: IconRefresh, reset: IconRotate, suspend: IconPlayerPause, resume: IconPlayerPlay } as const;
@@ -94,6 +95,33 @@ function ConfirmDialog({ guest, action, onClose, onConfirm }: { guest: Guest; ac
   );
 }
 
+function TemplateDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
+  const convert = useMutation({
+    mutationFn: () => call<string>('POST', `${guestPath(guest)}/template`),
+    onSuccess: (upid) => {
+      void watchTask(upid);
+      onClose();
+    },
+    onSettled: refresh,
+  });
+  return (
+    <Modal opened onClose={onClose} title={`Make ${guestTitle(guest)} a template`} size="sm">
+      <Stack gap="sm">
+        <Text size="sm">A template is there to be cloned and cannot be started. There is no way back but a clone.</Text>
+        <ErrorNote error={convert.error} />
+        <Group justify="flex-end" gap="xs">
+          <Button variant="default" onClick={onClose}>
+            Cancel
+          </Button>
+          <Button data-autofocus loading={convert.isPending} onClick={() => convert.mutate()}>
+            Make template
+          </Button>
+        </Group>
+      </Stack>
+    </Modal>
+  );
+}
+
 export function GuestActions({ guest }: { guest: Guest }) {
   const status = useGuestStatus(guest);
   const user = useSyncExternalStore(session.subscribe, session.snapshot);
@@ -101,6 +129,8 @@ export function GuestActions({ guest }: { guest: Guest }) {
   const openTask = useOpenTask();
   const [asked, setAsked] = useState<PowerAction | null>(null);
   const [deleting, setDeleting] = useState(false);
+  const [cloning, setCloning] = useState(false);
+  const [converting, setConverting] = useState(false);
   const current: Guest = { ...guest, ...(status.data ? { status: status.data.status } : {}) };
   const state = stateOf(current, status.data?.qmpstatus);
   const run = (action: PowerAction) => {
@@ -144,6 +174,12 @@ export function GuestActions({ guest }: { guest: Guest }) {
             );
           })}
           <Menu.Divider />
+          <Menu.Item leftSection={<IconCopy size={15} aria-hidden />} disabled={!may(user, 'VM.Clone')} onClick={() => setCloning(true)}>
+            Clone…
+          </Menu.Item>
+          <Menu.Item leftSection={<IconTemplate size={15} aria-hidden />} disabled={!may(user, 'VM.Allocate') || state !== 'stopped' || Boolean(guest.template)} onClick={() => setConverting(true)}>
+            Make template…
+          </Menu.Item>
           <Menu.Item color="red" leftSection={<IconTrash size={15} aria-hidden />} disabled={!may(user, 'VM.Allocate') || state !== 'stopped'} onClick={() => setDeleting(true)}>
             Delete…
           </Menu.Item>
@@ -151,6 +187,8 @@ export function GuestActions({ guest }: { guest: Guest }) {
         </Menu.Dropdown>
       </Menu>
       <ConfirmDialog guest={guest} action={asked} onClose={() => setAsked(null)} onConfirm={run} />
+      {cloning && <CloneDialog guest={guest} onClose={() => setCloning(false)} />}
+      {converting && <TemplateDialog guest={guest} onClose={() => setConverting(false)} />}
       {deleting && <DeleteDialog guest={guest} opened onClose={() => setDeleting(false)} />}
     </Group>
   );

@@ -15,6 +15,7 @@ import { StatusBadge } from '../ui/Status';
 import { ConfigTab } from './ConfigTab';
 import { GuestActions } from './GuestActions';
 import { GuestSummary } from './GuestSummary';
+import { SnapshotsTab } from './SnapshotsTab';
 
 const Console = lazy(() => import('../terminal/Console').then((module) => ({ default: module.Console })));
 
@@ -60,6 +61,7 @@ export function GuestPage() {
         },
         { value: 'hardware', label: guest.type === 'qemu' ? 'Hardware' : 'Resources', content: <ConfigTab guest={guest} part="hardware" /> },
         { value: 'options', label: 'Options', content: <ConfigTab guest={guest} part="options" /> },
+        { value: 'snapshots', label: 'Snapshots', content: <SnapshotsTab guest={guest} /> },
         { value: 'tasks', label: 'Tasks', content: <GuestTasks guest={guest} /> },
       ]}
     />

@@ -1,10 +1,10 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The page of one node.
-import { Button, Group, SimpleGrid, Stack } from '@mantine/core';
+import { Button, Group, SimpleGrid, Skeleton, Stack } from '@mantine/core';
 import { IconPlus, IconServer } from '@tabler/icons-react';
 import { Link, useParams } from '@tanstack/react-router';
 import { DataTable } from 'mantine-datatable';
-import { useMemo, useState } from 'react';
+import { lazy, Suspense, useMemo, useState } from 'react';
 
 import { path } from '../api/client';
 import { useGuests, useHistory, useNodeNetwork, useNodes, useNodeStatus, useNodeStorages, useNodeTasks, type Timeframe } from '../api/queries';
@@ -20,6 +20,8 @@ import { Meter } from '../ui/Meter';
 import { Page } from '../ui/Page';
 import { Facts, Panel } from '../ui/Panel';
 import { StatusBadge } from '../ui/Status';
+
+const NodeShell = lazy(() => import('../terminal/Console').then((module) => ({ default: module.NodeShell })));
 
 const SPANS: readonly Timeframe[] = ['hour', 'day', 'week', 'month', 'year'];
 const shortBytes = (value: number) => bytes(value, 1);
@@ -169,6 +171,15 @@ export function NodePage() {
         { value: 'guests', label: 'Guests', content: <Guests node={node} /> },
         { value: 'storages', label: 'Storages', content: <Storages node={node} /> },
         { value: 'network', label: 'Network', content: <Network node={node} /> },
+        {
+          value: 'shell',
+          label: 'Shell',
+          content: (
+            <Suspense fallback={<Skeleton h={300} />}>
+              <NodeShell node={node} />
+            </Suspense>
+          ),
+        },
         { value: 'tasks', label: 'Tasks', content: <Tasks node={node} /> },
       ]}
     />

@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-// A guest's console: xterm.js on a Connection. Loaded on demand.
+// Terminals: a guest's console, a node's shell. xterm.js on a Connection; loaded on demand.
 import '@xterm/xterm/css/xterm.css';
 
 import { ActionIcon, Button, Group, Text, Tooltip } from '@mantine/core';
@@ -7,9 +7,9 @@ import { IconExternalLink, IconPlayerPlay, IconPlugConnected } from '@tabler/ico
 import { useMutation } from '@tanstack/react-query';
 import { FitAddon } from '@xterm/addon-fit';
 import { Terminal } from '@xterm/xterm';
-import { useEffect, useRef, useState, type RefObject } from 'react';
+import { useEffect, useRef, useState, type ReactNode, type RefObject } from 'react';
 
-import { call } from '../api/client';
+import { call, path } from '../api/client';
 import { guestPath, refresh } from '../api/queries';
 import type { Guest } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
@@ -26,12 +26,11 @@ interface Session {
   reconnect: () => void;
 }
 
-/** A terminal in `holder`, connected while the guest is up. */
-function useTerminal(guest: Guest, up: boolean): Session {
+/** A terminal in `holder`, connected while there is something to connect to. */
+function useTerminal(base: string, up: boolean): Session {
   const holder = useRef<HTMLDivElement>(null);
   const [state, setState] = useState<ConnectionState>({ phase: 'connecting' });
   const connection = useRef<Connection | null>(null);
-  const { node, type, vmid } = guest;
   useEffect(() => {
     if (!up || !holder.current) return undefined;
     const terminal = new Terminal({ theme: THEME, fontSize: 13, scrollback: SCROLLBACK_LINES, cursorBlink: true, screenReaderMode: false, fontFamily: 'ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace' });
@@ -39,7 +38,7 @@ function useTerminal(guest: Guest, up: boolean): Session {
     terminal.loadAddon(fit);
     terminal.open(holder.current);
     fit.fit();
-    const made = new Connection({ node, type, vmid, id: `${type}/${vmid}` }, {
+    const made = new Connection(base, {
       output: (bytes) => terminal.write(bytes),
       state: (next) => {
         setState(next);
@@ -61,7 +60,7 @@ function useTerminal(guest: Guest, up: boolean): Session {
       terminal.dispose();
       connection.current = null;
     };
-  }, [up, node, type, vmid]);
+  }, [up, base]);
   return { holder, state, reconnect: () => void connection.current?.connect() };
 }
 
@@ -85,20 +84,26 @@ function StoppedNote({ guest }: { guest: Guest }) {
   );
 }
 
-interface ConsoleProps {
-  guest: Guest;
-  /** Fills the window; no button to open one. */
+interface ScreenProps {
+  /** Path of what has the terminal. */
+  base: string;
+  title: string;
+  label: string;
+  up: boolean;
+  /** Shown instead of the terminal while there is nothing to connect to. */
+  note?: ReactNode;
+  /** Address of a window of its own; without it this is one, or there is none. */
+  window?: string;
   alone?: boolean;
 }
 
-export function Console({ guest, alone = false }: ConsoleProps) {
-  const up = guest.status === 'running' || guest.status === 'paused' || guest.status === 'suspended';
-  const { holder, state, reconnect } = useTerminal(guest, up);
+function Screen({ base, title, label, up, note, window, alone = false }: ScreenProps) {
+  const { holder, state, reconnect } = useTerminal(base, up);
   return (
     <div className={alone ? 'atoll-console atoll-console-alone' : 'atoll-console'}>
       <Group justify="space-between" px={8} h={34} wrap="nowrap" className="atoll-console-bar">
         <Text size="sm" role="status" data-phase={up ? state.phase : 'stopped'} truncate>
-          {alone && `${guestTitle(guest)}: `}
+          {alone && `${title}: `}
           {up ? phaseText(state) : 'Not running'}
         </Text>
         <Group gap={4} wrap="nowrap">
@@ -107,16 +112,42 @@ export function Console({ guest, alone = false }: ConsoleProps) {
               Connect now
             </Button>
           )}
-          {!alone && (
+          {window && (
             <Tooltip label="Open in a window of its own">
-              <ActionIcon component="a" href={`/console/${guest.vmid}`} target={`atoll-console-${guest.vmid}`} variant="subtle" color="gray" size="sm" aria-label="Open the console in a window of its own">
+              <ActionIcon component="a" href={window} target={`atoll${window.replaceAll('/', '-')}`} variant="subtle" color="gray" size="sm" aria-label="Open the console in a window of its own">
                 <IconExternalLink size={15} />
               </ActionIcon>
             </Tooltip>
           )}
         </Group>
       </Group>
-      {up ? <div ref={holder} className="atoll-terminal" aria-label={`Console of ${guestTitle(guest)}`} role="group" /> : <StoppedNote guest={guest} />}
+      {up ? <div ref={holder} className="atoll-terminal" aria-label={label} role="group" /> : note}
     </div>
   );
+}
+
+interface ConsoleProps {
+  guest: Guest;
+  /** Fills the window; no button to open one. */
+  alone?: boolean;
+}
+
+export function Console({ guest, alone = false }: ConsoleProps) {
+  const up = guest.status === 'running' || guest.status === 'paused' || guest.status === 'suspended';
+  const title = guestTitle(guest);
+  return (
+    <Screen
+      base={guestPath(guest)}
+      title={title}
+      label={`Console of ${title}`}
+      up={up}
+      note={<StoppedNote guest={guest} />}
+      alone={alone}
+      {...(alone ? {} : { window: `/console/${guest.vmid}` })}
+    />
+  );
+}
+
+export function NodeShell({ node }: { node: string }) {
+  return <Screen base={path`/nodes/${node}`} title={node} label={`Shell of node ${node}`} up />;
 }

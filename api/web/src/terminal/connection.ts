@@ -1,9 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-// One terminal session of a guest: asks for a ticket, opens the websocket, and tells what happens. It reconnects by
+// One terminal session of a guest or a node: asks for a ticket, opens the websocket, and tells what happens. It reconnects by
 // itself with growing pauses until `close` is called or the API refuses.
 import { ApiError, call, errorText } from '../api/client';
-import { guestPath } from '../api/queries';
-import type { Guest } from '../api/types';
 import { afterGreeting, aliveFrame, dataFrame, greetingFrame, sizeFrame } from './protocol';
 
 export type ConnectionState = { phase: 'connecting' } | { phase: 'open' } | { phase: 'waiting'; seconds: number } | { phase: 'refused'; reason: string };
@@ -33,7 +31,8 @@ export class Connection {
   private alive: ReturnType<typeof setInterval> | undefined;
 
   constructor(
-    private readonly guest: Guest,
+    /** Path of what has the terminal. */
+    private readonly base: string,
     private readonly handlers: Handlers,
   ) {}
 
@@ -42,10 +41,9 @@ export class Connection {
     this.drop();
     this.closed = false;
     this.handlers.state({ phase: 'connecting' });
-    const base = guestPath(this.guest);
     try {
-      const answer = await call<TermproxyAnswer>('POST', `${base}/termproxy`);
-      if (!this.closed) this.open(base, answer);
+      const answer = await call<TermproxyAnswer>('POST', `${this.base}/termproxy`);
+      if (!this.closed) this.open(answer);
     } catch (error) {
       if (this.closed) return;
       if (error instanceof ApiError && error.status === 0) this.waitAndRetry();
@@ -75,10 +73,10 @@ export class Connection {
     old?.close();
   }
 
-  private open(base: string, answer: TermproxyAnswer): void {
+  private open(answer: TermproxyAnswer): void {
     const query = new URLSearchParams({ port: String(answer.port), vncticket: answer.ticket });
     const scheme = location.protocol === 'https:' ? 'wss' : 'ws';
-    const socket = new WebSocket(`${scheme}://${location.host}/api2/json${base}/vncwebsocket?${query}`, 'binary');
+    const socket = new WebSocket(`${scheme}://${location.host}/api2/json${this.base}/vncwebsocket?${query}`, 'binary');
     socket.binaryType = 'arraybuffer';
     this.socket = socket;
     socket.onopen = () => socket.send(greetingFrame(answer.user, answer.ticket));
