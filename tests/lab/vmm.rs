@@ -115,7 +115,7 @@ fn start(host: &Host, cpu_count: u8, vhost: &str) -> u32 {
 /// misplaced one changes the checksum, which is computed here, too.
 ///
 /// Large blocks and a CRC are what an emulated CPU does fast: of 1 GiB, in seconds of this machine's CPU, the writes
-/// take 44, the reads 25, the CRC 8. (`head -c` into a pipe, by its small blocks, takes 150 alone.)
+/// take 44, the reads with the CRC 57. (`head -c` into a pipe, by its small blocks, takes 150 alone.)
 fn data_survives(host: &Host) {
     let lines = "seq 1000000000 9999999999 | dd bs=1M iflag=fullblock count=17 status=none";
     let piece = "iflag=skip_bytes,count_bytes bs=1M count=16M skip=$((i * 8)) status=none";
