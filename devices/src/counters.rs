@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use atoll_disk::Operation;
+
 /// One number. Relaxed: readers want totals, not an order between them.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -43,6 +45,52 @@ impl QueueCounters {
             ("chains", self.chains.value()),
             ("interrupts", self.interrupts.value()),
             ("guest_errors", self.guest_errors.value()),
+        ]
+    }
+}
+
+/// What every disk counts.
+#[derive(Debug, Default)]
+pub struct DiskCounters {
+    reads: Counter,
+    read_bytes: Counter,
+    writes: Counter,
+    written_bytes: Counter,
+    flushes: Counter,
+    errors: Counter,
+}
+
+impl DiskCounters {
+    /// A request that goes to the backend. Discards and zeroes move no data: the queue counts them.
+    pub fn request(&self, operation: Operation, bytes: u64) {
+        match operation {
+            Operation::Read => {
+                self.reads.add(1);
+                self.read_bytes.add(bytes);
+            }
+            Operation::Write => {
+                self.writes.add(1);
+                self.written_bytes.add(bytes);
+            }
+            Operation::Flush => self.flushes.add(1),
+            Operation::Discard { .. } | Operation::WriteZeroes { .. } => {}
+        }
+    }
+
+    /// A request that was answered with an error.
+    pub fn error(&self) {
+        self.errors.add(1);
+    }
+
+    /// These numbers as a device's list.
+    pub fn list(&self) -> CounterList {
+        vec![
+            ("reads", self.reads.value()),
+            ("read_bytes", self.read_bytes.value()),
+            ("writes", self.writes.value()),
+            ("written_bytes", self.written_bytes.value()),
+            ("flushes", self.flushes.value()),
+            ("errors", self.errors.value()),
         ]
     }
 }

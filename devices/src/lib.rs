@@ -8,7 +8,7 @@
 //! ```text
 //!   vCPU exit ──► bus ──► platform (serial port)
 //!                  │
-//!                  └────► pci (config space, BARs, MSI-X) ──► virtio::pci ──► blk │ net │ console │ rng
+//!                  └────► pci (config space, BARs, MSI-X) ──► virtio::pci ──► blk │ scsi │ net │ console │ rng
 //!   doorbell (ioeventfd) ─────────────────────────► virtio::worker thread of one queue
 //! ```
 //!
@@ -22,6 +22,7 @@ pub mod interrupt;
 pub mod memory;
 pub mod pci;
 pub mod platform;
+pub mod scsi;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -5,13 +5,15 @@
 //! Pure but for one thing: files are looked at (there, and of the right kind), so that a missing disk is told
 //! before a tap has been made.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use atoll_devices::virtio::scsi::TARGET_MAX;
 use atoll_vmm_protocol::spec::{
-    BootSpec, ConsoleSpec, DiskSpec, FirmwareSpec, KernelSpec, MachineSpec, NetLimits, NetSpec,
-    Profile, VhostNet,
+    BootSpec, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec, KernelSpec,
+    MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
 };
 
 use crate::{flash, layout};
@@ -55,10 +57,18 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.memory_mib > u64::MAX >> 20 {
         return refuse(format!("{} MiB of memory are too much", spec.memory_mib));
     }
-    if spec.disks.len() + spec.nets.len() > DEVICE_COUNT_MAX {
+    let on_scsi = spec.disks.iter().filter(|disk| disk.bus != DiskBus::Blk);
+    let on_scsi = on_scsi.count();
+    if on_scsi > usize::from(TARGET_MAX) + 1 {
         return refuse(format!(
-            "{} disks and {} network cards: a machine has {DEVICE_COUNT_MAX} slots for both",
-            spec.disks.len(),
+            "{on_scsi} disks on the SCSI host: it has {} targets",
+            usize::from(TARGET_MAX) + 1
+        ));
+    }
+    let disks = spec.disks.len() - on_scsi;
+    if disks + usize::from(on_scsi > 0) + spec.nets.len() > DEVICE_COUNT_MAX {
+        return refuse(format!(
+            "{disks} disks and {} network cards: a machine has {DEVICE_COUNT_MAX} slots for both and the SCSI host",
             spec.nets.len()
         ));
     }
@@ -78,6 +88,7 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         .as_deref()
         .map_or(Ok(()), |text| uuid(text).map(drop))?;
     spec.disks.iter().try_for_each(disk)?;
+    targets(spec).map(drop)?;
     spec.nets.iter().try_for_each(net)
 }
 
@@ -157,10 +168,56 @@ fn is_file(what: &str, path: &Path) -> Result<(), SpecError> {
     }
 }
 
+/// The target number of each disk on the SCSI host, in the spec's order; `None` for those that are not there.
+pub fn targets(spec: &MachineSpec) -> Result<Vec<Option<u8>>, SpecError> {
+    let mut taken: BTreeSet<u8> = BTreeSet::new();
+    for number in spec.disks.iter().filter_map(|disk| disk.target) {
+        if number > TARGET_MAX || !taken.insert(number) {
+            return refuse(format!(
+                "SCSI target {number}: each number from 0 to {TARGET_MAX} at most once"
+            ));
+        }
+    }
+    let number = |disk: &DiskSpec| match (disk.bus, disk.target) {
+        (DiskBus::Blk, _) => None,
+        (_, Some(number)) => Some(number),
+        (_, None) => {
+            let free = (0..=TARGET_MAX).find(|number| !taken.contains(number));
+            let free = free.expect("a machine has fewer disks than a host has targets");
+            taken.insert(free);
+            Some(free)
+        }
+    };
+    Ok(spec.disks.iter().map(number).collect())
+}
+
 fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     let path = disk.path.display();
+    let drive = disk.bus == DiskBus::Cdrom;
+    if drive && (disk.format != DiskFormat::Raw || !disk.backing.is_empty()) {
+        return refuse(format!("cdrom {path}: a disc is a raw image"));
+    }
+    if drive && disk.limits != DiskLimits::default() {
+        return refuse(format!("cdrom {path}: only disks have limits"));
+    }
+    if disk.bus == DiskBus::Blk && disk.target.is_some() {
+        return refuse(format!(
+            "disk {path}: a target number is for bus scsi or cdrom"
+        ));
+    }
+    if disk.bus != DiskBus::Blk && disk.boot_index.is_some() {
+        return refuse(format!(
+            "disk {path}: the boot order has disks of bus blk only; firmware tries others after them"
+        ));
+    }
+    if disk.bus != DiskBus::Blk && disk.queue_count.is_some() {
+        return refuse(format!(
+            "disk {path}: queues are the SCSI host's, one a vCPU"
+        ));
+    }
     let images = disk.backing.iter().map(|image| &image.path);
-    for image in images.chain([&disk.path]) {
+    let own = (!drive || !disk.path.as_os_str().is_empty()).then_some(&disk.path);
+    for image in images.chain(own) {
         is_file("disk", image)?;
         let kind = fs::metadata(image).map(|found| found.file_type());
         if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
@@ -374,6 +431,41 @@ mod tests {
         ] {
             assert!(uuid(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn disks_of_the_scsi_host_have_numbers() {
+        let with = |disks: serde_json::Value| {
+            move |m: &mut serde_json::Value| {
+                m["disks"] = disks;
+            }
+        };
+        let drive = serde_json::json!({"path": "", "format": "raw", "bus": "cdrom"});
+        check(with(serde_json::json!([drive, drive])), "ok");
+        let numbered = |number: u8| serde_json::json!({"path": "", "format": "raw", "bus": "cdrom", "target": number});
+        check(
+            with(serde_json::json!([numbered(3), numbered(3)])),
+            "SCSI target 3: each number from 0 to 254 at most once",
+        );
+        check(
+            with(serde_json::json!([numbered(255)])),
+            "SCSI target 255: each number from 0 to 254 at most once",
+        );
+        check(
+            with(serde_json::json!([{"path": "/dev/null", "format": "raw", "target": 1}])),
+            "disk /dev/null: a target number is for bus scsi or cdrom",
+        );
+        check(
+            with(serde_json::json!([{"path": "", "format": "raw"}])),
+            "disk : No such file or directory (os error 2)",
+        );
+        let spec: MachineSpec = serde_json::from_value(serde_json::json!({
+            "name": "m", "cpu_count": 1, "memory_mib": 64, "boot": {"kernel": {"image": "/dev/null"}},
+            "disks": [drive, {"path": "/x", "format": "raw"}, numbered(0), drive],
+        }))
+        .unwrap();
+        let numbers = targets(&spec).unwrap();
+        assert_eq!(numbers, [Some(1), None, Some(0), Some(2)]);
     }
 
     #[test]

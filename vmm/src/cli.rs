@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
 use atoll_vmm_protocol::spec::{
-    BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec,
-    KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
+    BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec,
+    FirmwareSpec, KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -54,6 +54,8 @@ Keys of --disk:
   path=FILE             image file or block device
   format=raw|qcow2      never guessed: a guest can write any header
   backing=FORMAT:FILE   the image behind a qcow2 image, if its header names one; repeat for the one behind that
+  bus=blk|scsi|cdrom    virtio-blk (default), or a target of the SCSI host; a cdrom needs neither format nor path
+  target=N              its number there; the lowest that is free when absent
   readonly              the guest may not write
   serial=TEXT           what the guest reads as the disk's serial number
   queues=N              virtqueues; one a vCPU when absent
@@ -64,7 +66,7 @@ Keys of --disk:
   bytes-per-second=N operations-per-second=N, each also with read- or write- before it, and with
   bytes-burst=N operations-burst=N: rates to which the disk is held";
 
-const DISK_KEYS: &str = "path=, format=, backing=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
+const DISK_KEYS: &str = "path=, format=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
     bytes-per-second=, bytes-burst=, operations-per-second=, operations-burst=, read-… and write-… of these";
 
 /// Sub-commands.
@@ -445,6 +447,13 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
         match (key, value) {
             ("path", Some(value)) => path = Some(PathBuf::from(value)),
             ("format", Some(value)) => format = Some(disk_format(key, value)?),
+            ("bus", Some("blk")) => spec.bus = DiskBus::Blk,
+            ("bus", Some("scsi")) => spec.bus = DiskBus::Scsi,
+            ("bus", Some("cdrom")) => spec.bus = DiskBus::Cdrom,
+            ("bus", Some(other)) => {
+                return Err(format!("bus={other}: there are blk, scsi and cdrom"));
+            }
+            ("target", Some(value)) => spec.target = Some(number(key, value)?),
             ("readonly", None) => spec.readonly = true,
             ("serial", Some(value)) => spec.serial = Some(value.to_owned()),
             ("queues", Some(value)) => spec.queue_count = Some(number(key, value)?),
@@ -466,6 +475,11 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
         }
         Ok(true)
     })?;
+    if spec.bus == DiskBus::Cdrom {
+        spec.path = path.unwrap_or_default();
+        spec.format = format.unwrap_or_default();
+        return Ok(spec);
+    }
     spec.path = path.ok_or("path= is missing")?;
     spec.format = format.ok_or(
         "format= is missing: say format=raw or format=qcow2 (a guest can write any header, so it is not guessed)",
@@ -604,11 +618,14 @@ mod tests {
         let backing: Vec<_> = spec.backing.iter().map(|one| one.format).collect();
         assert_eq!(backing, [DiskFormat::Qcow2, DiskFormat::Raw]);
         assert!(spec.discard && spec.detect_zeroes);
+        let drive = disk("bus=cdrom,target=2").unwrap();
+        assert_eq!((drive.bus, drive.target), (DiskBus::Cdrom, Some(2)));
         for (text, expected) in [
             ("path=/a", "format=raw or format=qcow2"),
             ("path=/a,format=vmdk", "raw and qcow2"),
             ("path=/a,format=qcow2,backing=/b", "backing=raw:base.img"),
             ("path=/a,format=raw,cache=some", "directsync"),
+            ("path=/a,format=raw,bus=ide", "scsi and cdrom"),
             ("path=/a,format=raw,bytes-burst=x", "expected a number"),
             ("path=/a,format=raw,colour=red", "readonly"),
         ] {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm_protocol::api::{
-    Migrate, MigrationInfo, MigrationStage, Request, Snapshot, SnapshotTaken,
+    InsertDisk, Migrate, MigrationInfo, MigrationStage, Request, Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::files::FILES_MAX;
@@ -36,6 +36,12 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
         Request::Migrate => {
             let body: Migrate = serde_json::from_value(Value::Object(body.clone()))?;
             Ok(serde_json::to_value(migrate(client, &body)?)?)
+        }
+        Request::InsertDisk => {
+            let disc: InsertDisk = serde_json::from_value(Value::Object(body.clone()))?;
+            let path = &disc.path;
+            let file = File::open(path).with_context(|| format!("disc {}", path.display()))?;
+            Ok(client.ask_with_files(request, &disc, &[file.as_fd()])?)
         }
         _ if request.route().parameters.is_empty() => Ok(client.ask(request)?),
         _ => Ok(client.ask_with(request, body)?),

@@ -131,10 +131,10 @@ pub fn spec(input: &[u8]) {
 /// A whole spec, and the smallest one.
 #[must_use]
 pub fn spec_corpus() -> Vec<Vec<u8>> {
-    let whole = r#"{"name":"a","cpu_count":2,"memory_mib":64,"boot":{"kernel":"/k","initrd":"/i","cmdline":"x"},
+    let whole = r#"{"name":"a","cpu_count":2,"memory_mib":64,"boot":{"kernel":{"image":"/k","initrd":"/i","cmdline":"x"}},
         "disks":[{"path":"/d","format":"raw","readonly":true,"serial":"s","queue_count":4}],
         "nets":[{"tap":"tap0","mac":"52:54:00:00:00:01","mtu":1500}],
         "serial":{"socket":"/s"},"console":"pty","rng":false}"#;
-    let least = r#"{"name":"","cpu_count":1,"memory_mib":1,"boot":{"kernel":"k"}}"#;
+    let least = r#"{"name":"","cpu_count":1,"memory_mib":1,"boot":{"kernel":{"image":"k"}}}"#;
     [whole, least].map(|text| text.as_bytes().to_vec()).into()
 }

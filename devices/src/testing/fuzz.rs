@@ -3,8 +3,10 @@
 //! replay a corpus and seeded random inputs through them on the stable toolchain.
 
 mod pci;
+mod scsi;
 
 pub use pci::{pci, pci_corpus};
+pub use scsi::{scsi_corpus, scsi_device};
 
 use std::sync::Arc;
 

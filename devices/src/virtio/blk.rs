@@ -30,7 +30,7 @@ use super::{
     Chain, DeviceInterrupts, DeviceQueue, GuestBuffers, QueueError, QueueStart, Segment,
     StartError, StartedQueue, VirtioDevice, device_id,
 };
-use crate::counters::{Counter, CounterList};
+use crate::counters::{CounterList, DiskCounters};
 use crate::memory::{self, Ram};
 use crate::state::{DeviceState, Saved, SavedState, StateError, same};
 
@@ -56,23 +56,13 @@ pub struct BlkOptions {
     pub queue_count: u16,
 }
 
-#[derive(Default)]
-struct Counters {
-    reads: Counter,
-    read_bytes: Counter,
-    writes: Counter,
-    written_bytes: Counter,
-    flushes: Counter,
-    errors: Counter,
-}
-
 /// The disk.
 pub struct Blk {
     name: String,
     backend: Arc<dyn BlockBackend>,
     serial: [u8; SERIAL_BYTES],
     queue_count: u16,
-    counters: Arc<Counters>,
+    counters: Arc<DiskCounters>,
     interrupts: OnceLock<DeviceInterrupts>,
 }
 
@@ -203,15 +193,7 @@ impl VirtioDevice for Blk {
     }
 
     fn counters(&self) -> CounterList {
-        let counters = &self.counters;
-        vec![
-            ("reads", counters.reads.value()),
-            ("read_bytes", counters.read_bytes.value()),
-            ("writes", counters.writes.value()),
-            ("written_bytes", counters.written_bytes.value()),
-            ("flushes", counters.flushes.value()),
-            ("errors", counters.errors.value()),
-        ]
+        self.counters.list()
     }
 }
 
@@ -266,7 +248,7 @@ pub(crate) struct Handler {
     write_through: bool,
     features: u64,
     abilities: Abilities,
-    counters: Arc<Counters>,
+    counters: Arc<DiskCounters>,
 }
 
 impl QueueHandler for Handler {
@@ -338,7 +320,7 @@ impl Handler {
             Action::Flush => (Operation::Flush, 0, None),
             Action::Range { offset, operation } => {
                 if let Err(status) = Blk::takes(self.abilities, self.features, operation) {
-                    self.counters.errors.add(1);
+                    self.counters.error();
                     return self.answer(queue, request.status, status, 0);
                 }
                 (operation, offset, None)
@@ -349,11 +331,12 @@ impl Handler {
                 return self.answer(queue, request.status, Status::Ok, written);
             }
             Action::Refuse(status) => {
-                self.counters.errors.add(1);
+                self.counters.error();
                 return self.answer(queue, request.status, status, 0);
             }
         };
-        self.count(operation, data.map_or(0, |data| data.size()));
+        self.counters
+            .request(operation, data.map_or(0, |data| data.size()));
         let ram = self.chain.writable().ram().clone();
         let written = match operation {
             Operation::Read => data.map_or(0, |data| data.size()),
@@ -434,7 +417,7 @@ impl Handler {
             let status = match completion.result {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    self.counters.errors.add(1);
+                    self.counters.error();
                     let operation = slot.operation;
                     queue.note(&format_args!("{operation:?} failed: {error}"));
                     Status::IoError
@@ -448,22 +431,6 @@ impl Handler {
             complete(queue, &slot.ram, slot.head, slot.status, status, written)?;
         }
         Ok(())
-    }
-
-    fn count(&self, operation: Operation, bytes: u64) {
-        match operation {
-            Operation::Read => {
-                self.counters.reads.add(1);
-                self.counters.read_bytes.add(bytes);
-            }
-            Operation::Write => {
-                self.counters.writes.add(1);
-                self.counters.written_bytes.add(bytes);
-            }
-            Operation::Flush => self.counters.flushes.add(1),
-            // They move no data; the requests are seen in the queue's own count.
-            Operation::Discard { .. } | Operation::WriteZeroes { .. } => {}
-        }
     }
 }
 

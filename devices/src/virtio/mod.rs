@@ -13,6 +13,7 @@ pub mod blk;
 pub mod console;
 pub mod net;
 pub mod rng;
+pub mod scsi;
 pub mod vsock;
 pub mod worker;
 
@@ -45,6 +46,8 @@ pub mod device_id {
     pub const RNG: u16 = 4;
     /// Memory balloon.
     pub const BALLOON: u16 = 5;
+    /// SCSI host.
+    pub const SCSI: u16 = 8;
     /// Socket device.
     pub const VSOCK: u16 = 19;
     /// File system.

@@ -42,6 +42,12 @@ fn device() {
 }
 
 #[test]
+fn scsi_device() {
+    // Every command once, then mutations.
+    replay(QUEUE, &fuzz::scsi_corpus(), fuzz::scsi_device);
+}
+
+#[test]
 fn pci() {
     let how = Replay {
         rounds: 200,

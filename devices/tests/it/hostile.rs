@@ -444,3 +444,45 @@ fn a_good_request_then_a_malformed_chain() {
         driver.reset();
     }
 }
+
+#[test]
+fn scsi_withstands() {
+    let unit = crate::scsi::disk(crate::scsi::memory(false));
+    let (scsi, mut driver) = crate::scsi::device(&[(0, unit.clone())]);
+    let works = |driver: &mut Driver| {
+        let mut request = [0; 51];
+        (request[0], request[2]) = (1, 0x40);
+        driver.put(DATA, &request);
+        let chain = [
+            Segment::readable(DATA, 51),
+            Segment::writable(DATA + 256, 108),
+        ];
+        driver.add(3, &chain);
+        driver.kick(3);
+        assert_eq!(driver.wait_used(3).1, 108);
+    };
+    withstands(&mut driver, 0, works);
+    let happens = || scsi.resized(0, &unit);
+    withstands_when(&mut driver, 1, happens, |_| {});
+    // What the unit wanted to tell.
+    let _ = unit.decide(&[0; 32], |_| 0);
+    withstands(&mut driver, 3, works);
+    // Well-formed chains that are no requests.
+    for queue in [0, 2] {
+        for chain in [
+            &[Segment::readable(DATA, 50), Segment::writable(DATA, 108)][..],
+            &[Segment::readable(DATA, 51), Segment::writable(DATA, 107)],
+            &[Segment::writable(DATA, 4096)],
+        ] {
+            if queue == 0 && chain.len() == 2 && chain[0].size == 51 {
+                continue; // That is a control request.
+            }
+            driver.start(u64::MAX);
+            driver.put(DATA, &[0xff; 64]);
+            driver.add(queue, chain);
+            driver.kick(queue);
+            driver.wait_broken();
+            driver.reset();
+        }
+    }
+}

@@ -16,6 +16,7 @@ mod net;
 mod pci;
 mod pitfalls;
 mod rng;
+mod scsi;
 mod state;
 mod transport;
 mod vsock;

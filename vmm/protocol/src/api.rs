@@ -49,6 +49,10 @@ pub enum Request {
     ResizeDisk,
     /// Hold a disk to other rates from now on; takes [`SetDiskLimits`].
     SetDiskLimits,
+    /// Take the disc out of a drive; takes [`EjectDisk`].
+    EjectDisk,
+    /// Put a disc into a drive; takes [`InsertDisk`] and the open disc.
+    InsertDisk,
 }
 
 /// One row of the control API.
@@ -352,6 +356,31 @@ pub const ROUTES: &[Route] = &[
         ],
         answer: "Acted",
     },
+    Route {
+        request: Request::EjectDisk,
+        method: "PUT",
+        path: "/eject-disk",
+        summary: "Take the disc out of a CD-ROM drive",
+        parameters: &[DISK_ID, FORCE],
+        answer: "Acted",
+    },
+    Route {
+        request: Request::InsertDisk,
+        method: "PUT",
+        path: "/insert-disk",
+        summary: "Put a disc into a CD-ROM drive, in place of the one that is there",
+        parameters: &[
+            DISK_ID,
+            Parameter {
+                name: "path",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "The disc, a raw image",
+            },
+            FORCE,
+        ],
+        answer: "Acted",
+    },
 ];
 
 /// Which disk a request is about.
@@ -360,6 +389,14 @@ const DISK_ID: Parameter = Parameter {
     kind: ParameterKind::Text,
     required: true,
     summary: "The disk: disk0 is the first of the spec",
+};
+
+/// What a guest may forbid.
+const FORCE: Parameter = Parameter {
+    name: "force",
+    kind: ParameterKind::Switch,
+    required: false,
+    summary: "Also when the guest has locked the tray",
 };
 
 const fn limit(name: &'static str, summary: &'static str) -> Parameter {
@@ -557,6 +594,30 @@ pub struct ResizeDisk {
     pub id: String,
     /// New size in bytes; a disk in use can only grow.
     pub size_bytes: u64,
+}
+
+/// Body of `PUT /eject-disk`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EjectDisk {
+    /// The drive: `disk0` is the first disk of the spec.
+    pub id: String,
+    /// Also when the guest has locked the tray.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Body of `PUT /insert-disk`; the disc comes as a descriptor, open for reading.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InsertDisk {
+    /// The drive: `disk0` is the first disk of the spec.
+    pub id: String,
+    /// The disc's path, for messages.
+    pub path: PathBuf,
+    /// Also when the guest has locked the tray.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Body of `PUT /set-disk-limits`.

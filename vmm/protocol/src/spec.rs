@@ -179,12 +179,18 @@ pub struct FirmwareSpec {
     pub log: Option<PathBuf>,
 }
 
-/// One disk.
+/// One disk, or one drive.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
-    /// Image file or block device on the host.
+    /// Image file or block device on the host; empty for a drive without a disc.
     pub path: PathBuf,
+    /// What the guest finds it on.
+    #[serde(default)]
+    pub bus: DiskBus,
+    /// Target number on the SCSI host, 0 to 254; the lowest that is free when absent.
+    #[serde(default)]
+    pub target: Option<u8>,
     /// Image format: always explicit, never probed, since the guest can write any header into a raw image.
     pub format: DiskFormat,
     /// The images behind a qcow2 image, nearest first: exactly those that the images' headers name.
@@ -214,6 +220,19 @@ pub struct DiskSpec {
     /// Place in the firmware's boot order, lowest first; not in it when absent.
     #[serde(default)]
     pub boot_index: Option<u16>,
+}
+
+/// What a guest finds a disk on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// A PCI function of its own: virtio-blk.
+    #[default]
+    Blk,
+    /// A target of the machine's one SCSI host, virtio-scsi.
+    Scsi,
+    /// A CD-ROM drive, a target of the same SCSI host: read-only, its disc comes and goes.
+    Cdrom,
 }
 
 /// Formats of disk images.

@@ -196,11 +196,30 @@ fn schemas_are_the_types() {
         },
     );
     check("SetNetLimits", SetNetLimits::default());
+}
+
+#[test]
+fn schemas_of_disks_are_the_types() {
     check(
         "ResizeDisk",
         ResizeDisk {
             id: "disk0".into(),
             size_bytes: 1,
+        },
+    );
+    check(
+        "EjectDisk",
+        EjectDisk {
+            id: "disk0".into(),
+            force: true,
+        },
+    );
+    check(
+        "InsertDisk",
+        InsertDisk {
+            id: "disk0".into(),
+            path: "/d".into(),
+            force: true,
         },
     );
     let mut limits = DiskLimits::default();

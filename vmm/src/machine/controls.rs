@@ -10,7 +10,7 @@ use super::parts::Parts;
 use crate::api::{self, Answer, Asked};
 
 /// Does it; an error is the refusal that the asker gets.
-pub(super) fn obey(parts: &Parts, memory_mib: u64, asked: Asked) -> Result<(), Answer> {
+pub(super) fn obey(parts: &Parts, memory_mib: u64, mut asked: Asked) -> Result<(), Answer> {
     match asked.request {
         Request::SetLink => set_link(parts, &api::body(asked.body)?),
         Request::SetNetLimits => set_net_limits(parts, &api::body(asked.body)?),
@@ -21,6 +21,11 @@ pub(super) fn obey(parts: &Parts, memory_mib: u64, asked: Asked) -> Result<(), A
         Request::SetBalloon => set_balloon(parts, memory_mib, &api::body(asked.body)?),
         Request::ResizeDisk => disks::resize(parts, &api::body(asked.body)?),
         Request::SetDiskLimits => disks::set_limits(parts, &api::body(asked.body)?),
+        Request::EjectDisk => disks::eject(parts, &api::body(asked.body)?),
+        Request::InsertDisk => {
+            let disc = asked.file("the disc")?;
+            disks::insert(parts, &api::body(asked.body)?, disc)
+        }
         other => unreachable!("{other:?} is the owner's own"),
     }
 }

@@ -21,7 +21,7 @@ pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
         disks: parts
             .disks
             .iter()
-            .map(|disk| disk_counters(&disk.function))
+            .map(|disk| disk_counters(&disk.counters()))
             .collect(),
         nets: parts
             .nets
@@ -47,9 +47,8 @@ fn named(list: &CounterList, name: &str) -> u64 {
     found.expect("devices count what the API tells").1
 }
 
-fn disk_counters(disk: &VirtioPci) -> DiskCounters {
-    let (list, _) = disk.counters();
-    let value = |name| named(&list, name);
+fn disk_counters(list: &CounterList) -> DiskCounters {
+    let value = |name| named(list, name);
     DiskCounters {
         read_bytes: value("read_bytes"),
         written_bytes: value("written_bytes"),

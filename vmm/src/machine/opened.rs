@@ -46,8 +46,8 @@ pub(super) struct Opened {
     pub(super) touched: Option<Arc<Touched>>,
     /// Of the images that are open for writing.
     pub(super) disk_locks: Vec<WriterLock>,
-    /// In the spec's order.
-    pub(super) disks: VecDeque<Arc<Limited>>,
+    /// In the spec's order; `None` for a drive without a disc.
+    pub(super) disks: VecDeque<Option<Arc<Limited>>>,
     /// In the spec's order.
     pub(super) nets: VecDeque<OpenedNet>,
     pub(super) console: Option<ConsoleEnd>,

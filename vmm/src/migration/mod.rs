@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn a_newer_source_is_told_apart() {
         let spec = serde_json::json!({
-            "name": "m", "cpu_count": 1, "memory_mib": 1, "boot": {"kernel": "/k"},
+            "name": "m", "cpu_count": 1, "memory_mib": 1, "boot": {"kernel": {"image": "/k"}},
         });
         let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), Vec::new(), 1);
         hello.check().unwrap();
