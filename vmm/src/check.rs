@@ -11,6 +11,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use atoll_devices::virtio::scsi::TARGET_MAX;
+use atoll_devices::virtio::vhost_user::TAG_BYTES_MAX;
+use atoll_vmm_protocol::services::MemoryBacking;
 use atoll_vmm_protocol::spec::{
     BootSpec, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec, KernelSpec,
     MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
@@ -54,6 +56,13 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.memory_mib == 0 {
         return refuse("0 MiB of memory: a machine needs at least 1");
     }
+    let page_mib = spec.services.memory_backing.page_mib();
+    if !spec.memory_mib.is_multiple_of(page_mib) {
+        return refuse(format!(
+            "{} MiB of memory are not whole huge pages of {page_mib} MiB",
+            spec.memory_mib
+        ));
+    }
     if spec.memory_mib > u64::MAX >> 20 {
         return refuse(format!("{} MiB of memory are too much", spec.memory_mib));
     }
@@ -66,10 +75,11 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         ));
     }
     let disks = spec.disks.len() - on_scsi;
-    if disks + usize::from(on_scsi > 0) + spec.nets.len() > DEVICE_COUNT_MAX {
+    let count =
+        disks + usize::from(on_scsi > 0) + spec.nets.len() + spec.services.filesystems.len();
+    if count > DEVICE_COUNT_MAX {
         return refuse(format!(
-            "{disks} disks and {} network cards: a machine has {DEVICE_COUNT_MAX} slots for both and the SCSI host",
-            spec.nets.len()
+            "{count} disks, SCSI hosts, network cards and file systems: a machine has {DEVICE_COUNT_MAX} slots for them"
         ));
     }
     if spec.serial == ConsoleSpec::Stdio && spec.console == Some(ConsoleSpec::Stdio) {
@@ -117,6 +127,23 @@ fn services(spec: &MachineSpec) -> Result<(), SpecError> {
         }
         if !vsock.path.is_absolute() {
             return refuse(format!("vsock socket {path}: must be an absolute path"));
+        }
+    }
+    let filesystems = &spec.services.filesystems;
+    if !filesystems.is_empty() && spec.services.memory_backing == MemoryBacking::Anonymous {
+        return refuse(
+            "a virtio-fs file system needs memory that its process can map: say --memory SIZE,shared",
+        );
+    }
+    for (index, one) in filesystems.iter().enumerate() {
+        let tag = &one.tag;
+        if tag.is_empty() || tag.len() > TAG_BYTES_MAX || tag.bytes().any(|byte| byte == 0) {
+            return refuse(format!(
+                "file system tag {tag:?}: 1 to {TAG_BYTES_MAX} bytes"
+            ));
+        }
+        if filesystems[..index].iter().any(|other| other.tag == *tag) {
+            return refuse(format!("file system {tag}: there are two of that tag"));
         }
     }
     let balloon = spec.services.balloon.as_ref();
@@ -362,6 +389,10 @@ mod tests {
             |m| m["nets"] = serde_json::json!([{"tap": "a name too long!"}]),
             "tap \"a name too long!\": an interface's name has 1 to 15 characters, no space, slash or percent",
         );
+    }
+
+    #[test]
+    fn impossible_services_are_refused_in_words() {
         let port = serde_json::json!({"name": "a", "path": "/a"});
         check(
             |m| m["services"] = serde_json::json!({"ports": [port, port]}),
@@ -375,6 +406,17 @@ mod tests {
             |m| m["services"] = serde_json::json!({"balloon": {"target_mib": 65}}),
             "balloon target of 65 MiB: the guest keeps 1 to 64 MiB",
         );
+        check(
+            |m| {
+                m["memory_mib"] = 63.into();
+                m["services"] = serde_json::json!({"memory_backing": "hugepages-2m"});
+            },
+            "63 MiB of memory are not whole huge pages of 2 MiB",
+        );
+    }
+
+    #[test]
+    fn impossible_cards_are_refused_in_words() {
         check(
             |m| m["nets"] = serde_json::json!([{"tap": "t", "queue_pairs": 65}]),
             "tap t: 65 pairs of queues: 1 to 64",

@@ -6,6 +6,7 @@ mod services;
 use std::path::{Path, PathBuf};
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
+use atoll_vmm_protocol::services::MemoryBacking;
 use atoll_vmm_protocol::spec::{
     BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec,
     FirmwareSpec, KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
@@ -119,9 +120,9 @@ pub struct RunArguments {
     /// vCPUs, 1 to 255
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..))]
     pub cpus: u8,
-    /// Guest memory: a number of MiB, or with a unit: 512M, 4G
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_mib)]
-    pub memory: u64,
+    /// Guest memory: a number of MiB, or with a unit: 512M, 4G[,hugepages=2M|1G][,shared]
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory)]
+    pub memory: (u64, MemoryBacking),
     /// A disk: path=FILE,format=raw|qcow2[,KEY…]; may be repeated; its keys are below
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
@@ -216,7 +217,7 @@ pub struct ReceiveArguments {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 15] = [
+const MACHINE_ARGUMENTS: [&str; 18] = [
     "profile",
     "firmware",
     "kernel",
@@ -232,6 +233,9 @@ const MACHINE_ARGUMENTS: [&str; 15] = [
     services::ARGUMENTS[0],
     services::ARGUMENTS[1],
     services::ARGUMENTS[2],
+    services::ARGUMENTS[3],
+    services::ARGUMENTS[4],
+    services::ARGUMENTS[5],
 ];
 
 /// Arguments of `ctl`.
@@ -354,16 +358,33 @@ impl RunArguments {
         MachineSpec {
             name: self.name.clone(),
             cpu_count: self.cpus,
-            memory_mib: self.memory,
+            memory_mib: self.memory.0,
             profile: self.profile.unwrap_or(defaults.profile),
             disks: self.disk.clone(),
             nets: self.net.clone(),
             serial: self.console.clone(),
             console: self.virtio_console.clone(),
-            services: self.services.to_spec(),
+            services: self.services.to_spec(self.memory.1),
             ..defaults
         }
     }
+}
+
+/// A size, and what holds it.
+fn memory(text: &str) -> Result<(u64, MemoryBacking), String> {
+    let (size, rest) = text.split_once(',').unwrap_or((text, ""));
+    let backing = match rest {
+        "" => MemoryBacking::Anonymous,
+        "shared" => MemoryBacking::Shared,
+        "hugepages=2M" => MemoryBacking::Hugepages2M,
+        "hugepages=1G" => MemoryBacking::Hugepages1G,
+        other => {
+            return Err(format!(
+                "{other:?} is not one of hugepages=2M, hugepages=1G, shared"
+            ));
+        }
+    };
+    Ok((memory_mib(size)?, backing))
 }
 
 fn memory_mib(text: &str) -> Result<u64, String> {
@@ -596,6 +617,13 @@ mod tests {
         for text in ["", "0", "0G", "-1", "1K", "99999999999999999T", "G"] {
             assert!(memory_mib(text).is_err(), "{text}");
         }
+        let huge = memory("1G,hugepages=2M");
+        assert_eq!(huge, Ok((1024, MemoryBacking::Hugepages2M)));
+        assert!(
+            memory("1G,hugepages=4K")
+                .unwrap_err()
+                .contains("hugepages=1G")
+        );
     }
 
     #[test]

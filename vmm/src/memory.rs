@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io;
 
 use atoll_devices::memory::Ram;
+use atoll_vmm_protocol::services::MemoryBacking;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use vm_memory::{FileOffset, GuestAddress};
 
 use crate::board::Board;
@@ -20,6 +22,28 @@ pub enum Backing {
     /// A memfd, so that another process can map the same pages (a vhost-user backend, the next version of
     /// this program). First touch of a page costs about twice as much.
     Shared,
+    /// Huge pages of the host, all of them taken at once, so that none is missing later.
+    Huge(HugePage),
+}
+
+/// Sizes of huge pages on x86-64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HugePage {
+    /// 2 MiB.
+    Mib2,
+    /// 1 GiB.
+    Gib1,
+}
+
+impl From<MemoryBacking> for Backing {
+    fn from(spec: MemoryBacking) -> Self {
+        match spec {
+            MemoryBacking::Anonymous => Self::Anonymous,
+            MemoryBacking::Shared => Self::Shared,
+            MemoryBacking::Hugepages2M => Self::Huge(HugePage::Mib2),
+            MemoryBacking::Hugepages1G => Self::Huge(HugePage::Gib1),
+        }
+    }
 }
 
 /// Why there is no RAM for the guest.
@@ -40,6 +64,18 @@ pub enum MemoryError {
         asked_mib: u64,
         /// Width of a physical address.
         address_bits: u8,
+    },
+    /// Too few huge pages are free.
+    #[error(
+        "take {asked_mib} MiB in {page} huge pages: raise vm.nr_hugepages (sysctl), or hugepages= at boot"
+    )]
+    HugePages {
+        /// From the spec.
+        asked_mib: u64,
+        /// `2 MiB`.
+        page: &'static str,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// The host would not map it.
     #[error("map {asked_mib} MiB of guest memory")]
@@ -80,6 +116,7 @@ pub fn allocate(
     let file = match backing {
         Backing::Anonymous => None,
         Backing::Shared => Some(memfd(bytes).map_err(failed)?),
+        Backing::Huge(page) => Some(huge_pages(bytes, page)?),
     };
     let mut offset = 0;
     let mut ranges = Vec::new();
@@ -102,10 +139,30 @@ fn host_bytes() -> u64 {
 }
 
 fn memfd(bytes: u64) -> io::Result<File> {
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let file = File::from(rustix::fs::memfd_create("guest-memory", flags)?);
+    let file = File::from(memfd_create("guest-memory", MemfdFlags::CLOEXEC)?);
     file.set_len(bytes)?;
     Ok(file)
+}
+
+/// A file of huge pages that has all of them already: the mapping reserves nothing, and a page that is missing
+/// when it is touched would end the process.
+fn huge_pages(bytes: u64, page: HugePage) -> Result<File, MemoryError> {
+    let (size, name) = match page {
+        HugePage::Mib2 => (MemfdFlags::HUGE_2MB, "2 MiB"),
+        HugePage::Gib1 => (MemfdFlags::HUGE_1GB, "1 GiB"),
+    };
+    let take = || {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size;
+        let file = File::from(memfd_create("guest-memory", flags)?);
+        file.set_len(bytes)?;
+        fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        Ok(file)
+    };
+    take().map_err(|source| MemoryError::HugePages {
+        asked_mib: bytes >> 20,
+        page: name,
+        source,
+    })
 }
 
 #[cfg(test)]
@@ -127,6 +184,28 @@ mod tests {
             memory
                 .write_slice(&word, GuestAddress(0x3f_fff9))
                 .unwrap_err();
+        }
+    }
+
+    /// Whatever this host has free, the answer is RAM or one clear line.
+    #[test]
+    fn huge_pages_are_there_at_once_or_not_at_all() {
+        match allocate(&MICRO, 4, 40, Backing::Huge(HugePage::Mib2)) {
+            Ok(memory) => {
+                let mut word = [1; 8];
+                memory
+                    .read_slice(&mut word, GuestAddress(0x3f_fff8))
+                    .unwrap();
+                assert_eq!(word, [0; 8]);
+            }
+            Err(error) => {
+                println!("ATOLL-SKIP: no huge pages are free: {error}");
+                assert!(
+                    error
+                        .to_string()
+                        .starts_with("take 4 MiB in 2 MiB huge pages: raise")
+                );
+            }
         }
     }
 

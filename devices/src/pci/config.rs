@@ -127,6 +127,17 @@ impl ConfigSpace {
         u16::from(offset)
     }
 
+    /// Makes a register of the device's own writable, by `writable` bits from `offset` on, which no capability may
+    /// have. Called while building only.
+    pub fn add_register(&mut self, offset: u16, writable: &[u8]) {
+        let at = usize::from(offset);
+        assert!(
+            at >= self.next_capability,
+            "registers are behind the capabilities"
+        );
+        self.writable[at..at + writable.len()].copy_from_slice(writable);
+    }
+
     /// BARs, in the order they were added.
     pub fn bars(&self) -> &[Bar] {
         &self.bars

@@ -7,15 +7,18 @@
 //! fw_cfg       what firmware asks the VMM            rtc          clock and CMOS memory
 //! flash        firmware's variables                  debug        firmware's debug console
 //! q35          host bridge and LPC bridge            reset_ports  resets of old
+//! pvpanic      a PCI function: the guest crashed     watchdog     a PCI function: the guest must feed it
 //! ```
 
 mod debug;
 mod flash;
 pub mod fw_cfg;
 mod pm;
+mod pvpanic;
 mod reset_ports;
 mod rtc;
 mod serial;
+mod watchdog;
 
 pub mod q35;
 
@@ -23,9 +26,11 @@ pub use debug::DebugPort;
 pub use flash::{BLOCK_BYTES as FLASH_BLOCK_BYTES, Flash, FlashWindow};
 pub use fw_cfg::{FwCfg, FwCfgItems};
 pub use pm::AcpiPm;
+pub use pvpanic::{PanicDevice, PanicEvent};
 pub use reset_ports::{KeyboardReset, SystemControl};
 pub use rtc::Rtc;
 pub use serial::Serial;
+pub use watchdog::Watchdog;
 
 /// What a guest can ask of the whole machine. The VMM implements it; called on vCPU threads, so it only notes
 /// the wish and returns.

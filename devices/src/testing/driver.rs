@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
 
 use super::{CountingSink, NoDoorbells};
 use crate::bus::BusDevice;
@@ -110,7 +110,11 @@ impl Driver {
     pub fn bare(device: Arc<dyn VirtioDevice>) -> Self {
         let half = usize::try_from(RAM_BYTES / 2).unwrap();
         let ranges = [(GuestAddress(0), half), (GuestAddress(RAM_BYTES / 2), half)];
-        let memory = Memory::new(Ram::from_ranges(&ranges).unwrap());
+        Self::in_memory(device, Ram::from_ranges(&ranges).unwrap())
+    }
+
+    fn in_memory(device: Arc<dyn VirtioDevice>, ram: Ram) -> Self {
+        let memory = Memory::new(ram);
         let queues = u16::try_from(device.queue_sizes().len()).unwrap();
         let interrupts = Arc::new(CountingSink::new(queues + 1));
         let options = VirtioPciOptions {
@@ -137,7 +141,25 @@ impl Driver {
 
     /// Puts `device` on a bus and turns on its memory and its vectors. Its status is still 0.
     pub fn new(device: Arc<dyn VirtioDevice>) -> Self {
-        let driver = Self::bare(device);
+        Self::turned_on(Self::bare(device))
+    }
+
+    /// The same in memory that another process can map.
+    pub fn with_shared_memory(device: Arc<dyn VirtioDevice>) -> Self {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = std::fs::File::from(rustix::fs::memfd_create("test", flags).unwrap());
+        file.set_len(RAM_BYTES).unwrap();
+        let half = RAM_BYTES / 2;
+        let ranges = [0, half].map(|start| {
+            let part = FileOffset::new(file.try_clone().unwrap(), start);
+            let size = usize::try_from(half).unwrap();
+            (GuestAddress(start), size, Some(part))
+        });
+        let ram = Ram::from_ranges_with_files(ranges).unwrap();
+        Self::turned_on(Self::in_memory(device, ram))
+    }
+
+    fn turned_on(driver: Self) -> Self {
         let queues = u64::from(driver.interrupts.vector_count()) - 1;
         driver.config_write(4, &6u16.to_le_bytes()); // Memory space, bus master.
         for vector in 0..=queues {

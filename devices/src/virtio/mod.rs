@@ -14,6 +14,7 @@ pub mod console;
 pub mod net;
 pub mod rng;
 pub mod scsi;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

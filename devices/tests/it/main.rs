@@ -10,6 +10,7 @@ mod balloon;
 mod blk;
 mod bounds;
 mod console;
+mod fs;
 mod fuzz;
 mod hostile;
 mod net;

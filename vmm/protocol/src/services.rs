@@ -15,6 +15,14 @@ pub struct GuestServices {
     pub balloon: Option<BalloonSpec>,
     /// Sockets between programs of the guest and of the host.
     pub vsock: Option<VsockSpec>,
+    /// A timer that the guest has to feed.
+    pub watchdog: Option<WatchdogSpec>,
+    /// A device by which the guest's kernel tells that it crashed.
+    pub panic: Option<PanicSpec>,
+    /// What holds the guest's memory on the host.
+    pub memory_backing: MemoryBacking,
+    /// Directories of the host.
+    pub filesystems: Vec<FilesystemSpec>,
 }
 
 /// One port of the virtio console that is no terminal.
@@ -59,5 +67,76 @@ pub struct VsockSpec {
     /// A Unix stream socket that the VMM listens on: who connects writes `CONNECT PORT` and a newline, reads `OK`
     /// and a number, and is connected with that port of the guest. A guest that connects to port N of the host (cid
     /// 2) reaches who listens on `PATH_N`, where the VMM's user may write. Absolute.
+    pub path: PathBuf,
+}
+
+/// A watchdog, Intel's 6300ESB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchdogSpec {
+    /// What happens when the guest has not fed it in time.
+    pub action: FaultAction,
+}
+
+/// A pvpanic device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PanicSpec {
+    /// What happens when the guest's kernel says that it crashed.
+    pub action: FaultAction,
+}
+
+/// What the VMM does about a guest that is in trouble. Each is a line in the log as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FaultAction {
+    /// Nothing but the line.
+    None,
+    /// Start the machine again.
+    Reset,
+    /// Press the power button.
+    Shutdown,
+    /// End the machine; its process ends with exit code 3, as after any crash.
+    Poweroff,
+    /// Hold the machine, for somebody to look at it.
+    Pause,
+}
+
+/// What holds a guest's memory on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryBacking {
+    /// Private pages, taken when they are first touched.
+    #[default]
+    Anonymous,
+    /// Pages that another process may map as well. Their first touch costs about twice as much.
+    Shared,
+    /// Huge pages of 2 MiB (`vm.nr_hugepages`), all taken at the start.
+    #[serde(rename = "hugepages-2m")]
+    Hugepages2M,
+    /// Huge pages of 1 GiB, all taken at the start.
+    #[serde(rename = "hugepages-1g")]
+    Hugepages1G,
+}
+
+impl MemoryBacking {
+    /// The size that guest memory must be a multiple of, in MiB.
+    #[must_use]
+    pub fn page_mib(self) -> u64 {
+        match self {
+            Self::Anonymous | Self::Shared => 1,
+            Self::Hugepages2M => 2,
+            Self::Hugepages1G => 1024,
+        }
+    }
+}
+
+/// A directory of the host, by virtio-fs and another process (`virtiofsd`). Guest memory must be shared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilesystemSpec {
+    /// What the guest mounts: `mount -t virtiofs TAG /mnt`. At most 36 bytes.
+    pub tag: String,
+    /// The vhost-user socket on which the other process listens.
     pub path: PathBuf,
 }

@@ -3,13 +3,16 @@
 
 use std::path::PathBuf;
 
-use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec, VsockSpec};
+use atoll_vmm_protocol::services::{
+    BalloonSpec, FaultAction, FilesystemSpec, GuestServices, MemoryBacking, PanicSpec, PortSpec,
+    VsockSpec, WatchdogSpec,
+};
 use clap::Args;
 
 use super::keys;
 
 /// Their names, for `--spec`, which stands instead of them.
-pub(super) const ARGUMENTS: [&str; 3] = ["port", "balloon", "vsock"];
+pub(super) const ARGUMENTS: [&str; 6] = ["port", "balloon", "vsock", "watchdog", "panic", "fs"];
 
 /// See [`GuestServices`].
 #[derive(Debug, Args)]
@@ -24,15 +27,30 @@ pub struct ServiceArguments {
     /// reaches PATH_PORT
     #[arg(long, value_name = "KEYS", value_parser = vsock)]
     pub vsock: Option<VsockSpec>,
+    /// A directory of the host by virtio-fs: tag=NAME,socket=PATH (of virtiofsd); needs --memory SIZE,shared; may be
+    /// repeated
+    #[arg(long, value_name = "KEYS", value_parser = filesystem)]
+    pub fs: Vec<FilesystemSpec>,
+    /// Adds a watchdog (i6300esb), and says what happens when the guest does not feed it:
+    /// action=none|reset|shutdown|poweroff|pause
+    #[arg(long, value_name = "KEYS", value_parser = action)]
+    pub watchdog: Option<FaultAction>,
+    /// Adds a panic device (pvpanic), and says what happens when the guest's kernel crashes: action=, as above
+    #[arg(long, value_name = "KEYS", value_parser = action)]
+    pub panic: Option<FaultAction>,
 }
 
 impl ServiceArguments {
     /// As the spec has them.
-    pub(super) fn to_spec(&self) -> GuestServices {
+    pub(super) fn to_spec(&self, memory_backing: MemoryBacking) -> GuestServices {
         GuestServices {
             ports: self.port.clone(),
             balloon: self.balloon.clone(),
             vsock: self.vsock.clone(),
+            watchdog: self.watchdog.map(|action| WatchdogSpec { action }),
+            panic: self.panic.map(|action| PanicSpec { action }),
+            memory_backing,
+            filesystems: self.fs.clone(),
         }
     }
 }
@@ -70,6 +88,33 @@ fn vsock(text: &str) -> Result<VsockSpec, String> {
         cid: cid.ok_or("cid= is missing")?,
         path: path.ok_or("socket= is missing")?,
     })
+}
+
+fn filesystem(text: &str) -> Result<FilesystemSpec, String> {
+    let (mut tag, mut path) = (None, None);
+    keys(text, "tag=, socket=", |key, value| {
+        match (key, value) {
+            ("tag", Some(value)) => tag = Some(value.to_owned()),
+            ("socket", Some(value)) => path = Some(PathBuf::from(value)),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    Ok(FilesystemSpec {
+        tag: tag.ok_or("tag= is missing")?,
+        path: path.ok_or("socket= is missing")?,
+    })
+}
+
+fn action(text: &str) -> Result<FaultAction, String> {
+    match text.strip_prefix("action=") {
+        Some("none") => Ok(FaultAction::None),
+        Some("reset") => Ok(FaultAction::Reset),
+        Some("shutdown") => Ok(FaultAction::Shutdown),
+        Some("poweroff") => Ok(FaultAction::Poweroff),
+        Some("pause") => Ok(FaultAction::Pause),
+        _ => Err("expected action=none, reset, shutdown, poweroff or pause".to_owned()),
+    }
 }
 
 fn balloon(text: &str) -> Result<BalloonSpec, String> {

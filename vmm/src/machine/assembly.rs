@@ -12,8 +12,8 @@ use atoll_devices::bus::{Bus, BusDevice, BusError, BusRange};
 use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::{Memory, Ram};
-use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
-use atoll_devices::platform::{AcpiPm, MachineControl, Serial, q35};
+use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciDevice, PciWindow, Window};
+use atoll_devices::platform::{AcpiPm, MachineControl, Serial, Watchdog, q35};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::TapError;
@@ -112,7 +112,7 @@ impl BuildError {
 pub(super) struct Assembly<'a> {
     pub(super) spec: &'a MachineSpec,
     pub(super) opened: &'a mut Opened,
-    voice: &'a GuestVoice,
+    pub(super) voice: &'a GuestVoice,
     pub(super) board: &'static Board,
     pub(super) memory: Memory,
     pub(super) routes: Arc<Routes>,
@@ -125,6 +125,8 @@ pub(super) struct Assembly<'a> {
     pub(super) boot_order: Vec<BootEntry>,
     /// Where the next function's BARs go.
     next_bar: u64,
+    /// Slot of the last function.
+    last_slot: usize,
     ports: Vec<BusRange>,
     mapped: Vec<BusRange>,
     functions: Vec<Arc<VirtioPci>>,
@@ -132,6 +134,7 @@ pub(super) struct Assembly<'a> {
     pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
     pub(super) balloon: Option<Arc<Balloon>>,
+    pub(super) watchdog: Option<Arc<Watchdog>>,
     pub(super) consoles: Vec<Console>,
     pub(super) serial: Option<Arc<Serial>>,
     pub(super) serial_path: Option<PathBuf>,
@@ -170,6 +173,7 @@ pub(super) fn build(
         disks: assembly.disks,
         nets: assembly.nets,
         balloon: assembly.balloon,
+        watchdog: assembly.watchdog,
         serial: assembly.serial,
         _consoles: assembly.consoles,
         power_button,
@@ -267,6 +271,7 @@ impl<'a> Assembly<'a> {
             board,
             memory: Memory::from(memory),
             next_bar: windows[0].base,
+            last_slot: 0,
             windows,
             pci,
             pm,
@@ -281,6 +286,7 @@ impl<'a> Assembly<'a> {
             disks: Vec::new(),
             nets: Vec::new(),
             balloon: None,
+            watchdog: None,
             consoles: Vec::new(),
             serial: None,
             serial_path: None,
@@ -311,12 +317,24 @@ impl Assembly<'_> {
             msix: self.routes.vectors(queues + 1).map_err(host)?,
         };
         let function = Arc::new(VirtioPci::new(device, options).map_err(host)?);
-        // Slot 0 is the host bridge.
-        let slot = self.functions.len() + 1;
-        self.next_bar = self.pci.add(slot, function.clone(), self.next_bar)?;
+        self.add_function(&name, function.clone())?;
         self.functions.push(function.clone());
-        self.states.push((name, function.clone()));
         Ok(function)
+    }
+
+    /// Puts any PCI function into the next slot.
+    pub(super) fn add_function(
+        &mut self,
+        name: &str,
+        function: Arc<impl PciDevice + DeviceState + 'static>,
+    ) -> Result<(), BuildError> {
+        // Slot 0 is the host bridge.
+        self.last_slot += 1;
+        self.next_bar = self
+            .pci
+            .add(self.last_slot, function.clone(), self.next_bar)?;
+        self.states.push((name.to_owned(), function));
+        Ok(())
     }
 
     /// Puts a device on the port bus. Its name is also that of its saved state.
@@ -382,7 +400,7 @@ impl Assembly<'_> {
 
     /// The slot of the function that was added last.
     pub(super) fn last_slot(&self) -> usize {
-        self.functions.len()
+        self.last_slot
     }
 
     pub(super) fn memory_bytes(&self) -> u64 {

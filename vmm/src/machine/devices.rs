@@ -56,6 +56,18 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: services::vsock,
     },
     DeviceKind {
+        open: services::open_filesystems,
+        add: services::filesystems,
+    },
+    DeviceKind {
+        open: |_, _| Ok(()),
+        add: services::watchdog,
+    },
+    DeviceKind {
+        open: |_, _| Ok(()),
+        add: services::panic,
+    },
+    DeviceKind {
         open: open_serial,
         add: serial,
     },

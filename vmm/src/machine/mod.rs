@@ -57,7 +57,7 @@ pub use saved::{Absence, RestoreError};
 pub struct Options {
     /// Where to listen for the control API; no such API when absent.
     pub api_socket: Option<PathBuf>,
-    /// What holds the guest's memory.
+    /// What holds the guest's memory, when it is not what the spec says.
     pub backing: Backing,
     /// What SIGTERM and SIGINT do.
     pub signals: Signals,
@@ -216,7 +216,11 @@ pub fn run_from(
     }
     vcpu::handle_kicks().map_err(RunError::Signals)?;
     let voice = GuestVoice::new(events.clone());
-    let parts = assembly::build(spec, opened, options.backing, start, &voice)?;
+    let backing = match options.backing {
+        Backing::Anonymous => spec.services.memory_backing.into(),
+        wanted => wanted,
+    };
+    let parts = assembly::build(spec, opened, backing, start, &voice)?;
     let mut machine = Machine::new(spec, parts, voice);
     let server = match api_socket {
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),

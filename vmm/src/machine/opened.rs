@@ -13,7 +13,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -54,6 +54,8 @@ pub(super) struct Opened {
     /// In the spec's order.
     pub(super) ports: VecDeque<ConsoleEnd>,
     pub(super) vsock: Option<UnixListener>,
+    /// Connected with the processes that serve them, in the spec's order.
+    pub(super) filesystems: VecDeque<UnixStream>,
     pub(super) serial: Option<ConsoleEnd>,
 }
 
@@ -94,6 +96,7 @@ impl Opened {
             console: None,
             ports: VecDeque::new(),
             vsock: None,
+            filesystems: VecDeque::new(),
             serial: None,
         };
         for kind in KINDS {

@@ -22,6 +22,7 @@ use std::time::Instant;
 use atoll_devices::platform::MachineControl;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
+use atoll_vmm_protocol::services::FaultAction;
 use atoll_vmm_protocol::spec::MachineSpec;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -47,6 +48,10 @@ pub(super) enum Event {
 pub(super) enum GuestEvent {
     PowerOff,
     Reset,
+    /// The guest did not feed its watchdog.
+    WatchdogExpired,
+    /// The guest's kernel says that it crashed.
+    Panicked,
     Stopped(Report),
 }
 
@@ -200,6 +205,14 @@ impl<'a> Machine<'a> {
                 self.reset()?;
                 Ok(None)
             }
+            GuestEvent::WatchdogExpired => {
+                let action = self.spec.services.watchdog.map(|watchdog| watchdog.action);
+                self.act_on_fault("the guest did not feed its watchdog", action)
+            }
+            GuestEvent::Panicked => {
+                let action = self.spec.services.panic.map(|panic| panic.action);
+                self.act_on_fault("the guest's kernel panicked", action)
+            }
             GuestEvent::Stopped(Report::TripleFault { vcpu, place }) => {
                 let reason = format!("the guest crashed: triple fault on vcpu{vcpu} {place}");
                 Ok(Some(Outcome::Crashed { reason }))
@@ -208,6 +221,27 @@ impl<'a> Machine<'a> {
                 Err(RunError::Vcpu { vcpu, reason })
             }
         }
+    }
+
+    /// What the spec wants to be done about a guest in trouble.
+    fn act_on_fault(
+        &mut self,
+        reason: &str,
+        action: Option<FaultAction>,
+    ) -> Result<Option<Outcome>, RunError> {
+        let action = action.unwrap_or(FaultAction::None);
+        tracing::warn!(name = self.spec.name, ?action, "{reason}");
+        match action {
+            FaultAction::None => {}
+            FaultAction::Reset => self.reset()?,
+            FaultAction::Shutdown => self.parts.power_button.pulse(),
+            FaultAction::Poweroff => {
+                let reason = reason.to_owned();
+                return Ok(Some(Outcome::Crashed { reason }));
+            }
+            FaultAction::Pause => self.pause(),
+        }
+        Ok(None)
     }
 
     fn answer(&mut self, asked: Asked) -> Result<Answer, RunError> {
@@ -296,11 +330,17 @@ impl<'a> Machine<'a> {
         for function in &self.parts.functions {
             function.pause();
         }
+        if let Some(watchdog) = &self.parts.watchdog {
+            watchdog.pause();
+        }
     }
 
     pub(super) fn release(&self) -> Result<(), RunError> {
         for function in &self.parts.functions {
             function.resume().map_err(RunError::Resume)?;
+        }
+        if let Some(watchdog) = &self.parts.watchdog {
+            watchdog.resume();
         }
         self.run_vcpus();
         Ok(())

@@ -9,7 +9,7 @@ use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::Ram;
 use atoll_devices::pci::PciBus;
-use atoll_devices::platform::Serial;
+use atoll_devices::platform::{Serial, Watchdog};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::balloon::Balloon;
@@ -38,6 +38,7 @@ pub(super) struct Parts {
     pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
     pub(super) balloon: Option<Arc<Balloon>>,
+    pub(super) watchdog: Option<Arc<Watchdog>>,
     pub(super) power_button: Arc<dyn IrqLine>,
     pub(super) serial_path: Option<PathBuf>,
     pub(super) console_path: Option<PathBuf>,
@@ -129,6 +130,9 @@ impl Parts {
         }
         if let Some(legacy) = &self.legacy {
             legacy.reset();
+        }
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.reset();
         }
         if let Some(timer) = &self.pristine.timer {
             self.machine.set_timer(timer)?;

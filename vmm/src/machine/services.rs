@@ -3,19 +3,22 @@
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
 use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
+use atoll_devices::platform::{PanicDevice, Watchdog};
 use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
+use atoll_devices::virtio::vhost_user::VhostUserFs;
 use atoll_devices::virtio::vsock::Vsock;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::{Assembly, BuildError};
 use super::devices::{open_console, path_of};
 use super::opened::{Opened, WAS_OPENED};
+use super::owner::GuestEvent;
 use crate::socket;
 
 /// The terminal, if there is one, and the named ports.
@@ -93,6 +96,46 @@ pub(super) fn vsock(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     let device = Vsock::new(spec.cid, spec.path.clone(), listener);
     let device = device.map_err(BuildError::device("vsock"))?;
     assembly.add("vsock0".to_owned(), Arc::new(device))?;
+    Ok(())
+}
+
+pub(super) fn watchdog(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    if assembly.spec.services.watchdog.is_some() {
+        let voice = assembly.voice.clone();
+        let bite = Box::new(move || voice.say(GuestEvent::WatchdogExpired));
+        let watchdog = Watchdog::new(bite).map_err(BuildError::device("watchdog"))?;
+        let watchdog = Arc::new(watchdog);
+        assembly.add_function("watchdog0", watchdog.clone())?;
+        assembly.watchdog = Some(watchdog);
+    }
+    Ok(())
+}
+
+pub(super) fn panic(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    if assembly.spec.services.panic.is_some() {
+        let voice = assembly.voice.clone();
+        let report = Box::new(move |_| voice.say(GuestEvent::Panicked));
+        assembly.add_function("panic0", Arc::new(PanicDevice::new(report)))?;
+    }
+    Ok(())
+}
+
+pub(super) fn open_filesystems(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    for spec in &spec.services.filesystems {
+        let device = format!("file system {}: {}", spec.tag, spec.path.display());
+        let stream = UnixStream::connect(&spec.path).map_err(BuildError::device(device))?;
+        opened.filesystems.push_back(stream);
+    }
+    Ok(())
+}
+
+pub(super) fn filesystems(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    for (index, spec) in assembly.spec.services.filesystems.iter().enumerate() {
+        let stream = assembly.opened.filesystems.pop_front().expect(WAS_OPENED);
+        let device = VhostUserFs::new(&spec.tag, stream);
+        let device = device.map_err(BuildError::device(format!("file system {}", spec.tag)))?;
+        assembly.add(format!("fs{index}"), Arc::new(device))?;
+    }
     Ok(())
 }
 
