@@ -94,3 +94,32 @@ export async function taskEnds(page, seconds) {
   await page.getByRole('button', { name: 'Close the task' }).click();
   await log.waitFor({ state: 'detached' });
 }
+
+/**
+ * Runs the steps, [name, function of the browser], one after another, against ATOLL_URL with pictures in
+ * ATOLL_E2E_OUTPUT. Prints one line a step; ends with 1 at the first that fails, with a picture of the moment.
+ */
+export async function runSteps(steps) {
+  const { ATOLL_URL, ATOLL_USER, ATOLL_PASSWORD, ATOLL_E2E_OUTPUT = 'e2e-output' } = process.env;
+  if (!ATOLL_URL || !ATOLL_USER || !ATOLL_PASSWORD) throw new Error('ATOLL_URL, ATOLL_USER and ATOLL_PASSWORD must be set');
+  const browser = await openPage({ url: ATOLL_URL, output: ATOLL_E2E_OUTPUT });
+  let at = '';
+  try {
+    for (const [name, step] of steps) {
+      at = name;
+      const begin = Date.now();
+      await step(browser);
+      console.log(`ok      ${name} (${((Date.now() - begin) / 1000).toFixed(1)} s)`);
+    }
+    at = 'nothing behind the scenes';
+    if (browser.problems.length > 0) throw new Error([...new Set(browser.problems)].join('\n'));
+  } catch (error) {
+    console.log(`FAILED  ${at}: ${error.stack ?? error}`);
+    if (at !== 'nothing behind the scenes') for (const problem of new Set(browser.problems)) console.log(`        ${problem}`);
+    console.log(`        at ${browser.page.url()}`);
+    await browser.page.screenshot({ path: path.join(browser.output, 'failed.png') }).catch(() => undefined);
+    process.exitCode = 1;
+  } finally {
+    await browser.browser.close();
+  }
+}

@@ -5,13 +5,11 @@
 //   ATOLL_TEMPLATE                          file of a container template that the page uploads; without it the
 //                                           storage `local` must have one
 //   ATOLL_E2E_OUTPUT                        where the pictures go; default: e2e-output beside the working directory
-//
-// Prints one line a step. Ends with 1 at the first step that fails, with a picture of the moment.
 import path from 'node:path';
 
-import { eventually, guestState, openPage, openTab, picture, taskEnds, terminalText } from './page.mjs';
+import { eventually, guestState, openTab, picture, runSteps, taskEnds, terminalText } from './page.mjs';
 
-const { ATOLL_URL, ATOLL_USER, ATOLL_PASSWORD, ATOLL_TEMPLATE, ATOLL_E2E_OUTPUT = 'e2e-output' } = process.env;
+const { ATOLL_USER, ATOLL_PASSWORD, ATOLL_TEMPLATE } = process.env;
 const ROOT_PASSWORD = 'atoll-e2e-1';
 const HOST_NAME = 'e2e-ct';
 
@@ -203,28 +201,4 @@ const STEPS = [
   ['sign out', signOut],
 ];
 
-async function main() {
-  if (!ATOLL_URL || !ATOLL_USER || !ATOLL_PASSWORD) throw new Error('ATOLL_URL, ATOLL_USER and ATOLL_PASSWORD must be set');
-  const browser = await openPage({ url: ATOLL_URL, output: ATOLL_E2E_OUTPUT });
-  let at = '';
-  try {
-    for (const [name, step] of STEPS) {
-      at = name;
-      const begin = Date.now();
-      await step(browser);
-      console.log(`ok      ${name} (${((Date.now() - begin) / 1000).toFixed(1)} s)`);
-    }
-    at = 'nothing behind the scenes';
-    if (browser.problems.length > 0) throw new Error([...new Set(browser.problems)].join('\n'));
-  } catch (error) {
-    console.log(`FAILED  ${at}: ${error.stack ?? error}`);
-    if (at !== 'nothing behind the scenes') for (const problem of new Set(browser.problems)) console.log(`        ${problem}`);
-    console.log(`        at ${browser.page.url()}`);
-    await browser.page.screenshot({ path: path.join(browser.output, 'failed.png') }).catch(() => undefined);
-    process.exitCode = 1;
-  } finally {
-    await browser.browser.close();
-  }
-}
-
-await main();
+await runSteps(STEPS);

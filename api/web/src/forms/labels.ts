@@ -3,7 +3,7 @@
 
 const LABELS: Record<string, string> = {
   acl: 'Access control lists',
-  balloon: 'Least memory (balloon)',
+  balloon: 'Memory balloon (0: none)',
   boot: 'Boot order',
   bridge: 'Bridge',
   cmdline: 'Kernel command line',

@@ -105,7 +105,7 @@ export function KeyDialog({ guest, keyName, params, value, digest, onClose }: Ke
                 <Field
                   key={name}
                   name={name}
-                  label={labelOf(name.split(/[.:]/)[1] ?? name)}
+                  label={opened.names.length === 1 ? labelOf(keyName) : labelOf(name.split(/[.:]/)[1] ?? name)}
                   param={own}
                   value={values[name] ?? ''}
                   onChange={(next) => setValues((all) => ({ ...all, [name]: next }))}

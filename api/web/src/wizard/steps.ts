@@ -125,7 +125,6 @@ const MACHINE: WizardSpec = {
         { name: 'cores', label: 'CPU cores' },
         { name: 'sockets', label: 'CPU sockets' },
         { name: 'memory', label: 'Memory (MiB)' },
-        { name: 'balloon', label: 'Least memory (MiB)' },
       ],
     },
     {
