@@ -23,7 +23,10 @@ fn guests_start_by_one_command_and_outlive_the_daemon() {
         summary.contains("container:    100 debian, running, address 10.64.0."),
         "{summary}"
     );
-    assert!(summary.contains("VM:           101, running"), "{summary}");
+    assert!(
+        summary.contains("VM:           101 debian, running"),
+        "{summary}"
+    );
     host.check(BOTH_ANSWER, SECOND * 300).unwrap();
 
     // Again: quick, and changes nothing.
