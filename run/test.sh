@@ -15,7 +15,7 @@ images() {
 images > target/test/images.log 2>&1 &
 images=$!
 
-cargo fmt --check || exit 1
+make --no-print-directory lint || exit 1
 cargo build --workspace --bins --locked || exit 1
 (cd api/web && npm run --silent check) > target/test/web-check.log 2>&1
 web=$?
