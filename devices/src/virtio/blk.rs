@@ -280,11 +280,7 @@ impl QueueHandler for Handler {
             return Ok(Progress::Sleep); // Until a completion makes room.
         }
         let more = queue.enable_doorbell()? || !emptied;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 
     fn drain(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {

@@ -239,11 +239,7 @@ impl QueueHandler for Receive {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()? && self.port.input_size() > 0;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }
 
@@ -279,10 +275,6 @@ impl QueueHandler for Transmit {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }

@@ -114,10 +114,6 @@ impl QueueHandler for Handler {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }

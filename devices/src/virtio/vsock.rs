@@ -199,11 +199,7 @@ impl QueueHandler for ToGuest {
             if !queue.pop(&mut self.chain)? {
                 queue.signal()?;
                 let more = queue.enable_doorbell()?;
-                return Ok(if more {
-                    Progress::Again
-                } else {
-                    Progress::Sleep
-                });
+                return Ok(Progress::again_if(more));
             }
             let buffers = self.chain.writable();
             let room = usize::try_from(buffers.size()).unwrap_or(usize::MAX);
@@ -272,11 +268,7 @@ impl QueueHandler for FromGuest {
             let _ = self.shared.wake.write(1);
         }
         let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }
 

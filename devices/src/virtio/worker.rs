@@ -29,6 +29,14 @@ pub enum Progress {
     After(Duration),
 }
 
+impl Progress {
+    /// `Again` when there is more, which [`DeviceQueue::enable_doorbell`] tells; else `Sleep`.
+    #[must_use]
+    pub fn again_if(more: bool) -> Self {
+        if more { Self::Again } else { Self::Sleep }
+    }
+}
+
 /// What serves a queue, on the queue's thread.
 pub trait QueueHandler: Send {
     /// Descriptors that wake the thread beside the doorbell, edge-triggered: after a wake-up the handler goes on

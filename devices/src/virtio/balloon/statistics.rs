@@ -91,11 +91,7 @@ impl QueueHandler for StatisticsQueue {
         }
         if !queue.pop(&mut self.chain)? {
             let more = queue.enable_doorbell()?;
-            return Ok(if more {
-                Progress::Again
-            } else {
-                Progress::Sleep
-            });
+            return Ok(Progress::again_if(more));
         }
         let mut bytes = [0; ENTRY_BYTES * ENTRIES_MAX];
         let size = self.chain.readable().read(&mut bytes);

@@ -137,11 +137,7 @@ impl QueueHandler for FromDriver {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }
 
@@ -172,10 +168,6 @@ impl QueueHandler for ToDriver {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()? && !self.control.lock().is_empty();
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }

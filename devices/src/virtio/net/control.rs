@@ -47,11 +47,7 @@ impl QueueHandler for Control {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }
 

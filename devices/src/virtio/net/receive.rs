@@ -143,11 +143,7 @@ impl QueueHandler for Receive {
             if self.waiting > 0 && !self.deliver(queue)? {
                 queue.signal()?;
                 let more = queue.enable_doorbell()?;
-                return Ok(if more {
-                    Progress::Again
-                } else {
-                    Progress::Sleep
-                });
+                return Ok(Progress::again_if(more));
             }
         }
         queue.signal()?;

@@ -79,10 +79,6 @@ impl QueueHandler for Transmit {
         }
         queue.signal()?;
         let more = queue.enable_doorbell()?;
-        Ok(if more {
-            Progress::Again
-        } else {
-            Progress::Sleep
-        })
+        Ok(Progress::again_if(more))
     }
 }

@@ -81,9 +81,6 @@ impl QueueHandler for Control {
             queue.push(self.chain.head(), written)?;
         }
         queue.signal()?;
-        Ok(match queue.enable_doorbell()? {
-            true => Progress::Again,
-            false => Progress::Sleep,
-        })
+        Ok(Progress::again_if(queue.enable_doorbell()?))
     }
 }

@@ -349,10 +349,7 @@ impl QueueHandler for Requests {
             return Ok(Progress::Sleep); // Until a completion makes room.
         }
         let more = queue.enable_doorbell()? || !emptied;
-        Ok(match more {
-            true => Progress::Again,
-            false => Progress::Sleep,
-        })
+        Ok(Progress::again_if(more))
     }
 
     fn drain(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
