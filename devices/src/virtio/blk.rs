@@ -444,8 +444,9 @@ fn complete(
     queue.push(head, written + 1)
 }
 
-/// Names the data's host memory to the backend.
-fn fill(segments: &mut Segments, data: GuestBuffers<'_>) {
+/// Names the data's host memory to the backend: for disks of both buses, whose slots hold the `Ram` that `data` is
+/// of until the request has completed.
+pub(super) fn fill(segments: &mut Segments, data: GuestBuffers<'_>) {
     data.each_host_range(|start, size| {
         #[expect(
             unsafe_code,

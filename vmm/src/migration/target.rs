@@ -12,14 +12,13 @@ use std::time::Duration;
 use atoll_devices::memory::Ram;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::spec::MachineSpec;
-use kvm_bindings::kvm_cpuid_entry2;
 
 use super::{Hello, Message, MigrationError, pages, receive, send};
 use crate::board::Board;
 use crate::check;
 use crate::kvm::{Kvm, cpuid};
 use crate::memory::{Backing, allocate};
-use crate::saved::MachineState;
+use crate::saved::{MachineState, entries};
 
 /// How long a source that is there may be silent between two messages, a whole pass over RAM included.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
@@ -171,17 +170,7 @@ fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, M
     check::spec(spec).map_err(|error| refused(&error))?;
     let kvm = Kvm::open().map_err(|error| refused(&error))?;
     let supported = kvm.cpuid().map_err(|error| refused(&error))?;
-    let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
-        function,
-        index,
-        flags,
-        eax,
-        ebx,
-        ecx,
-        edx,
-        ..Default::default()
-    };
-    let wanted: Vec<_> = hello.cpuid.iter().map(entry).collect();
+    let wanted = entries(&hello.cpuid);
     cpuid::check_host(&wanted, supported.as_slice()).map_err(|missing| {
         MigrationError::Refused(format!("this host's CPU is not the guest's: {missing}"))
     })?;

@@ -23,7 +23,7 @@ use atoll_devices::state::Saved;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip};
 use serde::{Deserialize, Serialize};
 
-pub use vcpu::{VcpuSaved, leaves};
+pub use vcpu::{VcpuSaved, entries, leaves};
 
 /// Files of a snapshot in its directory: the spec of the machine, its state, and its RAM (`image`).
 pub const SPEC_FILE: &str = "spec.json";

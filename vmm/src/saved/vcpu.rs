@@ -49,6 +49,22 @@ pub fn leaves(cpuid: &[kvm_cpuid_entry2]) -> Vec<[u32; 7]> {
     cpuid.iter().map(leaf).collect()
 }
 
+/// What [`leaves`] was made from.
+#[must_use]
+pub fn entries(leaves: &[[u32; 7]]) -> Vec<kvm_cpuid_entry2> {
+    let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    };
+    leaves.iter().map(entry).collect()
+}
+
 impl VcpuSaved {
     /// Of a vCPU that was made with `cpuid`. (KVM's own list is not read back: some KVMs add to it.)
     #[must_use]
@@ -72,17 +88,7 @@ impl VcpuSaved {
     /// What it answers to CPUID.
     #[must_use]
     pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
-        let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
-            function,
-            index,
-            flags,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        };
-        self.cpuid.iter().map(entry).collect()
+        entries(&self.cpuid)
     }
 
     /// The live form, with the time stamp counter `later_ticks` on.

@@ -18,6 +18,7 @@ use super::request::{Address, Outcome, RESPONSE_BYTES, Request, response};
 use super::{Targets, locked};
 use crate::memory::Ram;
 use crate::scsi::{Act, Sense, Target, TargetKind};
+use crate::virtio::blk::fill;
 use crate::virtio::worker::{Progress, QueueHandler};
 use crate::virtio::{Chain, DeviceQueue, GuestBuffers, QueueError, Segment};
 
@@ -435,22 +436,6 @@ fn put(ram: &Ram, pieces: &[Segment], mut bytes: &[u8]) -> Result<(), QueueError
         bytes = rest;
     }
     Ok(())
-}
-
-/// Names the data's host memory to the backend.
-fn fill(segments: &mut Segments, data: GuestBuffers<'_>) {
-    data.each_host_range(|start, size| {
-        #[expect(
-            unsafe_code,
-            reason = "the backend works on guest pages, not on a copy"
-        )]
-        // SAFETY: the range is guest RAM, which the slot's `ram` keeps mapped until the request has completed
-        // (`drain` runs before the handler is dropped, and a dropped backend queue waits); guest RAM is accessed
-        // by volatile copies only, never through references.
-        unsafe {
-            segments.push(start, size);
-        }
-    });
 }
 
 /// Names data of our own to the backend.
