@@ -10,41 +10,22 @@
 #   OVMF_CODE_4M.fd    the package ovmf's firmware and variables, as they are
 #   OVMF_VARS_4M.fd, OVMF_VARS_4M.ms.fd
 #
-# No mounts, no loop devices: mtools and debugfs write into the file systems. Cached under $ATOLL_CACHE (default
-# /var/cache/atoll), keyed by this file and the guest image (run/guest-image.sh).
+# No mounts, no loop devices: mtools and debugfs write into the file systems. Cached (image-cache.sh), keyed by this
+# file and the guest image (run/guest-image.sh).
 set -euo pipefail
 
-here=$(dirname "$0")
-guest=$("$here/guest-image.sh")
-key=$(cat "$0" <(basename "$guest") | sha256sum | cut -c1-16)
-cache=${ATOLL_CACHE:-/var/cache/atoll}
-out=$cache/uefi-$key
-
-if [ -e "$out/disk.raw" ]; then
-    echo "$out"
-    exit 0
-fi
-
+here=$(dirname "$(readlink -f "$0")")
 say() { echo "UEFI image: $*" >&2; }
+guest=$("$here/guest-image.sh")
 
-mkdir -p "$cache"
-exec 9>"$out.lock"
-flock 9
-if [ -e "$out/disk.raw" ]; then
-    echo "$out"
-    exit 0
-fi
-
-work=$(mktemp -d "$cache/uefi.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
-tree=$work/packages
+. "$here/image-cache.sh" uefi disk.raw "$(basename "$guest")"
 
 # Unpacked beside the system: the boot loaders' own scripts would look for an EFI to install to.
 fetch() {
-    mkdir -p "$work/debs" "$tree"
+    mkdir -p "$work/debs" "$root"
     (cd "$work/debs" && apt-get -qq -o APT::Sandbox::User=root download "$@" >&2)
     for deb in "$work/debs"/*.deb; do
-        dpkg -x "$deb" "$tree"
+        dpkg -x "$deb" "$root"
     done
     rm -rf "$work/debs"
 }
@@ -55,9 +36,9 @@ make_esp() {
     truncate -s "$size" "$image"
     mkfs.vfat -n EFI "$image" >/dev/null
     mmd -i "$image" ::/EFI ::/EFI/BOOT ::/EFI/debian
-    mcopy -i "$image" "$tree/usr/lib/shim/shimx64.efi.signed" ::/EFI/BOOT/BOOTX64.EFI
-    mcopy -i "$image" "$tree/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed" ::/EFI/BOOT/grubx64.efi
-    mcopy -i "$image" "$tree/usr/lib/shim/mmx64.efi.signed" ::/EFI/BOOT/mmx64.efi
+    mcopy -i "$image" "$root/usr/lib/shim/shimx64.efi.signed" ::/EFI/BOOT/BOOTX64.EFI
+    mcopy -i "$image" "$root/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed" ::/EFI/BOOT/grubx64.efi
+    mcopy -i "$image" "$root/usr/lib/shim/mmx64.efi.signed" ::/EFI/BOOT/mmx64.efi
     mcopy -i "$image" "$config" ::/EFI/debian/grub.cfg
 }
 
@@ -134,10 +115,5 @@ fetch ovmf shim-signed shim-helpers-amd64-signed grub-efi-amd64-signed
 say "making disk and ISO"
 make_disk
 make_iso
-cp "$tree"/usr/share/OVMF/OVMF_{CODE_4M,VARS_4M,VARS_4M.ms}.fd "$work/"
-rm -rf "$tree"
-rm -rf "$out"
-chmod 755 "$work"
-mv "$work" "$out"
-trap - EXIT
-echo "$out"
+cp "$root"/usr/share/OVMF/OVMF_{CODE_4M,VARS_4M,VARS_4M.ms}.fd "$work/"
+publish
