@@ -2,13 +2,10 @@
 //! A decorator that makes chosen requests fail: what a bad disk does, on demand, for tests of what sits above.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::backend::{
-    Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
-    ResizeError,
-};
+use crate::backend::{BlockBackend, BlockQueue, Completion, Full, Operation, Request};
+use crate::layer::{Layer, QueueLayer};
 
 /// Decides which requests fail: given an operation and its first byte, the error or nothing.
 pub type Fault = dyn Fn(Operation, u64) -> Option<io::ErrorKind> + Send + Sync;
@@ -26,21 +23,12 @@ impl<B: BlockBackend> Faulty<B> {
     }
 }
 
-impl<B: BlockBackend> BlockBackend for Faulty<B> {
-    fn geometry(&self) -> Geometry {
-        self.inner.geometry()
+impl<B: BlockBackend> Layer for Faulty<B> {
+    fn below(&self) -> &dyn BlockBackend {
+        &self.inner
     }
 
-    fn abilities(&self) -> Abilities {
-        self.inner.abilities()
-    }
-
-    fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
-        self.inner.resize(size_bytes)
-    }
-
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
-        let inner = self.inner.open_queue(depth)?;
+    fn over(&self, inner: Box<dyn BlockQueue>, _depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         Ok(Box::new(FaultyQueue {
             inner,
             fault: Arc::clone(&self.fault),
@@ -56,17 +44,13 @@ struct FaultyQueue {
     failing: Vec<(u64, io::ErrorKind)>,
 }
 
-impl BlockQueue for FaultyQueue {
-    fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.inner.completion_fd()
+impl QueueLayer for FaultyQueue {
+    fn below(&self) -> &dyn BlockQueue {
+        &*self.inner
     }
 
-    fn timer_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.timer_fd()
-    }
-
-    fn hurry(&mut self) {
-        self.inner.hurry();
+    fn below_mut(&mut self) -> &mut dyn BlockQueue {
+        &mut *self.inner
     }
 
     fn submit(&mut self, mut request: Request) -> Result<(), Full> {
@@ -83,10 +67,6 @@ impl BlockQueue for FaultyQueue {
         Ok(())
     }
 
-    fn kick(&mut self) -> io::Result<()> {
-        self.inner.kick()
-    }
-
     fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         let first_new = done.len();
         self.inner.complete(done)?;
@@ -100,9 +80,5 @@ impl BlockQueue for FaultyQueue {
             }
         }
         Ok(())
-    }
-
-    fn in_flight(&self) -> usize {
-        self.inner.in_flight()
     }
 }

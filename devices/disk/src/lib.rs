@@ -8,7 +8,7 @@
 //!                                              └ raw │ qcow2           complete
 //! ```
 //!
-//! Decorators are in this order, outermost first, because each one's meaning depends on it:
+//! Decorators ([`Layer`]) are in this order, outermost first, because each one's meaning depends on it:
 //!
 //! 1. [`Limited`]: a guest is charged for what it asked for, before anything is optimized away.
 //! 2. whatever records changes or injects faults ([`Faulty`]): it sees requests as the guest made them.
@@ -24,6 +24,7 @@ mod bucket;
 pub mod conformance;
 mod fault;
 mod immediate;
+mod layer;
 mod limits;
 mod lock;
 mod memory;
@@ -42,6 +43,7 @@ pub use backend::{
 };
 pub use bucket::TokenBucket;
 pub use fault::{Fault, Faulty};
+pub use layer::{Layer, QueueLayer};
 pub use limits::{Limit, Limited, Limits, Rate};
 pub use lock::WriterLock;
 pub use memory::MemoryBackend;

@@ -16,11 +16,9 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use crate::backend::{
-    Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
-    ResizeError,
-};
+use crate::backend::{BlockBackend, BlockQueue, Completion, Full, Operation, Request};
 use crate::bucket::TokenBucket;
+use crate::layer::{Layer, QueueLayer};
 
 /// How long a held request waits at most before its limits are looked at again: they may have been raised.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -139,23 +137,15 @@ impl Shared {
     }
 }
 
-impl BlockBackend for Limited {
-    fn geometry(&self) -> Geometry {
-        self.inner.geometry()
+impl Layer for Limited {
+    fn below(&self) -> &dyn BlockBackend {
+        &*self.inner
     }
 
-    fn abilities(&self) -> Abilities {
-        self.inner.abilities()
-    }
-
-    fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
-        self.inner.resize(size_bytes)
-    }
-
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
+    fn over(&self, inner: Box<dyn BlockQueue>, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Box::new(LimitedQueue {
-            inner: self.inner.open_queue(depth)?,
+            inner,
             depth: depth.max(1).into(),
             held: VecDeque::new(),
             hurrying: false,
@@ -212,9 +202,13 @@ impl LimitedQueue {
     }
 }
 
-impl BlockQueue for LimitedQueue {
-    fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.inner.completion_fd()
+impl QueueLayer for LimitedQueue {
+    fn below(&self) -> &dyn BlockQueue {
+        &*self.inner
+    }
+
+    fn below_mut(&mut self) -> &mut dyn BlockQueue {
+        &mut *self.inner
     }
 
     fn timer_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -227,7 +221,7 @@ impl BlockQueue for LimitedQueue {
     }
 
     fn submit(&mut self, request: Request) -> Result<(), Full> {
-        if self.in_flight() >= self.depth {
+        if QueueLayer::in_flight(self) >= self.depth {
             return Err(Full(request));
         }
         if self.held.is_empty() && !self.shared.active.load(Ordering::Acquire) {

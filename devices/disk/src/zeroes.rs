@@ -3,13 +3,10 @@
 //! image does not grow by them. Costs a look at every write until its first other byte.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::backend::{
-    Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
-    ResizeError, Space,
-};
+use crate::backend::{BlockBackend, BlockQueue, Full, Operation, Request, Space};
+use crate::layer::{Layer, QueueLayer};
 
 /// Longest write that is looked at: as long as one zeroing request may be.
 const LENGTH_BYTES_MAX: u64 = crate::zeroing::LENGTH_BYTES_MAX;
@@ -56,21 +53,12 @@ impl Rule {
     }
 }
 
-impl BlockBackend for DetectZeroes {
-    fn geometry(&self) -> Geometry {
-        self.inner.geometry()
+impl Layer for DetectZeroes {
+    fn below(&self) -> &dyn BlockBackend {
+        &*self.inner
     }
 
-    fn abilities(&self) -> Abilities {
-        self.inner.abilities()
-    }
-
-    fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
-        self.inner.resize(size_bytes)
-    }
-
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
-        let inner = self.inner.open_queue(depth)?;
+    fn over(&self, inner: Box<dyn BlockQueue>, _depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         let rule = self.rule;
         Ok(Box::new(DetectingQueue { inner, rule }))
     }
@@ -81,17 +69,13 @@ struct DetectingQueue {
     rule: Rule,
 }
 
-impl BlockQueue for DetectingQueue {
-    fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.inner.completion_fd()
+impl QueueLayer for DetectingQueue {
+    fn below(&self) -> &dyn BlockQueue {
+        &*self.inner
     }
 
-    fn timer_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.timer_fd()
-    }
-
-    fn hurry(&mut self) {
-        self.inner.hurry();
+    fn below_mut(&mut self) -> &mut dyn BlockQueue {
+        &mut *self.inner
     }
 
     fn submit(&mut self, mut request: Request) -> Result<(), Full> {
@@ -101,17 +85,5 @@ impl BlockQueue for DetectingQueue {
             request.operation = operation;
             Full(request)
         })
-    }
-
-    fn kick(&mut self) -> io::Result<()> {
-        self.inner.kick()
-    }
-
-    fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
-        self.inner.complete(done)
-    }
-
-    fn in_flight(&self) -> usize {
-        self.inner.in_flight()
     }
 }
