@@ -12,6 +12,7 @@ use std::path::Path;
 
 use atoll_devices::virtio::scsi::TARGET_MAX;
 use atoll_devices::virtio::vhost_user::TAG_BYTES_MAX;
+use atoll_vmm_protocol::cpu::CpuSpec;
 use atoll_vmm_protocol::services::MemoryBacking;
 use atoll_vmm_protocol::spec::{
     BootSpec, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec, KernelSpec,
@@ -52,6 +53,9 @@ fn refuse<T>(text: impl Into<String>) -> Result<T, SpecError> {
 pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.cpu_count == 0 {
         return refuse("0 vCPUs: a machine has 1 to 255");
+    }
+    if spec.cpu != CpuSpec::default() {
+        return refuse(format!("CPU {}: there is only the model host", spec.cpu));
     }
     if spec.memory_mib == 0 {
         return refuse("0 MiB of memory: a machine needs at least 1");

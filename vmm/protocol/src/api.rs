@@ -450,6 +450,9 @@ pub struct Info {
     pub uptime_ms: u64,
     /// vCPUs.
     pub cpu_count: u8,
+    /// What each of them is, as the spec has it: a model, and what is changed about it.
+    #[serde(default)]
+    pub cpu: String,
     /// Guest RAM.
     pub memory_mib: u64,
     /// How often the guest, or a caller, has reset the machine.

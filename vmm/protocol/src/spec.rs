@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::CpuSpec;
 use crate::services::GuestServices;
 
 /// Everything that the VMM needs to build one machine.
@@ -18,6 +19,9 @@ pub struct MachineSpec {
     pub name: String,
     /// vCPUs, 1 to 255.
     pub cpu_count: u8,
+    /// What each of them is.
+    #[serde(default)]
+    pub cpu: CpuSpec,
     /// Guest RAM in MiB, at least 1.
     pub memory_mib: u64,
     /// The board: which hardware there is beside the devices below.
@@ -55,6 +59,7 @@ impl MachineSpec {
         Self {
             name: "vm".to_owned(),
             cpu_count: 1,
+            cpu: CpuSpec::default(),
             memory_mib: 512,
             profile: match boot {
                 BootSpec::Kernel(_) => Profile::Micro,

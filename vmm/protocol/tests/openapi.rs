@@ -170,6 +170,7 @@ fn schemas_are_the_types() {
             state: MachineState::Running,
             uptime_ms: 1,
             cpu_count: 1,
+            cpu: "host".into(),
             memory_mib: 1,
             reset_count: 0,
             serial_path: Some("/p".into()),

@@ -294,6 +294,7 @@ impl<'a> Machine<'a> {
             state: self.state,
             uptime_ms: self.uptime_ms(),
             cpu_count: self.spec.cpu_count,
+            cpu: self.spec.cpu.to_string(),
             memory_mib: self.spec.memory_mib,
             reset_count: self.boot.load(Ordering::SeqCst),
             serial_path: self.parts.serial_path.clone(),
