@@ -17,7 +17,9 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::GuestSummary;
 use crate::error::Error;
 use crate::guest::container::Container;
+use crate::guest::hold::Hold;
 use crate::guest::site::Seat;
+use crate::guest::snapshot::take;
 use crate::guest::{Action, Guests, Phase, disks, guest};
 use crate::id::{GuestId, GuestKind};
 use crate::network::Network;
@@ -62,6 +64,8 @@ pub struct View {
     pub phase: Phase,
     /// It ended because it was rebooted from inside.
     pub rebooted: bool,
+    /// It is held by a task, of this daemon or of one that is gone.
+    pub held: bool,
 }
 
 /// What is to be done.
@@ -73,6 +77,10 @@ pub enum Remedy {
     Start(GuestKind, GuestId),
     /// Remove a guest whose creation was cut short by the end of the daemon.
     Discard(GuestKind, GuestId),
+    /// Let a guest go on that a daemon was holding when it ended.
+    LetGo(GuestKind, GuestId),
+    /// Remove snapshots that a daemon was taking when it ended.
+    Abandon(GuestKind, GuestId),
 }
 
 /// The decision. Pure: the same world gives the same remedies, and a world without fault none.
@@ -86,6 +94,11 @@ pub fn decide(world: &World) -> Vec<Remedy> {
         if world.first && view.lock.as_deref() == Some("create") {
             remedies.push(Remedy::Discard(kind, id));
             continue;
+        }
+        if world.first && view.lock.as_deref() == Some(take::LOCK) {
+            remedies.push(Remedy::Abandon(kind, id));
+        } else if world.first && view.held {
+            remedies.push(Remedy::LetGo(kind, id));
         }
         let is_down = !matches!(view.phase, Phase::Running { .. });
         let wanted = view.rebooted || (world.host_started && view.onboot);
@@ -175,12 +188,20 @@ impl Reconciler {
     }
 
     async fn apply(&self, remedy: Remedy) -> Result<(), Error> {
-        let (Remedy::CleanUp(kind, id) | Remedy::Start(kind, id) | Remedy::Discard(kind, id)) =
-            remedy;
+        let (Remedy::CleanUp(kind, id)
+        | Remedy::Start(kind, id)
+        | Remedy::Discard(kind, id)
+        | Remedy::LetGo(kind, id)
+        | Remedy::Abandon(kind, id)) = remedy;
         let seat = self.guests.site().seat(kind, id);
         if let Remedy::Start(..) = remedy {
             let upid = self.guests.act(kind, id, Action::Start, USER)?;
             tracing::info!(%upid, "started with the node, or after a reboot from inside");
+            return Ok(());
+        }
+        if let Remedy::Abandon(..) = remedy {
+            let upid = self.guests.abandon_snapshots(kind, id, USER)?;
+            tracing::info!(%upid, "a snapshot was cut off by the end of the daemon");
             return Ok(());
         }
         // Whoever has the lock now sees to the guest himself.
@@ -191,8 +212,10 @@ impl Reconciler {
         if !matches!(guest.phase(), Phase::Running { .. }) {
             guest.clean_up().await?;
         }
-        if let Remedy::Discard(..) = remedy {
-            discard(&seat).await?;
+        match remedy {
+            Remedy::Discard(..) => discard(&seat).await?,
+            Remedy::LetGo(..) => Hold::left(&seat).release(&seat).await?,
+            _ => {}
         }
         tracing::info!(guest = seat.title(), ?remedy, "done");
         Ok(())
@@ -224,6 +247,7 @@ fn view(seat: &Seat, summary: Option<&GuestSummary>, has_run: bool) -> View {
     let rebooted = seat.kind == GuestKind::Container
         && phase == Phase::Ended
         && Container::new(seat.clone()).wants_reboot();
+    let held = has_run && Hold::left(seat).is_taken();
     View {
         kind: seat.kind,
         id: seat.id,
@@ -233,6 +257,7 @@ fn view(seat: &Seat, summary: Option<&GuestSummary>, has_run: bool) -> View {
         busy: seat.site.locks.is_held(seat.id),
         phase,
         rebooted,
+        held,
     }
 }
 
@@ -267,6 +292,7 @@ mod tests {
             busy: false,
             phase: Phase::Stopped,
             rebooted: false,
+            held: false,
         }
     }
 
@@ -364,5 +390,31 @@ mod tests {
             ..world(vec![draft])
         };
         check(&first, &[Remedy::Discard(GuestKind::Vm, id)]);
+    }
+
+    #[test]
+    fn what_a_killed_daemon_held_goes_on() {
+        let held = View {
+            phase: Phase::Running { pid: 1 },
+            held: true,
+            ..view("100")
+        };
+        let (kind, id) = (held.kind, held.id);
+        let snapshot = View {
+            lock: Some("snapshot".to_owned()),
+            ..held.clone()
+        };
+        let busy = View {
+            busy: true,
+            ..snapshot.clone()
+        };
+        let first = |guest: &View| World {
+            first: true,
+            ..world(vec![guest.clone()])
+        };
+        check(&first(&held), &[Remedy::LetGo(kind, id)]);
+        check(&first(&snapshot), &[Remedy::Abandon(kind, id)]);
+        check(&first(&busy), &[]);
+        check(&world(vec![held, snapshot]), &[]);
     }
 }

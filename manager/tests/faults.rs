@@ -14,6 +14,7 @@ use atoll_manager::guest::create::Draft;
 use atoll_manager::guest::destroy::{self, Destroy};
 use atoll_manager::guest::resize::{self, Resize};
 use atoll_manager::guest::site::Seat;
+use atoll_manager::guest::snapshot::abandon::{self, Abandon};
 use atoll_manager::guest::snapshot::delete::{self, Delete};
 use atoll_manager::guest::snapshot::roll_back::{self, RollBack};
 use atoll_manager::guest::snapshot::take::{self, Take};
@@ -210,6 +211,28 @@ async fn held_while_copied(ground: &Ground) {
     assert!(!paused().await);
     let delete = Delete::new(ground.seat(), "running".into());
     ground.pass(delete::STEPS, delete).await;
+    abandoned(ground).await;
+}
+
+/// What a daemon leaves that is killed while it takes a snapshot of the running guest: the next one lets the guest go
+/// on and removes the rest, at whatever step that fails at first.
+async fn abandoned(ground: &Ground) {
+    let cut_off = async || {
+        let mut take = Take::new(ground.seat(), "cut-off".into(), String::new());
+        let task = TaskContext::detached(fault::upid(), None);
+        for step in &take::STEPS[..3] {
+            (step.run)(&mut take, &task).await.unwrap();
+        }
+        ground
+    };
+    let abandon = async |ground: &&Ground| Abandon::new(ground.seat());
+    let state = async |ground: &&Ground| {
+        let paused = ground.node.guests().is_paused(ground.kind, ground.id).await;
+        (paused, ground.traces().await)
+    };
+    let before = state(&ground).await;
+    fault::can_be_repeated(abandon::STEPS, abandon::STEPS, cut_off, abandon, state).await;
+    assert_eq!(state(&ground).await, before);
 }
 
 /// Fails the tables of snapshots and clones, at each step.
@@ -339,6 +362,7 @@ fn no_table_is_left_out() {
         "snapshot",
         "rollback",
         "delsnapshot",
+        "abandon",
         "clone",
         "destroy",
     ];

@@ -337,6 +337,20 @@ impl Guests {
         self.tasks.spawn_steps(new, snapshot::delete::STEPS, delete)
     }
 
+    /// Removes what a killed daemon has left of snapshots: task `qmdelsnapshot` or `vzdelsnapshot`.
+    pub fn abandon_snapshots(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        let new = NewTask::new(word(kind, "qmdelsnapshot", "vzdelsnapshot"), id, user);
+        let abandon = snapshot::abandon::Abandon::new(seat);
+        self.tasks
+            .spawn_steps(new, snapshot::abandon::STEPS, abandon)
+    }
+
     /// Changes the notes of a snapshot.
     pub async fn describe_snapshot(
         &self,

@@ -45,6 +45,9 @@ pub const TABLES: &[Table] = &[
     Table::new("delsnapshot", Promise::Repeatable, || {
         names(snapshot::delete::STEPS)
     }),
+    Table::new("abandon", Promise::Repeatable, || {
+        names(snapshot::abandon::STEPS)
+    }),
     Table::new("clone", Promise::Undone, || names(clone::STEPS)),
     Table::new("destroy", Promise::Repeatable, || names(destroy::STEPS)),
 ];

@@ -13,8 +13,9 @@
 //!
 //! A running guest is held while its disks are copied, so that all of them are of the same moment; where the storage
 //! can share extents that is short. The guest's memory is not part of it yet: after going back it starts afresh.
-//! Tables: `take`, `roll_back`, `delete`.
+//! Tables: `take`, `roll_back`, `delete`, and `abandon` for what a killed daemon was taking.
 
+pub mod abandon;
 pub mod delete;
 pub mod roll_back;
 pub mod take;

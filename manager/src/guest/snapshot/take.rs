@@ -16,6 +16,8 @@ use crate::task::{TaskContext, TaskStep};
 
 /// Value of the config's `lock` meanwhile.
 pub const LOCK: &str = "snapshot";
+/// Value of the snapshot's `snapstate` meanwhile.
+pub const PREPARING: &str = "prepare";
 
 /// What the steps hand on.
 #[derive(Debug)]
@@ -82,7 +84,7 @@ async fn note(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
     set_description(&mut section, &take.description);
     section
         .values
-        .insert("snapstate".to_owned(), "prepare".to_owned());
+        .insert("snapstate".to_owned(), PREPARING.to_owned());
     take.volumes = disks::own_volumes(&take.seat, &section.values)
         .into_iter()
         .map(|(_, volume)| volume)
