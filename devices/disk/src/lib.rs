@@ -47,7 +47,9 @@ pub use layer::{Layer, QueueLayer};
 pub use limits::{Limit, Limited, Limits, Rate};
 pub use lock::WriterLock;
 pub use memory::MemoryBackend;
-pub use open::{Cache, Engine, Format, OpenError, OpenOptions, OpenedDisk, Source, files, open};
+pub use open::{
+    Cache, Engine, Format, OpenError, OpenOptions, OpenedDisk, Source, files, open, unlocked_files,
+};
 pub use raw::RawBackend;
 pub use segments::Segments;
 pub use zeroes::DetectZeroes;

@@ -156,6 +156,16 @@ pub enum OpenError {
         /// The image.
         path: PathBuf,
     },
+    /// Not as many files as the disk has images.
+    #[error("disk {path}: {found} open files came for {expected} images")]
+    Count {
+        /// The image.
+        path: PathBuf,
+        /// Files that came.
+        found: usize,
+        /// Images that the disk has.
+        expected: usize,
+    },
     /// A raw image has nothing behind it.
     #[error("disk {path}: a raw image has no backing file")]
     RawBacking {
@@ -193,38 +203,87 @@ pub struct OpenedDisk {
 
 /// Opens and locks all files of a disk: the image for what `options` say, those behind it for reading.
 pub fn files(source: &Source, options: OpenOptions) -> Result<OpenedDisk, OpenError> {
-    if source.format == Format::Raw && !source.backing.is_empty() {
-        let path = source.path.clone();
-        return Err(OpenError::RawBacking { path });
+    let unlocked = unlocked_files(source, options)?;
+    OpenedDisk::from_files(unlocked, source, options)
+}
+
+/// Opens the same files without a lock, the image first, then those behind it, nearest first: for a process that opens
+/// them for another one's [`OpenedDisk::from_files`].
+pub fn unlocked_files(source: &Source, options: OpenOptions) -> Result<Vec<File>, OpenError> {
+    source.check()?;
+    let behind = source.backing.iter();
+    std::iter::once((&source.path, options))
+        .chain(behind.map(|(path, _)| (path, options.behind())))
+        .map(|(path, options)| open_file(path, options))
+        .collect()
+}
+
+impl Source {
+    fn check(&self) -> Result<(), OpenError> {
+        if self.format == Format::Raw && !self.backing.is_empty() {
+            let path = self.path.clone();
+            return Err(OpenError::RawBacking { path });
+        }
+        Ok(())
     }
-    let behind = OpenOptions {
-        read_only: true,
-        ..options
-    };
-    let backing = source.backing.iter();
-    let backing = backing.map(|(path, format)| Ok((open_file(path, behind)?, *format)));
-    Ok(OpenedDisk {
-        image: open_file(&source.path, options)?,
-        format: source.format,
-        backing: backing.collect::<Result<_, OpenError>>()?,
-        options,
-    })
+}
+
+impl OpenOptions {
+    /// For the images behind one.
+    fn behind(self) -> Self {
+        Self {
+            read_only: true,
+            ..self
+        }
+    }
 }
 
 impl OpenedDisk {
-    /// A disk over an image that the caller opened in a mode that fits `options`; `path` is only for messages.
+    /// A disk over files that the caller opened in modes that fit `options`, in the order of [`unlocked_files`]. Locks
+    /// them. The paths of `source` are only for messages.
+    pub fn from_files(
+        files: Vec<File>,
+        source: &Source,
+        options: OpenOptions,
+    ) -> Result<Self, OpenError> {
+        source.check()?;
+        let count = 1 + source.backing.len();
+        if files.len() != count {
+            return Err(OpenError::Count {
+                path: source.path.clone(),
+                found: files.len(),
+                expected: count,
+            });
+        }
+        let mut files = files.into_iter();
+        let image = files.next().expect("counted above");
+        let backing = files.zip(&source.backing).map(|(file, (path, format))| {
+            let file = take_file(file, path, options.behind())?;
+            Ok((file, *format))
+        });
+        // Those behind first: a disk that cannot be has not locked its image.
+        let backing = backing.collect::<Result<_, OpenError>>()?;
+        Ok(Self {
+            image: take_file(image, &source.path, options)?,
+            format: source.format,
+            backing,
+            options,
+        })
+    }
+
+    /// The same of a disk that is one file.
     pub fn from_file(
         file: File,
         path: &Path,
         format: Format,
         options: OpenOptions,
     ) -> Result<Self, OpenError> {
-        Ok(Self {
-            image: take_file(file, path, options)?,
+        let source = Source {
+            path: path.to_owned(),
             format,
             backing: Vec::new(),
-            options,
-        })
+        };
+        Self::from_files(vec![file], &source, options)
     }
 
     /// The lock of the image, if it is open for writing.
@@ -258,7 +317,7 @@ pub fn open(source: &Source, options: OpenOptions) -> Result<Arc<dyn BlockBacken
     files(source, options)?.backend()
 }
 
-fn open_file(path: &Path, options: OpenOptions) -> Result<ImageFile, OpenError> {
+fn open_file(path: &Path, options: OpenOptions) -> Result<File, OpenError> {
     let failed = |source| OpenError::Open {
         path: path.to_owned(),
         source,
@@ -288,7 +347,7 @@ fn open_file(path: &Path, options: OpenOptions) -> Result<ImageFile, OpenError> 
         .custom_flags(flags)
         .open(path);
     match opened {
-        Ok(file) => take_file(file, path, options),
+        Ok(file) => Ok(file),
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) && options.cache.is_direct() => {
             Err(OpenError::NoDirect {
                 path: path.to_owned(),
@@ -307,6 +366,13 @@ fn take_file(mut file: File, path: &Path, options: OpenOptions) -> Result<ImageF
         path: path.to_owned(),
         source,
     };
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if let Some(what) = misfit(kind) {
+        return Err(OpenError::Kind {
+            path: path.to_owned(),
+            what,
+        });
+    }
     let purpose = if options.read_only {
         Use::Read
     } else {
@@ -319,7 +385,6 @@ fn take_file(mut file: File, path: &Path, options: OpenOptions) -> Result<ImageF
     }
     // The end's offset is the size of files and of block devices alike.
     let size_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
     Ok(ImageFile {
         file,
         path: path.to_owned(),
