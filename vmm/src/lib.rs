@@ -6,6 +6,7 @@
 //! main ─► cli ─► check ─► machine::run_machine(spec)
 //!                              │ assembly: a table of steps, one a kind of device
 //!                              ├─► kvm       /dev/kvm, memory slots, interrupts, doorbells
+//!                              ├─► resources   files of disks and cards, opened here or by ctl
 //!                              ├─► memory    guest RAM        layout, board   where everything is
 //!                              ├─► flash, fw_cfg   firmware, what it is told
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
@@ -33,6 +34,7 @@ pub mod memory;
 pub mod migration;
 pub mod power;
 pub mod probe;
+pub mod resources;
 pub mod sandbox;
 pub mod saved;
 pub mod socket;

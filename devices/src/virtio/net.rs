@@ -46,7 +46,7 @@ use self::receive::Receive;
 use self::transmit::Transmit;
 
 pub use self::filter::Mac;
-pub use self::kernel::VhostNetFiles;
+pub use self::kernel::{STATISTICS, VhostNetFiles};
 pub use self::limit::Rate;
 pub use self::tap::{HEADER_BYTES, Tap, TapError};
 use super::{

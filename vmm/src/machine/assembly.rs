@@ -16,7 +16,6 @@ use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciDevice, PciW
 use atoll_devices::platform::{AcpiPm, MachineControl, Serial, Watchdog, q35};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
-use atoll_devices::virtio::net::TapError;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
 use atoll_disk::OpenError;
 use atoll_firmware::acpi::{AcpiDevice, Platform, Power};
@@ -41,6 +40,7 @@ use crate::layout;
 use crate::loader::LoadError;
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
+use crate::resources::NetError;
 use crate::saved::MachineState;
 use crate::vcpu::{Buses, Vcpu, setup};
 
@@ -64,7 +64,7 @@ pub enum BuildError {
     Disk(#[from] OpenError),
     /// A network card's tap.
     #[error(transparent)]
-    Tap(#[from] TapError),
+    Net(#[from] NetError),
     /// A device's backend: a console's socket, a random number.
     #[error("{device}")]
     Device {

@@ -8,16 +8,17 @@ use std::sync::Arc;
 
 use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
-use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, VhostNetFiles};
+use atoll_devices::virtio::net::{Net, NetOptions, Rate};
 use atoll_devices::virtio::rng::Rng;
-use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetLimits, NetSpec, VhostNet};
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::disks;
-use super::opened::{Opened, OpenedNet, WAS_OPENED};
+use super::opened::{Opened, WAS_OPENED};
 use super::parts::Card;
 use super::services;
 use crate::fw_cfg::{BootEntry, BootKind};
+use crate::resources::CardEnd;
 use crate::{check, layout, socket};
 
 /// One kind of device, in two acts (see `opened`).
@@ -75,11 +76,7 @@ pub(super) const KINDS: &[DeviceKind] = &[
 
 fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for net in &spec.nets {
-        let pairs = net.queue_pairs.unwrap_or(1);
-        opened.nets.push_back(OpenedNet {
-            taps: Tap::open_queues(&net.tap, pairs)?,
-            kernel: vhost_net(net, pairs)?,
-        });
+        opened.nets.push_back(CardEnd::open(net)?);
     }
     Ok(())
 }
@@ -127,25 +124,6 @@ pub(super) fn rate(bytes_per_second: u64, burst_bytes: u64) -> Option<Rate> {
         bytes_per_second,
         burst_bytes,
     })
-}
-
-/// The kernel's end of a card, where the spec wants it or allows it and it is there.
-fn vhost_net(net: &NetSpec, pairs: u16) -> Result<Option<VhostNetFiles>, BuildError> {
-    let limited = net.limits != NetLimits::default();
-    if net.vhost == VhostNet::Off || net.vhost == VhostNet::Auto && limited {
-        return Ok(None);
-    }
-    match VhostNetFiles::open(&net.tap, pairs) {
-        Ok(files) => Ok(Some(files)),
-        Err(error) if net.vhost == VhostNet::Auto => {
-            tracing::info!(
-                tap = net.tap,
-                "own threads move the packets: /dev/vhost-net: {error}"
-            );
-            Ok(None)
-        }
-        Err(error) => Err(BuildError::device("/dev/vhost-net")(error)),
-    }
 }
 
 /// A locally administered address of one card: bit 1 of the first octet set, bit 0 clear.

@@ -11,12 +11,9 @@ use atoll_devices::scsi::{Target, TargetKind, TargetOptions};
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_devices::virtio::scsi::{Scsi, ScsiOptions};
-use atoll_disk::{
-    BlockBackend, Cache, Format, Limit, Limited, Limits, OpenOptions, OpenedDisk, Rate,
-    ResizeError, Source,
-};
+use atoll_disk::{BlockBackend, Format, Limited, OpenOptions, OpenedDisk, ResizeError};
 use atoll_vmm_protocol::api::{EjectDisk, InsertDisk, ResizeDisk, SetDiskLimits};
-use atoll_vmm_protocol::spec::{CacheMode, DiskBus, DiskFormat, DiskLimits, DiskSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{DiskBus, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::devices::boots_from;
@@ -25,6 +22,7 @@ use super::parts::Parts;
 use crate::api::{self, Answer};
 use crate::check;
 use crate::fw_cfg::BootKind;
+use crate::resources::{Medium, limits};
 
 /// A disk of a built machine.
 pub(super) struct Disk {
@@ -62,10 +60,9 @@ pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildE
         let limited = match disk.path.as_os_str().is_empty() {
             true => None,
             false => {
-                let files = atoll_disk::files(&source(disk), options(disk))?;
-                opened.disk_locks.extend(files.writer_lock()?);
-                let backend = files.backend()?;
-                Some(Arc::new(Limited::new(backend, limits(&disk.limits))))
+                let Medium { backend, lock } = Medium::open(disk)?;
+                opened.disk_locks.extend(lock);
+                Some(backend)
             }
         };
         opened.disks.push_back(limited);
@@ -142,61 +139,6 @@ fn add_host(
     let host = Arc::new(Scsi::new(options).map_err(BuildError::device("SCSI host"))?);
     assembly.add(name, host.clone())?;
     Ok(host)
-}
-
-fn source(disk: &DiskSpec) -> Source {
-    let backing = disk.backing.iter();
-    Source {
-        path: disk.path.clone(),
-        format: format(disk.format),
-        backing: backing
-            .map(|image| (image.path.clone(), format(image.format)))
-            .collect(),
-    }
-}
-
-fn format(format: DiskFormat) -> Format {
-    match format {
-        DiskFormat::Raw => Format::Raw,
-        DiskFormat::Qcow2 => Format::Qcow2,
-    }
-}
-
-fn options(disk: &DiskSpec) -> OpenOptions {
-    OpenOptions {
-        read_only: disk.readonly || disk.bus == DiskBus::Cdrom,
-        engine: None,
-        cache: match disk.cache {
-            CacheMode::Writeback => Cache::Writeback,
-            CacheMode::None => Cache::None,
-            CacheMode::Writethrough => Cache::Writethrough,
-            CacheMode::Directsync => Cache::Directsync,
-            CacheMode::Unsafe => Cache::Unsafe,
-        },
-        discard: disk.discard,
-        detect_zeroes: disk.detect_zeroes,
-    }
-}
-
-fn limits(spec: &DiskLimits) -> Limits {
-    let rate = |per_second, burst| Rate { per_second, burst };
-    Limits {
-        total: Limit {
-            bytes: rate(spec.bytes_per_second, spec.bytes_burst),
-            operations: rate(spec.operations_per_second, spec.operations_burst),
-        },
-        read: Limit {
-            bytes: rate(spec.read_bytes_per_second, spec.read_bytes_burst),
-            operations: rate(spec.read_operations_per_second, spec.read_operations_burst),
-        },
-        write: Limit {
-            bytes: rate(spec.write_bytes_per_second, spec.write_bytes_burst),
-            operations: rate(
-                spec.write_operations_per_second,
-                spec.write_operations_burst,
-            ),
-        },
-    }
 }
 
 /// The disk that the control API calls `id`: `disk0` is the first of the spec.

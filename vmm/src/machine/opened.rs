@@ -18,7 +18,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
-use atoll_devices::virtio::net::{Tap, VhostNetFiles};
 use atoll_disk::{Limited, WriterLock};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
@@ -29,6 +28,7 @@ use crate::api::ApiSocket;
 use crate::flash::FirmwareFiles;
 use crate::kvm::Kvm;
 use crate::loader::BootFiles;
+use crate::resources::CardEnd;
 use crate::saved::image::Touched;
 
 /// What the host gives to one machine. Each row of [`KINDS`] fills its fields, and later takes them out in the
@@ -49,7 +49,7 @@ pub(super) struct Opened {
     /// In the spec's order; `None` for a drive without a disc.
     pub(super) disks: VecDeque<Option<Arc<Limited>>>,
     /// In the spec's order.
-    pub(super) nets: VecDeque<OpenedNet>,
+    pub(super) nets: VecDeque<CardEnd>,
     pub(super) console: Option<ConsoleEnd>,
     /// In the spec's order.
     pub(super) ports: VecDeque<ConsoleEnd>,
@@ -57,14 +57,6 @@ pub(super) struct Opened {
     /// Connected with the processes that serve them, in the spec's order.
     pub(super) filesystems: VecDeque<UnixStream>,
     pub(super) serial: Option<ConsoleEnd>,
-}
-
-/// A network card's end.
-pub(super) struct OpenedNet {
-    /// One a pair of queues.
-    pub(super) taps: Vec<Tap>,
-    /// Where the kernel is to move the packets.
-    pub(super) kernel: Option<VhostNetFiles>,
 }
 
 impl Opened {

@@ -52,6 +52,23 @@ impl VhostNetFiles {
         })
     }
 
+    /// Takes what somebody else opened: `/dev/vhost-net` once a pair, and the interface's statistics, in the order of
+    /// [`STATISTICS`], or none.
+    pub fn from_files(pairs: Vec<File>, statistics: Vec<File>) -> Self {
+        Self {
+            pairs,
+            statistics: TapStatistics::of(statistics.into_iter().map(Some)),
+        }
+    }
+
+    /// The files, for a process that opens them for another one's [`VhostNetFiles::from_files`].
+    pub fn into_files(self) -> Vec<File> {
+        let statistics = self.statistics.files.into_iter().map(|(_, file)| file);
+        let statistics: Option<Vec<File>> = statistics.collect();
+        let statistics = statistics.unwrap_or_default();
+        self.pairs.into_iter().chain(statistics).collect()
+    }
+
     pub(super) fn into_parts(self) -> (Vec<Arc<KernelPair>>, TapStatistics) {
         let pair = |file| {
             Arc::new(KernelPair {
@@ -230,33 +247,42 @@ fn regions(memory: &Memory) -> Vec<VhostUserMemoryRegionInfo> {
 /// The interface's own numbers, for a card whose packets we do not see. Kept open, since they are read when the
 /// process no longer reaches /sys.
 pub(super) struct TapStatistics {
-    files: Vec<(&'static str, File)>,
+    files: Vec<(&'static str, Option<File>)>,
     failed: AtomicBool,
 }
 
+/// Files of `/sys/class/net/…/statistics` that tell a card's numbers, and the counters that they are. What the host
+/// sent is what the guest received.
+pub const STATISTICS: [(&str, &str); 5] = [
+    ("received", "tx_packets"),
+    ("received_bytes", "tx_bytes"),
+    ("sent", "rx_packets"),
+    ("sent_bytes", "rx_bytes"),
+    ("dropped", "tx_dropped"),
+];
+
 impl TapStatistics {
-    /// Of the interface `name` in this network namespace. What the host sent is what the guest received.
+    /// Of the interface `name` in this network namespace.
     pub(super) fn open(name: &str) -> Self {
-        let rows = [
-            ("received", "tx_packets"),
-            ("received_bytes", "tx_bytes"),
-            ("sent", "rx_packets"),
-            ("sent_bytes", "rx_bytes"),
-            ("dropped", "tx_dropped"),
-        ];
-        let open = |(name_of_ours, file): (&'static str, &str)| {
-            let path = format!("/sys/class/net/{name}/statistics/{file}");
-            Some((name_of_ours, File::open(path).ok()?))
-        };
+        let path = |file| format!("/sys/class/net/{name}/statistics/{file}");
+        Self::of(STATISTICS.map(|(_, file)| File::open(path(file)).ok()))
+    }
+
+    fn of(files: impl IntoIterator<Item = Option<File>>) -> Self {
+        let files = files.into_iter().chain(std::iter::repeat_with(|| None));
+        let names = STATISTICS.map(|(counter, _)| counter);
         Self {
-            files: rows.into_iter().filter_map(open).collect(),
+            files: names.into_iter().zip(files).collect(),
             failed: AtomicBool::new(false),
         }
     }
 
     /// The numbers now; zero where they cannot be read.
     pub(super) fn list(&self) -> CounterList {
-        let value = |(name, file): &(&'static str, File)| {
+        let value = |(name, file): &(&'static str, Option<File>)| {
+            let Some(file) = file else {
+                return (*name, 0);
+            };
             let mut text = [0; 24];
             let read = file.read_at(&mut text, 0);
             if let Err(error) = &read

@@ -217,6 +217,11 @@ impl Tap {
         Ok(())
     }
 
+    /// The descriptor, for another process's [`Tap::from_file`].
+    pub fn into_file(self) -> File {
+        self.file
+    }
+
     /// For a kernel thread that moves the packets itself.
     pub(super) fn file(&self) -> &File {
         &self.file

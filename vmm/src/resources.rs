@@ -1,0 +1,204 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! What of the host a disk or a network card needs, from its part of the spec to open files.
+//!
+//! ```text
+//! path ── open ──► files ──────────────── take ──► what a device is made of
+//!         before the sandbox (`machine::opened`), and without a sandbox by `ctl` for a machine that runs: then the
+//!         files travel with the request, and `take` is in the machine's process
+//! ```
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use atoll_devices::virtio::net::{STATISTICS, Tap, TapError, VhostNetFiles};
+use atoll_disk::{
+    Cache, Format, Limit, Limited, Limits, OpenError, OpenOptions, OpenedDisk, Rate, Source,
+    WriterLock,
+};
+use atoll_vmm_protocol::spec::{
+    CacheMode, DiskBus, DiskFormat, DiskLimits, DiskSpec, NetLimits, NetSpec, VhostNet,
+};
+
+/// Why a card has no host end.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The spec says that the kernel must move the packets.
+    #[error("/dev/vhost-net")]
+    Vhost(#[source] std::io::Error),
+    /// Files of another number came.
+    #[error(
+        "{found} open files came for {pairs} pairs of queues: {pairs} of the tap, then none, or {pairs} of \
+         /dev/vhost-net and none or {} of statistics",
+        STATISTICS.len()
+    )]
+    Count {
+        /// Files that came.
+        found: usize,
+        /// What the spec says.
+        pairs: usize,
+    },
+}
+
+/// A disk's images, open and locked.
+pub struct Medium {
+    pub(crate) backend: Arc<Limited>,
+    /// None of a disk that is only read.
+    pub(crate) lock: Option<WriterLock>,
+}
+
+impl Medium {
+    /// Opens the images. Makes no thread.
+    pub fn open(disk: &DiskSpec) -> Result<Self, OpenError> {
+        let files = atoll_disk::files(&source(disk), options(disk))?;
+        Self::new(files, disk)
+    }
+
+    /// Takes images that [`image_files`] has opened elsewhere.
+    pub fn take(files: VecDeque<OwnedFd>, disk: &DiskSpec) -> Result<Self, OpenError> {
+        let files = files.into_iter().map(File::from).collect();
+        let opened = OpenedDisk::from_files(files, &source(disk), options(disk))?;
+        Self::new(opened, disk)
+    }
+
+    fn new(opened: OpenedDisk, disk: &DiskSpec) -> Result<Self, OpenError> {
+        let lock = opened.writer_lock()?;
+        let backend = Limited::new(opened.backend()?, limits(&disk.limits));
+        Ok(Self {
+            backend: Arc::new(backend),
+            lock,
+        })
+    }
+}
+
+/// Opens a disk's images for another process, in the order in which it takes them.
+pub fn image_files(disk: &DiskSpec) -> Result<Vec<File>, OpenError> {
+    if disk.path.as_os_str().is_empty() {
+        return Ok(Vec::new());
+    }
+    atoll_disk::unlocked_files(&source(disk), options(disk))
+}
+
+fn source(disk: &DiskSpec) -> Source {
+    let backing = disk.backing.iter();
+    Source {
+        path: disk.path.clone(),
+        format: format(disk.format),
+        backing: backing
+            .map(|image| (image.path.clone(), format(image.format)))
+            .collect(),
+    }
+}
+
+fn format(format: DiskFormat) -> Format {
+    match format {
+        DiskFormat::Raw => Format::Raw,
+        DiskFormat::Qcow2 => Format::Qcow2,
+    }
+}
+
+fn options(disk: &DiskSpec) -> OpenOptions {
+    OpenOptions {
+        read_only: disk.readonly || disk.bus == DiskBus::Cdrom,
+        engine: None,
+        cache: match disk.cache {
+            CacheMode::Writeback => Cache::Writeback,
+            CacheMode::None => Cache::None,
+            CacheMode::Writethrough => Cache::Writethrough,
+            CacheMode::Directsync => Cache::Directsync,
+            CacheMode::Unsafe => Cache::Unsafe,
+        },
+        discard: disk.discard,
+        detect_zeroes: disk.detect_zeroes,
+    }
+}
+
+/// Rates in the words of the disk's crate.
+pub fn limits(spec: &DiskLimits) -> Limits {
+    let rate = |per_second, burst| Rate { per_second, burst };
+    Limits {
+        total: Limit {
+            bytes: rate(spec.bytes_per_second, spec.bytes_burst),
+            operations: rate(spec.operations_per_second, spec.operations_burst),
+        },
+        read: Limit {
+            bytes: rate(spec.read_bytes_per_second, spec.read_bytes_burst),
+            operations: rate(spec.read_operations_per_second, spec.read_operations_burst),
+        },
+        write: Limit {
+            bytes: rate(spec.write_bytes_per_second, spec.write_bytes_burst),
+            operations: rate(
+                spec.write_operations_per_second,
+                spec.write_operations_burst,
+            ),
+        },
+    }
+}
+
+/// A network card's end.
+pub struct CardEnd {
+    /// One a pair of queues.
+    pub(crate) taps: Vec<Tap>,
+    /// Where the kernel is to move the packets.
+    pub(crate) kernel: Option<VhostNetFiles>,
+}
+
+impl CardEnd {
+    /// Opens the tap, and the kernel's end where the spec wants it, or allows it and it is there.
+    pub fn open(net: &NetSpec) -> Result<Self, NetError> {
+        let pairs = net.queue_pairs.unwrap_or(1);
+        Ok(Self {
+            taps: Tap::open_queues(&net.tap, pairs)?,
+            kernel: vhost_net(net, pairs)?,
+        })
+    }
+
+    /// Takes what [`CardEnd::into_files`] has given in another process.
+    pub fn take(mut files: VecDeque<OwnedFd>, net: &NetSpec) -> Result<Self, NetError> {
+        let pairs = usize::from(net.queue_pairs.unwrap_or(1));
+        let found = files.len();
+        let statistics = STATISTICS.len();
+        if ![pairs, 2 * pairs, 2 * pairs + statistics].contains(&found) {
+            return Err(NetError::Count { found, pairs });
+        }
+        let mut next = |count| -> Vec<File> { files.drain(..count).map(File::from).collect() };
+        let taps = next(pairs).into_iter();
+        let taps = taps.map(|file| Tap::from_file(file, &net.tap));
+        let taps = taps.collect::<Result<_, TapError>>()?;
+        let kernel = (found > pairs).then(|| {
+            let kernel = next(pairs);
+            VhostNetFiles::from_files(kernel, next(found - 2 * pairs))
+        });
+        Ok(Self { taps, kernel })
+    }
+
+    /// The files for another process.
+    pub fn into_files(self) -> Vec<File> {
+        let taps = self.taps.into_iter().map(Tap::into_file);
+        let kernel = self.kernel.map(VhostNetFiles::into_files);
+        taps.chain(kernel.unwrap_or_default()).collect()
+    }
+}
+
+/// The kernel's end of a card, where the spec wants it or allows it and it is there.
+fn vhost_net(net: &NetSpec, pairs: u16) -> Result<Option<VhostNetFiles>, NetError> {
+    let limited = net.limits != NetLimits::default();
+    if net.vhost == VhostNet::Off || net.vhost == VhostNet::Auto && limited {
+        return Ok(None);
+    }
+    match VhostNetFiles::open(&net.tap, pairs) {
+        Ok(files) => Ok(Some(files)),
+        Err(error) if net.vhost == VhostNet::Auto => {
+            tracing::info!(
+                tap = net.tap,
+                "own threads move the packets: /dev/vhost-net: {error}"
+            );
+            Ok(None)
+        }
+        Err(error) => Err(NetError::Vhost(error)),
+    }
+}
