@@ -27,6 +27,7 @@ const BOARD: Platform = Platform {
         reset_port: 0x602,
     },
     devices: Vec::new(),
+    hotplug: None,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {

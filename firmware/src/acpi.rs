@@ -11,6 +11,8 @@
 //!
 //! What a device adds to the tables is data ([`AcpiDevice`]): the same entry serves both kinds of board.
 
+mod hotplug;
+
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -100,6 +102,17 @@ pub struct AcpiDevice {
     pub event: Option<u8>,
 }
 
+/// Slots of bus 0 whose content may change while the guest runs; the registers are `atoll-devices`' `PciHotplug`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PciHotplug {
+    /// First port of the registers.
+    pub port: u16,
+    /// The event that lets the guest read them: a number of the board's (see [`Power`]).
+    pub event: u8,
+    /// The slots, one bit each.
+    pub slots: u32,
+}
+
 /// The hardware that the tables tell of. Addresses are guest-physical.
 #[derive(Debug, Clone)]
 pub struct Platform {
@@ -129,6 +142,8 @@ pub struct Platform {
     pub power: Power,
     /// Devices that only ACPI tells of.
     pub devices: Vec<AcpiDevice>,
+    /// Whether functions come and go.
+    pub hotplug: Option<PciHotplug>,
 }
 
 impl Platform {
@@ -380,6 +395,8 @@ fn host_bridge(platform: &Platform) -> Vec<u8> {
     if let Some(high) = &high {
         resources.push(high);
     }
+    let slots = platform.hotplug.as_ref().map(hotplug::slots);
+    let slots = Raw(slots.as_deref().unwrap_or_default());
     serialized(&aml::Device::new(
         "PCI0".into(),
         vec![
@@ -390,6 +407,7 @@ fn host_bridge(platform: &Platform) -> Vec<u8> {
             &aml::Name::new("_BBN".into(), &aml::ZERO),
             &aml::Name::new("_CCA".into(), &aml::ONE),
             &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(resources)),
+            &slots,
         ],
     ))
 }
@@ -448,6 +466,7 @@ fn devices(platform: &Platform) -> Vec<u8> {
     if let Power::Reduced { .. } = platform.power {
         bytes.extend(device(&power_button()));
     }
+    bytes.extend(platform.hotplug.iter().flat_map(hotplug::registers));
     bytes.extend(platform.devices.iter().flat_map(device));
     bytes
 }
@@ -481,30 +500,35 @@ fn device(device: &AcpiDevice) -> Vec<u8> {
     serialized(&aml::Device::new(device.name.into(), vec![&name, &objects]))
 }
 
-/// What the guest does when an event comes: it notifies the event's device.
+/// What the guest does when an event comes: it notifies the event's device, or looks what has changed on the bus.
 fn events(platform: &Platform) -> Vec<u8> {
-    let mut sources: Vec<(u32, &str)> = platform
-        .devices
-        .iter()
-        .filter_map(|device| Some((device.event?.into(), device.name)))
-        .collect();
+    let notify = |name: &str| {
+        let path = aml::Path::new(&format!("\\_SB_.{name}"));
+        serialized(&aml::Notify::new(&path, &0x80_u8))
+    };
+    let own = platform.devices.iter().filter_map(|device| {
+        let number: u32 = device.event?.into();
+        Some((number, notify(device.name)))
+    });
+    let hotplug = platform.hotplug.iter();
+    let hotplug = hotplug.map(|hotplug| (hotplug.event.into(), hotplug::scan()));
+    let mut sources: Vec<(u32, Vec<u8>)> = hotplug.chain(own).collect();
     match platform.power {
         Power::Reduced { button_gsi, .. } => {
-            sources.insert(0, (button_gsi, "PWRB"));
+            sources.insert(0, (button_gsi, notify("PWRB")));
             aml::Scope::raw("\\_SB_".into(), event_device(&sources))
         }
         Power::Pc { .. } if sources.is_empty() => Vec::new(),
         Power::Pc { .. } => {
-            let methods = sources.iter().flat_map(|(bit, name)| {
+            let methods = sources.iter().flat_map(|(bit, action)| {
                 // Edge-triggered: the status bit is cleared before the method runs (§5.6.4.1).
-                let path = aml::Path::new(&format!("\\_SB_.{name}"));
-                let notify = aml::Notify::new(&path, &0x80_u8);
                 let method = format!("_E{bit:02X}");
+                let action = Raw(action);
                 serialized(&aml::Method::new(
                     method.as_str().into(),
                     0,
                     false,
-                    vec![&notify],
+                    vec![&action],
                 ))
             });
             aml::Scope::raw("\\_GPE".into(), methods.collect())
@@ -512,19 +536,17 @@ fn events(platform: &Platform) -> Vec<u8> {
     }
 }
 
-/// The generic event device (§5.6.9), whose interrupts say what happened: pairs of an interrupt and a device.
-fn event_device(sources: &[(u32, &str)]) -> Vec<u8> {
+/// The generic event device (§5.6.9), whose interrupts say what happened: pairs of an interrupt and what is done.
+fn event_device(sources: &[(u32, Vec<u8>)]) -> Vec<u8> {
     let interrupts: Vec<aml::Interrupt> = sources
         .iter()
         .map(|(gsi, _)| aml::Interrupt::new(true, true, false, false, *gsi))
         .collect();
     let body: Vec<u8> = sources
         .iter()
-        .flat_map(|(gsi, name)| {
-            let path = aml::Path::new(&format!("\\_SB_.{name}"));
-            let notify = aml::Notify::new(&path, &0x80_u8);
+        .flat_map(|(gsi, action)| {
             let is_it = aml::Equal::new(&aml::Arg(0), gsi);
-            serialized(&aml::If::new(&is_it, vec![&notify]))
+            serialized(&aml::If::new(&is_it, vec![&Raw(action)]))
         })
         .collect();
     let resources = interrupts.iter().map(|interrupt| interrupt as &dyn Aml);
@@ -548,7 +570,7 @@ mod tests {
 
     const BASE: u64 = 0xe_0000;
 
-    fn platform(cpu_count: u8) -> Platform {
+    pub(super) fn platform(cpu_count: u8) -> Platform {
         Platform {
             tables_address: BASE,
             cpu_count,
@@ -572,10 +594,11 @@ mod tests {
                 objects: Vec::new(),
                 event: Some(6),
             }],
+            hotplug: None,
         }
     }
 
-    fn pc(cpu_count: u8) -> Platform {
+    pub(super) fn pc(cpu_count: u8) -> Platform {
         Platform {
             high_window: Some((0x1_0000_0000, 0xff_ffff_ffff)),
             power: Power::Pc {

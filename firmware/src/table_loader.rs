@@ -161,6 +161,7 @@ mod tests {
                 objects: Vec::new(),
                 event: Some(1),
             }],
+            hotplug: None,
         }
     }
 

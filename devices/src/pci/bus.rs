@@ -18,13 +18,11 @@ use arc_swap::ArcSwap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::CONFIG_BYTES;
-use super::{Bar, ConfigSpace, Doorbell, Identity, PciDevice};
+use super::{Bar, ConfigSpace, Doorbell, Identity, PciDevice, SLOT_COUNT};
 use crate::bus::BusDevice;
 use crate::platform::MachineControl;
 use crate::rate_limited::{RateLimit, warn_limited};
 
-/// Device numbers on a bus.
-const SLOT_COUNT: usize = 32;
 /// Bytes of ECAM a function has. PCIe base specification 3.0 §7.2.2.
 const ECAM_FUNCTION_BYTES: u64 = 4096;
 /// Bytes of ECAM one bus has.
@@ -82,6 +80,8 @@ struct Slot {
     initial: ConfigSpace,
     device: Option<Arc<dyn PciDevice>>,
     doorbells: Vec<Doorbell>,
+    /// The guest has let it go: it finds the slot empty.
+    hidden: bool,
 }
 
 /// A BAR in the memory map.
@@ -96,6 +96,13 @@ struct Mapping {
 
 struct State {
     slots: [Option<Slot>; SLOT_COUNT],
+}
+
+impl State {
+    /// What the guest finds in a slot.
+    fn visible(&mut self, slot: usize) -> Option<&mut Slot> {
+        self.slots[slot].as_mut().filter(|slot| !slot.hidden)
+    }
 }
 
 /// Bus 0 of the machine. Shared by its bus devices and the VMM.
@@ -129,6 +136,7 @@ impl PciBus {
             config,
             device: None,
             doorbells: Vec::new(),
+            hidden: false,
         });
         Arc::new(Self {
             windows,
@@ -173,8 +181,32 @@ impl PciBus {
             config,
             doorbells: device.doorbells(),
             device: Some(device),
+            hidden: false,
         });
         Ok(next)
+    }
+
+    /// From now on the guest finds `slot` empty: no configuration space, no BARs, no doorbells. The function is there
+    /// for [`PciBus::remove`]. Nothing happens to an empty slot.
+    pub fn hide(&self, slot: usize) {
+        let mut state = self.lock();
+        if let Some(function) = state.slots.get_mut(slot).and_then(Option::as_mut) {
+            function.hidden = true;
+            self.unmap_slot(&state, slot);
+        }
+    }
+
+    /// Takes the function out of `slot`; the guest finds it empty. An access that is under way may still reach the
+    /// function when this has returned. False if there is none.
+    pub fn remove(&self, slot: usize) -> bool {
+        self.hide(slot);
+        let taken = match self.lock().slots.get_mut(slot) {
+            // The host bridge is no function of the VMM's.
+            Some(function) if slot > 0 => function.take(),
+            _ => None,
+        };
+        // Dropped without the lock: a device's end may take a while.
+        taken.is_some()
     }
 
     /// Takes every function's registers back to what they were when it was added, BARs included: a reset of the
@@ -191,7 +223,7 @@ impl PciBus {
 
     fn config_read(&self, slot: usize, offset: u16, data: &mut [u8]) {
         let mut state = self.lock();
-        let Some(slot) = &mut state.slots[slot] else {
+        let Some(slot) = state.visible(slot) else {
             data.fill(0xff);
             return;
         };
@@ -203,7 +235,7 @@ impl PciBus {
 
     fn config_write(&self, index: usize, offset: u16, data: &[u8]) {
         let mut state = self.lock();
-        let Some(slot) = &mut state.slots[index] else {
+        let Some(slot) = state.visible(index) else {
             return;
         };
         slot.config.write(offset, data);
@@ -276,14 +308,24 @@ impl PciBus {
             return false;
         }
         for other in in_the_way {
-            self.each_doorbell(state, other, |address, event| {
-                self.doorbells.disconnect(address, event)
-            });
-            let mut table = Vec::clone(&self.mappings.load_full());
-            table.retain(|mapping| (mapping.slot, mapping.bar) != (other.slot, other.bar));
-            self.mappings.store(Arc::new(table));
+            self.unmap(state, other);
         }
         true
+    }
+
+    fn unmap(&self, state: &State, old: &Mapping) {
+        self.each_doorbell(state, old, |address, event| {
+            self.doorbells.disconnect(address, event)
+        });
+        let mut table = Vec::clone(&self.mappings.load_full());
+        table.retain(|mapping| (mapping.slot, mapping.bar) != (old.slot, old.bar));
+        self.mappings.store(Arc::new(table));
+    }
+
+    fn unmap_slot(&self, state: &State, slot: usize) {
+        let mappings = self.mappings.load_full();
+        let of_slot = mappings.iter().filter(|mapping| mapping.slot == slot);
+        of_slot.for_each(|mapping| self.unmap(state, mapping));
     }
 
     fn replace(&self, state: &State, old: Option<Mapping>, new: Mapping) {

@@ -2,18 +2,24 @@
 //! PCI: one bus of functions with configuration space, memory BARs and MSI-X.
 //!
 //! [`PciBus`] holds the functions and answers configuration cycles (ECAM and ports CF8/CFC) and the memory
-//! window in which BARs live. [`PciDevice`] is what a function implements; [`Msix`] its interrupt table.
+//! window in which BARs live. [`PciDevice`] is what a function implements; [`Msix`] its interrupt table;
+//! [`PciHotplug`] tells the guest of functions that come and go.
 //! No bridges, no INTx, no port BARs: every device of ours is a virtio function on bus 0.
 
 mod bus;
 mod config;
+mod hotplug;
 mod msix;
 
 pub use bus::{ConfigPorts, DoorbellSink, Ecam, PciBus, PciBusError, PciWindow, Window};
 pub use config::{Bar, Capability, ConfigSpace, Identity};
+pub use hotplug::{PciHotplug, ReleaseSink};
 pub use msix::{Msix, MsixState, TABLE_ENTRY_BYTES};
 
 use vmm_sys_util::eventfd::EventFd;
+
+/// Device numbers on a bus; 0 is the host bridge's.
+pub const SLOT_COUNT: usize = 32;
 
 /// An address which, when the guest writes to it, does nothing but signal an eventfd.
 pub struct Doorbell {

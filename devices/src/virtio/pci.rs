@@ -52,7 +52,7 @@ const CAPABILITY_MSIX: u8 = 0x11;
 
 /// What the VMM gives to one virtio function.
 pub struct VirtioPciOptions {
-    /// In logs and thread names: `blk0`.
+    /// In logs and thread names: `disk0`.
     pub name: String,
     /// Guest RAM.
     pub memory: Memory,
@@ -98,6 +98,8 @@ struct State {
     queues: Vec<Slot>,
     /// The queues that `resume` starts come from another machine.
     restored: bool,
+    /// Off its bus for good: an access that was under way starts nothing.
+    retired: bool,
 }
 
 struct Slot {
@@ -178,6 +180,7 @@ impl VirtioPci {
                 queue_select: 0,
                 queues: sizes.iter().map(slot).collect(),
                 restored: false,
+                retired: false,
             }),
             device,
             msix,
@@ -228,6 +231,13 @@ impl VirtioPci {
     /// Stops everything and forgets what the driver said: a reset of the machine.
     pub fn reset(&self) {
         self.reset_locked(&mut self.lock());
+    }
+
+    /// Stops everything for good, for a function that was taken off its bus.
+    pub fn retire(&self) {
+        let mut state = self.lock();
+        self.reset_locked(&mut state);
+        state.retired = true;
     }
 
     /// Numbers of the device and of each queue.
@@ -402,6 +412,9 @@ impl VirtioPci {
     fn common_write(&self, offset: u64, data: &[u8]) {
         let mut state = self.lock();
         let state = &mut *state;
+        if state.retired {
+            return;
+        }
         match (offset, data) {
             (0x00, &[a, b, c, d]) => state.device_feature_select = u32::from_le_bytes([a, b, c, d]),
             (0x08, &[a, b, c, d]) => state.driver_feature_select = u32::from_le_bytes([a, b, c, d]),

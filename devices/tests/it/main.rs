@@ -13,6 +13,7 @@ mod console;
 mod fs;
 mod fuzz;
 mod hostile;
+mod hotplug;
 mod net;
 mod pci;
 mod pitfalls;
