@@ -177,6 +177,7 @@ impl Board {
             serial_gsi: layout::SERIAL_GSI,
             power: self.power,
             devices,
+            hotplug: None,
         }
     }
 }

@@ -52,6 +52,7 @@ Examples:
   atoll-vmm run --firmware vars=vars.fd --memory 2G --disk path=disk.raw,format=raw,bootindex=0
 
 Keys of --disk:
+  id=NAME               in the control API; the lowest free of disk0, disk1, … when absent
   path=FILE             image file or block device
   format=raw|qcow2      never guessed: a guest can write any header
   backing=FORMAT:FILE   the image behind a qcow2 image, if its header names one; repeat for the one behind that
@@ -67,7 +68,7 @@ Keys of --disk:
   bytes-per-second=N operations-per-second=N, each also with read- or write- before it, and with
   bytes-burst=N operations-burst=N: rates to which the disk is held";
 
-const DISK_KEYS: &str = "path=, format=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
+const DISK_KEYS: &str = "id=, path=, format=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
     bytes-per-second=, bytes-burst=, operations-per-second=, operations-burst=, read-… and write-… of these";
 
 /// Sub-commands.
@@ -126,7 +127,7 @@ pub struct RunArguments {
     /// A disk: path=FILE,format=raw|qcow2[,KEY…]; may be repeated; its keys are below
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
-    /// A network card: tap=NAME[,mac=AA:BB:CC:DD:EE:FF][,mtu=N][,queues=PAIRS][,vhost=auto|on|off]
+    /// A network card: tap=NAME[,id=NAME][,mac=AA:BB:CC:DD:EE:FF][,mtu=N][,queues=PAIRS][,vhost=auto|on|off]
     /// [,rate=BYTES a second, each way][,link=up|down][,bootindex=N]; may be repeated
     #[arg(long, value_name = "KEYS", value_parser = net)]
     pub net: Vec<NetSpec>,
@@ -295,6 +296,8 @@ impl FromArgMatches for CtlRequest {
                 ParameterKind::Integer => values.get_one::<u64>(name).map(|one| (*one).into()),
                 ParameterKind::Switch => values.get_one::<bool>(name).map(|one| (*one).into()),
                 ParameterKind::Text => values.get_one::<String>(name).map(|one| one.clone().into()),
+                ParameterKind::Disk => values.get_one::<DiskSpec>(name).map(spec_value),
+                ParameterKind::Net => values.get_one::<NetSpec>(name).map(spec_value),
             };
             value.map(|value: Value| (name.to_owned(), value))
         };
@@ -306,6 +309,10 @@ impl FromArgMatches for CtlRequest {
         *self = Self::from_arg_matches(matches)?;
         Ok(())
     }
+}
+
+fn spec_value(spec: &impl serde::Serialize) -> Value {
+    serde_json::to_value(spec).expect("a spec has string keys only")
 }
 
 /// The option of one parameter.
@@ -322,6 +329,8 @@ fn option(parameter: &'static Parameter) -> clap::Arg {
             .value_name("true|false")
             .value_parser(clap::value_parser!(bool)),
         ParameterKind::Text => arg.value_name("TEXT"),
+        ParameterKind::Disk => arg.value_name("KEYS").value_parser(disk),
+        ParameterKind::Net => arg.value_name("KEYS").value_parser(net),
     }
 }
 
@@ -466,6 +475,7 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
     let mut spec = DiskSpec::default();
     keys(text, DISK_KEYS, |key, value| {
         match (key, value) {
+            ("id", Some(value)) => spec.id = Some(value.to_owned()),
             ("path", Some(value)) => path = Some(PathBuf::from(value)),
             ("format", Some(value)) => format = Some(disk_format(key, value)?),
             ("bus", Some("blk")) => spec.bus = DiskBus::Blk,
@@ -545,10 +555,11 @@ fn net(text: &str) -> Result<NetSpec, String> {
     let mut spec = NetSpec::default();
     keys(
         text,
-        "tap=, mac=, mtu=, queues=, vhost=, rate=, link=, bootindex=",
+        "tap=, id=, mac=, mtu=, queues=, vhost=, rate=, link=, bootindex=",
         |key, value| {
             match (key, value) {
                 ("tap", Some(value)) => tap = Some(value.to_owned()),
+                ("id", Some(value)) => spec.id = Some(value.to_owned()),
                 ("mac", Some(value)) => {
                     check::mac(value).map_err(|error| error.0)?;
                     spec.mac = Some(value.to_owned());

@@ -12,14 +12,18 @@ use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm_protocol::api::{
-    InsertDisk, Migrate, MigrationInfo, MigrationStage, Request, Snapshot, SnapshotTaken,
+    AddDisk, AddNet, InsertDisk, Migrate, MigrationInfo, MigrationStage, RemovalStage,
+    RemoveDevice, Request, Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::Client;
-use atoll_vmm_protocol::files::FILES_MAX;
+use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::resources::{CardEnd, image_files};
 use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
 
+/// Most connections for memory.
+const CONNECTIONS_MAX: usize = 15;
 /// How often a migration is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
 /// How long a machine's RAM may take to be written.
@@ -43,9 +47,47 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
             let file = File::open(path).with_context(|| format!("disc {}", path.display()))?;
             Ok(client.ask_with_files(request, &disc, &[file.as_fd()])?)
         }
+        Request::AddDisk => {
+            let mut body: AddDisk = serde_json::from_value(Value::Object(body.clone()))?;
+            let disk = &mut body.disk;
+            if !disk.path.as_os_str().is_empty() {
+                // The machine's process is elsewhere, and so is whoever restores it.
+                disk.path = std::path::absolute(&disk.path)?;
+            }
+            for image in &mut disk.backing {
+                image.path = std::path::absolute(&image.path)?;
+            }
+            let files = image_files(disk)?;
+            with_files(client, request, &body, &files)
+        }
+        Request::AddNet => {
+            let body: AddNet = serde_json::from_value(Value::Object(body.clone()))?;
+            let files = CardEnd::open(&body.net)?.into_files();
+            with_files(client, request, &body, &files)
+        }
+        Request::RemoveDevice => {
+            let body: RemoveDevice = serde_json::from_value(Value::Object(body.clone()))?;
+            let removal = client.remove_device(&body)?;
+            let RemoveDevice { id, .. } = body;
+            anyhow::ensure!(
+                removal.stage == RemovalStage::Gone,
+                "the guest has not let {id} go: it has it still, and may let it go later; ask again, or say --force true"
+            );
+            Ok(serde_json::to_value(removal)?)
+        }
         _ if request.route().parameters.is_empty() => Ok(client.ask(request)?),
         _ => Ok(client.ask_with(request, body)?),
     }
+}
+
+fn with_files(
+    client: &Client,
+    request: Request,
+    body: &impl Serialize,
+    files: &[File],
+) -> anyhow::Result<Value> {
+    let descriptors: Vec<_> = files.iter().map(File::as_fd).collect();
+    Ok(client.ask_with_files(request, body, &descriptors)?)
 }
 
 /// Connects to the process that waits for the machine, lets the machine move there, and waits for the end. A
@@ -53,9 +95,8 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
 pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo> {
     let count = usize::try_from(body.connections.unwrap_or(1)).unwrap_or(usize::MAX);
     anyhow::ensure!(
-        (1..FILES_MAX).contains(&count),
-        "{count} connections: 1 to {}",
-        FILES_MAX - 1
+        (1..=CONNECTIONS_MAX).contains(&count),
+        "{count} connections: 1 to {CONNECTIONS_MAX}"
     );
     let connect = |_| UnixStream::connect(&body.to);
     let sockets = (0..=count).map(connect).collect::<io::Result<Vec<_>>>();

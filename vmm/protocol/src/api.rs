@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::DiskLimits;
+use crate::spec::{DiskLimits, DiskSpec, NetSpec};
 
 /// A request that the control API knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,6 +53,13 @@ pub enum Request {
     EjectDisk,
     /// Put a disc into a drive; takes [`InsertDisk`] and the open disc.
     InsertDisk,
+    /// Plug a disk in while the machine runs, or is paused; takes [`AddDisk`] and its open images, answered with
+    /// [`Added`].
+    AddDisk,
+    /// Plug a network card in; takes [`AddNet`] and its open tap, answered with [`Added`].
+    AddNet,
+    /// Ask the guest to let a disk or a network card go; takes [`RemoveDevice`], answered with [`Removal`].
+    RemoveDevice,
 }
 
 /// One row of the control API.
@@ -94,6 +101,10 @@ pub enum ParameterKind {
     Text,
     /// `true` or `false`.
     Switch,
+    /// A [`DiskSpec`]; on the command line the keys of `run --disk`.
+    Disk,
+    /// A [`NetSpec`]; on the command line the keys of `run --net`.
+    Net,
 }
 
 /// Every request of the control API.
@@ -226,7 +237,7 @@ pub const ROUTES: &[Route] = &[
                 name: "id",
                 kind: ParameterKind::Text,
                 required: true,
-                summary: "The card: net0 is the first of the spec",
+                summary: "The card, as info names it: net0 is the first of the spec",
             },
             Parameter {
                 name: "up",
@@ -247,7 +258,7 @@ pub const ROUTES: &[Route] = &[
                 name: "id",
                 kind: ParameterKind::Text,
                 required: true,
-                summary: "The card: net0 is the first of the spec",
+                summary: "The card, as info names it: net0 is the first of the spec",
             },
             Parameter {
                 name: "receive_bytes_per_second",
@@ -381,6 +392,59 @@ pub const ROUTES: &[Route] = &[
         ],
         answer: "Acted",
     },
+    Route {
+        request: Request::AddDisk,
+        method: "PUT",
+        path: "/add-disk",
+        summary: "Plug a disk in, on a slot of its own or as a unit of the SCSI host",
+        parameters: &[Parameter {
+            name: "disk",
+            kind: ParameterKind::Disk,
+            required: true,
+            summary: "The disk, as run --disk takes it",
+        }],
+        answer: "Added",
+    },
+    Route {
+        request: Request::AddNet,
+        method: "PUT",
+        path: "/add-net",
+        summary: "Plug a network card in",
+        parameters: &[Parameter {
+            name: "net",
+            kind: ParameterKind::Net,
+            required: true,
+            summary: "The card, as run --net takes it",
+        }],
+        answer: "Added",
+    },
+    Route {
+        request: Request::RemoveDevice,
+        method: "PUT",
+        path: "/remove-device",
+        summary: "Ask the guest to let a disk or a network card go, and take it away once it has",
+        parameters: &[
+            Parameter {
+                name: "id",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "The disk or card, as info names it",
+            },
+            Parameter {
+                name: "force",
+                kind: ParameterKind::Switch,
+                required: false,
+                summary: "Take it now, whatever the guest does with it: like pulling a card",
+            },
+            Parameter {
+                name: "timeout_ms",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "How long the asker waits for the guest; 30000 when absent",
+            },
+        ],
+        answer: "Removal",
+    },
 ];
 
 /// Which disk a request is about.
@@ -388,7 +452,7 @@ const DISK_ID: Parameter = Parameter {
     name: "id",
     kind: ParameterKind::Text,
     required: true,
-    summary: "The disk: disk0 is the first of the spec",
+    summary: "The disk, as info names it: disk0 is the first of the spec",
 };
 
 /// What a guest may forbid.
@@ -464,6 +528,27 @@ pub struct Info {
     /// The memory balloon, if it has one.
     #[serde(default)]
     pub balloon: Option<BalloonInfo>,
+    /// What is on the PCI bus, by slot, and the units of the SCSI host.
+    #[serde(default)]
+    pub devices: Vec<DeviceInfo>,
+}
+
+/// One device of the PCI bus or of the SCSI host, as `GET /info` tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Its name: `disk0`, `net0`, `rng0`. Nothing else has it for as long as the device is there.
+    pub id: String,
+    /// Its PCI slot, or that of its SCSI host. It keeps it, also across a snapshot and a migration.
+    pub slot: u8,
+    /// Target number, if it is a unit of the SCSI host.
+    #[serde(default)]
+    pub target: Option<u8>,
+    /// Whether it can be removed while the machine runs.
+    #[serde(default)]
+    pub removable: bool,
+    /// Whether the guest was asked to let it go, and has not.
+    #[serde(default)]
+    pub leaving: bool,
 }
 
 /// Answer of `GET /counters`. Everything counts up from zero at the machine's start, resets included.
@@ -475,9 +560,9 @@ pub struct Counters {
     pub resident_bytes: u64,
     /// One row a vCPU.
     pub vcpus: Vec<VcpuCounters>,
-    /// One row a disk, in the spec's order.
+    /// One row a disk: those of the spec in its order, then those that were plugged in.
     pub disks: Vec<DiskCounters>,
-    /// One row a network card, in the spec's order.
+    /// One row a network card: those of the spec in its order, then those that were plugged in.
     pub nets: Vec<NetCounters>,
 }
 
@@ -497,6 +582,9 @@ pub struct VcpuCounters {
 /// Work of one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DiskCounters {
+    /// The disk.
+    #[serde(default)]
+    pub id: String,
     /// Bytes that the guest read.
     pub read_bytes: u64,
     /// Bytes that the guest wrote.
@@ -514,6 +602,9 @@ pub struct DiskCounters {
 /// Work of one network card, as the guest sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct NetCounters {
+    /// The card.
+    #[serde(default)]
+    pub id: String,
     /// Bytes that the guest received.
     pub received_bytes: u64,
     /// Frames that the guest received.
@@ -621,6 +712,67 @@ pub struct InsertDisk {
     /// Also when the guest has locked the tray.
     #[serde(default)]
     pub force: bool,
+}
+
+/// Body of `PUT /add-disk`; the image comes as a descriptor, then those behind it, nearest first. Each is open as the
+/// cache mode says (O_DIRECT, O_DSYNC), for writing unless the disk is read-only. None comes for a drive without a disc.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddDisk {
+    /// The disk. Its paths are for messages and for whoever restores the machine.
+    pub disk: DiskSpec,
+}
+
+/// Body of `PUT /add-net`; one descriptor of the tap comes for each pair of queues. If the kernel is to move the
+/// packets, as many of `/dev/vhost-net` follow, and then, if they can be had, `tx_packets`, `tx_bytes`, `rx_packets`,
+/// `rx_bytes` and `tx_dropped` of the tap's statistics in sysfs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddNet {
+    /// The card. Its tap's name is for messages and for whoever restores the machine.
+    pub net: NetSpec,
+}
+
+/// Answer of the requests that plug a device in: it is there for the guest, which has been told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Added {
+    /// Its name.
+    pub id: String,
+    /// Its PCI slot, or that of its SCSI host.
+    pub slot: u8,
+    /// Target number, if it is a unit of the SCSI host.
+    pub target: Option<u8>,
+}
+
+/// Body of `PUT /remove-device`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveDevice {
+    /// The disk or card.
+    pub id: String,
+    /// Take it now, whatever the guest does with it.
+    #[serde(default)]
+    pub force: bool,
+    /// How long the asker waits for the guest (`Client::remove_device`): the machine answers at once.
+    #[serde(default)]
+    pub timeout_ms: Option<u64>,
+}
+
+/// Where a removal is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RemovalStage {
+    /// The guest has been asked and has the device still: `info` lists it as leaving until the guest lets it go.
+    Asked,
+    /// The device is gone, and its files are closed.
+    Gone,
+}
+
+/// Answer of `PUT /remove-device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removal {
+    /// Where it is.
+    pub stage: RemovalStage,
 }
 
 /// Body of `PUT /set-disk-limits`.

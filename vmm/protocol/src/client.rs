@@ -5,18 +5,25 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::{Acted, Counters, Info, Refused, Request, Route};
+use crate::api::{
+    Acted, Counters, Info, Refused, Removal, RemovalStage, RemoveDevice, Request, Route,
+};
 use crate::files::Sending;
 use crate::http::{self, MessageError};
 
 /// How long one answer may take unless the caller says otherwise: a reset loads the kernel again, which has
 /// taken more than ten seconds on an emulated host.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a guest may take to let a device go, unless the caller says otherwise.
+const REMOVAL_TIMEOUT_MS: u64 = 30_000;
+/// How often a machine is asked whether a device is gone.
+const REMOVAL_POLL: Duration = Duration::from_millis(20);
 
 /// Why a request has no answer, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +109,28 @@ impl Client {
     /// Makes it do something: any request but [`Request::Info`] and [`Request::Counters`].
     pub fn act(&self, request: Request) -> Result<Acted, ClientError> {
         self.ask(request)
+    }
+
+    /// Asks for a device, and waits until the guest has let it go. A guest that has not within the body's time still
+    /// has the device (`Asked`), and may let it go later; the same may be asked again.
+    pub fn remove_device(&self, body: &RemoveDevice) -> Result<Removal, ClientError> {
+        let timeout = body.timeout_ms.unwrap_or(REMOVAL_TIMEOUT_MS);
+        let deadline = Instant::now() + Duration::from_millis(timeout);
+        let removal: Removal = self.ask_with(Request::RemoveDevice, body)?;
+        if removal.stage == RemovalStage::Gone {
+            return Ok(removal);
+        }
+        loop {
+            let devices = self.info()?.devices;
+            if !devices.iter().any(|device| device.id == body.id) {
+                let stage = RemovalStage::Gone;
+                return Ok(Removal { stage });
+            }
+            if Instant::now() >= deadline {
+                return Ok(removal);
+            }
+            std::thread::sleep(REMOVAL_POLL);
+        }
     }
 
     /// Sends one request without a body and gives the answer's JSON, whatever its type.

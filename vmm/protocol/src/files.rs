@@ -15,8 +15,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-/// Most descriptors in one request.
-pub const FILES_MAX: usize = 16;
+/// Most descriptors in one request: a network card may have 64 pairs of queues, each a tap and a `/dev/vhost-net`, and
+/// its statistics. Linux takes 253 (`SCM_MAX_FD`).
+pub const FILES_MAX: usize = 160;
 
 /// The server's end of a connection: bytes are read as usual, descriptors are gathered meanwhile.
 pub struct Receiving<'a> {

@@ -32,10 +32,10 @@ pub struct MachineSpec {
     /// What the guest reads about its board (SMBIOS); told by firmware only.
     #[serde(default)]
     pub identity: IdentitySpec,
-    /// Disks in the order of their PCI slots.
+    /// Disks. At power-on their PCI slots are in this order.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
-    /// Network cards in the order of their PCI slots.
+    /// Network cards. At power-on their PCI slots are in this order, behind the disks.
     #[serde(default)]
     pub nets: Vec<NetSpec>,
     /// Where the serial port COM1 ends.
@@ -188,6 +188,9 @@ pub struct FirmwareSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
+    /// Name in the control API; the lowest free of `disk0`, `disk1`, … when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// Image file or block device on the host; empty for a drive without a disc.
     pub path: PathBuf,
     /// What the guest finds it on.
@@ -340,6 +343,9 @@ impl DiskLimits {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetSpec {
+    /// Name in the control API; the lowest free of `net0`, `net1`, … when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// Name of the host's tap interface, created when it does not exist.
     pub tap: String,
     /// MAC address, `aa:bb:cc:dd:ee:ff`; a random one of the locally administered range when absent.

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use atoll_vmm_protocol::api::*;
-use atoll_vmm_protocol::spec::DiskLimits;
+use atoll_vmm_protocol::spec::{BackingSpec, DiskLimits, DiskSpec, NetSpec};
 use serde_json::Value;
 
 fn document() -> Value {
@@ -71,6 +71,7 @@ fn bodies_are_the_parameters() {
             ParameterKind::Integer => "integer",
             ParameterKind::Text => "string",
             ParameterKind::Switch => "boolean",
+            ParameterKind::Disk | ParameterKind::Net => "object",
         };
         let parameters: BTreeSet<_> = route
             .parameters
@@ -159,6 +160,13 @@ fn schemas_are_the_types() {
         ..BalloonInfo::default()
     };
     check("BalloonInfo", balloon.clone());
+    let device = DeviceInfo {
+        id: "disk1".into(),
+        slot: 1,
+        target: Some(1),
+        removable: true,
+        leaving: true,
+    };
     check("SetBalloon", SetBalloon { target_mib: 1 });
     check(
         "Info",
@@ -176,8 +184,10 @@ fn schemas_are_the_types() {
             serial_path: Some("/p".into()),
             console_path: Some("/p".into()),
             balloon: Some(balloon.clone()),
+            devices: vec![device.clone()],
         },
     );
+    check("DeviceInfo", device);
     check(
         "Counters",
         Counters {
@@ -230,6 +240,55 @@ fn schemas_of_disks_are_the_types() {
         .for_each(|(_, value)| *value = Some(1));
     let id = "disk0".into();
     check("SetDiskLimits", SetDiskLimits { id, limits });
+}
+
+#[test]
+fn schemas_of_devices_that_come_and_go_are_the_types() {
+    let mut limits = DiskLimits::default();
+    limits
+        .fields()
+        .into_iter()
+        .for_each(|(_, value)| *value = Some(1));
+    let disk = DiskSpec {
+        id: Some("disk1".into()),
+        target: Some(1),
+        backing: vec![BackingSpec {
+            path: "/b".into(),
+            format: Default::default(),
+        }],
+        serial: Some("s".into()),
+        queue_count: Some(1),
+        limits,
+        boot_index: Some(1),
+        ..DiskSpec::raw("/d")
+    };
+    check("AddDisk", AddDisk { disk });
+    let net = NetSpec {
+        id: Some("net1".into()),
+        mac: Some("52:54:00:12:34:56".into()),
+        mtu: Some(1500),
+        queue_pairs: Some(1),
+        boot_index: Some(1),
+        ..NetSpec::tap("tap0")
+    };
+    check("AddNet", AddNet { net });
+    let added = Added {
+        id: "disk1".into(),
+        slot: 1,
+        target: Some(1),
+    };
+    check("Added", added);
+    check(
+        "RemoveDevice",
+        RemoveDevice {
+            id: "disk1".into(),
+            force: true,
+            timeout_ms: Some(1),
+        },
+    );
+    for stage in [RemovalStage::Asked, RemovalStage::Gone] {
+        check("Removal", Removal { stage });
+    }
 }
 
 #[test]

@@ -21,7 +21,11 @@ pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
         disks: parts
             .disks
             .iter()
-            .map(|disk| disk_counters(&disk.counters()))
+            .enumerate()
+            .map(|(index, disk)| DiskCounters {
+                id: format!("disk{index}"),
+                ..disk_counters(&disk.counters())
+            })
             .collect(),
         nets: parts
             .nets
@@ -50,6 +54,7 @@ fn named(list: &CounterList, name: &str) -> u64 {
 fn disk_counters(list: &CounterList) -> DiskCounters {
     let value = |name| named(list, name);
     DiskCounters {
+        id: String::new(),
         read_bytes: value("read_bytes"),
         written_bytes: value("written_bytes"),
         read_requests: value("reads"),
@@ -63,6 +68,7 @@ fn net_counters(net: &VirtioPci) -> NetCounters {
     let (list, _) = net.counters();
     let value = |name| named(&list, name);
     NetCounters {
+        id: net.name().to_owned(),
         received_bytes: value("received_bytes"),
         received_packets: value("received"),
         received_drops: value("dropped"),

@@ -275,6 +275,9 @@ impl<'a> Machine<'a> {
             Request::Migrate => return Ok(self.migrate(asked)),
             Request::Migration => return Ok(self.migration_info()),
             Request::CancelMigration => return Ok(self.cancel_migration()),
+            Request::AddDisk | Request::AddNet | Request::RemoveDevice => {
+                return Ok(api::refusal(501, "this program does not do that yet"));
+            }
             // What is left is for one of the devices.
             _ => {
                 if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
@@ -300,6 +303,7 @@ impl<'a> Machine<'a> {
             serial_path: self.parts.serial_path.clone(),
             console_path: self.parts.console_path.clone(),
             balloon: controls::balloon(&self.parts, self.spec.memory_mib),
+            devices: Vec::new(),
         }
     }
 
