@@ -11,7 +11,8 @@
 //! Decorators ([`Layer`]) are in this order, outermost first, because each one's meaning depends on it:
 //!
 //! 1. [`Limited`]: a guest is charged for what it asked for, before anything is optimized away.
-//! 2. whatever records changes or injects faults ([`Faulty`]): it sees requests as the guest made them.
+//! 2. whatever records changes ([`changes::Tracked`]) or injects faults ([`Faulty`]): it sees requests as the guest
+//!    made them.
 //! 3. [`DetectZeroes`]: rewrites requests for the image alone.
 //!
 //! Engines: a raw disk is served by io_uring where the process may use it, else by a few threads; qcow2 always
@@ -21,6 +22,7 @@
 mod alignment;
 mod backend;
 mod bucket;
+pub mod changes;
 pub mod conformance;
 mod fault;
 mod immediate;
