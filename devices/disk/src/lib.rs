@@ -11,8 +11,8 @@
 //! Decorators ([`Layer`]) are in this order, outermost first, because each one's meaning depends on it:
 //!
 //! 1. [`Limited`]: a guest is charged for what it asked for, before anything is optimized away.
-//! 2. whatever records changes ([`changes::Tracked`]) or injects faults ([`Faulty`]): it sees requests as the guest
-//!    made them.
+//! 2. whatever records changes ([`changes::Tracked`]), keeps what was there before ([`Freezable`]) or injects faults
+//!    ([`Faulty`]): it sees requests as the guest made them.
 //! 3. [`DetectZeroes`]: rewrites requests for the image alone.
 //!
 //! Engines: a raw disk is served by io_uring where the process may use it, else by a few threads; qcow2 always
@@ -21,15 +21,18 @@
 
 mod alignment;
 mod backend;
+mod blocking;
 mod bucket;
 pub mod changes;
 pub mod conformance;
 mod fault;
+mod frozen;
 mod immediate;
 mod layer;
 mod limits;
 mod lock;
 mod memory;
+pub mod nbd;
 mod open;
 mod pool;
 pub mod qcow2;
@@ -45,6 +48,7 @@ pub use backend::{
 };
 pub use bucket::TokenBucket;
 pub use fault::{Fault, Faulty};
+pub use frozen::{Freezable, Frozen, FrozenReader};
 pub use layer::{Layer, QueueLayer};
 pub use limits::{Limit, Limited, Limits, Rate};
 pub use lock::WriterLock;

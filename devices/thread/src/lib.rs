@@ -43,6 +43,8 @@ pub enum Kind {
     Vsock,
     /// Moves the machine to another process.
     Migration,
+    /// Serves frozen disks to clients of a Unix socket.
+    Export,
 }
 
 impl Kind {
@@ -59,6 +61,7 @@ impl Kind {
         Self::Console,
         Self::Vsock,
         Self::Migration,
+        Self::Export,
     ];
 }
 

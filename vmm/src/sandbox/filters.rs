@@ -76,6 +76,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Console => &[COMMON, WAIT, CHANNELS],
         Kind::Vsock => &[COMMON, WAIT, CHANNELS, VSOCK],
         Kind::Migration => &[COMMON, FILES, CHANNELS, MIGRATION],
+        Kind::Export => &[COMMON, WAIT, FILES, CHANNELS, DISK],
     }
 }
 
@@ -293,6 +294,7 @@ pub(super) const LATE: &[Kind] = &[
     Kind::Console,
     Kind::Vsock,
     Kind::Migration,
+    Kind::Export,
 ];
 
 #[cfg(test)]

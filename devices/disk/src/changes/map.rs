@@ -48,6 +48,16 @@ impl ChangeMap {
         }
     }
 
+    /// Whether the block with this byte is marked.
+    pub fn is_marked(&self, offset_bytes: u64) -> bool {
+        let bits = self.bits.read().unwrap_or_else(PoisonError::into_inner);
+        let range = offset_bytes..offset_bytes.saturating_add(1);
+        let mut masks = masks(&range, bits.size_bytes, self.block_bytes);
+        masks
+            .next()
+            .is_some_and(|(index, mask)| bits.words[index].load(Ordering::Acquire) & mask != 0)
+    }
+
     /// Takes all marks: each is in exactly one taken set.
     pub fn take(&self) -> BlockSet {
         self.read(|word| word.swap(0, Ordering::AcqRel))

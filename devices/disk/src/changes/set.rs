@@ -107,8 +107,13 @@ impl BlockSet {
 
     /// The blocks as ranges of bytes, ascending, adjacent ones as one; the last ends where the disk ends.
     pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.ranges_from(0)
+    }
+
+    /// The same from the block on that holds this byte.
+    pub fn ranges_from(&self, offset_bytes: u64) -> impl Iterator<Item = Range<u64>> + '_ {
         let block = u64::from(self.block_bytes);
-        let mut from = 0;
+        let mut from = offset_bytes / block;
         std::iter::from_fn(move || {
             let first = self.next(from, true)?;
             let end = self.next(first, false).unwrap_or(u64::MAX / block);

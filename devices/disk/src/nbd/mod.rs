@@ -1,0 +1,63 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Frozen disks over NBD, read-only, for whatever makes backups: `qemu-img`, `nbdcopy`, `nbdinfo`, or our own.
+//!
+//! The protocol is that of `doc/proto.md` of the NetworkBlockDevice project: fixed newstyle negotiation (`negotiate`),
+//! then simple or structured replies (`transmit`), in which zeroes are told as holes. Which blocks changed since the
+//! last backup is a metadata context, `qemu:dirty-bitmap:NAME`, so that QEMU's and libnbd's tools read it. There is no
+//! encryption: the listener is a Unix socket, and who may connect is decided by its directory.
+//!
+//! ```text
+//! listener ─► thread `nbd` ─► one thread a connection: negotiate ─► transmit ─► FrozenReader
+//! ```
+//!
+//! Bounds: [`CONNECTIONS_MAX`] connections, 64 KiB of an option's data, 32 MiB a read, a buffer of 1 MiB a connection.
+
+mod negotiate;
+mod server;
+mod transmit;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+use crate::changes::BlockSet;
+use crate::frozen::{Frozen, FrozenReader};
+
+pub use server::{CONNECTIONS_MAX, NbdServer};
+
+/// One disk that clients may read.
+pub struct Export {
+    /// What clients call it; the first export also answers to the empty name.
+    pub name: String,
+    /// Its content.
+    pub disk: Arc<Frozen>,
+    /// Blocks to tell of in a metadata context, and its name behind `qemu:dirty-bitmap:`.
+    pub changed: Option<(String, BlockSet)>,
+}
+
+/// Why a connection ended before its client wanted.
+#[derive(Debug, thiserror::Error)]
+pub enum NbdError {
+    /// The client does not speak the protocol.
+    #[error("nbd client: {0}")]
+    Protocol(&'static str),
+    /// The connection broke.
+    #[error("nbd connection")]
+    Connection(#[from] io::Error),
+}
+
+/// Serves one client until it leaves; `reader` opens a reader of the export that it chooses. Blocks.
+pub(crate) fn converse(
+    stream: &mut (impl io::Read + io::Write),
+    exports: &[Export],
+    reader: impl FnOnce(&Export) -> io::Result<FrozenReader>,
+) -> Result<(), NbdError> {
+    let Some(agreed) = negotiate::negotiate(stream, exports)? else {
+        return Ok(());
+    };
+    let mut reader = reader(agreed.export)?;
+    transmit::transmit(stream, &agreed, &mut reader)
+}
