@@ -106,6 +106,9 @@ pub(crate) enum Command {
     Resume { id: String },
     /// Change limits
     Update(Box<Update>),
+    /// Add bind mounts to a running container, or remove mounts from it
+    #[command(subcommand)]
+    Mounts(Mounts),
     /// Print statistics at intervals, and out-of-memory kills
     Events(Events),
     /// Refused, with the reason
@@ -214,6 +217,14 @@ pub(crate) struct Events {
     /// Print the statistics once
     #[arg(long)]
     pub(crate) stats: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Mounts {
+    /// Bind the mounts that FILE lists as config.json does; - is standard input
+    Add { id: String, file: PathBuf },
+    /// Unmount the destinations of the mounts that FILE lists
+    Remove { id: String, file: PathBuf },
 }
 
 /// Whatever is asked of a command that is refused.

@@ -12,13 +12,15 @@ use atoll_container_rt::lifecycle::{self, Container, Force};
 use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::Status;
-use atoll_container_rt::{bundle, cgroup, console, events, exec, furnish, monitor, terminal};
+use atoll_container_rt::{
+    bundle, cgroup, console, events, exec, furnish, monitor, mounts, terminal,
+};
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
 use crate::cli::{
-    CgroupManager, Command, Create, Delete, Events, Exec, Format, Global, Kill, List, Ps, Run,
-    Spec, Update,
+    CgroupManager, Command, Create, Delete, Events, Exec, Format, Global, Kill, List, Mounts, Ps,
+    Run, Spec, Update,
 };
 use crate::features;
 
@@ -42,6 +44,7 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
         Command::Pause { id } => Container::load(root, &id)?.pause()?,
         Command::Resume { id } => Container::load(root, &id)?.resume()?,
         Command::Update(arguments) => update(root, &arguments)?,
+        Command::Mounts(change) => mounts(root, &change)?,
         Command::Events(arguments) => events(root, &arguments)?,
         Command::Checkpoint(_) | Command::Restore(_) => return Err(no_checkpoints()),
         Command::Features => print(&pretty(&features::features())?)?,
@@ -313,13 +316,25 @@ fn ps(root: &Path, arguments: &Ps) -> Result<()> {
 fn update(root: &Path, arguments: &Update) -> Result<()> {
     let container = Container::load(root, &arguments.id)?;
     let resources = match &arguments.resources {
-        Some(path) => read_resources(path)?,
+        Some(path) => read_json::<LinuxResources>(path)?,
         None => resources_of(arguments)?,
     };
     container.update(&resources)
 }
 
-fn read_resources(path: &Path) -> Result<LinuxResources> {
+fn mounts(root: &Path, change: &Mounts) -> Result<()> {
+    match change {
+        Mounts::Add { id, file } => {
+            mounts::add(&Container::load(root, id)?, &read_json::<Vec<_>>(file)?)
+        }
+        Mounts::Remove { id, file } => {
+            mounts::remove(&Container::load(root, id)?, &read_json::<Vec<_>>(file)?)
+        }
+    }
+}
+
+/// Reads a document of the runtime-spec; `-` is standard input.
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let mut text = Vec::new();
     let read = if path == Path::new("-") {
         std::io::stdin().read_to_end(&mut text).map(drop)

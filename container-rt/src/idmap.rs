@@ -166,6 +166,22 @@ pub fn prepare(spec: &mut Spec, rootfs: &Path) -> Result<(PathBuf, Transient)> {
     Ok((used, transient))
 }
 
+/// A detached mount of a bind mount's source, mapped if the mount wants that: for a container that exists.
+pub(crate) fn detached(mount: &Mount, source: &Path, spec: &Spec) -> Result<OwnedFd> {
+    let mapped = wants_mapping(mount);
+    let binds_below = mount.options().iter().flatten().any(|o| o == "rbind");
+    let recursive = mapped.unwrap_or(binds_below);
+    let tree = sys::open_tree(source, recursive).at("open the mount of", source)?;
+    if mapped.is_some() {
+        let namespace = match mount_mappings(mount)? {
+            Some(mappings) => user_namespace(&mappings)?,
+            None => container_mappings(spec)?,
+        };
+        map(&tree, &namespace, source, recursive)?;
+    }
+    Ok(tree)
+}
+
 /// A bind mount from below a directory that the container's root may not enter, who does the binding: it gets a way
 /// there that is open to that user, as a second mount of the same.
 fn make_reachable(
@@ -276,13 +292,17 @@ fn attach(
 ) -> Result<()> {
     let tree =
         sys::open_tree(source.path, source.recursive).at("open the mount of", source.path)?;
-    sys::mount_idmapped(tree.as_fd(), namespace.as_fd(), source.recursive).context(|| {
+    map(&tree, namespace, source.path, source.recursive)?;
+    place(&tree, source.path, target, transient)
+}
+
+fn map(tree: &OwnedFd, namespace: &OwnedFd, source: &Path, recursive: bool) -> Result<()> {
+    sys::mount_idmapped(tree.as_fd(), namespace.as_fd(), recursive).context(|| {
         format!(
             "idmap {} (the file system may not support it)",
-            source.path.display()
+            source.display()
         )
-    })?;
-    place(&tree, source.path, target, transient)
+    })
 }
 
 /// Attaches a detached mount of `source` at the new `target`.

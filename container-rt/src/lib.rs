@@ -35,6 +35,7 @@ mod inherit;
 pub mod lifecycle;
 pub mod log;
 pub mod monitor;
+pub mod mounts;
 mod notify;
 mod own_dev;
 pub mod process;

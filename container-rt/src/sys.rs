@@ -220,26 +220,40 @@ pub fn mount_idmapped(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MountChange {
     attributes: u64,
+    cleared: u64,
     propagation: u64,
     below: bool,
 }
 
 impl MountChange {
+    /// Attributes (MOUNT_ATTR_*) to set, and the mask of those to clear before.
+    pub const fn attributes(set: u64, cleared: u64) -> Self {
+        Self {
+            attributes: set,
+            cleared,
+            propagation: 0,
+            below: false,
+        }
+    }
+
     /// Writing.
     pub const READONLY: Self = Self {
         attributes: libc::MOUNT_ATTR_RDONLY,
+        cleared: 0,
         propagation: 0,
         below: false,
     };
     /// Set-user-id programs, devices and programs.
     pub const HARMLESS: Self = Self {
         attributes: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
+        cleared: 0,
         propagation: 0,
         below: false,
     };
     /// In every mount below, too.
     pub const BELOW: Self = Self {
         attributes: 0,
+        cleared: 0,
         propagation: 0,
         below: true,
     };
@@ -248,6 +262,7 @@ impl MountChange {
     pub const fn propagation(flag: u64) -> Self {
         Self {
             attributes: 0,
+            cleared: 0,
             propagation: flag,
             below: false,
         }
@@ -259,6 +274,7 @@ impl std::ops::BitOr for MountChange {
     fn bitor(self, other: Self) -> Self {
         Self {
             attributes: self.attributes | other.attributes,
+            cleared: self.cleared | other.cleared,
             propagation: self.propagation | other.propagation,
             below: self.below || other.below,
         }
@@ -269,7 +285,7 @@ impl std::ops::BitOr for MountChange {
 pub fn change_mount(path: &Path, what: MountChange) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: what.attributes,
-        attr_clr: 0,
+        attr_clr: what.cleared,
         propagation: what.propagation,
         userns_fd: 0,
     };
@@ -287,6 +303,52 @@ pub fn change_mount(path: &Path, what: MountChange) -> io::Result<()> {
             flags,
             pointer,
             size,
+        )
+    };
+    check(result).map(drop)
+}
+
+/// Changes a detached mount. mount_setattr(2).
+pub fn change_tree(tree: BorrowedFd<'_>, what: MountChange) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: what.attributes,
+        attr_clr: what.cleared,
+        propagation: what.propagation,
+        userns_fd: 0,
+    };
+    let below = if what.below { libc::AT_RECURSIVE } else { 0 };
+    let flags = libc::AT_EMPTY_PATH | below;
+    let size = size_of::<libc::mount_attr>();
+    let pointer = &raw const attributes;
+    let empty = c"".as_ptr();
+    // SAFETY: the attributes and the empty path live through the call, and `size` is the structure's.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            empty,
+            flags,
+            pointer,
+            size,
+        )
+    };
+    check(result).map(drop)
+}
+
+/// Attaches a detached mount at what is open. move_mount(2).
+pub fn move_mount_onto(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x4;
+    const MOVE_MOUNT_T_EMPTY_PATH: libc::c_uint = 0x40;
+    let empty = c"".as_ptr();
+    // SAFETY: the empty path lives through the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            empty,
+            target.as_raw_fd(),
+            empty,
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
         )
     };
     check(result).map(drop)
