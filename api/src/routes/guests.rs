@@ -185,6 +185,12 @@ pub const CONTAINERS: &[Route] = rows!("lxc", GuestKind::Container,
         Param::new("password", text(1024), "Password of root in the container."),
         Param::new("ssh-public-keys", text(65536), "Keys that may sign in as root, one a line."),
         Param::new("restore", Kind::Boolean, "Restoring a backup is not there yet."),
+        Param::new(
+            "pve-config",
+            text(131_072),
+            "Text of a container's config file from PVE, /etc/pve/lxc/N.conf, whose keys and raw lines are taken over; \
+             keys that are given beside it win. Its volumes are made anew. Atoll's own: PVE does not have it.",
+        ),
     ],
     update: UPDATE
 );
@@ -430,6 +436,10 @@ async fn create(call: Call) -> Result<Answer, Refusal> {
         .filtered(|name| !matches!(name, "node" | "vmid" | "force"));
     authorize_keys(call.caller(), kind, id, &values)?;
     authorize_storages(call.caller(), &values)?;
+    // Its raw lines reach the host in every way.
+    if values.contains_key("pve-config") && !call.caller().has("/", Privilege::SysModify) {
+        return Err(Error::Denied("Permission check failed (/, Sys.Modify)".to_owned()).into());
+    }
     let user = call.caller().identity();
     let upid = call.daemon.node.guests().create(kind, id, values, user)?;
     Ok(Answer::Data(json!(upid.to_string())))

@@ -21,6 +21,8 @@ pub struct Draft {
     pub seat: Seat,
     /// Config keys as asked for.
     pub keys: Params,
+    /// Raw lines of a container.
+    pub raw: Vec<(String, String)>,
     /// Disks that were made for it.
     pub new_volumes: Vec<VolumeId>,
     guard: Option<Guard>,
@@ -35,6 +37,7 @@ impl Draft {
         Ok(Self {
             seat,
             keys: update.set,
+            raw: Vec::new(),
             new_volumes: Vec::new(),
             guard: None,
             reserved: false,
@@ -92,6 +95,7 @@ impl Draft {
         for (key, value) in &self.keys {
             stored.config.set(key, value);
         }
+        stored.config.current.raw.append(&mut self.raw);
         hardware::complete(&mut stored.config);
         stored.save(&self.seat.site.store).await
     }

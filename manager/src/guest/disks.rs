@@ -33,7 +33,7 @@ pub enum Wanted {
     CloudInit(StorageName),
     /// One that is there: `local:100/vm-100-disk-0.raw`.
     Existing(VolumeId),
-    /// An empty CD drive: `none`.
+    /// An empty CD drive, `none`, or what the host has anyway.
     Nothing,
 }
 
@@ -59,6 +59,10 @@ pub fn holds_volume(kind: GuestKind, key: &str) -> bool {
 pub fn wanted(key: &str, value: &str) -> Result<Wanted, Error> {
     let volume = volume_of(value);
     if volume == "none" {
+        return Ok(Wanted::Nothing);
+    }
+    // A directory or device of the host in a container.
+    if volume.starts_with('/') && key.starts_with("mp") {
         return Ok(Wanted::Nothing);
     }
     if volume.starts_with('/') {

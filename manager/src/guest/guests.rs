@@ -46,6 +46,7 @@ const CREATION_ONLY: &[&str] = &[
     "live-restore",
     "ha-managed",
     "node",
+    container::import::PARAMETER,
 ];
 /// Those of them that nothing here can do yet; asked for, they are refused rather than dropped.
 const NOT_YET: &[&str] = &["archive", "restore", "live-restore", "pool", "ha-managed"];
@@ -549,14 +550,20 @@ fn container_draft(seat: Seat, params: &Params) -> Result<container::create::Cre
     let template = template
         .parse()
         .map_err(|e| Error::invalid("ostemplate", format!("{e}")))?;
-    let mut keys = config_keys(params);
     let storage = given("storage").unwrap_or_else(|| "local".to_owned());
+    let (mut keys, mut raw) = (Params::new(), Vec::new());
+    if let Some(text) = given(container::import::PARAMETER) {
+        let imported = container::import::import(&text, &storage)?;
+        (keys, raw) = (imported.keys, imported.raw);
+    }
+    keys.extend(config_keys(params));
     keys.entry("rootfs".to_owned())
         .or_insert_with(|| format!("{storage}:{ROOT_GIB}"));
     // Unprivileged unless somebody asks otherwise, and written down, since an old config without the key is not.
     keys.entry("unprivileged".to_owned())
         .or_insert_with(|| "1".to_owned());
-    let draft = Draft::new(seat, keys)?;
+    let mut draft = Draft::new(seat, keys)?;
+    draft.raw = raw;
     Ok(container::create::Create::new(
         draft,
         template,

@@ -21,6 +21,7 @@ pub mod disks;
 pub mod guests;
 pub mod hardware;
 pub mod hold;
+pub mod hook;
 pub mod keys;
 pub mod lock;
 pub mod resize;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::error::Error;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::{Ask, Guest, Phase, guest};
+use crate::guest::{Ask, Guest, Phase, guest, hook};
 use crate::id::GuestKind;
 use crate::step;
 use crate::task::{TaskContext, TaskStep};
@@ -57,16 +57,20 @@ async fn lock(stop: &mut Stop, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn end(stop: &mut Stop, task: &TaskContext) -> Result<(), Error> {
+    if stop.guest().process().is_some() {
+        hook::run(&stop.seat, &stop.seat.config()?, hook::PRE_STOP, task).await;
+    }
     stop.guest().end(task).await
 }
 
 async fn ask(stop: &mut Stop, task: &TaskContext) -> Result<(), Error> {
     let _guard = stop.seat.lock().await?;
-    stop.seat.unlocked()?;
+    let config = stop.seat.unlocked()?.config;
     let guest = stop.guest();
     if guest.process().is_none() {
         return Err(Error::refused(format!("{} not running", stop.seat.title())));
     }
+    hook::run(&stop.seat, &config, hook::PRE_STOP, task).await;
     if guest.is_paused().await {
         guest.resume().await?;
     }

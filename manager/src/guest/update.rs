@@ -3,7 +3,7 @@
 
 use crate::error::Error;
 use crate::guest::config::{Applied, ConfigUpdate, GuestConfig};
-use crate::guest::container::{Container, format};
+use crate::guest::container::{format, plug};
 use crate::guest::site::Seat;
 use crate::guest::vm::{self, Vm};
 use crate::guest::{Phase, disks, guest, hardware};
@@ -12,9 +12,6 @@ use crate::storage::name::VolumeId;
 
 /// Unused volumes that a guest can have, as many as its key's family.
 const UNUSED_MAX: u16 = 256;
-
-/// Keys of limits that reach a running container at once.
-const LIMITS: &[&str] = &["cores", "cpulimit", "cpuunits", "memory", "swap"];
 
 /// Applies an update. What it made is removed again when it cannot be written.
 pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Error> {
@@ -29,12 +26,8 @@ pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Er
         let applied = stored.config.apply(&update, running)?;
         let freed = keep_volumes(&mut stored.config, &applied);
         hardware::complete(&mut stored.config);
-        let limits = applied
-            .now
-            .iter()
-            .any(|(key, _, _)| LIMITS.contains(&key.as_str()));
-        if running && limits && seat.kind == GuestKind::Container {
-            Container::new(seat.clone()).limit(&stored.config).await?;
+        if running && seat.kind == GuestKind::Container {
+            plug::apply(seat, &stored.config, &applied.now).await?;
         }
         if running && seat.kind == GuestKind::Vm {
             let vm = Vm::new(seat.clone());

@@ -233,6 +233,15 @@ pub async fn move_veth(guest: GuestId, index: u16, pid: u32, inside: &Inside) ->
     Ok(())
 }
 
+/// Connects an end that exists in another way.
+pub async fn reconnect(name: &str, attachment: &Attachment) -> Result<(), Error> {
+    ip(&["link", "set", "dev", name, "nomaster"]).await?;
+    if attachment.link_down {
+        ip(&["link", "set", "dev", name, "down"]).await?;
+    }
+    connect(name, attachment).await
+}
+
 async fn connect(name: &str, attachment: &Attachment) -> Result<(), Error> {
     if let Some(bridge) = &attachment.bridge {
         if !is_bridge(bridge).await {

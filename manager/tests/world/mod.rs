@@ -192,6 +192,11 @@ fn plant_busybox(root: &Path, busybox: &Path) {
         "true",
         "hostname",
         "run-parts",
+        "stat",
+        "touch",
+        "grep",
+        "tr",
+        "rm",
     ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

@@ -173,6 +173,7 @@ fn used_mib(folder: &std::path::Path) -> u64 {
 async fn set_up(create: &mut Create, _: &TaskContext) -> Result<(), Error> {
     let (rootfs, keys) = (create.rootfs(), create.keys.take());
     let password = create.password.take();
+    let has_init = create.draft.keys.contains_key("entrypoint");
     let work = tokio::task::spawn_blocking(move || {
         let root = GuestRoot::open(&rootfs)?;
         if let Some(password) = password {
@@ -181,14 +182,21 @@ async fn set_up(create: &mut Create, _: &TaskContext) -> Result<(), Error> {
         if let Some(keys) = keys {
             setup::add_root_keys(&root, &keys)?;
         }
-        if !root.exists("sbin/init") && !root.exists("usr/sbin/init") {
+        if !has_init && !root.exists("sbin/init") && !root.exists("usr/sbin/init") {
             return Err(std::io::Error::other("the template has no /sbin/init"));
         }
-        Ok(())
+        Ok(setup::distribution::detect(&root).map(|found| found.word))
     });
-    work.await
+    let ostype = work
+        .await
         .map_err(|e| Error::failed("set up root's account", e))?
-        .map_err(|e| Error::failed("set up root's account", e))
+        .map_err(|e| Error::failed("set up root's account", e))?;
+    if let Some(ostype) = ostype {
+        let keys = &mut create.draft.keys;
+        keys.entry("ostype".to_owned())
+            .or_insert_with(|| ostype.to_owned());
+    }
+    Ok(())
 }
 
 async fn write_config(create: &mut Create, _: &TaskContext) -> Result<(), Error> {

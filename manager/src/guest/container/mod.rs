@@ -9,6 +9,9 @@
 pub mod bundle;
 pub mod create;
 pub mod idmap;
+pub mod import;
+pub mod lxc;
+pub mod plug;
 pub mod root;
 pub mod setup;
 pub mod start;
@@ -22,8 +25,9 @@ use crate::error::Error;
 use crate::exec::{ExecError, Program};
 use crate::guest::cgroup::Group;
 use crate::guest::config::GuestConfig;
+use crate::guest::container::bundle::{Mount, Source};
 use crate::guest::site::Seat;
-use crate::guest::{Guest, Load, Phase};
+use crate::guest::{Guest, Load, Phase, hook};
 use crate::network::link;
 use crate::process::Process;
 use crate::task::TaskContext;
@@ -198,6 +202,9 @@ impl Guest for Container {
                 link::delete(&name).await?;
             }
         }
+        if self.seat.run_folder().exists() {
+            hook::run_quietly(&self.seat, hook::POST_STOP).await;
+        }
         unmount_below(&self.seat.run_folder()).await?;
         self.group().remove().await;
         self.seat.remove_run_folder().await
@@ -224,15 +231,50 @@ pub async fn format(image: &Path) -> Result<(), Error> {
 
 /// Mounts a disk image of ext4. The kernel gives the loop device back when it is unmounted.
 pub async fn mount(image: &Path, folder: &Path) -> Result<(), Error> {
+    mount_with(image, folder, "loop,nodev", Some("ext4")).await
+}
+
+/// Mounts what a mount point shows below the run folder, where the runtime takes it from. A directory of the host is
+/// bound from where it is.
+pub async fn mount_point(seat: &Seat, point: &Mount) -> Result<(), Error> {
+    let folder = seat.run_folder().join(&point.key);
+    let options = |first: &str| {
+        let mut options = vec![first.to_owned()];
+        options.extend(point.options.iter().cloned());
+        options.join(",")
+    };
+    match &point.source {
+        Source::Volume(volume) => {
+            let volume = volume
+                .parse()
+                .map_err(|e| Error::refused(format!("{}: {e}", point.key)))?;
+            let image = seat.site.storage.path(&volume).await?;
+            mount_with(&image, &folder, &options("loop,nodev"), Some("ext4")).await
+        }
+        Source::Device(path) => mount_with(path, &folder, &options("nodev"), None).await,
+        Source::Folder(path) if path.is_dir() => Ok(()),
+        Source::Folder(path) => Err(Error::refused(format!(
+            "{}: {} is no directory of this host",
+            point.key,
+            path.display()
+        ))),
+    }
+}
+
+async fn mount_with(
+    source: &Path,
+    folder: &Path,
+    options: &str,
+    file_system: Option<&str>,
+) -> Result<(), Error> {
     tokio::fs::create_dir_all(folder)
         .await
         .map_err(|e| Error::failed(format!("make {}", folder.display()), e))?;
-    Program::new("mount")
-        .args(["-t", "ext4", "-o", "loop,nodev"])
-        .arg(image)
-        .arg(folder)
-        .run()
-        .await?;
+    let mut program = Program::new("mount").args(["-o", options]);
+    if let Some(file_system) = file_system {
+        program = program.args(["-t", file_system]);
+    }
+    program.arg(source).arg(folder).run().await?;
     Ok(())
 }
 
@@ -264,7 +306,7 @@ pub fn mounts_below(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// A path of mountinfo, where a blank is written `\040`, a tab `\011` and a backslash `\134`: proc(5).
-fn unescape(text: &str) -> PathBuf {
+pub(crate) fn unescape(text: &str) -> PathBuf {
     let text = text.replace("\\040", " ").replace("\\011", "\t");
     PathBuf::from(text.replace("\\134", "\\"))
 }

@@ -75,6 +75,18 @@ impl GuestRoot {
         }
     }
 
+    /// Makes a symbolic link in the place of a file or link of that name.
+    pub fn replace_link(&self, target: &str, path: &str) -> io::Result<()> {
+        let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
+        self.make_folders(parent)?;
+        let folder = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
+        match rustix::fs::unlinkat(&folder, name, rustix::fs::AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(rustix::fs::symlinkat(target, &folder, name)?)
+    }
+
     /// Last part of the path that a link finally leads to, such as `systemd` for `sbin/init`.
     pub fn resolved_name(&self, path: &str) -> Option<String> {
         let mut path = path.to_owned();

@@ -4,14 +4,14 @@
 use std::net::Ipv4Addr;
 
 use crate::error::Error;
+use crate::guest::container::bundle::Facts;
 use crate::guest::container::root::GuestRoot;
-use crate::guest::container::setup::{self, Flavor};
-use crate::guest::container::{Container, bundle, mount, unmount_below};
-use crate::guest::{Guest, start};
+use crate::guest::container::setup;
+use crate::guest::container::{Container, bundle, mount_point, unmount_below};
+use crate::guest::{Guest, hook, start};
 use crate::network::cidr::Cidr;
 use crate::network::link;
 use crate::step;
-use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, TaskStep};
 
 /// What the steps hand on; what they make is init's process.
@@ -20,6 +20,7 @@ pub type Start = start::Start<u32>;
 /// The table.
 pub const STEPS: &[TaskStep<Start>] = &[
     step!("read the configuration", start::read_config),
+    step!("run the hook script before", before),
     step!("make the run folder", make_folder, undo remove_folder),
     step!("mount volumes", mount_volumes, undo unmount_volumes),
     step!("write the container's own files", set_up),
@@ -28,10 +29,20 @@ pub const STEPS: &[TaskStep<Start>] = &[
     step!("create the container", create, undo delete),
     step!("move links into the container", move_links),
     step!("start init", start_init),
+    step!("run the hook script after", after),
 ];
 
 fn container(start: &Start) -> Container {
     Container::new(start.seat.clone())
+}
+
+async fn before(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    hook::demand(&start.seat, start.config()?, hook::PRE_START, task).await
+}
+
+async fn after(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    hook::run(&start.seat, start.config()?, hook::POST_START, task).await;
+    Ok(())
 }
 
 async fn make_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
@@ -44,10 +55,7 @@ async fn remove_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> 
 
 async fn mount_volumes(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     for point in bundle::volumes(start.config()?)? {
-        let wrong = |e| Error::refused(format!("{}: {e}", point.key));
-        let volume: VolumeId = point.volume.parse().map_err(wrong)?;
-        let image = start.seat.site.storage.path(&volume).await?;
-        mount(&image, &start.seat.run_folder().join(&point.key)).await?;
+        mount_point(&start.seat, &point).await?;
     }
     Ok(())
 }
@@ -64,17 +72,25 @@ async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let resolver = resolver.map(|address| address.to_string());
     let identity = bundle::identity(start.seat.id, start.config()?, resolver.as_deref())?;
     let (rootfs, halt_file) = (container.rootfs(), container.halt_file());
+    let ostype = start.config()?.get("ostype").map(str::to_owned);
     let work = tokio::task::spawn_blocking(move || {
         let root = GuestRoot::open(&rootfs)?;
         std::fs::write(halt_file, halt_signal(&root))?;
-        setup::apply(&root, &identity)
+        setup::apply(&root, &identity, ostype.as_deref())
     });
-    let flavor = work
+    let found = work
         .await
         .map_err(|e| Error::failed("write the container's own files", e))?
         .map_err(|e| Error::failed("write the container's own files", e))?;
-    if flavor == Flavor::Unknown {
-        task.log("this distribution's way of configuring the network is not known; fixed addresses are set from outside");
+    match found.network {
+        Some(network) => task.log(&format!(
+            "{}: files for {network} written",
+            found.distribution
+        )),
+        None => task.log(&format!(
+            "{}: no files for the network are written; fixed addresses are set from outside",
+            found.distribution
+        )),
     }
     Ok(())
 }
@@ -91,26 +107,35 @@ fn halt_signal(root: &GuestRoot) -> &'static str {
     }
 }
 
-async fn write_bundle(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    let bundle = bundle::bundle(start.seat.id, start.config()?, &start.seat.run_folder())?;
-    let path = start.seat.run_folder().join("config.json");
-    let text =
-        serde_json::to_vec_pretty(&bundle).map_err(|e| Error::failed("write the bundle", e))?;
-    tokio::fs::write(&path, text)
-        .await
-        .map_err(|e| Error::failed(format!("write {}", path.display()), e))
+async fn write_bundle(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let (config, folder) = (start.config()?, start.seat.run_folder());
+    let facts = Facts::gather(config)?;
+    let bundle = bundle::bundle(start.seat.id, config, &folder, &facts)?;
+    bundle.notes.iter().for_each(|note| task.log(note));
+    let text = serde_json::to_vec_pretty(&bundle.config);
+    let text = text.map_err(|e| Error::failed("write the bundle", e))?;
+    let mut files = vec![(folder.join("config.json"), text)];
+    if let Some(signal) = bundle.halt_signal {
+        files.push((container(start).halt_file(), signal.into_bytes()));
+    }
+    for (path, text) in files {
+        tokio::fs::write(&path, text)
+            .await
+            .map_err(|e| Error::failed(format!("write {}", path.display()), e))?;
+    }
+    Ok(())
 }
 
 async fn create_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    for (index, attachment, _) in bundle::cards(start.config()?)? {
-        link::create_veth(start.seat.id, index, &attachment).await?;
+    for card in bundle::cards(start.config()?)? {
+        link::create_veth(start.seat.id, card.index, &card.attachment).await?;
     }
     Ok(())
 }
 
 async fn delete_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    for (index, _, _) in bundle::cards(start.config()?)? {
-        link::delete(&link::veth_name(start.seat.id, index)).await?;
+    for card in bundle::cards(start.config()?)? {
+        link::delete(&link::veth_name(start.seat.id, card.index)).await?;
     }
     Ok(())
 }
@@ -151,8 +176,8 @@ async fn move_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     let pid = start
         .made
         .ok_or_else(|| Error::refused("the container has no process"))?;
-    for (index, _, inside) in bundle::cards(start.config()?)? {
-        link::move_veth(start.seat.id, index, pid, &inside).await?;
+    for card in bundle::cards(start.config()?)? {
+        link::move_veth(start.seat.id, card.index, pid, &card.inside).await?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use super::shared::{self, LINK_BRIDGE, NO_RATE, NO_VLAN, absent};
 use super::{Key, Right};
 use crate::access::Privilege::{
-    VmAllocate, VmConfigCpu, VmConfigDisk, VmConfigMemory, VmConfigNetwork, VmConfigOptions,
+    VmConfigCpu, VmConfigDisk, VmConfigMemory, VmConfigNetwork, VmConfigOptions,
 };
 use crate::schema::format::{
     ADDRESS_LIST, DISK_SIZE, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS,
@@ -27,8 +27,19 @@ pub const CONTAINER: &[Key] = &[
         Guest(VmConfigDisk),
     ),
     Key::new(
-        Param::new("mp[n]", MOUNT_POINT, "Further volume, mounted in the container.").family(256),
-        Guest(VmConfigDisk),
+        Param::new(
+            "mp[n]",
+            MOUNT_POINT,
+            "Further volume, or a directory or block device of the host, mounted in the container.",
+        )
+        .family(256),
+        Right::MountPoint,
+    )
+    .plugged()
+    .live(&["backup", "replicate", "shared", "size"]),
+    Key::new(
+        Param::new("dev[n]", DEVICE, "Device of the host that the container may use.").family(256),
+        System(VmConfigDisk),
     ),
     Key::new(
         Param::new("memory", Kind::Integer { min: 16, max: 1 << 30 }, "Memory in MiB.").default("512"),
@@ -64,15 +75,17 @@ pub const CONTAINER: &[Key] = &[
         Guest(VmConfigCpu),
     )
     .now(),
-    Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork)),
+    Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork)).now(),
     Key::new(
         Param::new("nameserver", Kind::Format(ADDRESS_LIST), "Name servers; without it, the host's."),
         Guest(VmConfigNetwork),
-    ),
+    )
+    .now(),
     Key::new(
         Param::new("searchdomain", Kind::Format(SEARCH_DOMAINS), "Domains that short names are looked up in."),
         Guest(VmConfigNetwork),
-    ),
+    )
+    .now(),
     Key::new(
         Param::new(
             "unprivileged",
@@ -81,7 +94,7 @@ pub const CONTAINER: &[Key] = &[
              config, and it stays.",
         )
         .default("1"),
-        Guest(VmAllocate),
+        Right::Unprivileged,
     ),
     Key::new(
         Param::new("features", FEATURES, "What it may do beyond the usual."),
@@ -91,10 +104,37 @@ pub const CONTAINER: &[Key] = &[
     shared::STARTUP,
     shared::PROTECTION,
     Key::new(
-        Param::new("ostype", OS_TYPE, "Distribution in the container."),
+        Param::new(
+            "ostype",
+            OS_TYPE,
+            "Distribution in the container, which says how its network is configured; creation finds it out. In an \
+             `unmanaged` one nothing is written.",
+        ),
         Guest(VmConfigOptions),
+    ),
+    Key::new(
+        Param::new(
+            "entrypoint",
+            Kind::Text { length_max: 1024 },
+            "Program that the container runs, with its arguments.",
+        )
+        .default("/sbin/init"),
+        Guest(VmConfigOptions),
+    ),
+    Key::new(
+        Param::new("env", Kind::List { length_max: 32_768 }, "Its environment: NAME=VALUE each."),
+        Guest(VmConfigOptions),
+    ),
+    Key::new(
+        Param::new(
+            "hookscript",
+            Kind::Format(VOLUME_ID),
+            "Snippet that is run on the host before and after a start and a stop, with the container's number and \
+             `pre-start`, `post-start`, `pre-stop` or `post-stop`.",
+        ),
+        System(VmConfigOptions),
     )
-    .no_effect("Files in the container are set up the same way for all."),
+    .now(),
     Key::new(
         Param::new("arch", Kind::Choice(&["amd64"]), "Architecture.").default("amd64"),
         Guest(VmConfigOptions),
@@ -116,10 +156,9 @@ pub const CONTAINER: &[Key] = &[
     )
     .no_effect("There is one console."),
     Key::new(
-        Param::new("timezone", Kind::Text { length_max: 64 }, "Time zone; `host` is the host's."),
+        Param::new("timezone", Kind::Format(TIME_ZONE), "Time zone; `host` is the host's."),
         Guest(VmConfigOptions),
-    )
-    .no_effect("The template's stays: set it inside."),
+    ),
     Key::new(
         Param::new("debug", Kind::Boolean, "More messages.").default("0"),
         System(VmConfigOptions),
@@ -134,10 +173,6 @@ pub const CONTAINER: &[Key] = &[
     shared::LOCK,
     shared::TEMPLATE,
     shared::PARENT,
-    Key::unavailable("hookscript", 0, "hook scripts are not available yet"),
-    Key::unavailable("dev[n]", 256, "devices of the host are not available yet"),
-    Key::unavailable("env", 0, "an environment of its own is not available yet"),
-    Key::unavailable("entrypoint", 0, "another init is not available yet"),
 ];
 
 const NET: Kind = Kind::PropertyString {
@@ -206,9 +241,9 @@ macro_rules! volume_keys {
                 )
                 .required(),
                 Param::new("size", Kind::Format(DISK_SIZE), "Size; the server sets it."),
-                Param::new("acl", Kind::Boolean, "Access lists. Without effect: they are always on."),
-                Param::new("mountoptions", Kind::Text { length_max: 256 }, "Mount options, divided by semicolons."),
-                Param::new("quota", Kind::Boolean, "Quotas. Without effect."),
+                Param::new("acl", Kind::Boolean, "Access lists; on unless it is 0."),
+                Param::new("mountoptions", Kind::Format(MOUNT_OPTION_LIST), "Mount options, divided by semicolons."),
+                Param::new("quota", Kind::Boolean, "Quotas inside. Without effect: kernels with cgroup v2 alone have none for containers."),
                 Param::new("replicate", Kind::Boolean, "Include it in replication."),
                 Param::new("ro", Kind::Boolean, "Read-only."),
                 Param::new("shared", Kind::Boolean, "The volume is the same on all nodes."),
@@ -244,17 +279,87 @@ const MOUNT_PATH: Format = Format {
     },
 };
 
-/// A volume or `STORAGE:SIZE`. Directories of the host are not: see [`super::Effect::Unavailable`].
+/// A volume or `STORAGE:SIZE`; what begins with a slash is the host's.
 const MOUNT_VOLUME: Format = Format {
     name: "pve-lxc-mp-string",
+    check: |text| match text.starts_with('/') {
+        true => (MOUNT_PATH.check)(text),
+        false => (VOLUME_ID.check)(text).map_err(|_| format!("unable to parse volume ID '{text}'")),
+    },
+};
+
+/// Options of mount(8) that a user may choose; PVE's list.
+const MOUNT_OPTIONS: &[&str] = &[
+    "discard", "lazytime", "noatime", "nodev", "noexec", "nosuid",
+];
+
+const MOUNT_OPTION_LIST: Format = Format {
+    name: "pve-lxc-mount-options",
     check: |text| {
-        if text.starts_with('/') {
-            return Err(
-                "directories and devices of the host are not available yet: use a volume"
-                    .to_owned(),
-            );
+        let unknown = text
+            .split(';')
+            .find(|option| !MOUNT_OPTIONS.contains(option));
+        unknown.map_or(Ok(()), |option| {
+            Err(format!("invalid mount option '{option}'"))
+        })
+    },
+};
+
+const DEVICE: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new(
+            "path",
+            Kind::Format(DEVICE_PATH),
+            "Path of the device on the host, and in the container.",
+        )
+        .required(),
+        Param::new(
+            "mode",
+            Kind::Format(MODE),
+            "Access mode in the container, octal.",
+        ),
+        Param::new("uid", ID, "Owner in the container."),
+        Param::new("gid", ID, "Group in the container."),
+        Param::new("deny-write", Kind::Boolean, "Forbid writing."),
+    ],
+    default_key: Some("path"),
+    value_key: None,
+};
+
+const ID: Kind = Kind::Integer {
+    min: 0,
+    max: 4_294_967_294,
+};
+
+const DEVICE_PATH: Format = Format {
+    name: "pve-lxc-dev-string",
+    check: |text| match text.starts_with("/dev/") {
+        true => (MOUNT_PATH.check)(text),
+        false => Err(format!("{text} is not a path below /dev")),
+    },
+};
+
+const MODE: Format = Format {
+    name: "pve-lxc-dev-mode",
+    check: |text| {
+        let is_octal = text.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
+        match is_octal && (text.len() == 3 || text.len() == 4 && text.starts_with('0')) {
+            true => Ok(()),
+            false => Err(format!("{text} is not an access mode such as 0660")),
         }
-        (VOLUME_ID.check)(text).map_err(|_| format!("unable to parse volume ID '{text}'"))
+    },
+};
+
+/// A name of the time zone data base, which is a path below its folder.
+const TIME_ZONE: Format = Format {
+    name: "pve-ct-timezone",
+    check: |text| {
+        let fits = |c: char| c.is_ascii_alphanumeric() || "/_+-".contains(c);
+        let parts_fit = text.split('/').all(|part| !part.is_empty());
+        match parts_fit && text.chars().all(fits) && text.len() <= 64 {
+            true => Ok(()),
+            false => Err(format!("{text} is no time zone")),
+        }
     },
 };
 
@@ -262,7 +367,7 @@ const NO_FEATURE: Format = Format {
     name: super::UNAVAILABLE,
     check: |value| match value {
         "0" => Ok(()),
-        _ => Err("this feature is not available yet".to_owned()),
+        _ => Err("device nodes cannot be made by the container yet: use dev0 and so on".to_owned()),
     },
 };
 
@@ -272,12 +377,17 @@ const FEATURES: Kind = Kind::PropertyString {
         Param::new(
             "keyctl",
             Kind::Boolean,
-            "The keyctl system call, which is always allowed.",
+            "Allow keyrings in an unprivileged container; a privileged one always may use them.",
         ),
-        absent("fuse", NO_FEATURE),
+        Param::new("fuse", Kind::Boolean, "Give it /dev/fuse."),
+        Param::new(
+            "mount",
+            Kind::Text { length_max: 256 },
+            "Types of file systems that it may mount. Without effect: the kernel decides, and lets a privileged \
+             container mount all.",
+        ),
+        Param::new("force_rw_sys", Kind::Boolean, "Mount /sys for writing."),
         absent("mknod", NO_FEATURE),
-        absent("mount", NO_FEATURE),
-        absent("force_rw_sys", NO_FEATURE),
     ],
     default_key: None,
     value_key: None,
@@ -290,6 +400,7 @@ const OS_TYPE: Kind = Kind::Choice(&[
     "centos",
     "fedora",
     "opensuse",
+    "openeuler",
     "archlinux",
     "alpine",
     "gentoo",

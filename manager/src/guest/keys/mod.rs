@@ -29,6 +29,8 @@ pub struct Key {
     pub apply: Apply,
     /// What it does here.
     pub effect: Effect,
+    /// A member can be added to and taken from a running guest at once; its change waits.
+    pub plugged: bool,
     /// Properties whose change alone reaches a running guest at once, whatever `apply` says.
     pub live: &'static [&'static str],
     /// Atoll's own; PVE does not have it.
@@ -46,6 +48,10 @@ pub enum Right {
     Drive,
     /// `VM.Allocate` on `/vms/ID`, and, for anything but `nesting`, `Sys.Modify` on `/`.
     Features,
+    /// `VM.Allocate` on `/vms/ID`, and, for a privileged container, whose root is the host's, `Sys.Modify` on `/`.
+    Unprivileged,
+    /// `VM.Config.Disk` on `/vms/ID`, and, for a path of the host, `Sys.Modify` on `/`.
+    MountPoint,
     /// A privilege on `/vms/ID`, and `Sys.Modify` on `/`. PVE asks for `root@pam` in person for most of these, which
     /// keeps them from tokens and from other administrators; the privilege says the same and can be given.
     System(Privilege),
@@ -80,6 +86,7 @@ impl Key {
             right,
             apply: Apply::Restart,
             effect: Effect::Full,
+            plugged: false,
             live: &[],
             own: false,
         }
@@ -87,6 +94,11 @@ impl Key {
 
     const fn now(mut self) -> Self {
         self.apply = Apply::Now;
+        self
+    }
+
+    const fn plugged(mut self) -> Self {
+        self.plugged = true;
         self
     }
 
@@ -136,6 +148,7 @@ impl Key {
             Some(properties.print(&self.param.kind))
         };
         match (former, value) {
+            (None, Some(_)) | (Some(_), None) => self.plugged,
             (Some(former), Some(value)) if !self.live.is_empty() => {
                 fixed(former).is_some_and(|former| Some(former) == fixed(value))
             }
@@ -150,6 +163,16 @@ impl Key {
             Effect::Unavailable(why) => Err(why.to_owned()),
             Effect::Full | Effect::None(_) => self.param.check(name, value),
         }
+    }
+
+    /// Whether a mount point's value names a directory or device of the host; one that does not parse may.
+    fn names_host_path(&self, value: &str) -> bool {
+        let value = Properties::parse(&self.param.kind, self.param.name, value);
+        value.map_or(true, |value| {
+            value
+                .get("volume")
+                .is_none_or(|volume| volume.starts_with('/'))
+        })
     }
 
     /// The one form in which a value is stored: booleans as 1 or 0, property strings in PVE's order, tags sorted.
@@ -182,6 +205,14 @@ impl Key {
                 vec![on_guest(&[Privilege::VmConfigCdrom])]
             }
             Right::Drive => vec![on_guest(&[Privilege::VmConfigDisk])],
+            Right::Unprivileged if crate::schema::parse_boolean(value) == Some(true) => {
+                vec![on_guest(&[Privilege::VmAllocate])]
+            }
+            Right::Unprivileged => vec![on_guest(&[Privilege::VmAllocate]), system],
+            Right::MountPoint if self.names_host_path(value) => {
+                vec![on_guest(&[Privilege::VmConfigDisk]), system]
+            }
+            Right::MountPoint => vec![on_guest(&[Privilege::VmConfigDisk])],
             Right::Features if value.split(',').all(|item| item.starts_with("nesting=")) => {
                 vec![on_guest(&[Privilege::VmAllocate])]
             }
@@ -330,6 +361,30 @@ mod tests {
         check("rootfs", "volume=local:8", Ok("local:8"));
         check("features", "nesting=1", Ok("nesting=1"));
         check("unprivileged", "on", Ok("1"));
+        check(
+            "mp0",
+            "/srv/x,mp=/x,mountoptions=noatime;nosuid",
+            Ok("/srv/x,mp=/x,mountoptions=noatime;nosuid"),
+        );
+        check(
+            "dev0",
+            "/dev/net/tun,mode=0666",
+            Ok("/dev/net/tun,mode=0666"),
+        );
+        check("timezone", "Europe/Vienna", Ok("Europe/Vienna"));
+        for (name, wrong) in [
+            ("mp0", "/srv/../etc,mp=/x"),
+            ("mp0", "local:1,mp=/x,mountoptions=suid"),
+            ("dev0", "/etc/passwd"),
+            ("dev0", "/dev/../etc/passwd"),
+            ("dev0", "/dev/fuse,mode=4666"),
+            ("timezone", "../../etc/passwd"),
+            ("timezone", "/etc/passwd"),
+            ("features", "mknod=1"),
+        ] {
+            let key = find(GuestKind::Container, name).unwrap();
+            assert!(key.check(name, wrong).is_err(), "{name}: {wrong}");
+        }
     }
 
     #[test]
@@ -359,5 +414,22 @@ mod tests {
         );
         assert_eq!(rights("ide2", "local:8")[0].1, [Privilege::VmConfigDisk]);
         assert_eq!(rights("startup", "1").len(), 2);
+        let rights = |value: &str| {
+            find(GuestKind::Container, "unprivileged")
+                .unwrap()
+                .rights(7, value)
+                .len()
+        };
+        assert_eq!((rights("1"), rights("yes"), rights("0")), (1, 1, 2));
+        let rights = |value: &str| find(GuestKind::Container, "mp0").unwrap().rights(7, value);
+        assert_eq!(rights("local:1,mp=/x").len(), 1);
+        for of_the_host in [
+            "/etc,mp=/x",
+            "mp=/x,volume=/etc",
+            "mp=/x, volume = /etc",
+            "mp=/x,nonsense",
+        ] {
+            assert_eq!(rights(of_the_host).len(), 2, "{of_the_host}");
+        }
     }
 }

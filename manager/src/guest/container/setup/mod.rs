@@ -1,16 +1,31 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! What a container's files say about it: host name, hosts, resolver, network cards, root's password and keys.
+//! What a container's files say about it: host name, hosts, resolver, time zone, network cards, a login on the
+//! console; and root's password and keys.
 //!
-//! Written before every start, so that the config is the truth. The texts are made by pure functions; `apply`
-//! writes them. A distribution that configures its network in a third way is left alone.
+//! Written before every start, so that the config is the truth. Which files those are is a matter of the distribution
+//! (table [`distribution::DISTRIBUTIONS`]) and of how it configures its network (table [`network::WAYS`]); the texts
+//! are made by pure functions. A way that no table knows is left alone. A file `.pve-ignore.NAME` beside a file keeps it
+//! from being written, as PVE's users know it.
+
+pub mod account;
+pub mod distribution;
+mod network;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 
 use crate::guest::container::root::GuestRoot;
+use distribution::{Distribution, Terminals};
+
+pub use account::{add_root_keys, set_root_password};
 
 /// First and last line of our part of a file that the container's owner may edit.
 const BEGIN: &str = "# --- BEGIN ATOLL ---";
 const END: &str = "# --- END ATOLL ---";
+/// The same of PVE, whose part in an imported container becomes ours.
+const PVE_BEGIN: &str = "# --- BEGIN PVE ---";
+const PVE_END: &str = "# --- END PVE ---";
 
 /// What the files are made from.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -23,6 +38,8 @@ pub struct Identity {
     pub nameservers: Vec<String>,
     /// Search domains.
     pub search_domains: Vec<String>,
+    /// Time zone: a name of its data base, or `host`; the container's own choice when absent.
+    pub timezone: Option<String>,
 }
 
 /// One network card as the container's files describe it.
@@ -55,119 +72,150 @@ pub enum Addressing {
     },
 }
 
-/// How a distribution configures its network.
+/// What was found in a root file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flavor {
-    /// `/etc/network/interfaces`, read by ifupdown or busybox.
-    Interfaces,
-    /// `/etc/systemd/network/*.network`.
-    Networkd,
-    /// Some other way.
-    Unknown,
+pub struct Found {
+    /// The distribution, in PVE's word.
+    pub distribution: &'static str,
+    /// How it configures its network; `None` when that is not known, and nothing was written for it.
+    pub network: Option<&'static str>,
 }
 
-/// Looks at a root file system.
-pub fn flavor(root: &GuestRoot) -> Flavor {
-    let any = |paths: &[&str]| paths.iter().any(|path| root.exists(path));
-    if any(&["sbin/ifup", "usr/sbin/ifup"]) {
-        Flavor::Interfaces
-    } else if any(&[
-        "lib/systemd/systemd-networkd",
-        "usr/lib/systemd/systemd-networkd",
-    ]) {
-        Flavor::Networkd
-    } else {
-        Flavor::Unknown
+/// Writes everything. `ostype` is the config's key, for a distribution that does not say what it is.
+pub fn apply(root: &GuestRoot, identity: &Identity, ostype: Option<&str>) -> io::Result<Found> {
+    let distribution = distribution::of(root, ostype);
+    if !distribution.is_managed {
+        return Ok(Found {
+            distribution: distribution.word,
+            network: None,
+        });
+    }
+    write_names(root, identity)?;
+    write_resolver(root, identity)?;
+    set_timezone(root, identity)?;
+    write_terminals(root, distribution)?;
+    let way = network::way(root, distribution);
+    if let Some(way) = way {
+        (way.write)(root, identity)?;
+    }
+    Ok(Found {
+        distribution: distribution.word,
+        network: way.map(|way| way.name),
+    })
+}
+
+/// Writes a file, unless its owner has said by a file beside it that he does that himself.
+fn write(root: &GuestRoot, path: &str, text: &str, mode: u32) -> io::Result<()> {
+    let (folder, name) = path.rsplit_once('/').unwrap_or((".", path));
+    match root.exists(&format!("{folder}/.pve-ignore.{name}")) {
+        true => Ok(()),
+        false => root.write(path, text, mode),
     }
 }
 
-/// Writes everything.
-pub fn apply(root: &GuestRoot, identity: &Identity) -> io::Result<Flavor> {
+fn write_names(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
     let short = identity.hostname.split('.').next().unwrap_or_default();
-    root.write("etc/hostname", &format!("{short}\n"), 0o644)?;
+    write(root, "etc/hostname", &format!("{short}\n"), 0o644)?;
+    // Older openSUSE.
+    if root.exists("etc/HOSTNAME") {
+        write(
+            root,
+            "etc/HOSTNAME",
+            &format!("{}\n", identity.hostname),
+            0o644,
+        )?;
+    }
     let hosts = root.read("etc/hosts")?.unwrap_or_default();
-    root.write(
-        "etc/hosts",
-        &with_section(&hosts, &hosts_section(identity)),
-        0o644,
-    )?;
-    if !identity.nameservers.is_empty() {
-        match root.write("etc/resolv.conf", &resolv_conf(identity), 0o644) {
-            // A link into /run belongs to the container's own resolver.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => other?,
-        }
-    }
-    let flavor = flavor(root);
-    match flavor {
-        Flavor::Interfaces => {
-            root.write("etc/network/interfaces", &interfaces(identity), 0o644)?;
-        }
-        Flavor::Networkd => {
-            for card in &identity.cards {
-                let path = format!("etc/systemd/network/{}.network", card.name);
-                root.write(&path, &networkd(card), 0o644)?;
-            }
-            root.link(
-                "/lib/systemd/system/systemd-networkd.service",
-                "etc/systemd/system/multi-user.target.wants/systemd-networkd.service",
-            )?;
-        }
-        Flavor::Unknown => {}
-    }
-    Ok(flavor)
+    let hosts = with_section(&hosts, &hosts_section(identity));
+    write(root, "etc/hosts", &hosts, 0o644)
 }
 
-/// Sets root's password, given as a crypt(3) hash.
-pub fn set_root_password(root: &GuestRoot, hash: &str) -> io::Result<()> {
-    let shadow = root.read("etc/shadow")?.unwrap_or_default();
-    let text = shadow_with(&shadow, hash);
-    root.write("etc/shadow", &text, 0o640)
-}
-
-/// Adds SSH public keys for root.
-pub fn add_root_keys(root: &GuestRoot, keys: &str) -> io::Result<()> {
-    let path = "root/.ssh/authorized_keys";
-    let mut text = root.read(path)?.unwrap_or_default();
-    for key in keys.lines().map(str::trim).filter(|key| !key.is_empty()) {
-        if !text.lines().any(|line| line == key) {
-            text.push_str(key);
-            text.push('\n');
-        }
+/// Puts a login on the console where an inittab says who is asked. systemd does so by itself.
+fn write_terminals(root: &GuestRoot, distribution: &Distribution) -> io::Result<()> {
+    let Terminals::Inittab(entry) = distribution.terminals else {
+        return Ok(());
+    };
+    let Some(inittab) = root.read("etc/inittab")? else {
+        return Ok(());
+    };
+    let text = inittab_with(&inittab, entry);
+    match text == inittab {
+        true => Ok(()),
+        false => write(root, "etc/inittab", &text, 0o644),
     }
-    // sshd ignores keys in a folder that others may write to; 0755 is fine, 0600 for the file.
-    root.write(path, &text, 0o600)
 }
 
-fn shadow_with(shadow: &str, hash: &str) -> String {
-    let mut found = false;
-    let mut lines: Vec<String> = shadow
+/// The container has no virtual terminals: their lines become comments, and the console gets one.
+fn inittab_with(inittab: &str, entry: &str) -> String {
+    let is_terminal = |line: &str| {
+        let id = line.split(':').next().unwrap_or_default();
+        let number = id.strip_prefix("tty").unwrap_or(id);
+        line.contains("getty") && number.len() == 1 && number.bytes().all(|b| b.is_ascii_digit())
+    };
+    let lines = inittab.lines().map(|line| match is_terminal(line) {
+        true => format!("#{line}\n"),
+        false => format!("{line}\n"),
+    });
+    let text: String = lines.collect();
+    let has_console = text
         .lines()
-        .map(|line| match line.strip_prefix("root:") {
-            Some(rest) => {
-                found = true;
-                let after = rest.split_once(':').map_or("::::::", |(_, after)| after);
-                format!("root:{hash}:{after}")
-            }
-            None => line.to_owned(),
-        })
-        .collect();
-    if !found {
-        lines.insert(0, format!("root:{hash}:19000:0:99999:7:::"));
+        .any(|line| !line.starts_with('#') && line.contains("getty") && line.contains("console"));
+    match has_console {
+        true => text,
+        false => with_section(&text, &format!("{entry}\n")),
     }
-    lines.join("\n") + "\n"
+}
+
+/// Writes the resolver's file, if there is something to write.
+pub fn write_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
+    if identity.nameservers.is_empty() {
+        return Ok(());
+    }
+    match write(root, "etc/resolv.conf", &resolv_conf(identity), 0o644) {
+        // A link into /run belongs to the container's own resolver.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Where distributions keep the data base of time zones.
+const ZONES: &str = "/usr/share/zoneinfo/";
+
+/// Sets the time zone. A container without the data base keeps its own.
+fn set_timezone(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
+    let zone = match identity.timezone.as_deref() {
+        None => return Ok(()),
+        Some("host") => {
+            let target = std::fs::read_link("/etc/localtime").unwrap_or_default();
+            let target = target.to_string_lossy().into_owned();
+            target
+                .rsplit_once("zoneinfo/")
+                .map(|(_, zone)| zone.to_owned())
+        }
+        Some(zone) => Some(zone.to_owned()),
+    };
+    let Some(zone) = zone else { return Ok(()) };
+    if !root.exists(&format!("{ZONES}{zone}")) {
+        return Ok(());
+    }
+    root.replace_link(&format!("{ZONES}{zone}"), "etc/localtime")?;
+    if root.exists("etc/timezone") {
+        root.write("etc/timezone", &format!("{zone}\n"), 0o644)?;
+    }
+    Ok(())
 }
 
 /// Replaces our section, or adds it at the end.
 fn with_section(text: &str, section: &str) -> String {
     let ours = format!("{BEGIN}\n{section}{END}\n");
-    let (before, after) = match (text.find(BEGIN), text.find(END)) {
-        (Some(begin), Some(end)) if begin < end => {
-            let after = &text[end + END.len()..];
-            (&text[..begin], after.strip_prefix('\n').unwrap_or(after))
-        }
-        _ => (text, ""),
+    let marked = |first: &str, last: &str| {
+        let (begin, end) = (text.find(first)?, text.find(last)?);
+        let after = text.get(end + last.len()..)?;
+        let after = after.strip_prefix('\n').unwrap_or(after);
+        (begin < end).then(|| (&text[..begin], after))
     };
+    let present = marked(BEGIN, END).or_else(|| marked(PVE_BEGIN, PVE_END));
+    let (before, after) = present.unwrap_or((text, ""));
     let gap = if before.is_empty() || before.ends_with('\n') {
         ""
     } else {
@@ -202,142 +250,4 @@ fn resolv_conf(identity: &Identity) -> String {
         text.push_str(&format!("nameserver {server}\n"));
     }
     text
-}
-
-fn interfaces(identity: &Identity) -> String {
-    let mut text = "# written at every start\nauto lo\niface lo inet loopback\n".to_owned();
-    for card in &identity.cards {
-        let name = &card.name;
-        text.push_str(&format!("\nauto {name}\n"));
-        for (family, addressing) in [("inet", &card.ipv4), ("inet6", &card.ipv6)] {
-            let stanza = match addressing {
-                Addressing::Manual if family == "inet" => format!("iface {name} inet manual\n"),
-                Addressing::Manual => String::new(),
-                Addressing::Dhcp => format!("iface {name} {family} dhcp\n"),
-                Addressing::Auto => format!("iface {name} {family} auto\n"),
-                Addressing::Static { address, gateway } => {
-                    let gateway = gateway
-                        .as_ref()
-                        .map_or(String::new(), |g| format!("\tgateway {g}\n"));
-                    format!("iface {name} {family} static\n\taddress {address}\n{gateway}")
-                }
-            };
-            text.push_str(&stanza);
-        }
-    }
-    text
-}
-
-fn networkd(card: &Card) -> String {
-    let dhcp = match (&card.ipv4, &card.ipv6) {
-        (Addressing::Dhcp, Addressing::Dhcp) => "yes",
-        (Addressing::Dhcp, _) => "ipv4",
-        (_, Addressing::Dhcp) => "ipv6",
-        _ => "no",
-    };
-    let advertisements = matches!(card.ipv6, Addressing::Auto | Addressing::Dhcp);
-    let mut text = format!(
-        "# written at every start\n[Match]\nName={}\n\n[Network]\nDHCP={dhcp}\nIPv6AcceptRA={}\n",
-        card.name,
-        if advertisements { "yes" } else { "no" },
-    );
-    for addressing in [&card.ipv4, &card.ipv6] {
-        if let Addressing::Static { address, gateway } = addressing {
-            text.push_str(&format!("Address={address}\n"));
-            if let Some(gateway) = gateway {
-                text.push_str(&format!("Gateway={gateway}\n"));
-            }
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn identity() -> Identity {
-        Identity {
-            hostname: "web.example.org".to_owned(),
-            cards: vec![
-                Card {
-                    name: "eth0".to_owned(),
-                    ipv4: Addressing::Static {
-                        address: "10.0.0.2/24".to_owned(),
-                        gateway: Some("10.0.0.1".to_owned()),
-                    },
-                    ipv6: Addressing::Manual,
-                },
-                Card {
-                    name: "eth1".to_owned(),
-                    ipv4: Addressing::Dhcp,
-                    ipv6: Addressing::Auto,
-                },
-            ],
-            nameservers: vec!["10.0.0.1".to_owned()],
-            search_domains: vec!["example.org".to_owned()],
-        }
-    }
-
-    #[test]
-    fn interfaces_file() {
-        assert_eq!(
-            interfaces(&identity()),
-            "# written at every start\nauto lo\niface lo inet loopback\n\n\
-             auto eth0\niface eth0 inet static\n\taddress 10.0.0.2/24\n\tgateway 10.0.0.1\n\n\
-             auto eth1\niface eth1 inet dhcp\niface eth1 inet6 auto\n"
-        );
-    }
-
-    #[test]
-    fn networkd_files() {
-        let identity = identity();
-        assert_eq!(
-            networkd(&identity.cards[0]),
-            "# written at every start\n[Match]\nName=eth0\n\n[Network]\nDHCP=no\nIPv6AcceptRA=no\n\
-             Address=10.0.0.2/24\nGateway=10.0.0.1\n"
-        );
-        assert!(networkd(&identity.cards[1]).contains("DHCP=ipv4\nIPv6AcceptRA=yes\n"));
-    }
-
-    #[test]
-    fn what_the_owner_wrote_stays() {
-        let once = with_section("10.9.9.9 mine", &hosts_section(&identity()));
-        assert!(once.starts_with("10.9.9.9 mine\n# --- BEGIN ATOLL ---\n127.0.0.1 localhost\n"));
-        assert!(once.contains("\n10.0.0.2 web.example.org web\n"));
-        let edited = format!("{once}10.8.8.8 also mine\n");
-        assert_eq!(with_section(&edited, &hosts_section(&identity())), edited);
-    }
-
-    #[test]
-    fn the_password_of_root_alone_changes() {
-        let shadow = "daemon:*:1:0:::::\nroot:*:2:0:99999:7:::\n";
-        assert_eq!(
-            shadow_with(shadow, "$6$x"),
-            "daemon:*:1:0:::::\nroot:$6$x:2:0:99999:7:::\n"
-        );
-        assert_eq!(shadow_with("", "$6$x"), "root:$6$x:19000:0:99999:7:::\n");
-    }
-
-    #[test]
-    fn a_root_is_set_up_twice_alike() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = GuestRoot::open(folder.path()).unwrap();
-        root.write("lib/systemd/systemd-networkd", "", 0o755)
-            .unwrap();
-        for _ in 0..2 {
-            assert_eq!(apply(&root, &identity()).unwrap(), Flavor::Networkd);
-            add_root_keys(&root, "ssh-ed25519 AAAA me\n\n").unwrap();
-        }
-        assert_eq!(root.read("etc/hostname").unwrap().as_deref(), Some("web\n"));
-        assert_eq!(
-            root.read("etc/resolv.conf").unwrap().as_deref(),
-            Some("search example.org\nnameserver 10.0.0.1\n")
-        );
-        assert_eq!(
-            root.read("root/.ssh/authorized_keys").unwrap().as_deref(),
-            Some("ssh-ed25519 AAAA me\n")
-        );
-        assert!(root.exists("etc/systemd/network/eth1.network"));
-    }
 }

@@ -1,0 +1,118 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Devices of the host that a container may use: `dev0` and so on, and `features: fuse=1`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::error::Error;
+use crate::guest::config::GuestConfig;
+use crate::guest::container::lxc;
+
+/// Device of FUSE. Linux `Documentation/admin-guide/devices.txt`: 10 is misc, 229 is fuse.
+const FUSE: HostDevice = HostDevice {
+    kind: 'c',
+    major: 10,
+    minor: 229,
+};
+/// Mode of a device in the container when its key names none: PVE's default.
+const MODE: u32 = 0o660;
+
+/// A device node of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostDevice {
+    /// `c` or `b`, as in config.json.
+    pub kind: char,
+    /// Its driver.
+    pub major: u32,
+    /// Which of the driver's devices.
+    pub minor: u32,
+}
+
+/// What this host has of what a config names; looked up before the bundle is made, which is a pure function.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Facts {
+    /// Device nodes by path.
+    pub devices: BTreeMap<PathBuf, HostDevice>,
+    /// Paths that exist.
+    pub present: BTreeSet<PathBuf>,
+}
+
+impl Facts {
+    /// Looks at every path of the host that a config names.
+    pub fn gather(config: &GuestConfig) -> Result<Self, Error> {
+        let mut facts = Self::default();
+        for (key, _) in config.family("dev[n]") {
+            let value = config.properties(key)?.unwrap_or_default();
+            facts.look(Path::new(value.get("path").unwrap_or_default()));
+        }
+        for path in lxc::named_paths(&config.current.raw) {
+            facts.look(&path);
+        }
+        Ok(facts)
+    }
+
+    fn look(&mut self, path: &Path) {
+        let Ok(metadata) = std::fs::metadata(path) else {
+            return;
+        };
+        self.present.insert(path.to_owned());
+        let kind = metadata.file_type();
+        let kind = match (kind.is_char_device(), kind.is_block_device()) {
+            (true, _) => 'c',
+            (_, true) => 'b',
+            _ => return,
+        };
+        let number = metadata.rdev();
+        let device = HostDevice {
+            kind,
+            major: rustix::fs::major(number),
+            minor: rustix::fs::minor(number),
+        };
+        self.devices.insert(path.to_owned(), device);
+    }
+}
+
+/// The nodes that the runtime makes, and the rules that let the container use them; the first rule denies all others.
+/// The runtime adds the devices that every container has (null, zero, random, tty, ptmx).
+pub(super) fn all(config: &GuestConfig, facts: &Facts) -> Result<(Vec<Value>, Vec<Value>), Error> {
+    let mut nodes = Vec::new();
+    let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
+    let mut add = |path: &str,
+                   device: HostDevice,
+                   mode: u32,
+                   (uid, gid): (u32, u32),
+                   access: &str| {
+        let HostDevice { kind, major, minor } = device;
+        let kind = kind.to_string();
+        nodes.push(json!({
+            "path": path, "type": kind, "major": major, "minor": minor, "fileMode": mode, "uid": uid, "gid": gid,
+        }));
+        rules.push(json!({ "allow": true, "type": kind, "major": major, "minor": minor, "access": access }));
+    };
+    let features = config.properties("features")?.unwrap_or_default();
+    if features.is_set("fuse") {
+        add("/dev/fuse", FUSE, 0o666, (0, 0), "rwm");
+    }
+    for (key, _) in config.family("dev[n]") {
+        let value = config.properties(key)?.unwrap_or_default();
+        let path = value.get("path").unwrap_or_default();
+        let device = facts.devices.get(Path::new(path)).copied();
+        let device = device
+            .ok_or_else(|| Error::refused(format!("{key}: {path} is no device of this host")))?;
+        let mode = value
+            .get("mode")
+            .map_or(Ok(MODE), |text| u32::from_str_radix(text, 8));
+        let mode = mode.map_err(|_| Error::refused(format!("{key}: mode is not octal")))?;
+        let owner = |name: &str| value.number(name).unwrap_or(0);
+        let access = if value.is_set("deny-write") {
+            "rm"
+        } else {
+            "rwm"
+        };
+        add(path, device, mode, (owner("uid"), owner("gid")), access);
+    }
+    Ok((nodes, rules))
+}

@@ -1,0 +1,123 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! A container's network cards: both ends of each pair, and what the container's files say about them.
+
+use crate::error::Error;
+use crate::guest::config::GuestConfig;
+use crate::guest::container::setup::{Addressing, Card, Identity};
+use crate::id::GuestId;
+use crate::network::link::{Attachment, Inside};
+use crate::schema::Properties;
+
+/// A card as both sides see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Number of the card.
+    pub index: u16,
+    /// What the host's end is connected to.
+    pub attachment: Attachment,
+    /// The container's end.
+    pub inside: Inside,
+}
+
+/// All cards, by number.
+pub fn cards(config: &GuestConfig) -> Result<Vec<Link>, Error> {
+    let keys = config.family("net[n]");
+    let cards = keys.into_iter().map(|(key, _)| {
+        let card = config.properties(key)?.unwrap_or_default();
+        Link::new(key, &card)
+    });
+    cards.collect()
+}
+
+impl Link {
+    /// The card that a key's value describes.
+    pub fn new(key: &str, card: &Properties) -> Result<Self, Error> {
+        let mac = card
+            .get("hwaddr")
+            .ok_or_else(|| Error::refused(format!("{key}: no 'hwaddr'")))?;
+        let (addresses, gateways) = [("ip", "gw"), ("ip6", "gw6")]
+            .into_iter()
+            .filter_map(|(ip, gateway)| match addressing(card, ip, gateway) {
+                Addressing::Static { address, gateway } => Some((address, gateway)),
+                _ => None,
+            })
+            .unzip::<_, _, Vec<_>, Vec<_>>();
+        let attachment = Attachment {
+            bridge: card.get("bridge").map(str::to_owned),
+            mtu: card.number("mtu"),
+            link_down: card.is_set("link_down"),
+            multi_queue: false,
+        };
+        let inside = Inside {
+            name: name_of(card, key),
+            mac: mac.to_owned(),
+            addresses,
+            gateways: gateways.into_iter().flatten().collect(),
+        };
+        Ok(Self {
+            index: index_of(key),
+            attachment,
+            inside,
+        })
+    }
+}
+
+/// What the container's files say about it. `resolver` is the node's own name server, used when the config has none.
+pub fn identity(
+    id: GuestId,
+    config: &GuestConfig,
+    resolver: Option<&str>,
+) -> Result<Identity, Error> {
+    let words = |key: &str| -> Vec<String> {
+        let text = config.get(key).unwrap_or_default();
+        crate::schema::split_list(text).map(str::to_owned).collect()
+    };
+    let mut cards = Vec::new();
+    for (key, _) in config.family("net[n]") {
+        let card = config.properties(key)?.unwrap_or_default();
+        cards.push(Card {
+            name: name_of(&card, key),
+            ipv4: addressing(&card, "ip", "gw"),
+            ipv6: addressing(&card, "ip6", "gw6"),
+        });
+    }
+    let mut nameservers = words("nameserver");
+    // A card with DHCP learns its name server there.
+    if nameservers.is_empty()
+        && cards
+            .iter()
+            .any(|c| matches!(c.ipv4, Addressing::Static { .. }))
+    {
+        nameservers.extend(resolver.map(str::to_owned));
+    }
+    Ok(Identity {
+        hostname: super::hostname(id, config),
+        cards,
+        nameservers,
+        search_domains: words("searchdomain"),
+        timezone: config.get("timezone").map(str::to_owned),
+    })
+}
+
+/// Name of a card in the container.
+fn name_of(card: &Properties, key: &str) -> String {
+    let name = card.get("name").map(str::to_owned);
+    name.unwrap_or_else(|| format!("eth{}", index_of(key)))
+}
+
+/// Number of a card, from a key that the family's table has checked.
+fn index_of(key: &str) -> u16 {
+    key.trim_start_matches("net").parse().unwrap_or_default()
+}
+
+fn addressing(card: &Properties, ip: &str, gateway: &str) -> Addressing {
+    match card.get(ip) {
+        None | Some("manual") => Addressing::Manual,
+        Some("dhcp") => Addressing::Dhcp,
+        Some("auto") => Addressing::Auto,
+        Some(address) => Addressing::Static {
+            address: address.to_owned(),
+            gateway: card.get(gateway).map(str::to_owned),
+        },
+    }
+}

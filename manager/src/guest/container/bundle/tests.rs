@@ -1,0 +1,165 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Golden tests of bundles: a config as PVE writes it, and what the runtime is given.
+
+use super::*;
+use crate::guest::container::setup::Addressing;
+use crate::id::GuestKind;
+
+fn config(text: &str) -> GuestConfig {
+    GuestConfig::parse(GuestKind::Container, text)
+}
+
+fn facts() -> Facts {
+    let mut facts = Facts::default();
+    let tun = HostDevice {
+        kind: 'c',
+        major: 10,
+        minor: 200,
+    };
+    facts.devices.insert("/dev/net/tun".into(), tun);
+    facts.present.insert("/dev/net/tun".into());
+    facts
+}
+
+fn made(text: &str) -> Result<Bundle, Error> {
+    let id = "101".parse().unwrap();
+    bundle(id, &config(text), Path::new("/run/ct-101"), &facts())
+}
+
+fn built(text: &str) -> Value {
+    made(text).unwrap().config
+}
+
+/// The mount at a place.
+fn mount(bundle: &Value, destination: &str) -> Value {
+    let mounts = bundle["mounts"].as_array().unwrap().iter();
+    let mut at = mounts.filter(|mount| mount["destination"] == destination);
+    at.next_back().cloned().unwrap_or_default()
+}
+
+#[test]
+fn an_unprivileged_container_has_its_own_range() {
+    let bundle = built(
+        "unprivileged: 1\nhostname: web.example.org\nmemory: 256\nswap: 0\ncores: 2\ncpulimit: 1.5\n",
+    );
+    assert_eq!(bundle["linux"]["uidMappings"][0]["hostID"], 1_065_536);
+    assert_eq!(bundle["annotations"]["dev.atoll.rootfs.idmap"], "container");
+    assert_eq!(bundle["linux"]["namespaces"][0]["type"], "user");
+    assert_eq!(bundle["hostname"], "web");
+    let resources = &bundle["linux"]["resources"];
+    assert_eq!(
+        resources["memory"],
+        json!({ "limit": 256 << 20, "swap": 256 << 20 })
+    );
+    assert_eq!(resources["cpu"]["quota"], 150_000);
+    assert_eq!(resources["cpu"]["shares"], 1024);
+    assert_eq!(resources["devices"][0]["allow"], false);
+    assert_eq!(bundle["linux"]["maskedPaths"], json!(MASKED));
+}
+
+#[test]
+fn a_privileged_one_says_so() {
+    let bundle = built("unprivileged: 0\nfeatures: nesting=1\n");
+    assert_eq!(bundle["linux"]["uidMappings"], Value::Null);
+    assert_eq!(bundle["annotations"], json!({}));
+    assert_eq!(bundle["hostname"], "CT101");
+    assert_eq!(bundle["linux"]["maskedPaths"], Value::Null);
+    assert_eq!(bundle["linux"]["resources"]["cpu"]["quota"], Value::Null);
+}
+
+#[test]
+fn mount_points_are_volumes_devices_or_folders() {
+    let bundle = built(
+        "unprivileged: 1\nrootfs: local:101/vm-101-disk-0.raw,ro=1\n\
+         mp0: local:101/vm-101-disk-1.raw,mp=/srv,ro=1\n\
+         mp1: /mnt/media,mp=/media\n\
+         mp2: /dev/sdb1,mp=/data,mountoptions=noatime;discard,acl=0\n",
+    );
+    assert_eq!(bundle["root"]["readonly"], true);
+    assert_eq!(
+        mount(&bundle, "/srv"),
+        json!({ "destination": "/srv", "type": "bind", "source": "/run/ct-101/mp0", "options": ["rbind", "rro", "idmap"] })
+    );
+    assert_eq!(
+        mount(&bundle, "/media"),
+        json!({ "destination": "/media", "type": "bind", "source": "/mnt/media", "options": ["rbind", "rw"] }),
+        "the host's owners are shown as they are"
+    );
+    assert_eq!(mount(&bundle, "/data")["source"], "/run/ct-101/mp2");
+    let points = volumes(&config(
+        "rootfs: local:1\nmp2: /dev/sdb1,mp=/data,mountoptions=noatime;discard,acl=0\n",
+    ));
+    assert_eq!(points.unwrap()[1].options, ["noatime", "discard", "noacl"]);
+}
+
+#[test]
+fn devices_and_features() {
+    let bundle = built(
+        "unprivileged: 1\nfeatures: fuse=1,keyctl=1,force_rw_sys=1\n\
+         dev0: /dev/net/tun,mode=0666,gid=5,deny-write=1\n",
+    );
+    assert_eq!(
+        bundle["linux"]["devices"],
+        json!([
+            { "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666, "uid": 0, "gid": 0 },
+            { "path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 0o666, "uid": 0, "gid": 5 },
+        ])
+    );
+    assert_eq!(
+        bundle["linux"]["resources"]["devices"],
+        json!([
+            { "allow": false, "access": "rwm" },
+            { "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm" },
+            { "allow": true, "type": "c", "major": 10, "minor": 200, "access": "rm" },
+        ])
+    );
+    assert!(
+        mount(&bundle, "/sys")["options"]
+            .to_string()
+            .contains("\"rw\"")
+    );
+    let denied = |bundle: &Value| bundle["linux"]["seccomp"].to_string().contains("keyctl");
+    assert!(!denied(&bundle) && denied(&built("unprivileged: 1\n")));
+    assert!(!denied(&built("unprivileged: 0\n")), "PVE's rule");
+    assert!(
+        built("")["linux"]["seccomp"]
+            .to_string()
+            .contains("open_by_handle_at")
+    );
+    let missing = made("dev3: /dev/none\n").unwrap_err().to_string();
+    assert_eq!(missing, "dev3: /dev/none is no device of this host");
+}
+
+#[test]
+fn a_program_of_its_own() {
+    let bundle = built("entrypoint: /usr/bin/app --name 'two words'\nenv: A=1\0B=two words\n");
+    assert_eq!(
+        bundle["process"]["args"],
+        json!(["/usr/bin/app", "--name", "two words"])
+    );
+    let env = bundle["process"]["env"].as_array().unwrap();
+    assert_eq!(env[env.len() - 2..], [json!("A=1"), json!("B=two words")]);
+    assert_eq!(built("")["process"]["args"], json!(["/sbin/init"]));
+}
+
+#[test]
+fn cards_have_two_ends() {
+    let config = config(
+        "net0: name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,ip=10.0.0.2/24,gw=10.0.0.1\n\
+         net1: name=lan,bridge=vmbr1,hwaddr=BC:24:11:00:00:02,ip=dhcp\n",
+    );
+    let cards = cards(&config).unwrap();
+    assert_eq!(cards[0].attachment.bridge.as_deref(), Some("vmbr0"));
+    assert_eq!(cards[0].inside.addresses, ["10.0.0.2/24"]);
+    assert_eq!(cards[0].inside.gateways, ["10.0.0.1"]);
+    assert_eq!(
+        (
+            cards[1].inside.name.as_str(),
+            cards[1].inside.addresses.len()
+        ),
+        ("lan", 0)
+    );
+    let identity = identity("101".parse().unwrap(), &config, Some("10.0.0.1")).unwrap();
+    assert_eq!(identity.nameservers, ["10.0.0.1"]);
+    assert_eq!(identity.cards[1].ipv4, Addressing::Dhcp);
+}

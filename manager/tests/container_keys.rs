@@ -1,0 +1,367 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Config keys of containers in real ones: a config file of PVE, devices, directories and limits of the host, hook
+//! scripts; mount points and network cards that come and go while the container runs.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test")]
+
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+
+use atoll_manager::error::Error;
+use atoll_manager::guest::{Action, Applied, ConfigUpdate};
+use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::task::Upid;
+use atoll_manager::{Node, Settings};
+
+const USER: &str = "root@pam";
+const KIND: GuestKind = GuestKind::Container;
+
+struct Ground {
+    node: Node,
+    state: tempfile::TempDir,
+    id: GuestId,
+}
+
+impl Ground {
+    /// A node with a template; `None` where containers cannot be run.
+    async fn new() -> Option<Self> {
+        if !world::has_binary("atoll-ct") {
+            return None;
+        }
+        let state = tempfile::Builder::new().prefix("at").tempdir().unwrap();
+        let template = state.path().join("storage/template/cache/busybox.tar.gz");
+        if !world::make_template(&template) {
+            return None;
+        }
+        let mut settings = Settings::new("n1", state.path());
+        settings.bin_dir = world::bin_dir();
+        let node = Node::open(settings).await.unwrap();
+        let storage = node.settings().storage_dir();
+        node.storage().ensure_local(&storage).await.unwrap();
+        node.network().ensure().await.unwrap();
+        let id = world::guest_number().try_into().unwrap();
+        Some(Self { node, state, id })
+    }
+
+    async fn done(&self, upid: Result<Upid, Error>) -> (String, String) {
+        let upid = upid.unwrap();
+        let status = self.node.tasks().wait(&upid).await.unwrap();
+        let log = format!("{:?}", self.node.tasks().log(&upid, 0, 0).unwrap());
+        println!("{upid}: {log}");
+        (status, log)
+    }
+
+    async fn create(&self, params: &[(&str, &str)]) -> (String, String) {
+        let given = [("ostemplate", "local:vztmpl/busybox.tar.gz")];
+        let all = given.iter().chain(params);
+        let all = all.map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let created = self
+            .node
+            .guests()
+            .create(KIND, self.id, all.collect(), USER);
+        self.done(created).await
+    }
+
+    async fn act(&self, action: Action) -> (String, String) {
+        let upid = self.node.guests().act(KIND, self.id, action, USER);
+        self.done(upid).await
+    }
+
+    async fn update(&self, set: &[(&str, &str)], delete: &[&str]) -> Result<Applied, Error> {
+        let set = set.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let delete = delete.iter().map(|key| (*key).to_owned()).collect();
+        let update = ConfigUpdate::new(KIND, set.collect(), delete, BTreeSet::new(), None)?;
+        self.node.guests().update(KIND, self.id, update).await
+    }
+
+    /// What a shell in the container says, errors included.
+    fn sh(&self, script: &str) -> String {
+        let output = Command::new(world::bin_dir().join("atoll-ct"))
+            .arg("--root")
+            .arg(self.path("run/ct"))
+            .args(["exec", &format!("ct-{}", self.id), "sh", "-c", script])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text + &String::from_utf8_lossy(&output.stderr)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.state.path().join(name)
+    }
+
+    /// What the container's run has left on the host: mounts and links.
+    fn left(&self) -> String {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let name = format!("ct-{}", self.id);
+        let mounts = mounts.lines().filter(|line| line.contains(&name));
+        let links = world::run("ip", &["-o", "link"]);
+        let links = links.lines().filter(|line| line.contains("veth"));
+        mounts.chain(links).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A hook script that writes down what it is called with.
+fn plant_script(ground: &Ground) {
+    let script = ground.path("storage/snippets/hook.sh");
+    std::fs::create_dir_all(script.parent().unwrap()).unwrap();
+    let log = ground.path("hooks");
+    let text = format!(
+        "#!/bin/sh\necho \"$1 $2\" >> {}\necho told\n",
+        log.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn a_config_of_pve_starts_unchanged() {
+    world::isolated("a_config_of_pve_starts_unchanged", async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        let media = ground.path("media");
+        std::fs::create_dir_all(media.join("inner")).unwrap();
+        std::fs::write(media.join("file"), "of the host\n").unwrap();
+        std::os::unix::fs::chown(&media, Some(1000), Some(1000)).unwrap();
+        plant_script(&ground);
+        let media = media.display();
+        // As PVE writes it; the volume is the other host's.
+        let text = format!(
+            "#A container%3A as it was\narch: amd64\ncores: 1\ndev0: /dev/net/tun,mode=0666\nfeatures: nesting=1,fuse=1\n\
+             hookscript: local:snippets/hook.sh\nhostname: old\nmemory: 64\nmp0: {media},mp=/media,ro=1\n\
+             net0: name=eth0,bridge=vmbr0,firewall=1,hwaddr=BC:24:11:00:00:01,ip=10.64.0.10/24,type=veth\n\
+             ostype: unmanaged\nrootfs: local-lvm:vm-105-disk-0,size=64M\nswap: 0\nunprivileged: 1\n\
+             lxc.idmap: u 0 1200000 1000\nlxc.idmap: g 0 1200000 1000\nlxc.idmap: u 1000 1000 1\n\
+             lxc.idmap: g 1000 1000 1\nlxc.idmap: u 1001 1201001 64535\nlxc.idmap: g 1001 1201001 64535\n\
+             lxc.mount.entry: {media}/inner mnt/made none bind,create=dir,optional 0 0\n\
+             lxc.mount.entry: /none/such mnt/none none bind,create=dir,optional 0 0\n\
+             lxc.cgroup2.pids.max: 77\nlxc.environment: COLOR=blue green\nlxc.prlimit.nofile: 100:200\n\
+             lxc.sysctl.net.ipv4.ip_forward: 1\nlxc.cap.drop:\nlxc.cap.drop: sys_boot\nlxc.log.level: 1\n"
+        );
+        let (status, _) = ground
+            .create(&[("pve-config", &text), ("hostname", "new")])
+            .await;
+        assert_eq!(status, "OK");
+        let (status, log) = ground.act(Action::Start).await;
+        assert_eq!(status, "OK");
+        assert!(
+            log.contains("lxc.log.level: no effect") && log.contains("/none/such is not there"),
+            "{log}"
+        );
+        assert!(log.contains("told"), "the script's output: {log}");
+        inside(&ground);
+        let (status, _) = ground.act(Action::Stop).await;
+        assert_eq!(status, "OK");
+        let hooks = std::fs::read_to_string(ground.path("hooks")).unwrap();
+        let moments: Vec<_> = hooks
+            .lines()
+            .map(|line| line.split_once(' ').unwrap())
+            .collect();
+        let expected = ["pre-start", "post-start", "pre-stop", "post-stop"];
+        assert_eq!(
+            moments
+                .iter()
+                .map(|(_, moment)| *moment)
+                .collect::<Vec<_>>(),
+            expected
+        );
+        assert_eq!(moments[0].0, ground.id.to_string());
+        assert_eq!(ground.left(), "");
+        std::fs::write(
+            ground.path("storage/snippets/hook.sh"),
+            "#!/bin/sh\nexit 3\n",
+        )
+        .unwrap();
+        let (status, _) = ground.act(Action::Start).await;
+        assert!(
+            status.contains("host program failed"),
+            "a script can refuse a start: {status}"
+        );
+        assert_eq!(ground.left(), "");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+/// What the lines have made of the container.
+fn inside(ground: &Ground) {
+    assert_eq!(ground.sh("hostname"), "new\n");
+    assert_eq!(ground.sh("cat /media/file"), "of the host\n");
+    assert!(ground.sh("touch /media/file").contains("Read-only"));
+    // A map of its own lets one user of the host through.
+    assert_eq!(ground.sh("stat -c %u /media"), "1000\n");
+    assert_eq!(ground.sh("ls -d /mnt/*"), "/mnt/made\n");
+    assert!(
+        ground
+            .sh("stat -c '%t:%T %a' /dev/net/tun")
+            .starts_with("a:c8 666")
+    );
+    assert!(
+        ground.sh("cat /dev/net/tun").contains("bad state"),
+        "open(2) is allowed, read(2) not yet"
+    );
+    assert!(ground.sh("stat -c %t:%T /dev/fuse").starts_with("a:e5"));
+    assert_eq!(ground.sh("cat /proc/sys/net/ipv4/ip_forward"), "1\n");
+    assert!(
+        ground
+            .sh("tr '\\0' '\\n' < /proc/1/environ")
+            .contains("COLOR=blue green\n")
+    );
+    let limits = ground.sh("grep 'open files' /proc/1/limits");
+    assert_eq!(limits.split_whitespace().nth(3), Some("100"), "{limits}");
+    let bounding = ground.sh("grep CapBnd /proc/1/status");
+    let bounding = u64::from_str_radix(bounding.split_whitespace().nth(1).unwrap(), 16).unwrap();
+    assert_eq!(bounding & (1 << 22), 0, "sys_boot is dropped");
+    assert_ne!(bounding & (1 << 16), 0, "sys_module is not, any more");
+    let limit = ["pids/atoll/ct-ID/pids.max", "atoll/ct-ID/pids.max"]
+        .iter()
+        .find_map(|path| {
+            let path = path.replace("ID", &ground.id.to_string());
+            std::fs::read_to_string(format!("/sys/fs/cgroup/{path}")).ok()
+        });
+    assert_eq!(limit.as_deref().map(str::trim), Some("77"));
+    assert!(ground.sh("grep Seccomp: /proc/1/status").contains('2'));
+}
+
+#[test]
+fn mount_points_and_cards_come_and_go() {
+    world::isolated("mount_points_and_cards_come_and_go", async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        let params = [
+            ("rootfs", "local:0.0625"),
+            ("memory", "64"),
+            ("hostname", "box"),
+            ("net0", "name=eth0,bridge=vmbr0,ip=10.64.0.10/24"),
+        ];
+        assert_eq!(ground.create(&params).await.0, "OK");
+        assert_eq!(ground.act(Action::Start).await.0, "OK");
+        volumes(&ground).await;
+        folders(&ground).await;
+        cards(&ground).await;
+        ground
+            .update(&[("nameserver", "10.64.0.1")], &[])
+            .await
+            .unwrap();
+        assert_eq!(ground.sh("cat /etc/resolv.conf"), "nameserver 10.64.0.1\n");
+        assert_eq!(ground.act(Action::Stop).await.0, "OK");
+        assert_eq!(ground.left(), "");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+/// A volume that is made, mounted, written to, and taken out again.
+async fn volumes(ground: &Ground) {
+    let applied = ground
+        .update(&[("mp0", "local:0.0625,mp=/srv/data")], &[])
+        .await
+        .unwrap();
+    assert_eq!((applied.now.len(), applied.pending.len()), (1, 0));
+    assert_eq!(
+        ground.sh("echo kept > /srv/data/file; stat -c %u /srv/data/file"),
+        "0\n"
+    );
+    let applied = ground
+        .update(&[("mp0", "local:0.0625,mp=/elsewhere")], &[])
+        .await
+        .unwrap();
+    assert_eq!(applied.pending, ["mp0"], "a change waits");
+    ground.update(&[], &["mp0"]).await.unwrap();
+    assert!(ground.sh("cat /srv/data/file").contains("No such file"));
+    assert!(!ground.left().contains("mp0"), "{}", ground.left());
+    let config = ground
+        .node
+        .guests()
+        .site()
+        .seat(KIND, ground.id)
+        .config()
+        .unwrap();
+    let unused = config.get("unused0").unwrap().to_owned();
+    let back = format!("{unused},mp=/back,ro=1");
+    ground
+        .update(&[("mp3", &back)], &["unused0"])
+        .await
+        .unwrap();
+    assert_eq!(ground.sh("cat /back/file"), "kept\n");
+    assert!(ground.sh("rm /back/file").contains("Read-only"));
+}
+
+/// A directory of the host; one that is not there leaves everything as it was.
+async fn folders(ground: &Ground) {
+    let folder = ground.path("shared");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("file"), "shared\n").unwrap();
+    let value = format!("{},mp=/shared", folder.display());
+    ground.update(&[("mp1", &value)], &[]).await.unwrap();
+    assert_eq!(ground.sh("cat /shared/file"), "shared\n");
+    let wishes = [
+        ("mp4", "local:0.0625,mp=/four"),
+        ("mp5", "/none/such,mp=/five"),
+    ];
+    let refused = ground.update(&wishes, &[]).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("/none/such is no directory"),
+        "{refused}"
+    );
+    assert!(!ground.left().contains("mp4") && ground.sh("grep /four /proc/mounts").is_empty());
+    let local = ground
+        .node
+        .storage()
+        .open(&"local".parse().unwrap())
+        .unwrap();
+    assert_eq!(
+        local.list().await.unwrap().len(),
+        4,
+        "the volume made for mp4 is gone again"
+    );
+    ground.update(&[], &["mp1"]).await.unwrap();
+    assert_eq!(
+        std::fs::read_to_string(folder.join("file")).unwrap(),
+        "shared\n"
+    );
+}
+
+/// A second card comes, loses its link, gets another address, and goes.
+async fn cards(ground: &Ground) {
+    let names = async || {
+        let all = ground.node.guests().interfaces(ground.id).await.unwrap();
+        let all = all.into_iter().filter(|card| card.name != "lo");
+        all.map(|card| (card.name, card.ipv4.join(" ")))
+            .collect::<BTreeMap<_, _>>()
+    };
+    let value = "name=lan,bridge=vmbr0,hwaddr=BC:24:11:00:00:09,ip=10.64.0.20/24";
+    let applied = ground.update(&[("net1", value)], &[]).await.unwrap();
+    assert!(applied.pending.is_empty());
+    assert_eq!(names().await["lan"], "10.64.0.20/24");
+    let link = format!("veth{}i1", ground.id);
+    assert!(world::run("ip", &["-o", "link", "show", &link]).contains("master vmbr0"));
+    ground
+        .update(&[("net1", &format!("{value},link_down=1"))], &[])
+        .await
+        .unwrap();
+    let state = world::run("ip", &["-o", "link", "show", &link]);
+    assert!(!state.contains(",UP"), "{state}");
+    assert_eq!(
+        names().await["lan"],
+        "10.64.0.20/24",
+        "the card itself stays"
+    );
+    ground
+        .update(&[("net1", &value.replace(".20/", ".21/"))], &[])
+        .await
+        .unwrap();
+    assert_eq!(names().await["lan"], "10.64.0.21/24");
+    ground.update(&[], &["net1"]).await.unwrap();
+    assert_eq!(names().await.len(), 1);
+    let wrong = ground
+        .update(&[("net2", "name=x,bridge=vmbr99")], &[])
+        .await
+        .unwrap_err();
+    assert!(wrong.to_string().contains("vmbr99"), "{wrong}");
+    assert_eq!(names().await.len(), 1);
+}
