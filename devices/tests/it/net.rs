@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Segment};
+use atoll_devices::virtio::VirtioDevice as _;
 use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, TapError};
 
 const DATA: u64 = 0x10_0000;
@@ -128,6 +129,12 @@ impl Rig {
     }
 }
 
+/// Packets that the card has lost, or was told not to want.
+fn dropped(net: &Net) -> u64 {
+    let counters = net.counters();
+    counters.iter().find(|row| row.0 == "dropped").unwrap().1
+}
+
 fn buffer(index: u64, size: u32) -> Segment {
     Segment::writable(DATA + index * 0x1_0000, size)
 }
@@ -221,6 +228,9 @@ fn a_pulled_plug_is_told_and_loses_packets_both_ways() {
     rig.driver.add(1, &[packet]);
     rig.driver.kick(1);
     rig.driver.wait_used(1);
+    // One each way: only then has the receiving thread seen its packet, and may the plug be put in again.
+    let Rig { driver, net, .. } = &mut rig;
+    driver.wait_until("two lost packets", |_| dropped(net) == 2);
     rig.net.set_link(true);
     assert_eq!(rig.driver.device_config::<2>(6), [1, 0]);
     rig.wire.write_all(&frame(80)).unwrap();
@@ -306,6 +316,7 @@ fn a_driver_gets_only_what_it_wants() {
     rig.wire.write_all(&to([0xff; 6], 120)).unwrap();
     rig.driver.kick(0);
     assert_eq!(rig.receive(2048).1.len(), 120);
+    assert!(dropped(&rig.net) >= 2);
     let address = [2, 9, 9, 9, 9, 9];
     let tables = [&1u32.to_le_bytes()[..], &address, &0u32.to_le_bytes()].concat();
     assert_eq!(command(&mut rig, 2, 1, 0, &tables), 0);

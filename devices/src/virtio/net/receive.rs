@@ -45,13 +45,15 @@ impl Receive {
     }
 
     /// Takes the next packet from the tap. `false` when there is none now; one that the driver does not want is
-    /// forgotten at once.
+    /// counted and forgotten at once.
     fn read(&mut self) -> Result<bool, QueueError> {
         match self.tap.read(&mut self.packet) {
             Ok(size) => {
                 let frame = self.packet.get(HEADER_BYTES..size).unwrap_or_default();
                 if self.shared.link_up() && self.shared.filter.load().accepts(frame) {
                     self.waiting = size;
+                } else {
+                    self.shared.counters.dropped.add(1);
                 }
                 Ok(true)
             }
