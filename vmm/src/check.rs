@@ -5,21 +5,23 @@
 //! Pure but for one thing: files are looked at (there, and of the right kind), so that a missing disk is told
 //! before a tap has been made.
 
+mod vhost_user;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use atoll_devices::virtio::scsi::TARGET_MAX;
-use atoll_devices::virtio::vhost_user::TAG_BYTES_MAX;
 use atoll_vmm_protocol::cpu::CpuSpec;
-use atoll_vmm_protocol::services::MemoryBacking;
 use atoll_vmm_protocol::spec::{
     BootSpec, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec, KernelSpec,
     MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
 };
 
 use crate::{flash, layout};
+
+pub use self::vhost_user::device_number;
 
 /// Slots of the PCI bus beside the host bridge, less those for one device each of the other kinds.
 const DEVICE_COUNT_MAX: usize = 24;
@@ -79,17 +81,18 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         ));
     }
     let disks = spec.disks.len() - on_scsi;
-    let count =
-        disks + usize::from(on_scsi > 0) + spec.nets.len() + spec.services.filesystems.len();
+    let served = spec.services.filesystems.len() + spec.services.vhost_user.len();
+    let count = disks + usize::from(on_scsi > 0) + spec.nets.len() + served;
     if count > DEVICE_COUNT_MAX {
         return refuse(format!(
-            "{count} disks, SCSI hosts, network cards and file systems: a machine has {DEVICE_COUNT_MAX} slots for them"
+            "{count} disks, SCSI hosts, network cards, file systems and vhost-user devices: a machine has {DEVICE_COUNT_MAX} slots for them"
         ));
     }
     if spec.serial == ConsoleSpec::Stdio && spec.console == Some(ConsoleSpec::Stdio) {
         return refuse("the serial port and the virtio console cannot both be on stdio");
     }
     services(spec)?;
+    vhost_user::check(spec)?;
     match &spec.boot {
         BootSpec::Kernel(boot) => kernel(boot)?,
         BootSpec::Firmware(_) if spec.profile != Profile::Pc => {
@@ -131,23 +134,6 @@ fn services(spec: &MachineSpec) -> Result<(), SpecError> {
         }
         if !vsock.path.is_absolute() {
             return refuse(format!("vsock socket {path}: must be an absolute path"));
-        }
-    }
-    let filesystems = &spec.services.filesystems;
-    if !filesystems.is_empty() && spec.services.memory_backing == MemoryBacking::Anonymous {
-        return refuse(
-            "a virtio-fs file system needs memory that its process can map: say --memory SIZE,shared",
-        );
-    }
-    for (index, one) in filesystems.iter().enumerate() {
-        let tag = &one.tag;
-        if tag.is_empty() || tag.len() > TAG_BYTES_MAX || tag.bytes().any(|byte| byte == 0) {
-            return refuse(format!(
-                "file system tag {tag:?}: 1 to {TAG_BYTES_MAX} bytes"
-            ));
-        }
-        if filesystems[..index].iter().any(|other| other.tag == *tag) {
-            return refuse(format!("file system {tag}: there are two of that tag"));
         }
     }
     let balloon = spec.services.balloon.as_ref();
@@ -272,6 +258,42 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
 }
 
 fn net(net: &NetSpec) -> Result<(), SpecError> {
+    let end = match &net.vhost_user {
+        None => tap(net)?,
+        Some(socket) => backend(net, &socket.path)?,
+    };
+    if let Some(mtu) = net.mtu
+        && mtu < MTU_MIN
+    {
+        return refuse(format!("{end}: MTU {mtu}: at least {MTU_MIN}"));
+    }
+    if let Some(count) = net.queue_pairs
+        && !(1..=NET_QUEUE_PAIRS_MAX).contains(&count)
+    {
+        return refuse(format!(
+            "{end}: {count} pairs of queues: 1 to {NET_QUEUE_PAIRS_MAX}"
+        ));
+    }
+    net.mac
+        .as_deref()
+        .map_or(Ok(()), |text| mac(text).map(drop))
+}
+
+/// How a card's host end is called in what is refused of it.
+fn backend(net: &NetSpec, path: &Path) -> Result<String, SpecError> {
+    let end = format!("vhost-user {}", path.display());
+    if !net.tap.is_empty() {
+        return refuse(format!("{end}: a card has it or a tap"));
+    }
+    if net.limits != NetLimits::default() || net.vhost == VhostNet::On {
+        return refuse(format!(
+            "{end}: another process moves the packets: leave out rates and vhost=on"
+        ));
+    }
+    Ok(end)
+}
+
+fn tap(net: &NetSpec) -> Result<String, SpecError> {
     let tap = &net.tap;
     let odd = |byte: u8| byte == b'/' || byte == b'%' || !byte.is_ascii_graphic();
     if tap.is_empty() || tap.len() > TAP_BYTES_MAX || tap.bytes().any(odd) {
@@ -279,26 +301,12 @@ fn net(net: &NetSpec) -> Result<(), SpecError> {
             "tap {tap:?}: an interface's name has 1 to {TAP_BYTES_MAX} characters, no space, slash or percent"
         ));
     }
-    if let Some(mtu) = net.mtu
-        && mtu < MTU_MIN
-    {
-        return refuse(format!("tap {tap}: MTU {mtu}: at least {MTU_MIN}"));
-    }
-    if let Some(count) = net.queue_pairs
-        && !(1..=NET_QUEUE_PAIRS_MAX).contains(&count)
-    {
-        return refuse(format!(
-            "tap {tap}: {count} pairs of queues: 1 to {NET_QUEUE_PAIRS_MAX}"
-        ));
-    }
     if net.vhost == VhostNet::On && net.limits != NetLimits::default() {
         return refuse(format!(
             "tap {tap}: vhost-net limits no rate: leave out either the limit or vhost=on"
         ));
     }
-    net.mac
-        .as_deref()
-        .map_or(Ok(()), |text| mac(text).map(drop))
+    Ok(format!("tap {tap}"))
 }
 
 /// Parses a UUID as text: 32 hexadecimal digits, with or without hyphens between its five groups.

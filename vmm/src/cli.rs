@@ -6,7 +6,7 @@ mod services;
 use std::path::{Path, PathBuf};
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
-use atoll_vmm_protocol::services::MemoryBacking;
+use atoll_vmm_protocol::services::{MemoryBacking, VhostUserSocket};
 use atoll_vmm_protocol::spec::{
     BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec,
     FirmwareSpec, KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
@@ -127,7 +127,8 @@ pub struct RunArguments {
     /// A disk: path=FILE,format=raw|qcow2[,KEY…]; may be repeated; its keys are below
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
-    /// A network card: tap=NAME[,id=NAME][,mac=AA:BB:CC:DD:EE:FF][,mtu=N][,queues=PAIRS][,vhost=auto|on|off]
+    /// A network card: tap=NAME or vhost-user=SOCKET[,reconnect], then [,id=NAME][,mac=AA:BB:CC:DD:EE:FF][,mtu=N]
+    /// [,queues=PAIRS][,vhost=auto|on|off]
     /// [,rate=BYTES a second, each way][,link=up|down][,bootindex=N]; may be repeated
     #[arg(long, value_name = "KEYS", value_parser = net)]
     pub net: Vec<NetSpec>,
@@ -551,15 +552,22 @@ fn limit(limits: &mut DiskLimits, key: &str, value: &str) -> Result<bool, String
 }
 
 fn net(text: &str) -> Result<NetSpec, String> {
-    let mut tap = None;
     let mut spec = NetSpec::default();
+    let mut reconnect = false;
     keys(
         text,
-        "tap=, id=, mac=, mtu=, queues=, vhost=, rate=, link=, bootindex=",
+        "tap=, vhost-user=, reconnect, id=, mac=, mtu=, queues=, vhost=, rate=, link=, bootindex=",
         |key, value| {
             match (key, value) {
-                ("tap", Some(value)) => tap = Some(value.to_owned()),
+                ("tap", Some(value)) => spec.tap = value.to_owned(),
                 ("id", Some(value)) => spec.id = Some(value.to_owned()),
+                ("vhost-user", Some(value)) => {
+                    spec.vhost_user = Some(VhostUserSocket {
+                        path: value.into(),
+                        reconnect: false,
+                    });
+                }
+                ("reconnect", None) => reconnect = true,
                 ("mac", Some(value)) => {
                     check::mac(value).map_err(|error| error.0)?;
                     spec.mac = Some(value.to_owned());
@@ -582,7 +590,12 @@ fn net(text: &str) -> Result<NetSpec, String> {
             Ok(true)
         },
     )?;
-    spec.tap = tap.ok_or("tap= is missing")?;
+    match &mut spec.vhost_user {
+        Some(socket) => socket.reconnect = reconnect,
+        None if reconnect => return Err("reconnect is for vhost-user=".to_owned()),
+        None if spec.tap.is_empty() => return Err("tap= or vhost-user= is missing".to_owned()),
+        None => {}
+    }
     Ok(spec)
 }
 

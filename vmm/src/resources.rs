@@ -10,13 +10,17 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use atoll_devices::virtio::net::{STATISTICS, Tap, TapError, VhostNetFiles};
+use atoll_devices::virtio::net::{HostEnd, STATISTICS, Tap, TapError, VhostNetFiles};
+use atoll_devices::virtio::vhost_user::{BackendOptions, PATIENCE};
 use atoll_disk::{
     Cache, Format, Limit, Limited, Limits, OpenError, OpenOptions, OpenedDisk, Rate, Source,
     WriterLock,
 };
+use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{
     CacheMode, DiskBus, DiskFormat, DiskLimits, DiskSpec, NetLimits, NetSpec, VhostNet,
 };
@@ -30,6 +34,22 @@ pub enum NetError {
     /// The spec says that the kernel must move the packets.
     #[error("/dev/vhost-net")]
     Vhost(#[source] std::io::Error),
+    /// Nobody listens, or this user may not connect.
+    #[error("vhost-user {path}")]
+    Backend {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another process's socket came with something else, or not alone.
+    #[error("{0} open files came for a vhost-user card: one, its connection")]
+    Connection(usize),
+    /// The machine's process has left the file system.
+    #[error(
+        "vhost-user {0}: only a card that the machine is started with can be connected again: leave out reconnect"
+    )]
+    Reconnect(PathBuf),
     /// Files of another number came.
     #[error(
         "{found} open files came for {pairs} pairs of queues: {pairs} of the tap, then none, or {pairs} of \
@@ -140,18 +160,31 @@ pub fn limits(spec: &DiskLimits) -> Limits {
 }
 
 /// A network card's end.
-pub struct CardEnd {
-    /// One a pair of queues.
-    pub(crate) taps: Vec<Tap>,
-    /// Where the kernel is to move the packets.
-    pub(crate) kernel: Option<VhostNetFiles>,
+pub enum CardEnd {
+    /// A tap.
+    Tap {
+        /// One a pair of queues.
+        taps: Vec<Tap>,
+        /// Where the kernel is to move the packets.
+        kernel: Option<VhostNetFiles>,
+    },
+    /// Connected with another process.
+    Backend(UnixStream),
 }
 
 impl CardEnd {
-    /// Opens the tap, and the kernel's end where the spec wants it, or allows it and it is there.
+    /// Opens the tap, and the kernel's end where the spec wants it, or allows it and it is there; or connects.
     pub fn open(net: &NetSpec) -> Result<Self, NetError> {
+        if let Some(socket) = &net.vhost_user {
+            let stream = UnixStream::connect(&socket.path);
+            let stream = stream.map_err(|source| NetError::Backend {
+                path: socket.path.clone(),
+                source,
+            })?;
+            return Ok(Self::Backend(stream));
+        }
         let pairs = net.queue_pairs.unwrap_or(1);
-        Ok(Self {
+        Ok(Self::Tap {
             taps: Tap::open_queues(&net.tap, pairs)?,
             kernel: vhost_net(net, pairs)?,
         })
@@ -159,8 +192,16 @@ impl CardEnd {
 
     /// Takes what [`CardEnd::into_files`] has given in another process.
     pub fn take(mut files: VecDeque<OwnedFd>, net: &NetSpec) -> Result<Self, NetError> {
-        let pairs = usize::from(net.queue_pairs.unwrap_or(1));
         let found = files.len();
+        if let Some(socket) = &net.vhost_user {
+            if socket.reconnect {
+                return Err(NetError::Reconnect(socket.path.clone()));
+            }
+            let stream = files.pop_front().filter(|_| found == 1);
+            let stream = stream.ok_or(NetError::Connection(found))?;
+            return Ok(Self::Backend(UnixStream::from(stream)));
+        }
+        let pairs = usize::from(net.queue_pairs.unwrap_or(1));
         let statistics = STATISTICS.len();
         if ![pairs, 2 * pairs, 2 * pairs + statistics].contains(&found) {
             return Err(NetError::Count { found, pairs });
@@ -173,14 +214,41 @@ impl CardEnd {
             let kernel = next(pairs);
             VhostNetFiles::from_files(kernel, next(found - 2 * pairs))
         });
-        Ok(Self { taps, kernel })
+        Ok(Self::Tap { taps, kernel })
     }
 
     /// The files for another process.
     pub fn into_files(self) -> Vec<File> {
-        let taps = self.taps.into_iter().map(Tap::into_file);
-        let kernel = self.kernel.map(VhostNetFiles::into_files);
-        taps.chain(kernel.unwrap_or_default()).collect()
+        match self {
+            Self::Backend(stream) => vec![File::from(OwnedFd::from(stream))],
+            Self::Tap { taps, kernel } => {
+                let taps = taps.into_iter().map(Tap::into_file);
+                let kernel = kernel.map(VhostNetFiles::into_files);
+                taps.chain(kernel.unwrap_or_default()).collect()
+            }
+        }
+    }
+
+    /// For the card `name`.
+    pub fn into_host(self, name: &str, net: &NetSpec) -> HostEnd {
+        match (self, &net.vhost_user) {
+            (Self::Tap { taps, kernel }, _) => HostEnd::Tap { taps, kernel },
+            (Self::Backend(stream), Some(socket)) => HostEnd::Backend {
+                options: backend(name.to_owned(), stream, socket),
+                pair_count: net.queue_pairs.unwrap_or(1),
+            },
+            (Self::Backend(_), None) => unreachable!("both are made from this spec"),
+        }
+    }
+}
+
+/// How the device `name` reaches the process that serves it.
+pub fn backend(name: String, stream: UnixStream, socket: &VhostUserSocket) -> BackendOptions {
+    BackendOptions {
+        name,
+        stream,
+        reconnect: socket.reconnect.then(|| socket.path.clone()),
+        patience: PATIENCE,
     }
 }
 

@@ -87,6 +87,15 @@ pub trait StartedQueue: Send {
     fn stop(self: Box<Self>) -> QueueState;
 }
 
+/// What can be done with a paused machine, but not with every device in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// Its state and its memory are written down, and it goes on.
+    Snapshot,
+    /// Its memory is copied while it runs.
+    Migration,
+}
+
 /// A virtio device without its transport.
 ///
 /// The transport calls these on vCPU threads and on the VMM's control thread, never two at once; `start_queue` on
@@ -122,10 +131,26 @@ pub trait VirtioDevice: DeviceState {
     /// pages. A device whose queues the kernel or another process serves takes them back, or gives them away again.
     fn log_writes(&self, _on: bool) {}
 
+    /// Why this cannot be done with a machine that has the device, if it cannot: one sentence.
+    fn obstacle(&self, _act: Act) -> Option<String> {
+        None
+    }
+
     /// The device's own numbers, beside those of its queues.
     fn counters(&self) -> CounterList {
         Vec::new()
     }
+}
+
+/// A mask of feature bits.
+const fn bits(features: &[u32]) -> u64 {
+    let mut all = 0;
+    let mut at = 0;
+    while at < features.len() {
+        all |= 1 << features[at];
+        at += 1;
+    }
+    all
 }
 
 /// For [`VirtioDevice::config_read`]: the part of `config` at `offset`, zeroes past its end.

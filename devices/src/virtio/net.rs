@@ -1,16 +1,19 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Network card, VIRTIO 1.2 §5.1, on a tap: pairs of queues and a control queue.
+//! Network card, VIRTIO 1.2 §5.1, on a tap or on another process: pairs of queues and a control queue.
 //!
 //! The tap speaks the same 12-byte header as the driver (`virtio_net_hdr_v1`), so that checksums and segmentation
 //! that one side leaves to the other cross the boundary as they are.
 //!
 //! ```text
 //!            ┌ receive 0 ◄── tap queue 0 ┐                 threads of ours (`receive`, `transmit`), or
-//!   driver ──┤ transmit 0 ──► tap queue 0 ├── interface     the kernel's where there is vhost-net (`kernel`)
-//!            │ … one pair a vCPU …       ┘
+//!   driver ──┤ transmit 0 ──► tap queue 0 ├── interface     the kernel's where there is vhost-net (`kernel`);
+//!            │ … one pair a vCPU …       ┘                 or a process with rings for a wire (`vhost_user`)
 //!            └ control ──► filter, number of pairs, offloads, announcement (`control`)
 //! ```
-//! Which pair a packet from the host takes is the tap's choice: that on which the guest last sent for its flow.
+//! **Steering.** Which pair a packet from the host takes is the tap's choice: that on which the guest last sent for its
+//! flow (automatic receive steering, §5.1.6.5.5). VIRTIO_NET_F_RSS, by which a driver says it with a hash and a table,
+//! is not offered: a tap takes that as a BPF program whose map changes with each command, so that the VMM would keep
+//! bpf(2) in its sandbox; and automatic steering sends a flow where the guest's own scheduler has put its socket.
 
 mod control;
 mod filter;
@@ -19,23 +22,21 @@ mod limit;
 mod receive;
 mod tap;
 mod transmit;
+mod wire;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use atoll_thread::Kind;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
-    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ,
-    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
-    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
-    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
 use self::control::Control;
@@ -44,13 +45,18 @@ use self::kernel::{KernelPair, TapStatistics};
 use self::limit::Limit;
 use self::receive::Receive;
 use self::transmit::Transmit;
+use self::wire::Wire;
 
 pub use self::filter::Mac;
 pub use self::kernel::{STATISTICS, VhostNetFiles};
 pub use self::limit::Rate;
 pub use self::tap::{HEADER_BYTES, Tap, TapError};
+pub(super) use self::wire::BACKEND_FEATURES;
+pub use self::wire::HostEnd;
+use super::vhost_user::Event;
 use super::{
-    Chain, DeviceInterrupts, QueueStart, StartError, StartedQueue, VirtioDevice, device_id, worker,
+    Act, Chain, DeviceInterrupts, QueueStart, StartError, StartedQueue, VirtioDevice, bits,
+    device_id, worker,
 };
 use crate::counters::{Counter, CounterList};
 use crate::state::{DeviceState, Saved, SavedState, StateError, same};
@@ -75,18 +81,27 @@ const GUEST_OFFLOADS: [u32; 7] = [
     VIRTIO_NET_F_GUEST_USO6,
 ];
 
+/// What every card has, whoever moves its packets.
+const CARD_FEATURES: [u32; 7] = [
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+];
+
 /// What a card is made of.
 pub struct NetOptions {
     /// In logs and thread names: `net0`.
     pub name: String,
-    /// The host's end: one for each pair of queues, all of one interface.
-    pub taps: Vec<Tap>,
+    /// The host's end.
+    pub host: HostEnd,
     /// Address that the guest reads.
     pub mac: Mac,
     /// MTU that the guest reads; none is announced when absent.
     pub mtu: Option<u16>,
-    /// vhost-net, if the kernel is to move the packets; opened for as many pairs.
-    pub kernel: Option<VhostNetFiles>,
 }
 
 #[derive(Default)]
@@ -100,8 +115,9 @@ struct Counters {
 
 /// What the queues' threads and the control side share.
 struct Shared {
-    taps: Vec<Arc<Tap>>,
-    link_up: AtomicBool,
+    wire: Wire,
+    /// Whether the plug is in.
+    plugged: AtomicBool,
     /// The guest has been asked to announce itself and has not answered.
     announce: AtomicBool,
     /// Features that the driver accepted, and those of them that are offloads in force now.
@@ -116,19 +132,18 @@ struct Shared {
 }
 
 impl Shared {
+    /// The plug is in, and somebody is at the other end.
     fn link_up(&self) -> bool {
-        self.link_up.load(Ordering::Acquire)
+        self.plugged.load(Ordering::Acquire) && self.wire.is_connected()
     }
 
     /// Packets come to the first `count` queues from now on.
     fn set_active_pairs(&self, count: u16) -> io::Result<()> {
-        if count == 0 || usize::from(count) > self.taps.len() {
+        if count == 0 || count > self.wire.pair_count() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // The first queue is always attached, so that the interface never loses its carrier.
-        for (index, tap) in self.taps.iter().enumerate() {
-            tap.set_attached(index < usize::from(count))?;
-        }
+        let plugged = self.plugged.load(Ordering::Acquire);
+        self.wire.use_pairs(count, plugged)?;
         self.active_pairs.store(count, Ordering::Release);
         Ok(())
     }
@@ -139,10 +154,28 @@ impl Shared {
         if offloads & !allowed != 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // A setting of the interface: any queue of it will do.
-        self.taps[0].set_offloads(tap::offloads(offloads))?;
+        self.wire.set_offloads(offloads)?;
         self.guest_offloads.store(offloads, Ordering::Release);
         Ok(())
+    }
+}
+
+/// How to tell the driver of changes, once there is one. Leaf lock.
+#[derive(Default)]
+struct Driver(Mutex<Option<DeviceInterrupts>>);
+
+impl Driver {
+    fn set(&self, interrupts: Option<DeviceInterrupts>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = interrupts;
+    }
+
+    /// Configuration changed.
+    fn tell(&self) {
+        let interrupts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let interrupts = interrupts.clone();
+        if let Some(interrupts) = interrupts {
+            interrupts.config_changed();
+        }
     }
 }
 
@@ -157,16 +190,33 @@ pub struct Net {
     kernel: Option<(Vec<Arc<KernelPair>>, TapStatistics)>,
     /// The kernel must not write guest memory: it tells nobody which pages.
     writes_are_logged: AtomicBool,
-    /// Leaf lock: how to tell the driver of changes, once there is one.
-    interrupts: Mutex<Option<DeviceInterrupts>>,
+    driver: Arc<Driver>,
 }
 
 impl Net {
-    /// A card on `options.taps`, with its plug in.
+    /// A card with its plug in. Waits until another process that it is connected with has answered.
     pub fn new(options: NetOptions) -> io::Result<Self> {
+        let (wire, kernel) = match options.host {
+            HostEnd::Tap { taps, kernel } => {
+                let taps = taps.into_iter().map(Arc::new).collect();
+                (Wire::Taps(taps), kernel.map(VhostNetFiles::into_parts))
+            }
+            HostEnd::Backend {
+                options: backend,
+                pair_count,
+            } => (Wire::greet(backend, pair_count, options.mtu)?, None),
+        };
+        let driver = Arc::new(Driver::default());
+        if let Wire::Backend { backend, .. } = &wire {
+            let driver = driver.clone();
+            backend.listen(Box::new(move |event| match event {
+                Event::Gone | Event::Back => driver.tell(),
+                Event::Configured => {} // A card's configuration is ours.
+            }));
+        }
         let shared = Shared {
-            taps: options.taps.into_iter().map(Arc::new).collect(),
-            link_up: AtomicBool::new(true),
+            wire,
+            plugged: AtomicBool::new(true),
             announce: AtomicBool::new(false),
             features: AtomicU64::new(0),
             guest_offloads: AtomicU64::new(0),
@@ -177,7 +227,6 @@ impl Net {
             counters: Counters::default(),
         };
         shared.set_active_pairs(1)?;
-        let kernel = options.kernel.map(VhostNetFiles::into_parts);
         Ok(Self {
             name: options.name,
             mac: Mutex::new(options.mac),
@@ -185,36 +234,50 @@ impl Net {
             shared: Arc::new(shared),
             kernel,
             writes_are_logged: AtomicBool::new(false),
-            interrupts: Mutex::default(),
+            driver,
         })
     }
 
     /// Pulls the plug or puts it in: without it packets are lost in both directions, and the guest is told.
     pub fn set_link(&self, up: bool) {
-        if self.shared.link_up.swap(up, Ordering::AcqRel) == up {
+        if self.shared.plugged.swap(up, Ordering::AcqRel) == up {
             return;
         }
-        if let Some((pairs, _)) = &self.kernel {
-            for (pair, tap) in pairs.iter().zip(&self.shared.taps) {
-                pair.set_link(tap, up);
+        match &self.shared.wire {
+            Wire::Taps(taps) => {
+                let kernel = self.kernel.iter().flat_map(|(pairs, _)| pairs);
+                for (pair, tap) in kernel.zip(taps) {
+                    pair.set_link(tap, up);
+                }
+            }
+            Wire::Backend { .. } => {
+                let count = self.shared.active_pairs.load(Ordering::Acquire);
+                let used = self.shared.wire.use_pairs(count, up);
+                used.expect("another process is told, and does not refuse");
             }
         }
-        self.tell_driver();
+        self.driver.tell();
     }
 
-    /// Whether the plug is in.
+    /// Whether the plug is in, and somebody is at the other end.
     pub fn link_up(&self) -> bool {
         self.shared.link_up()
     }
 
-    /// Whether the kernel moves the packets (vhost-net): then there is no rate limit.
-    pub fn is_in_kernel(&self) -> bool {
-        self.kernel.is_some()
+    /// Why the card's rate cannot be limited, if it cannot: others move its packets.
+    pub fn limit_refusal(&self) -> Option<&'static str> {
+        match &self.shared.wire {
+            Wire::Backend { .. } => Some("a vhost-user backend moves this card's packets"),
+            Wire::Taps(_) if self.kernel.is_some() => {
+                Some("vhost-net moves this card's packets: start it with vhost=off")
+            }
+            Wire::Taps(_) => None,
+        }
     }
 
     /// Pairs of queues that the card has.
     pub fn pair_count(&self) -> u16 {
-        u16::try_from(self.shared.taps.len()).expect("made from a u16")
+        self.shared.wire.pair_count()
     }
 
     /// Limits what the guest receives and sends from now on; `None` for no limit. Not for a card in the kernel.
@@ -232,34 +295,20 @@ impl Net {
     /// address, and by asking the guest, which knows its IP addresses, to do the same.
     pub fn announce(&self) {
         let mac = self.shared.filter.load().mac;
-        let packet = reverse_arp(mac);
         if self.link_up()
-            && let Err(error) = self.shared.taps[0].send(&packet)
+            && let Err(error) = self.shared.wire.announce(mac)
         {
             tracing::warn!(card = %self.name, %error, "announce the guest to the network");
         }
         let features = self.shared.features.load(Ordering::Acquire);
         if features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0 {
             self.shared.announce.store(true, Ordering::Release);
-            self.tell_driver();
+            self.driver.tell();
         }
     }
 
     fn mac(&self) -> Mac {
         *self.mac.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tell_driver(&self) {
-        let interrupts = self.lock_interrupts().clone();
-        if let Some(interrupts) = interrupts {
-            interrupts.config_changed();
-        }
-    }
-
-    fn lock_interrupts(&self) -> MutexGuard<'_, Option<DeviceInterrupts>> {
-        self.interrupts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `struct virtio_net_config` up to `mtu`, §5.1.4.
@@ -297,51 +346,15 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let tap = &self.shared.taps[0];
-        let sets: [(bool, &[u32]); 5] = [
-            (
-                true,
-                &[
-                    VIRTIO_NET_F_CSUM,
-                    VIRTIO_NET_F_GUEST_CSUM,
-                    VIRTIO_NET_F_GUEST_TSO4,
-                    VIRTIO_NET_F_GUEST_TSO6,
-                    VIRTIO_NET_F_GUEST_ECN,
-                    VIRTIO_NET_F_HOST_TSO4,
-                    VIRTIO_NET_F_HOST_TSO6,
-                    VIRTIO_NET_F_HOST_ECN,
-                    VIRTIO_NET_F_MAC,
-                    VIRTIO_NET_F_MRG_RXBUF,
-                    VIRTIO_NET_F_STATUS,
-                    VIRTIO_NET_F_CTRL_VQ,
-                    VIRTIO_NET_F_CTRL_RX,
-                    VIRTIO_NET_F_CTRL_RX_EXTRA,
-                    VIRTIO_NET_F_CTRL_MAC_ADDR,
-                    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
-                    VIRTIO_NET_F_GUEST_ANNOUNCE,
-                ],
-            ),
-            (
-                tap.takes_ufo(),
-                &[VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_UFO],
-            ),
-            (
-                tap.takes_uso(),
-                &[
-                    VIRTIO_NET_F_GUEST_USO4,
-                    VIRTIO_NET_F_GUEST_USO6,
-                    VIRTIO_NET_F_HOST_USO,
-                ],
-            ),
-            (self.mtu.is_some(), &[VIRTIO_NET_F_MTU]),
-            (self.pair_count() > 1, &[VIRTIO_NET_F_MQ]),
-        ];
-        let offered = sets.iter().filter(|(offered, _)| *offered);
-        offered.fold(0, |all, (_, set)| all | bits(set))
+        let optional = |offered: bool, feature: u32| u64::from(offered) << feature;
+        self.shared.wire.features()
+            | bits(&CARD_FEATURES)
+            | optional(self.mtu.is_some(), VIRTIO_NET_F_MTU)
+            | optional(self.pair_count() > 1, VIRTIO_NET_F_MQ)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        let mut sizes = vec![QUEUE_SIZE; 2 * self.shared.taps.len()];
+        let mut sizes = vec![QUEUE_SIZE; 2 * usize::from(self.pair_count())];
         sizes.push(CONTROL_QUEUE_SIZE);
         sizes
     }
@@ -351,7 +364,7 @@ impl VirtioDevice for Net {
     }
 
     fn connect(&self, interrupts: DeviceInterrupts) {
-        *self.lock_interrupts() = Some(interrupts);
+        self.driver.set(Some(interrupts));
     }
 
     fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
@@ -367,10 +380,18 @@ impl VirtioDevice for Net {
                 .map_err(|source| StartError { index, source })?;
         }
         let pair = usize::from(index / 2);
-        let Some(tap) = self.shared.taps.get(pair).cloned() else {
+        if pair >= self.pair_count().into() {
             // The control queue's place with MQ, where a driver without MQ has no business.
             let source = io::ErrorKind::NotFound.into();
             return Err(StartError { index, source });
+        }
+        let tap = match &self.shared.wire {
+            Wire::Taps(taps) => taps[pair].clone(),
+            Wire::Backend { backend, .. } => {
+                let active = shared.active_pairs.load(Ordering::Acquire);
+                let enabled = shared.plugged.load(Ordering::Acquire) && index / 2 < active;
+                return backend.start(index.into(), &start, enabled);
+            }
         };
         if let Some((pairs, _)) = &self.kernel
             && !self.writes_are_logged.load(Ordering::Acquire)
@@ -398,7 +419,7 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&self) {
-        *self.lock_interrupts() = None;
+        self.driver.set(None);
         self.shared.features.store(0, Ordering::Release);
         self.shared.guest_offloads.store(0, Ordering::Release);
         self.shared.announce.store(false, Ordering::Release);
@@ -406,6 +427,19 @@ impl VirtioDevice for Net {
         if let Err(error) = self.shared.set_active_pairs(1) {
             tracing::error!(card = %self.name, %error, "detach the tap's queues");
         }
+    }
+
+    fn obstacle(&self, act: Act) -> Option<String> {
+        let text = match (&self.shared.wire, act) {
+            (Wire::Backend { .. }, Act::Migration) => {
+                "what its vhost-user backend writes into memory is not logged: unplug it to migrate"
+            }
+            (Wire::Taps(_), Act::Migration) if self.kernel.is_some() => {
+                "what vhost-net writes into memory is not logged: start the card with vhost=off to migrate"
+            }
+            _ => return None,
+        };
+        Some(text.to_owned())
     }
 
     fn log_writes(&self, on: bool) {
@@ -471,7 +505,7 @@ impl DeviceState for Net {
         Saved::of(&NetState {
             mac: self.mac(),
             mtu: self.mtu.unwrap_or(0),
-            link_up: self.link_up(),
+            link_up: self.shared.plugged.load(Ordering::Acquire),
             pair_count: self.pair_count(),
             asked: (features != 0).then_some(asked),
         })
@@ -484,7 +518,7 @@ impl DeviceState for Net {
         let pairs = state.pair_count.max(1);
         same::<NetState, _>("the number of queue pairs", pairs, self.pair_count())?;
         *self.mac.lock().unwrap_or_else(PoisonError::into_inner) = state.mac;
-        shared.link_up.store(state.link_up, Ordering::Release);
+        shared.plugged.store(state.link_up, Ordering::Release);
         let Some(asked) = state.asked else {
             shared.filter.store(Arc::new(Filter::new(state.mac)));
             return Ok(());
@@ -505,10 +539,6 @@ impl DeviceState for Net {
         shared.filter.store(Arc::new(asked.filter));
         Ok(())
     }
-}
-
-fn bits(features: &[u32]) -> u64 {
-    features.iter().fold(0, |bits, bit| bits | 1u64 << bit)
 }
 
 /// A reverse ARP request that asks nothing (RFC 903): every switch on its way learns where `mac` is.

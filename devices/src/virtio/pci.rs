@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::status::{self, Step};
 use super::{
-    DeviceInterrupts, DeviceQueue, QueueInterrupt, QueueStart, QueueState, StartError,
+    Act, DeviceInterrupts, DeviceQueue, QueueInterrupt, QueueStart, QueueState, StartError,
     StartedQueue, VirtioDevice,
 };
 use crate::counters::{CounterList, QueueCounters};
@@ -226,6 +226,11 @@ impl VirtioPci {
     /// While paused: whether, from the resume on, every write to guest memory must pass by the log of written pages.
     pub fn log_writes(&self, on: bool) {
         self.device.log_writes(on);
+    }
+
+    /// Why this cannot be done with the device's machine, if it cannot.
+    pub fn obstacle(&self, act: Act) -> Option<String> {
+        self.device.obstacle(act)
     }
 
     /// Stops everything and forgets what the driver said: a reset of the machine.

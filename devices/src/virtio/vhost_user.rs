@@ -1,263 +1,162 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A device whose queues another process serves, by the vhost-user protocol (QEMU, `docs/interop/vhost-user.rst`).
-//! First use: virtio-fs (VIRTIO 1.2 §5.11), a directory of the host by `virtiofsd`.
+//! Devices whose queues another process serves, by the vhost-user protocol (QEMU, `docs/interop/vhost-user.rst`).
+//!
+//! ```text
+//!   driver ◄── rings in shared memory, doorbells, interrupts ──► the other process
+//!     │                                                             ▲
+//!   VhostUser or net::Net ── jobs ──► Conversation (a thread) ── messages
+//! ```
+//! [`KINDS`] says what each kind of device is made of; [`Backend`] is the other process, for whichever device;
+//! [`VhostUser`] is the device of every kind but one, since a network card has a control queue and a plug of its own
+//! (`net`).
 //!
 //! The other process maps guest memory, so that this must be a file's (a memfd). It finds the rings where the driver
-//! put them, and shares doorbell and interrupt with us as eventfds. What it writes is in no log of written pages, and
-//! what it knows of open files is its own: such a machine can be neither saved nor migrated.
+//! put them, and shares doorbell and interrupt with us as eventfds.
+//!
+//! **When it ends** the device is told: a network card loses its link, every other device needs a reset. With
+//! [`BackendOptions::reconnect`] the next process at the same socket is greeted, and gets a card's rings where they
+//! stand; other devices go on when their driver has reset them. Nobody waits for it for longer than
+//! [`BackendOptions::patience`].
+//!
+//! **Not here:** the log of what it writes (`VHOST_USER_SET_LOG_BASE`), so that a machine with such a device cannot be
+//! migrated: that would be said to the backend in [`VirtioDevice::log_writes`](super::VirtioDevice::log_writes).
 
-use std::io;
-use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod backend;
+mod conversation;
+mod device;
+mod messages;
 
-use vhost::vhost_user::{
-    Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_GEOMETRY, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use virtio_queue::QueueState;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{QueueStart, StartError, StartedQueue, VirtioDevice, device_id};
-use crate::memory::Memory;
-use crate::state::{DeviceState, Saved, SavedState, StateError};
+pub use self::backend::{Backend, BackendOptions, VhostUserError};
+pub(super) use self::backend::{Event, Terms};
+pub use self::device::{Layout, TAG_BYTES_MAX, VhostUser};
+use super::{bits, device_id};
 
-/// Entries of each queue.
-const QUEUE_SIZE: u16 = 256;
-/// What the transport offers to every driver, and the backend must know: indirect descriptors, event index, and
-/// version 1.
-const NEEDED: u64 = 1 << 28 | 1 << 29 | 1 << 32;
-/// Bytes of a tag, §5.11.4.
-pub const TAG_BYTES_MAX: usize = 36;
+/// How long a backend may take to answer; also what it has to finish what it has begun, when the machine is paused.
+pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// Why the other process does not serve the device.
-#[derive(Debug, thiserror::Error)]
-pub enum VhostUserError {
-    /// It said no, or went away.
-    #[error("{what}")]
-    Refused {
-        /// What it was asked.
-        what: &'static str,
-        /// Its answer.
-        source: vhost::Error,
-    },
-    /// It is too old, or something else.
-    #[error("the backend has features {features:#x}, {NEEDED:#x} are needed")]
-    Features {
-        /// What it has.
-        features: u64,
-    },
-}
-
-/// The other process.
-struct Backend {
-    /// One message at a time, each with its answer. Leaf lock.
-    frontend: Mutex<Frontend>,
+/// What a kind of device is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceKind {
+    /// As users call it.
+    pub name: &'static str,
+    /// Virtio's number for it, VIRTIO 1.2 §5.
+    pub id: u16,
+    /// The device's own feature bits that its driver may have, if the backend has them.
     features: u64,
-    has_protocol: bool,
+    /// Bytes of configuration space that the backend keeps; where there are none, the device has its own, or none.
+    config_bytes: u16,
+    /// Queues, unless it is said otherwise.
+    queue_count: u16,
+    /// All that there is to be known of a paused device is where its rings stand.
+    keeps_nothing: bool,
 }
 
-impl Backend {
-    fn lock(&self) -> MutexGuard<'_, Frontend> {
-        self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+/// All bits that belong to the kind of device and not to the transport, §2.2.
+const DEVICE_FEATURES: u64 = 0xff_ffff | !0 << 50;
 
-/// A directory of the host.
-pub struct VhostUserFs {
-    tag: String,
-    backend: Arc<Backend>,
-}
+/// The kinds that have a name. Any other device is [`DeviceKind::of`] its number.
+pub const KINDS: &[DeviceKind] = &[
+    DeviceKind {
+        name: "net", // Its own device: `net::Net`.
+        id: device_id::NET,
+        features: crate::virtio::net::BACKEND_FEATURES,
+        config_bytes: 0,
+        queue_count: 2,
+        keeps_nothing: true,
+    },
+    DeviceKind {
+        name: "blk",
+        id: device_id::BLOCK,
+        features: bits(&[
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_GEOMETRY,
+            VIRTIO_BLK_F_RO,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_CONFIG_WCE,
+            VIRTIO_BLK_F_MQ,
+            VIRTIO_BLK_F_DISCARD,
+            VIRTIO_BLK_F_WRITE_ZEROES,
+        ]),
+        config_bytes: 60, // `struct virtio_blk_config`, §5.2.4.
+        queue_count: 1,
+        keeps_nothing: true,
+    },
+    DeviceKind {
+        name: "rng",
+        id: device_id::RNG,
+        features: 0,
+        config_bytes: 0,
+        queue_count: 1,
+        keeps_nothing: true,
+    },
+    DeviceKind {
+        name: "scsi",
+        id: device_id::SCSI,
+        features: DEVICE_FEATURES,
+        config_bytes: 36, // `struct virtio_scsi_config`, §5.6.4.
+        queue_count: 3,
+        keeps_nothing: false,
+    },
+    DeviceKind {
+        name: "fs",
+        id: device_id::FS,
+        features: 0,
+        config_bytes: 0, // The tag is ours.
+        queue_count: 2,  // One for urgent requests, one for all others.
+        keeps_nothing: false,
+    },
+];
 
-/// Queues of a file system: one for urgent requests, one for all others.
-const FS_QUEUES: usize = 2;
-
-impl VhostUserFs {
-    /// For the process at the other end of `stream`; the guest mounts it as `tag`, of 1 to 36 bytes.
-    pub fn new(tag: &str, stream: UnixStream) -> Result<Self, VhostUserError> {
-        let refused = |what| move |source| VhostUserError::Refused { what, source };
-        let mut frontend = Frontend::from_stream(stream, FS_QUEUES as u64);
-        frontend.set_owner().map_err(refused("become its owner"))?;
-        let features = frontend
-            .get_features()
-            .map_err(refused("ask its features"))?;
-        if features & NEEDED != NEEDED {
-            return Err(VhostUserError::Features { features });
-        }
-        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let has_protocol = features & protocol != 0;
-        if has_protocol {
-            let known = frontend
-                .get_protocol_features()
-                .map_err(refused("ask its protocol features"))?;
-            let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
-            frontend
-                .set_protocol_features(known & wanted)
-                .map_err(refused("set its protocol features"))?;
-        }
-        Ok(Self {
-            tag: tag.to_owned(),
-            backend: Arc::new(Backend {
-                frontend: Mutex::new(frontend),
-                features,
-                has_protocol,
-            }),
+impl DeviceKind {
+    /// The kind with this number: a row of [`KINDS`], or one of which nothing is known but what the backend says.
+    #[must_use]
+    pub fn of(id: u16) -> Self {
+        let row = KINDS.iter().find(|kind| kind.id == id);
+        row.copied().unwrap_or(Self {
+            name: "device",
+            id,
+            features: DEVICE_FEATURES,
+            config_bytes: 0,
+            queue_count: 1,
+            keeps_nothing: false,
         })
     }
-}
 
-impl VirtioDevice for VhostUserFs {
-    fn device_id(&self) -> u16 {
-        device_id::FS
-    }
-
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; FS_QUEUES]
-    }
-
-    /// The tag, padded with zeroes, and the number of request queues.
-    fn config_read(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; TAG_BYTES_MAX + 4];
-        let tag = self.tag.as_bytes();
-        let size = tag.len().min(TAG_BYTES_MAX);
-        config[..size].copy_from_slice(&tag[..size]);
-        config[TAG_BYTES_MAX] = 1;
-        super::read_config(&config, offset, data);
-    }
-
-    fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
-        let index = start.index;
-        self.backend
-            .start(&start)
-            .map_err(|source| StartError { index, source })?;
-        Ok(Box::new(Served {
-            backend: self.backend.clone(),
-            index: index.into(),
-            state: start.queue.state(),
-            memory: start.queue.memory().clone(),
-        }))
-    }
-}
-
-impl Backend {
-    fn start(&self, start: &QueueStart) -> io::Result<()> {
-        let index = usize::from(start.index);
-        let memory = start.queue.memory().memory();
-        let regions: Result<Vec<_>, _> = memory
-            .iter()
-            .map(VhostUserMemoryRegionInfo::from_guest_region)
-            .collect();
-        let state = start.queue.state();
-        let host = |address: u64| {
-            let pointer = memory.get_host_address(GuestAddress(address));
-            pointer
-                .map(|pointer| pointer as u64)
-                .map_err(io::Error::other)
-        };
-        let place = VringConfigData {
-            queue_max_size: state.max_size,
-            queue_size: state.size,
-            flags: 0,
-            desc_table_addr: host(state.desc_table)?,
-            used_ring_addr: host(state.used_ring)?,
-            avail_ring_addr: host(state.avail_ring)?,
-            log_addr: None,
-        };
-        let call = match start.queue.interrupt().event()? {
-            Some(event) => event,
-            None => EventFd::new(EFD_NONBLOCK)?,
-        };
-        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        let features = (start.features | protocol) & self.features;
-        let mut frontend = self.lock();
-        let tell = || {
-            // Said again with every queue: it changes nothing, and no order of queues has to be known.
-            frontend.set_features(features)?;
-            frontend.set_mem_table(&regions?)?;
-            frontend.set_vring_num(index, state.size)?;
-            frontend.set_vring_base(index, state.next_avail)?;
-            frontend.set_vring_addr(index, &place)?;
-            frontend.set_vring_call(index, &call)?;
-            frontend.set_vring_kick(index, &start.doorbell)?;
-            if self.has_protocol {
-                frontend.set_vring_enable(index, true)?;
-            }
-            Ok::<_, vhost::Error>(())
-        };
-        tell().map_err(io::Error::other)
-    }
-}
-
-/// A queue in the other process's hands.
-struct Served {
-    backend: Arc<Backend>,
-    index: usize,
-    state: QueueState,
-    memory: Memory,
-}
-
-impl StartedQueue for Served {
-    fn stop(self: Box<Self>) -> QueueState {
-        // A vCPU that resets the device may not talk to sockets itself.
-        atoll_thread::in_starter(move || self.take_back())
-    }
-}
-
-impl Served {
-    fn take_back(&self) -> QueueState {
-        let mut frontend = self.backend.lock();
-        if self.backend.has_protocol
-            && let Err(error) = frontend.set_vring_enable(self.index, false)
-        {
-            tracing::warn!(queue = self.index, %error, "vhost-user: disable");
-        }
-        // It answers when it has finished what it took, and touches nothing any more.
-        let base = frontend.get_vring_base(self.index);
-        drop(frontend);
-        let next_avail = match base {
-            Ok(base) => u16::try_from(base & 0xffff).expect("masked"),
-            Err(error) => {
-                tracing::warn!(queue = self.index, %error, "vhost-user: the backend is gone");
-                self.state.next_avail
-            }
-        };
-        let index = GuestAddress(self.state.used_ring.wrapping_add(2));
-        let used: Result<u16, _> = self.memory.memory().load(index, Ordering::Acquire);
-        QueueState {
-            next_avail,
-            next_used: used.map_or(self.state.next_used, u16::from_le),
-            ..self.state
+    /// What is asked of a backend that has a ring for each of `queue_count` queues.
+    fn terms(&self, queue_count: u16, config_bytes: Option<u16>) -> Terms {
+        Terms {
+            features: self.features,
+            config_bytes: config_bytes.unwrap_or(self.config_bytes).into(),
+            ring_count: queue_count.into(),
+            queue_number: queue_count.into(),
+            survives: false,
+            mtu: None,
         }
     }
 }
 
-/// The other process keeps what matters; a machine with such a device is refused by the snapshot.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct FsState {
-    tag: String,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl SavedState for FsState {
-    const KIND: &'static str = "virtio-fs";
-    const VERSION: u32 = 1;
-}
-
-impl DeviceState for VhostUserFs {
-    fn save(&self) -> Saved {
-        let tag = self.tag.clone();
-        Saved::of(&FsState { tag })
-    }
-
-    fn restore(&self, _saved: &Saved) -> Result<(), StateError> {
-        Err(StateError::Differs {
-            kind: FsState::KIND,
-            what: "the files that the guest had open are gone: stop it, and start it anew"
-                .to_owned(),
-        })
+    #[test]
+    fn rows_are_told_apart_and_leave_the_transport_alone() {
+        for (index, kind) in KINDS.iter().enumerate() {
+            let before = &KINDS[..index];
+            assert!(before.iter().all(|other| other.id != kind.id), "{kind:?}");
+            assert_eq!(kind.features & !DEVICE_FEATURES, 0, "{kind:?}");
+            assert_eq!(DeviceKind::of(kind.id), *kind);
+        }
+        assert_eq!(DeviceKind::of(41).name, "device");
+        assert_eq!(DEVICE_FEATURES & 0x3ff_ffff << 24, 0);
     }
 }

@@ -1,51 +1,44 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! virtio-fs with a real `virtiofsd` as the other process.
+//! virtio-fs with the crate `virtiofsd` as the other process.
 
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use atoll_devices::testing::{Driver, Segment};
-use atoll_devices::virtio::vhost_user::VhostUserFs;
+use atoll_devices::virtio::vhost_user::VhostUser;
+use atoll_devices::virtio::{Act, VirtioDevice};
+
+use crate::vhost_user::{Server, connect, options};
 
 const DATA: u64 = 0x10_0000;
-/// Where Debian's package `qemu-system-common` has it.
-const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+/// The crate's program, built when it is missing. It has to be a program of its own: it is another process.
+fn virtiofsd() -> Option<PathBuf> {
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../run/virtiofsd.sh");
+    let output = Command::new(recipe).output().unwrap();
+    if !output.status.success() {
+        let why = String::from_utf8_lossy(&output.stderr);
+        println!("ATOLL-SKIP: run/virtiofsd.sh: {}", why.trim());
+        return None;
     }
+    let directory = String::from_utf8(output.stdout).unwrap();
+    Some(Path::new(directory.trim()).join("bin/virtiofsd"))
 }
 
-fn serve(directory: &std::path::Path) -> Option<(Server, UnixStream)> {
+fn serve(directory: &Path) -> Option<(Server, UnixStream)> {
     let socket = directory.join("s");
     let shared = directory.join("shared");
     std::fs::create_dir(&shared).unwrap();
-    let mut command = Command::new(VIRTIOFSD);
+    let mut command = Command::new(virtiofsd()?);
     command
         .arg(format!("--socket-path={}", socket.display()))
-        .args(["-o", &format!("source={}", shared.display())])
-        .args(["-o", "sandbox=chroot"]);
-    let child = match command.stderr(Stdio::null()).spawn() {
-        Ok(child) => Server(child),
-        Err(error) => {
-            println!("ATOLL-SKIP: {VIRTIOFSD}: {error}");
-            return None;
-        }
-    };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Ok(stream) = UnixStream::connect(&socket) {
-            return Some((child, stream));
-        }
-        assert!(Instant::now() < deadline, "virtiofsd does not listen");
-        std::thread::yield_now();
-    }
+        .arg(format!("--shared-dir={}", shared.display()))
+        .arg("--sandbox=chroot");
+    let server = Server::start(&mut command).unwrap();
+    Some((server, connect(&socket)))
 }
 
 /// `FUSE_INIT` (linux/fuse.h): header, version 7.31, read-ahead, no flags.
@@ -77,11 +70,12 @@ fn initialize(driver: &mut Driver, unique: u64) {
 #[test]
 fn another_process_serves_the_queues() {
     let directory = tempfile::tempdir().unwrap();
-    let Some((_server, stream)) = serve(directory.path()) else {
+    let Some((server, stream)) = serve(directory.path()) else {
         return;
     };
-    let device = Arc::new(VhostUserFs::new("share", stream).unwrap());
-    let mut driver = Driver::with_shared_memory(device);
+    let device = VhostUser::file_system("share", options(stream, None));
+    let device = Arc::new(device.unwrap());
+    let mut driver = Driver::with_shared_memory(device.clone());
     assert_eq!(driver.device_config::<6>(0), *b"share\0");
     assert_eq!(driver.device_config::<4>(36), [1, 0, 0, 0]);
     driver.start(u64::MAX);
@@ -91,6 +85,10 @@ fn another_process_serves_the_queues() {
     driver.device.pause();
     driver.device.resume().unwrap();
     initialize(&mut driver, 0x1235);
+    let text = device.obstacle(Act::Snapshot).unwrap();
+    assert!(text.contains("open files"), "{text}");
+    drop(server);
+    driver.wait_broken();
     driver.reset();
     assert_eq!(driver.status(), 0);
 }

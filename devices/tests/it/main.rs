@@ -21,4 +21,5 @@ mod rng;
 mod scsi;
 mod state;
 mod transport;
+mod vhost_user;
 mod vsock;

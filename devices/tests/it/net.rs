@@ -14,7 +14,7 @@ use std::sync::Arc;
 use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::VirtioDevice as _;
-use atoll_devices::virtio::net::{Net, NetOptions, Rate, Tap, TapError};
+use atoll_devices::virtio::net::{HostEnd, Net, NetOptions, Rate, Tap, TapError};
 
 const DATA: u64 = 0x10_0000;
 /// Ethertype for local experiments.
@@ -55,10 +55,9 @@ pub fn rig_with(features: u64, pairs: u16) -> Option<Rig> {
     }
     let net = Net::new(NetOptions {
         name: "net0".to_owned(),
-        taps,
+        host: HostEnd::Tap { taps, kernel: None },
         mac: MAC,
         mtu: Some(9000),
-        kernel: None,
     });
     let net = Arc::new(net.unwrap());
     let mut driver = Driver::new(net.clone());

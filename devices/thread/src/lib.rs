@@ -45,6 +45,8 @@ pub enum Kind {
     Migration,
     /// Serves frozen disks to clients of a Unix socket.
     Export,
+    /// Talks to another process that serves a device: by its connection, and by a new one when it has ended.
+    Backend,
 }
 
 impl Kind {
@@ -62,6 +64,7 @@ impl Kind {
         Self::Vsock,
         Self::Migration,
         Self::Export,
+        Self::Backend,
     ];
 }
 

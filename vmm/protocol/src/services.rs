@@ -23,6 +23,8 @@ pub struct GuestServices {
     pub memory_backing: MemoryBacking,
     /// Directories of the host.
     pub filesystems: Vec<FilesystemSpec>,
+    /// Other devices that other processes serve.
+    pub vhost_user: Vec<VhostUserSpec>,
 }
 
 /// One port of the virtio console that is no terminal.
@@ -139,4 +141,33 @@ pub struct FilesystemSpec {
     pub tag: String,
     /// The vhost-user socket on which the other process listens.
     pub path: PathBuf,
+}
+
+/// A vhost-user socket on which another process listens, and serves a device to whoever connects.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserSocket {
+    /// The socket.
+    pub path: PathBuf,
+    /// When the other process ends, the next one at the same path is connected to. The directory then stays reachable
+    /// for the VMM, whose user must be allowed to write to the socket.
+    #[serde(default)]
+    pub reconnect: bool,
+}
+
+/// A device that another process serves. Guest memory must be shared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserSpec {
+    /// Its socket.
+    pub socket: VhostUserSocket,
+    /// What the guest finds, by virtio's numbers (VIRTIO 1.2 §5): 2 is a disk, 4 a source of entropy. Network cards and
+    /// file systems have places of their own in the spec.
+    pub device_id: u16,
+    /// Virtqueues; as many as such a device has, when absent.
+    #[serde(default)]
+    pub queue_count: Option<u16>,
+    /// Bytes of configuration space that the other process keeps; as many as such a device has, when absent.
+    #[serde(default)]
+    pub config_bytes: Option<u16>,
 }

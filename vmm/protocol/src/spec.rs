@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::CpuSpec;
-use crate::services::GuestServices;
+use crate::services::{GuestServices, VhostUserSocket};
 
 /// Everything that the VMM needs to build one machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -346,8 +346,12 @@ pub struct NetSpec {
     /// Name in the control API; the lowest free of `net0`, `net1`, … when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Name of the host's tap interface, created when it does not exist.
+    /// Name of the host's tap interface, created when it does not exist. Absent when there is `vhost_user`.
+    #[serde(default)]
     pub tap: String,
+    /// Instead of a tap, another process that moves the packets (OVS with DPDK, for one). Guest memory must be shared.
+    #[serde(default)]
+    pub vhost_user: Option<VhostUserSocket>,
     /// MAC address, `aa:bb:cc:dd:ee:ff`; a random one of the locally administered range when absent.
     #[serde(default)]
     pub mac: Option<String>,

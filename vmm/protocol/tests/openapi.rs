@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use atoll_vmm_protocol::api::*;
+use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{BackingSpec, DiskLimits, DiskSpec, NetSpec};
 use serde_json::Value;
 
@@ -269,6 +270,10 @@ fn schemas_of_devices_that_come_and_go_are_the_types() {
         mtu: Some(1500),
         queue_pairs: Some(1),
         boot_index: Some(1),
+        vhost_user: Some(VhostUserSocket {
+            path: "/s".into(),
+            reconnect: true,
+        }),
         ..NetSpec::tap("tap0")
     };
     check("AddNet", AddNet { net });

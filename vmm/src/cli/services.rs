@@ -5,14 +5,23 @@ use std::path::PathBuf;
 
 use atoll_vmm_protocol::services::{
     BalloonSpec, FaultAction, FilesystemSpec, GuestServices, MemoryBacking, PanicSpec, PortSpec,
-    VsockSpec, WatchdogSpec,
+    VhostUserSocket, VhostUserSpec, VsockSpec, WatchdogSpec,
 };
 use clap::Args;
 
-use super::keys;
+use super::{keys, number};
+use crate::check;
 
 /// Their names, for `--spec`, which stands instead of them.
-pub(super) const ARGUMENTS: [&str; 6] = ["port", "balloon", "vsock", "watchdog", "panic", "fs"];
+pub(super) const ARGUMENTS: [&str; 7] = [
+    "port",
+    "balloon",
+    "vsock",
+    "watchdog",
+    "panic",
+    "fs",
+    "vhost_user",
+];
 
 /// See [`GuestServices`].
 #[derive(Debug, Args)]
@@ -31,6 +40,10 @@ pub struct ServiceArguments {
     /// repeated
     #[arg(long, value_name = "KEYS", value_parser = filesystem)]
     pub fs: Vec<FilesystemSpec>,
+    /// Another device that another process serves: socket=PATH,type=blk|rng|scsi|VIRTIO'S NUMBER[,queues=N]
+    /// [,config=BYTES][,reconnect]; needs --memory SIZE,shared; may be repeated
+    #[arg(long, value_name = "KEYS", value_parser = vhost_user)]
+    pub vhost_user: Vec<VhostUserSpec>,
     /// Adds a watchdog (i6300esb), and says what happens when the guest does not feed it:
     /// action=none|reset|shutdown|poweroff|pause
     #[arg(long, value_name = "KEYS", value_parser = action)]
@@ -51,6 +64,7 @@ impl ServiceArguments {
             panic: self.panic.map(|action| PanicSpec { action }),
             memory_backing,
             filesystems: self.fs.clone(),
+            vhost_user: self.vhost_user.clone(),
         }
     }
 }
@@ -103,6 +117,32 @@ fn filesystem(text: &str) -> Result<FilesystemSpec, String> {
     Ok(FilesystemSpec {
         tag: tag.ok_or("tag= is missing")?,
         path: path.ok_or("socket= is missing")?,
+    })
+}
+
+fn vhost_user(text: &str) -> Result<VhostUserSpec, String> {
+    let (mut path, mut device_id) = (None, None);
+    let (mut queue_count, mut config_bytes, mut reconnect) = (None, None, false);
+    let known = "socket=, type=, queues=, config=, reconnect";
+    keys(text, known, |key, value| {
+        match (key, value) {
+            ("socket", Some(value)) => path = Some(PathBuf::from(value)),
+            ("type", Some(value)) => device_id = Some(check::device_number(value)?),
+            ("queues", Some(value)) => queue_count = Some(number(key, value)?),
+            ("config", Some(value)) => config_bytes = Some(number(key, value)?),
+            ("reconnect", None) => reconnect = true,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    Ok(VhostUserSpec {
+        socket: VhostUserSocket {
+            path: path.ok_or("socket= is missing")?,
+            reconnect,
+        },
+        device_id: device_id.ok_or("type= is missing")?,
+        queue_count,
+        config_bytes,
     })
 }
 
@@ -161,5 +201,15 @@ mod tests {
         assert_eq!((spec.target_mib, spec.deflate_on_oom), (Some(256), false));
         assert!(balloon("deflate-on-oom=maybe").is_err());
         assert!(balloon("size=1").unwrap_err().contains("target="));
+        let spec = vhost_user("socket=/s,type=blk,queues=2,reconnect").unwrap();
+        assert_eq!((spec.device_id, spec.queue_count), (2, Some(2)));
+        assert!(spec.socket.reconnect);
+        let spec = vhost_user("type=41,socket=/s,config=4").unwrap();
+        assert_eq!((spec.device_id, spec.config_bytes), (41, Some(4)));
+        assert!(
+            vhost_user("socket=/s,type=disk")
+                .unwrap_err()
+                .contains("blk")
+        );
     }
 }

@@ -49,10 +49,8 @@ fn set_link(parts: &Parts, body: &SetLink) -> Result<(), Answer> {
 
 fn set_net_limits(parts: &Parts, body: &SetNetLimits) -> Result<(), Answer> {
     let card = card(parts, &body.id)?;
-    if card.is_in_kernel() {
-        let text =
-            "vhost-net moves this card's packets and limits no rate: start it with vhost=off";
-        return Err(api::refusal(409, text));
+    if let Some(why) = card.limit_refusal() {
+        return Err(api::refusal(409, format!("no rate can be limited: {why}")));
     }
     card.set_limits(
         rate(body.receive_bytes_per_second, body.receive_burst_bytes),

@@ -61,6 +61,10 @@ pub(super) const KINDS: &[DeviceKind] = &[
         add: services::filesystems,
     },
     DeviceKind {
+        open: services::open_vhost_user,
+        add: services::vhost_user,
+    },
+    DeviceKind {
         open: |_, _| Ok(()),
         add: services::watchdog,
     },
@@ -76,6 +80,9 @@ pub(super) const KINDS: &[DeviceKind] = &[
 
 fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for net in &spec.nets {
+        if let Some(socket) = &net.vhost_user {
+            opened.keep_for(socket);
+        }
         opened.nets.push_back(CardEnd::open(net)?);
     }
     Ok(())
@@ -88,15 +95,18 @@ fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
             None => random_mac().map_err(BuildError::device("network card"))?,
         };
         let name = format!("net{index}");
-        let opened = assembly.opened.nets.pop_front().expect(WAS_OPENED);
+        let end = assembly.opened.nets.pop_front().expect(WAS_OPENED);
         let device = Net::new(NetOptions {
             name: name.clone(),
-            taps: opened.taps,
+            host: end.into_host(&name, net),
             mac,
             mtu: net.mtu,
-            kernel: opened.kernel,
         });
-        let device = Arc::new(device.map_err(BuildError::device(format!("tap {}", net.tap)))?);
+        let end = match &net.vhost_user {
+            Some(socket) => format!("net{index}: vhost-user {}", socket.path.display()),
+            None => format!("tap {}", net.tap),
+        };
+        let device = Arc::new(device.map_err(BuildError::device(end))?);
         let limits = &net.limits;
         device.set_limits(
             rate(limits.receive_bytes_per_second, limits.receive_burst_bytes),

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use atoll_devices::virtio::Act;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, MigrationStage, Request};
 
@@ -85,12 +86,7 @@ impl Machine<'_> {
             let text = "the machine does not run: resume it first, or take a snapshot";
             return Err(api::refusal(409, text));
         }
-        let in_kernel = self.parts.nets.iter().find(|net| net.device.is_in_kernel());
-        if let Some(net) = in_kernel {
-            let name = net.function.name();
-            let text = format!(
-                "{name}: what vhost-net writes into memory is not logged: start the card with vhost=off to migrate"
-            );
+        if let Some(text) = self.parts.obstacle(Act::Migration) {
             return Err(api::refusal(409, text));
         }
         let control = asked.file("the control connection")?;

@@ -13,12 +13,14 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
+use atoll_devices::virtio::vhost_user::BackendOptions;
 use atoll_disk::{Limited, WriterLock};
+use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
 use super::assembly::BuildError;
@@ -54,12 +56,27 @@ pub(super) struct Opened {
     /// In the spec's order.
     pub(super) ports: VecDeque<ConsoleEnd>,
     pub(super) vsock: Option<UnixListener>,
-    /// Connected with the processes that serve them, in the spec's order.
-    pub(super) filesystems: VecDeque<UnixStream>,
+    /// Connected with the processes that serve them, in the spec's order; file systems come first.
+    pub(super) filesystems: VecDeque<BackendOptions>,
+    pub(super) vhost_user: VecDeque<BackendOptions>,
     pub(super) serial: Option<ConsoleEnd>,
 }
 
 impl Opened {
+    /// Has a directory stay reachable.
+    pub(super) fn keep(&mut self, directory: &Path) {
+        if !self.directories.iter().any(|kept| kept == directory) {
+            self.directories.push(directory.to_owned());
+        }
+    }
+
+    /// Has another process's socket stay reachable, when the next one at its place is wanted as well.
+    pub(super) fn keep_for(&mut self, socket: &VhostUserSocket) {
+        if socket.reconnect {
+            self.keep(socket.path.parent().unwrap_or(Path::new("/")));
+        }
+    }
+
     /// Opens what the spec names, and binds the control API's socket.
     pub(super) fn of(
         spec: &MachineSpec,
@@ -89,6 +106,7 @@ impl Opened {
             ports: VecDeque::new(),
             vsock: None,
             filesystems: VecDeque::new(),
+            vhost_user: VecDeque::new(),
             serial: None,
         };
         for kind in KINDS {

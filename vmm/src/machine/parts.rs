@@ -11,9 +11,9 @@ use atoll_devices::memory::Ram;
 use atoll_devices::pci::PciBus;
 use atoll_devices::platform::{Serial, Watchdog};
 use atoll_devices::state::DeviceState;
-use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
+use atoll_devices::virtio::{Act, VirtioPci};
 use atoll_disk::WriterLock;
 use atoll_firmware::acpi::Platform;
 use atoll_vmm_protocol::spec::MachineSpec;
@@ -108,6 +108,15 @@ impl Pristine {
 }
 
 impl Parts {
+    /// Why this cannot be done with the machine: the first device that stands in the way, and what it says.
+    pub(super) fn obstacle(&self, act: Act) -> Option<String> {
+        let obstacle = |function: &Arc<VirtioPci>| {
+            let why = function.obstacle(act)?;
+            Some(format!("{}: {why}", function.name()))
+        };
+        self.functions.iter().find_map(obstacle)
+    }
+
     /// Loads the kernel and points the first vCPU at it. Firmware is in place, at the reset vector.
     pub(super) fn load(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
         let Some(boot_files) = &mut self.boot_files else {

@@ -11,15 +11,16 @@ use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::{PanicDevice, Watchdog};
 use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
-use atoll_devices::virtio::vhost_user::VhostUserFs;
+use atoll_devices::virtio::vhost_user::{BackendOptions, DeviceKind, Layout, VhostUser};
 use atoll_devices::virtio::vsock::Vsock;
+use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::{Assembly, BuildError};
 use super::devices::{open_console, path_of};
 use super::opened::{Opened, WAS_OPENED};
 use super::owner::GuestEvent;
-use crate::socket;
+use crate::{resources, socket};
 
 /// The terminal, if there is one, and the named ports.
 pub(super) fn open_virtio_console(
@@ -84,7 +85,7 @@ pub(super) fn open_vsock(spec: &MachineSpec, opened: &mut Opened) -> Result<(), 
     opened.vsock = Some(listen().map_err(BuildError::device(device))?);
     // The sockets that the guest may connect to are beside it, and appear when they like.
     let directory = spec.path.parent().unwrap_or(Path::new("/"));
-    opened.directories.push(directory.to_owned());
+    opened.keep(directory);
     Ok(())
 }
 
@@ -120,21 +121,63 @@ pub(super) fn panic(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
+/// Connects with the process that serves the device `name`.
+fn connect(
+    name: String,
+    socket: &VhostUserSocket,
+    opened: &mut Opened,
+) -> Result<BackendOptions, BuildError> {
+    let device = format!("{name}: vhost-user {}", socket.path.display());
+    let stream = UnixStream::connect(&socket.path).map_err(BuildError::device(device))?;
+    opened.keep_for(socket);
+    Ok(resources::backend(name, stream, socket))
+}
+
 pub(super) fn open_filesystems(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
-    for spec in &spec.services.filesystems {
-        let device = format!("file system {}: {}", spec.tag, spec.path.display());
-        let stream = UnixStream::connect(&spec.path).map_err(BuildError::device(device))?;
-        opened.filesystems.push_back(stream);
+    for (index, spec) in spec.services.filesystems.iter().enumerate() {
+        let socket = VhostUserSocket {
+            path: spec.path.clone(),
+            // Another process would not know the files that the guest has open.
+            reconnect: false,
+        };
+        let options = connect(format!("fs{index}"), &socket, opened)?;
+        opened.filesystems.push_back(options);
     }
     Ok(())
 }
 
 pub(super) fn filesystems(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    for (index, spec) in assembly.spec.services.filesystems.iter().enumerate() {
-        let stream = assembly.opened.filesystems.pop_front().expect(WAS_OPENED);
-        let device = VhostUserFs::new(&spec.tag, stream);
+    for spec in &assembly.spec.services.filesystems {
+        let options = assembly.opened.filesystems.pop_front().expect(WAS_OPENED);
+        let name = options.name.clone();
+        let device = VhostUser::file_system(&spec.tag, options);
         let device = device.map_err(BuildError::device(format!("file system {}", spec.tag)))?;
-        assembly.add(format!("fs{index}"), Arc::new(device))?;
+        assembly.add(name, Arc::new(device))?;
+    }
+    Ok(())
+}
+
+pub(super) fn open_vhost_user(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
+    for (index, spec) in spec.services.vhost_user.iter().enumerate() {
+        let kind = DeviceKind::of(spec.device_id).name;
+        let options = connect(format!("user-{kind}{index}"), &spec.socket, opened)?;
+        opened.vhost_user.push_back(options);
+    }
+    Ok(())
+}
+
+pub(super) fn vhost_user(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    for spec in &assembly.spec.services.vhost_user {
+        let options = assembly.opened.vhost_user.pop_front().expect(WAS_OPENED);
+        let name = options.name.clone();
+        let layout = Layout {
+            queue_count: spec.queue_count,
+            config_bytes: spec.config_bytes,
+        };
+        let device = VhostUser::new(DeviceKind::of(spec.device_id), layout, options);
+        let what = format!("{name}: vhost-user {}", spec.socket.path.display());
+        let device = device.map_err(BuildError::device(what))?;
+        assembly.add(name, Arc::new(device))?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
+use atoll_devices::virtio::Act;
 use atoll_vmm_protocol::api::{MachineState, Snapshot, SnapshotTaken};
 
 use super::owner::Machine;
@@ -45,6 +46,9 @@ impl Machine<'_> {
             Ok(asked) => asked,
             Err(refused) => return Ok(refused),
         };
+        if let Some(text) = self.parts.obstacle(Act::Snapshot) {
+            return Ok(api::refusal(409, text));
+        }
         let was_running = self.state == MachineState::Running;
         let started = Instant::now();
         if was_running {
