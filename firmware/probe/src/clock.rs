@@ -80,10 +80,10 @@ impl Clock {
 
 /// The hypervisor's signature, twelve letters, when there is one.
 pub fn hypervisor() -> Option<[u8; 12]> {
-    if cpu::processor_id(1)[2] & 1 << 31 == 0 {
+    if cpu::processor_id(1, 0)[2] & 1 << 31 == 0 {
         return None;
     }
-    let [_, b, c, d] = cpu::processor_id(0x4000_0000);
+    let [_, b, c, d] = cpu::processor_id(0x4000_0000, 0);
     let mut name = [0; 12];
     for (chunk, register) in name.chunks_mut(4).zip([b, c, d]) {
         chunk.copy_from_slice(&register.to_le_bytes());
@@ -93,7 +93,7 @@ pub fn hypervisor() -> Option<[u8; 12]> {
 
 fn kvm_khz() -> Option<u64> {
     if hypervisor() != Some(*b"KVMKVMKVM\0\0\0")
-        || cpu::processor_id(0x4000_0001)[0] & KVM_FEATURE_CLOCKSOURCE2 == 0
+        || cpu::processor_id(0x4000_0001, 0)[0] & KVM_FEATURE_CLOCKSOURCE2 == 0
     {
         return None;
     }

@@ -68,12 +68,12 @@ pub fn halt() {
 }
 
 /// `cpuid` as ring 0 sees it: ring 3 of a KVM without hardware virtualization would see the host's.
-pub fn processor_id(leaf: u32) -> [u32; 4] {
+pub fn processor_id(leaf: u32, index: u32) -> [u32; 4] {
     let (a, b, c, d): (u32, u64, u32, u32);
     // SAFETY: service 1 writes these four registers; rbx, which the compiler keeps, is put back.
     unsafe {
         asm!("mov {b}, rbx", "ud2", "xchg {b}, rbx", b = out(reg) b, inout("eax") leaf => a,
-             inout("ecx") 0 => c, out("edx") d, in("r8") SERVICE + 1, options(nostack))
+             inout("ecx") index => c, out("edx") d, in("r8") SERVICE + 1, options(nostack))
     };
     [a, b as u32, c, d]
 }

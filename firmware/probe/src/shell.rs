@@ -52,6 +52,11 @@ pub fn run(devices: &mut Devices, platform: &Platform, clock: &Clock, options: &
     }
 }
 
+/// A number as a user types it; 0 when it is none.
+fn hexadecimal(text: &str) -> u32 {
+    u32::from_str_radix(text.trim_start_matches("0x"), 16).unwrap_or(0)
+}
+
 /// Runs one command; false means power off.
 fn obey(
     line: &str,
@@ -65,7 +70,7 @@ fn obey(
         "" => Ok(()),
         "help" => writeln!(
             Serial,
-            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  echo TEXT  crash  off"
+            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  cpuid LEAF [INDEX]  echo TEXT  crash  off"
         ),
         "id" => {
             let signature = hypervisor().unwrap_or(*b"no one\0\0\0\0\0\0");
@@ -93,6 +98,12 @@ fn obey(
         "load" => {
             load::run(rest, devices, clock);
             Ok(())
+        }
+        "cpuid" => {
+            let mut numbers = rest.split(' ').map(hexadecimal);
+            let leaf = numbers.next().unwrap_or(0);
+            let [a, b, c, d] = cpu::processor_id(leaf, numbers.next().unwrap_or(0));
+            writeln!(Serial, "cpuid: {a:08x} {b:08x} {c:08x} {d:08x}")
         }
         "echo" => writeln!(Serial, "{rest}"),
         "off" => return false,
