@@ -13,12 +13,12 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use atoll_devices::virtio::scsi::TARGET_MAX;
-use atoll_vmm_protocol::cpu::CpuSpec;
 use atoll_vmm_protocol::spec::{
     BootSpec, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec, KernelSpec,
     MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
 };
 
+use crate::kvm::cpu::{Vendor, model};
 use crate::{flash, layout};
 
 pub use self::vhost_user::device_number;
@@ -56,8 +56,11 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.cpu_count == 0 {
         return refuse("0 vCPUs: a machine has 1 to 255");
     }
-    if spec.cpu != CpuSpec::default() {
-        return refuse(format!("CPU {}: there is only the model host", spec.cpu));
+    if let Err(error) = model::wanted(&spec.cpu, Vendor::Intel) {
+        return refuse(error.to_string());
+    }
+    if spec.cpu.hidden && spec.profile == Profile::Micro {
+        return refuse("a hidden KVM needs the board pc: the board micro has no clock but KVM's");
     }
     if spec.memory_mib == 0 {
         return refuse("0 MiB of memory: a machine needs at least 1");

@@ -6,6 +6,7 @@ mod services;
 use std::path::{Path, PathBuf};
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
+use atoll_vmm_protocol::cpu::CpuSpec;
 use atoll_vmm_protocol::services::{MemoryBacking, VhostUserSocket};
 use atoll_vmm_protocol::spec::{
     BackingSpec, BootSpec, CacheMode, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec,
@@ -17,7 +18,7 @@ use serde_json::Value;
 
 use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::saved::image;
-use crate::{check, flash, probe};
+use crate::{check, cpu_models, flash, probe};
 
 /// Runs one virtual machine on KVM, in the foreground, until its guest ends.
 #[derive(Debug, Parser)]
@@ -80,6 +81,8 @@ pub enum Command {
     Receive(Box<ReceiveArguments>),
     /// Ask or tell a running machine, by its control socket
     Ctl(CtlArguments),
+    /// Which CPU models there are, and which of them this host can give
+    CpuModels(cpu_models::Arguments),
     /// Can this host run guests, and how fast?
     Probe(probe::Arguments),
 }
@@ -121,6 +124,13 @@ pub struct RunArguments {
     /// vCPUs, 1 to 255
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..))]
     pub cpus: u8,
+    /// What each of them is: host, or the name of a model (see `atoll-vmm cpu-models`)
+    /// [,+FEATURE][,-FEATURE][,hidden][,phys-bits=N]
+    #[arg(long, value_name = "MODEL", default_value = "host", value_parser = cpu)]
+    pub cpu: CpuSpec,
+    /// Models of your own for --cpu: every *.json in DIR
+    #[arg(long, value_name = "DIR")]
+    pub cpu_models: Option<PathBuf>,
     /// Guest memory: a number of MiB, or with a unit: 512M, 4G[,hugepages=2M|1G][,shared]
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory)]
     pub memory: (u64, MemoryBacking),
@@ -219,13 +229,15 @@ pub struct ReceiveArguments {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 18] = [
+const MACHINE_ARGUMENTS: [&str; 20] = [
     "profile",
     "firmware",
     "kernel",
     "initrd",
     "cmdline",
     "cpus",
+    "cpu",
+    "cpu_models",
     "memory",
     "disk",
     "net",
@@ -368,6 +380,7 @@ impl RunArguments {
         MachineSpec {
             name: self.name.clone(),
             cpu_count: self.cpus,
+            cpu: self.cpu.clone(),
             memory_mib: self.memory.0,
             profile: self.profile.unwrap_or(defaults.profile),
             disks: self.disk.clone(),
@@ -378,6 +391,30 @@ impl RunArguments {
             ..defaults
         }
     }
+}
+
+/// A model's name, then what is changed about it, also as PVE writes it (`flags=+aes;-pcid`).
+fn cpu(text: &str) -> Result<CpuSpec, String> {
+    let (model, rest) = text.split_once(',').unwrap_or((text, ""));
+    let mut spec = CpuSpec {
+        model: model.to_owned(),
+        ..CpuSpec::default()
+    };
+    if rest.is_empty() {
+        return Ok(spec);
+    }
+    let known = "+FEATURE, -FEATURE, hidden, phys-bits=";
+    keys(rest, known, |key, value| {
+        match (key, value) {
+            (flag, None) if flag.starts_with(['+', '-']) => spec.flags.push(flag.to_owned()),
+            ("flags", Some(flags)) => spec.flags.extend(flags.split(';').map(str::to_owned)),
+            ("hidden", None) => spec.hidden = true,
+            ("phys-bits", Some(value)) => spec.phys_bits = Some(number(key, value)?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    Ok(spec)
 }
 
 /// A size, and what holds it.
@@ -648,6 +685,21 @@ mod tests {
                 .unwrap_err()
                 .contains("hugepages=1G")
         );
+    }
+
+    #[test]
+    fn a_cpu_is_a_model_and_flags() {
+        for text in ["host", "x86-64-v3,+pcid,-aes,hidden,phys-bits=39"] {
+            assert_eq!(cpu(text).unwrap().to_string(), text);
+        }
+        let spec = cpu("kvm64,flags=+aes;-pcid").unwrap();
+        assert_eq!(spec.flags, ["+aes", "-pcid"]);
+        for (text, expected) in [
+            ("host,fast", "\"fast\" is not one of +FEATURE"),
+            ("host,phys-bits=x", "expected a number"),
+        ] {
+            assert!(cpu(text).unwrap_err().contains(expected), "{text}");
+        }
     }
 
     #[test]

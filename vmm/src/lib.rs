@@ -23,6 +23,7 @@ pub mod api;
 pub mod board;
 pub mod check;
 pub mod cli;
+pub mod cpu_models;
 pub mod ctl;
 pub mod flash;
 pub mod fw_cfg;

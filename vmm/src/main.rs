@@ -25,7 +25,7 @@ use atoll_vmm::memory::Backing;
 use atoll_vmm::migration::target;
 use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::RawTerminal;
-use atoll_vmm::{check, ctl, probe, saved, socket};
+use atoll_vmm::{check, cpu_models, ctl, probe, saved, socket};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 use clap::Parser;
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run(&arguments),
         Command::Receive(arguments) => receive(&arguments),
         Command::Ctl(arguments) => control(&arguments),
+        Command::CpuModels(arguments) => cpu_models::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
     };
     done.unwrap_or_else(|error| {
@@ -79,7 +80,13 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     let spec = match (&arguments.spec, &arguments.restore) {
         (Some(path), _) => read_spec(path)?,
         (None, Some(snapshot)) => read_spec(&snapshot.join(saved::SPEC_FILE))?,
-        (None, None) => arguments.to_spec(),
+        (None, None) => {
+            let mut spec = arguments.to_spec();
+            if let Some(directory) = &arguments.cpu_models {
+                cpu_models::bring(&mut spec.cpu, &cpu_models::read(directory)?);
+            }
+            spec
+        }
     };
     let start = match &arguments.restore {
         None => Start::PowerOn,

@@ -167,6 +167,8 @@ fn help_teaches_and_goes_to_standard_output() {
     for (arguments, expected) in [
         ("--help", "Exit codes:"),
         ("run --help", "Examples:"),
+        ("cpu-models --help", "Choose the greatest model"),
+        ("cpu-models --json", "\"x86-64-v4\""),
         ("ctl --help", "power-button"),
         ("ctl set-link --help", "Whether the plug is in"),
     ] {

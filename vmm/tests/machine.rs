@@ -340,6 +340,90 @@ fn a_second_machine_does_not_take_a_running_ones_socket() {
     guest.client().info().unwrap();
 }
 
+/// The model that every host can give: leaf and index, and what the guest reads there whatever the host.
+#[test]
+fn a_guest_sees_the_cpu_that_was_asked_for() {
+    let asked = "x86-64,-kvm-pv-ipi";
+    let Some(guest) = Guest::start("stay", &["--cpu", asked, "--cpus", "2"]) else {
+        return;
+    };
+    let mut serial = guest.serial();
+    let mut read = |leaf: &str| {
+        serial.wait_for("probe> ");
+        serial.type_line(&format!("cpuid {leaf}"));
+        serial.wait_for("cpuid: ");
+        serial.wait_for("\r\n").trim().to_owned()
+    };
+    for (leaf, expected) in [
+        ("b 1", "00000001 00000002 00000201 00000000"),
+        ("40000001", "010072eb 00000000 00000000 00000000"),
+        ("80000002", "6c6f7441 6976206c 61757472 5043206c"),
+        ("80000007", "00000000 00000000 00000000 00000000"),
+    ] {
+        assert_eq!(read(leaf), expected, "leaf {leaf}");
+    }
+    let seen = read("1");
+    assert!(seen.starts_with("00060fb1 00020800 "), "{seen}");
+    if seen.ends_with(" 81200000 178bfbfd") {
+        assert_eq!(read("7"), "00000000 00000000 00000000 00000000");
+    } else {
+        println!("ATOLL-SKIP: this KVM shows a guest the host's features: leaf 1 is {seen}");
+    }
+    assert_eq!(guest.client().info().unwrap().cpu, asked);
+    // And so after a reset.
+    guest.client().act(Request::Reset).unwrap();
+    serial.wait_for("atoll probe: command line");
+    serial.wait_for("probe> ");
+    serial.type_line("cpuid 40000001");
+    serial.wait_for("cpuid: 010072eb ");
+}
+
+/// What this host lacks, or what is no CPU, is one line before anything is opened.
+#[test]
+fn a_cpu_that_cannot_be_is_refused() {
+    let Some(guest) = Guest::start("stay", &[]) else {
+        return;
+    };
+    for (cpu, code, expected) in [
+        (
+            "host,+ia64",
+            1,
+            "CPU host,+ia64: this host's CPU and KVM lack ia64: without +ia64 it fits",
+        ),
+        (
+            "x86-64-v2,+avx2",
+            2,
+            "CPU feature avx2 needs xsave, avx: add +xsave,+avx",
+        ),
+        (
+            "pentium",
+            2,
+            "there is no CPU model \"pentium\"; there are host, x86-64, ",
+        ),
+        ("host,hidden", 2, "a hidden KVM needs the board pc"),
+    ] {
+        let output = Command::new(BINARY)
+            .current_dir(guest.folder.path())
+            .args([
+                "run",
+                "--kernel",
+                "kernel",
+                "--net",
+                "tap=not-made-here",
+                "--cpu",
+                cpu,
+            ])
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            said.starts_with(&format!("atoll-vmm: {expected}")),
+            "{said}"
+        );
+        assert_eq!(output.status.code(), Some(code), "{said}");
+    }
+}
+
 #[test]
 fn more_memory_than_the_host_has_is_refused() {
     let Some(guest) = Guest::start("exit", &["--name", "first"]) else {

@@ -174,7 +174,7 @@ fn what_does_not_fit_is_refused_with_the_reason() {
                 let leaf = leaves.iter_mut().find(|leaf| leaf[0] == 7 && leaf[1] == 0);
                 leaf.unwrap()[4] = u32::MAX.into();
             },
-            "this host's CPU is not the guest's: bits ",
+            "this host's CPU is not the guest's: it lacks ",
         ),
         (
             |state, _| state["devices"][1]["device"]["version"] = 9.into(),

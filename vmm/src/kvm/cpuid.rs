@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! What one vCPU answers to CPUID: the host's features as KVM can give them, with the vCPU's own number and
-//! the machine's topology (one socket, one thread a core) written in.
+//! What one vCPU answers to CPUID: what all of them do (`cpu`), with the vCPU's own number and the machine's
+//! topology (one socket, one thread a core) written in.
 //!
 //! Pure: entries in, entries out. Leaves are those of the Intel SDM vol. 2A (CPUID) and of the AMD APM vol. 3
 //! appendix E.
@@ -14,14 +14,8 @@ pub struct Place {
     pub id: u8,
     /// vCPUs in the machine.
     pub count: u8,
-    /// Local APIC timers can be set by time stamp counter.
-    pub tsc_deadline: bool,
 }
 
-/// Leaf 1, ECX: TSC-deadline timers.
-const TSC_DEADLINE: u32 = 1 << 24;
-/// Leaf 1, ECX: a hypervisor is present.
-const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: the package has more than one logical processor.
 const MULTI_THREADED: u32 = 1 << 28;
 /// Leaf 0x8000_0001, ECX: the same on AMD.
@@ -34,75 +28,16 @@ const ADDRESS_BITS: u8 = 36;
 
 /// Entries for one vCPU.
 #[must_use]
-pub fn for_vcpu(supported: &[kvm_cpuid_entry2], place: Place) -> Vec<kvm_cpuid_entry2> {
-    supported
-        .iter()
-        .map(|entry| adjusted(*entry, place))
-        .collect()
+pub fn for_vcpu(cpu: &[kvm_cpuid_entry2], place: Place) -> Vec<kvm_cpuid_entry2> {
+    cpu.iter().map(|entry| adjusted(*entry, place)).collect()
 }
 
 /// Width of a guest-physical address in bits.
 #[must_use]
-pub fn address_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
-    supported
-        .iter()
+pub fn address_bits(cpu: &[kvm_cpuid_entry2]) -> u8 {
+    cpu.iter()
         .find(|entry| entry.function == 0x8000_0008)
         .map_or(ADDRESS_BITS, |entry| entry.eax.to_le_bytes()[0])
-}
-
-/// Registers in which each bit is a feature: leaf, index, register by number, and the bits that are not the
-/// host's to give: what [`adjusted`] decides, and what KVM copies from the guest's control registers.
-const FEATURES: &[(u32, u32, usize, u32)] = &[
-    (0x1, 0, ECX, TSC_DEADLINE | HYPERVISOR | OSXSAVE),
-    (0x1, 0, EDX, MULTI_THREADED),
-    (0x7, 0, EBX, 0),
-    (0x7, 0, ECX, OSPKE),
-    (0x7, 0, EDX, 0),
-    (0x7, 1, EAX, 0),
-    (0xd, 0, EAX, 0),
-    (0xd, 1, EAX, 0),
-    (0x4000_0001, 0, EAX, 0),
-    (0x8000_0001, 0, ECX, CMP_LEGACY),
-    (0x8000_0001, 0, EDX, 0),
-    (0x8000_0007, 0, EDX, 0),
-    (0x8000_0008, 0, EBX, 0),
-];
-const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
-const EAX: usize = 0;
-const EBX: usize = 1;
-const ECX: usize = 2;
-const EDX: usize = 3;
-/// Leaf 1, ECX: the guest has turned XSAVE on.
-const OSXSAVE: u32 = 1 << 27;
-/// Leaf 7, ECX: the guest has turned protection keys on.
-const OSPKE: u32 = 1 << 4;
-
-/// Whether a vCPU that answered `vcpu` until now can go on on a host that supports `supported`; if not, what is
-/// missing.
-pub fn check_host(vcpu: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Result<(), String> {
-    let register = |entries: &[kvm_cpuid_entry2], function, index, register| {
-        let found = entries
-            .iter()
-            .find(|entry| entry.function == function && entry.index == index);
-        found.map_or(0, |entry| {
-            [entry.eax, entry.ebx, entry.ecx, entry.edx][register]
-        })
-    };
-    let vendor = |entries| [EBX, EDX, ECX].map(|at| register(entries, 0, 0, at));
-    if vendor(vcpu) != vendor(supported) {
-        return Err("it is of another vendor".to_owned());
-    }
-    for &(function, index, at, ours) in FEATURES {
-        let had = register(vcpu, function, index, at) & !ours;
-        let missing = had & !register(supported, function, index, at);
-        if missing != 0 {
-            return Err(format!(
-                "bits {missing:#x} of CPUID leaf {function:#x}.{index} {} are missing",
-                REGISTERS[at]
-            ));
-        }
-    }
-    Ok(())
 }
 
 fn adjusted(mut entry: kvm_cpuid_entry2, place: Place) -> kvm_cpuid_entry2 {
@@ -114,8 +49,6 @@ fn adjusted(mut entry: kvm_cpuid_entry2, place: Place) -> kvm_cpuid_entry2 {
         0x1 => {
             // CLFLUSH line size stays; logical processors and initial APIC id are ours.
             entry.ebx = (entry.ebx & 0xffff) | (count << 16) | (id << 24);
-            entry.ecx |= HYPERVISOR;
-            entry.ecx = with(entry.ecx, TSC_DEADLINE, place.tsc_deadline);
             entry.edx = with(entry.edx, MULTI_THREADED, count > 1);
         }
         // Intel's caches: first and second level belong to a core, the third to the package.
@@ -177,11 +110,7 @@ mod tests {
         }
     }
 
-    const PLACE: Place = Place {
-        id: 5,
-        count: 6,
-        tsc_deadline: true,
-    };
+    const PLACE: Place = Place { id: 5, count: 6 };
 
     #[test]
     fn a_vcpu_knows_its_number_and_the_topology() {
@@ -193,7 +122,6 @@ mod tests {
             PLACE,
         );
         assert_eq!(leaf.ebx, 0x0506_0800);
-        assert_eq!(leaf.ecx, HYPERVISOR | TSC_DEADLINE);
         assert_eq!(leaf.edx, MULTI_THREADED);
         let levels: Vec<_> = (0..3)
             .map(|index| adjusted(entry(0xb, index), PLACE))
@@ -206,20 +134,15 @@ mod tests {
 
     #[test]
     fn a_single_vcpu_is_not_multi_threaded() {
-        let place = Place {
-            id: 0,
-            count: 1,
-            tsc_deadline: false,
-        };
+        let place = Place { id: 0, count: 1 };
         let leaf = adjusted(
             kvm_cpuid_entry2 {
-                ecx: TSC_DEADLINE,
                 edx: MULTI_THREADED,
                 ..entry(1, 0)
             },
             place,
         );
-        assert_eq!((leaf.ecx, leaf.edx), (HYPERVISOR, 0));
+        assert_eq!(leaf.edx, 0);
         assert_eq!(adjusted(entry(0xb, 1), place).eax, 0);
     }
 
@@ -243,23 +166,6 @@ mod tests {
         assert_eq!((first.eax >> 14) & 0xfff, 0);
         assert_eq!((third.eax >> 14) & 0xfff, 7);
         assert_eq!(third.eax >> 26, 7);
-    }
-
-    #[test]
-    fn a_host_must_give_what_the_guest_has_seen() {
-        let leaf = |function, ebx, ecx| kvm_cpuid_entry2 {
-            ebx,
-            ecx,
-            ..entry(function, 0)
-        };
-        let supported = [leaf(0, 1, 2), leaf(1, 0, 0b110), leaf(7, 0b11, 0)];
-        check_host(&supported, &supported).unwrap();
-        let less = [leaf(0, 1, 2), leaf(1, 5, 0b010 | HYPERVISOR | OSXSAVE)];
-        check_host(&less, &supported).unwrap();
-        let refused = check_host(&supported, &less).unwrap_err();
-        assert_eq!(refused, "bits 0x4 of CPUID leaf 0x1.0 ecx are missing");
-        let refused = check_host(&supported, &[leaf(0, 9, 9)]).unwrap_err();
-        assert_eq!(refused, "it is of another vendor");
     }
 
     #[test]

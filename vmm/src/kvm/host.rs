@@ -8,13 +8,15 @@ use std::sync::{Arc, OnceLock};
 
 use atoll_devices::memory::Ram;
 use kvm_bindings::{
-    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
-    kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_irqchip,
+    kvm_msr_entry, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+use super::cpu::features::MSR_ARCH_CAPABILITIES;
+use super::cpu::{HostCpu, HostExtras};
 use crate::board::Board;
 
 /// Where KVM is.
@@ -84,7 +86,7 @@ impl KvmError {
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
     /// Asked for once: KVM reads every leaf from the CPU, and in a host that is itself a guest each is an exit.
-    cpuid: OnceLock<CpuId>,
+    cpu: OnceLock<HostCpu>,
 }
 
 impl Kvm {
@@ -101,19 +103,37 @@ impl Kvm {
             Some((_, what)) => Err(KvmError::Lacks(what)),
             None => Ok(Self {
                 fd,
-                cpuid: OnceLock::new(),
+                cpu: OnceLock::new(),
             }),
         }
     }
 
-    /// CPU features that this KVM can give a guest.
-    pub fn cpuid(&self) -> Result<CpuId, KvmError> {
-        if let Some(known) = self.cpuid.get() {
-            return Ok(known.clone());
+    /// The CPU that this KVM can give a guest.
+    pub fn cpu(&self) -> Result<&HostCpu, KvmError> {
+        if let Some(known) = self.cpu.get() {
+            return Ok(known);
         }
         let listed = self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let listed = listed.map_err(KvmError::failed("list the CPU's features"))?;
-        Ok(self.cpuid.get_or_init(|| listed).clone())
+        let extras = HostExtras {
+            arch_capabilities: self.feature_msr(MSR_ARCH_CAPABILITIES),
+            tsc_deadline: self.fd.check_extension(Cap::TscDeadlineTimer),
+        };
+        let cpu = HostCpu::new(listed.as_slice(), extras);
+        Ok(self.cpu.get_or_init(|| cpu))
+    }
+
+    /// An MSR that tells features, as far as this KVM can give them; 0 when it has no such MSR.
+    fn feature_msr(&self, index: u32) -> u64 {
+        let entry = kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut msrs = Msrs::from_entries(&[entry]).expect("one entry");
+        match self.fd.get_msrs(&mut msrs) {
+            Ok(1) => msrs.as_slice()[0].data,
+            _ => 0,
+        }
     }
 
     /// MSRs that belong to a vCPU's state.
@@ -123,12 +143,6 @@ impl Kvm {
             .get_msr_index_list()
             .map_err(KvmError::failed("list the MSRs"))?;
         Ok(list.as_slice().to_vec())
-    }
-
-    /// Whether local APIC timers can be set to a value of the time stamp counter.
-    #[must_use]
-    pub fn has_tsc_deadline(&self) -> bool {
-        self.fd.check_extension(Cap::TscDeadlineTimer)
     }
 
     /// Makes a virtual machine with its interrupt controllers, no memory and no vCPU.

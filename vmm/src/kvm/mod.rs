@@ -3,13 +3,15 @@
 //!
 //! ```text
 //! host       Kvm (what the host offers), VirtualMachine (one VM file descriptor)
-//! cpuid      what the guest's CPUs say they are
+//! cpu        the model that the guest's CPUs are
+//! cpuid      each CPU's place among them
 //! routes     interrupts: pins, and messages by irqfd
 //! dirty      pages that were written
 //! doorbells  writes that signal an eventfd
 //! ```
 //! Not here: running vCPUs (`vcpu`).
 
+pub mod cpu;
 pub mod cpuid;
 pub mod dirty;
 pub mod doorbells;

@@ -22,6 +22,7 @@ use atoll_firmware::acpi::{AcpiDevice, Platform, Power};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 use kvm_bindings::kvm_cpuid_entry2;
 
+use super::Start;
 use super::devices::KINDS;
 use super::disks::Disk;
 use super::legacy::{self, Legacy};
@@ -29,19 +30,19 @@ use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
 use super::saved::{self, Absence, RestoreError};
-use super::{SavedStart, Start};
 use crate::board::Board;
 use crate::flash::FlashError;
 use crate::fw_cfg::BootEntry;
+use crate::kvm::cpu::{CpuError, GuestCpu};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
-use crate::kvm::{Kvm, KvmError, VirtualMachine, cpuid};
+use crate::kvm::{KvmError, VirtualMachine, cpuid};
 use crate::layout;
 use crate::loader::LoadError;
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
 use crate::resources::NetError;
-use crate::saved::MachineState;
+use crate::saved::{MachineState, VcpuSaved};
 use crate::vcpu::{Buses, Vcpu, setup};
 
 /// Why this host cannot build the machine.
@@ -50,6 +51,9 @@ pub enum BuildError {
     /// KVM is absent or refuses.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// No such CPU here.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// No memory for the guest.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -153,18 +157,22 @@ pub(super) fn build(
         opened.touched = None;
     }
     let board = Board::of(spec.profile);
-    let (memory, saved) = memory_of(spec, &opened.kvm, backing, start)?;
+    let Ground {
+        memory,
+        cpus,
+        saved,
+    } = ground(spec, &mut opened, backing, start)?;
     let machine = opened.kvm.create(board, spec.cpu_count)?;
     machine.set_memory(&memory)?;
-    let mut assembly = Assembly::new(spec, &mut opened, voice, &machine, memory.clone())?;
+    let windows = board.windows(spec.memory_mib << 20, cpus.address_bits());
+    let mut assembly = Assembly::new(spec, &mut opened, voice, &machine, memory.clone(), windows)?;
     for kind in KINDS {
         (kind.add)(&mut assembly)?;
     }
     let (power_button, legacy) = assembly.power(&machine)?;
     let buses = assembly.buses()?;
     let platform = assembly.platform();
-    let cpuid = cpuid_of_all(spec, &assembly.opened.kvm, saved.as_ref())?;
-    let vcpus = start_vcpus(&machine, &cpuid, &spec.boot, &buses, voice)?;
+    let vcpus = start_vcpus(&machine, &cpus, &spec.boot, &buses, voice)?;
     let kvm = &assembly.opened.kvm;
     let pristine = Pristine::of(kvm, &machine, &vcpus, legacy.as_ref())?;
     let mut parts = Parts {
@@ -189,7 +197,7 @@ pub(super) fn build(
         boot_files: opened.boot_files,
         legacy,
         pristine,
-        cpuid,
+        cpuid: cpus.cpuid,
         machine,
         memory,
     };
@@ -200,53 +208,80 @@ pub(super) fn build(
     Ok(parts)
 }
 
-/// RAM, and what a saved machine consists of beside it.
-type Ground = (Arc<Ram>, Option<(MachineState, Absence)>);
+/// What a machine stands on.
+struct Ground {
+    memory: Arc<Ram>,
+    cpus: Cpus,
+    /// What a saved machine consists of beside them.
+    saved: Option<(MachineState, Absence)>,
+}
+
+/// The CPU of every vCPU.
+struct Cpus {
+    /// What each answers to CPUID.
+    cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    /// Feature MSRs of all.
+    msrs: Vec<(u32, u64)>,
+}
+
+impl Cpus {
+    /// Of a machine that is switched on.
+    fn of(cpu: GuestCpu, count: u8) -> Self {
+        let of = |id| cpuid::for_vcpu(&cpu.cpuid, cpuid::Place { id, count });
+        Self {
+            cpuid: (0..count).map(of).collect(),
+            msrs: cpu.msrs,
+        }
+    }
+
+    /// What they were before.
+    fn saved(state: &MachineState) -> Self {
+        let first = state.vcpus.first();
+        Self {
+            cpuid: state.cpuid(),
+            msrs: first.map_or_else(Vec::new, VcpuSaved::feature_msrs),
+        }
+    }
+
+    /// Width of a guest-physical address.
+    fn address_bits(&self) -> u8 {
+        cpuid::address_bits(self.cpuid.first().map_or(&[], Vec::as_slice))
+    }
+}
 
 /// Zeroed RAM, or that of a saved machine, which is looked at first.
-fn memory_of(
+fn ground(
     spec: &MachineSpec,
-    kvm: &Kvm,
+    opened: &mut Opened,
     backing: Backing,
     start: Start,
 ) -> Result<Ground, BuildError> {
-    let supported = kvm.cpuid()?;
-    let address_bits = cpuid::address_bits(supported.as_slice());
     let board = Board::of(spec.profile);
-    let fresh = || memory::allocate(board, spec.memory_mib, address_bits, backing);
-    let Start::Saved(saved) = start else {
-        return Ok((Arc::new(fresh()?), None));
+    let fresh = |cpus: &Cpus| {
+        let bits = cpus.address_bits();
+        memory::allocate(board, spec.memory_mib, bits, backing)
     };
-    let SavedStart {
-        state,
-        memory,
-        absence,
-        handover: _,
-    } = *saved;
-    saved::check(&state, spec, supported.as_slice())?;
-    let ram = memory.into_ram(board, spec.memory_mib, fresh)?;
-    Ok((Arc::new(ram), Some((state, absence))))
-}
-
-/// What each vCPU answers to CPUID: this host's features, or what it has answered before.
-fn cpuid_of_all(
-    spec: &MachineSpec,
-    kvm: &Kvm,
-    saved: Option<&(MachineState, Absence)>,
-) -> Result<Vec<Vec<kvm_cpuid_entry2>>, KvmError> {
-    if let Some((state, _)) = saved {
-        return Ok(state.cpuid());
-    }
-    let supported = kvm.cpuid()?;
-    let of = |id| {
-        let place = cpuid::Place {
-            id,
-            count: spec.cpu_count,
-            tsc_deadline: kvm.has_tsc_deadline(),
-        };
-        cpuid::for_vcpu(supported.as_slice(), place)
+    let saved = match start {
+        Start::Saved(saved) => *saved,
+        Start::PowerOn => {
+            let cpu = opened.cpu.take().expect("opened for a start by power");
+            let cpus = Cpus::of(cpu, spec.cpu_count);
+            return Ok(Ground {
+                memory: Arc::new(fresh(&cpus)?),
+                cpus,
+                saved: None,
+            });
+        }
     };
-    Ok((0..spec.cpu_count).map(of).collect())
+    saved::check(&saved.state, spec, opened.kvm.cpu()?)?;
+    let cpus = Cpus::saved(&saved.state);
+    let memory = saved.memory;
+    let memory = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;
+    Ok(Ground {
+        memory: Arc::new(memory),
+        cpus,
+        saved: Some((saved.state, saved.absence)),
+    })
 }
 
 impl<'a> Assembly<'a> {
@@ -257,11 +292,10 @@ impl<'a> Assembly<'a> {
         voice: &'a GuestVoice,
         machine: &VirtualMachine,
         memory: Arc<Ram>,
+        windows: Vec<Window>,
     ) -> Result<Self, BuildError> {
         let board = Board::of(spec.profile);
         let routes = Routes::new(machine.clone())?;
-        let address_bits = cpuid::address_bits(opened.kvm.cpuid()?.as_slice());
-        let windows = board.windows(spec.memory_mib << 20, address_bits);
         let doorbells = Arc::new(Doorbells(machine.clone()));
         let (pci, pm) = root(board, &windows, doorbells, &routes, voice);
         let mut assembly = Self {
@@ -495,7 +529,7 @@ fn root(
 /// Creates all vCPUs, each in a thread of its own, held.
 fn start_vcpus(
     machine: &VirtualMachine,
-    cpuid: &[Vec<kvm_cpuid_entry2>],
+    cpus: &Cpus,
     boot: &BootSpec,
     buses: &Buses,
     voice: &GuestVoice,
@@ -505,7 +539,7 @@ fn start_vcpus(
             .fd()
             .create_vcpu(id.into())
             .map_err(KvmError::failed("create a vCPU"))?;
-        setup::common(&fd, cpuid)?;
+        setup::common(&fd, cpuid, &cpus.msrs)?;
         if let BootSpec::Kernel(_) = boot {
             setup::as_firmware_leaves_it(&fd)?;
         }
@@ -516,5 +550,5 @@ fn start_vcpus(
             source,
         })
     };
-    (0..).zip(cpuid).map(start).collect()
+    (0..).zip(&cpus.cpuid).map(start).collect()
 }

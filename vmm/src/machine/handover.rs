@@ -96,8 +96,7 @@ impl Machine<'_> {
         }
         let body: Migrate = api::body(asked.body)?;
         let limit_ms = body.downtime_limit_ms.unwrap_or(DOWNTIME_LIMIT_MS);
-        let cpuid = self.parts.cpuid.first().map_or(&[][..], Vec::as_slice);
-        let hello = Hello::new(self.spec.clone(), crate::saved::leaves(cpuid), data.len());
+        let hello = Hello::new(self.spec.clone(), &self.parts.first_cpu(), data.len());
         let plan = Plan {
             control: UnixStream::from(std::os::fd::OwnedFd::from(control)),
             data,

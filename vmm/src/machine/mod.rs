@@ -204,7 +204,7 @@ pub fn run_from(
         Start::Saved(saved) => saved.handover.take(),
     };
     let (events, received) = channel();
-    let (opened, api_socket) = Opened::of(spec, options)?;
+    let (opened, api_socket) = Opened::of(spec, options, &start)?;
     // Before any thread is made, so that all of them inherit the mask.
     let ending = match options.signals {
         Signals::Leave => None,

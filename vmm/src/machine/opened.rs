@@ -25,10 +25,12 @@ use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
 use super::assembly::BuildError;
 use super::devices::KINDS;
-use super::{Options, RunError};
+use super::{Options, RunError, Start};
 use crate::api::ApiSocket;
+use crate::board::Board;
 use crate::flash::FirmwareFiles;
 use crate::kvm::Kvm;
+use crate::kvm::cpu::{self, GuestCpu};
 use crate::loader::BootFiles;
 use crate::resources::CardEnd;
 use crate::saved::image::Touched;
@@ -37,6 +39,8 @@ use crate::saved::image::Touched;
 /// same order.
 pub(super) struct Opened {
     pub(super) kvm: Kvm,
+    /// The guest's CPU; absent when a saved machine brings its own.
+    pub(super) cpu: Option<GuestCpu>,
     /// The kernel that is loaded directly, or firmware.
     pub(super) boot_files: Option<BootFiles>,
     pub(super) firmware: Option<FirmwareFiles>,
@@ -81,7 +85,13 @@ impl Opened {
     pub(super) fn of(
         spec: &MachineSpec,
         options: &Options,
+        start: &Start,
     ) -> Result<(Self, Option<ApiSocket>), RunError> {
+        let kvm = Kvm::open().map_err(BuildError::from)?;
+        let cpu = match start {
+            Start::PowerOn => Some(guest_cpu(spec, &kvm)?),
+            Start::Saved(_) => None,
+        };
         let (boot_files, firmware) = match &spec.boot {
             BootSpec::Kernel(kernel) => {
                 let files = BootFiles::open(kernel).map_err(BuildError::from)?;
@@ -95,7 +105,8 @@ impl Opened {
         let mut opened = Self {
             boot_files,
             firmware,
-            kvm: Kvm::open().map_err(BuildError::from)?,
+            kvm,
+            cpu,
             statm: File::open("/proc/self/statm").ok(),
             touched: Touched::open().map(Arc::new),
             directories: Vec::new(),
@@ -115,6 +126,12 @@ impl Opened {
         let socket = options.api_socket.as_deref().map(ApiSocket::open);
         Ok((opened, socket.transpose()?))
     }
+}
+
+/// The CPU that the spec asks for, if this host can give it.
+fn guest_cpu(spec: &MachineSpec, kvm: &Kvm) -> Result<GuestCpu, BuildError> {
+    let ram_end = Board::of(spec.profile).ram_end(spec.memory_mib << 20);
+    Ok(cpu::resolve(&spec.cpu, kvm.cpu()?, ram_end)?)
 }
 
 /// For a row that takes out what it has put in.

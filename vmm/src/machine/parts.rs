@@ -23,6 +23,8 @@ use super::assembly::BuildError;
 use super::disks::Disk;
 use super::legacy::Legacy;
 use crate::board::Board;
+use crate::kvm::cpu::GuestCpu;
+use crate::kvm::cpu::compare::feature_msrs;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::loader::BootFiles;
 use crate::saved::image::Touched;
@@ -115,6 +117,18 @@ impl Parts {
             Some(format!("{}: {why}", function.name()))
         };
         self.functions.iter().find_map(obstacle)
+    }
+
+    /// The first vCPU's CPU.
+    pub(super) fn first_cpu(&self) -> GuestCpu {
+        let cpuid = self.cpuid.first().cloned().unwrap_or_default();
+        let state = self.pristine.vcpus.first();
+        let msrs = state.map_or(&[][..], |state| &state.msrs);
+        let msrs: Vec<_> = msrs.iter().map(|msr| (msr.index, msr.data)).collect();
+        GuestCpu {
+            msrs: feature_msrs(&cpuid, &msrs),
+            cpuid,
+        }
     }
 
     /// Loads the kernel and points the first vCPU at it. Firmware is in place, at the reset vector.

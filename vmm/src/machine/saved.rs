@@ -10,10 +10,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use atoll_devices::state::StateError;
 use atoll_vmm_protocol::spec::MachineSpec;
-use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
+use kvm_bindings::kvm_clock_data;
 
 use super::parts::Parts;
-use crate::kvm::{KvmError, cpuid};
+use crate::kvm::KvmError;
+use crate::kvm::cpu::HostCpu;
+use crate::kvm::cpu::compare::{self, Unlike};
 use crate::layout;
 use crate::saved::{ClockState, DeviceEntry, FORMAT, MachineState, VERSION, VcpuSaved};
 use crate::vcpu::state::Tsc;
@@ -46,7 +48,7 @@ pub enum RestoreError {
     },
     /// The host's CPU lacks something that the guest has seen.
     #[error("this host's CPU is not the guest's: {0}")]
-    Cpu(String),
+    Cpu(#[from] Unlike),
     /// The spec describes a machine with other devices.
     #[error("the state has the devices {saved}, the machine {built}")]
     Devices {
@@ -118,7 +120,7 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
 pub(super) fn check(
     state: &MachineState,
     spec: &MachineSpec,
-    supported: &[kvm_cpuid_entry2],
+    host: &HostCpu,
 ) -> Result<(), RestoreError> {
     if state.machine_version != layout::MACHINE_VERSION {
         return Err(RestoreError::MachineVersion {
@@ -134,8 +136,8 @@ pub(super) fn check(
     let vcpus = state.vcpus.len() as u64;
     same("vCPUs", vcpus, spec.cpu_count.into())?;
     same("MiB of memory", state.memory_mib, spec.memory_mib)?;
-    for vcpu in state.cpuid() {
-        cpuid::check_host(&vcpu, supported).map_err(RestoreError::Cpu)?;
+    for vcpu in &state.vcpus {
+        compare::check(&vcpu.cpuid(), vcpu.msrs(), host)?;
     }
     Ok(())
 }
@@ -157,9 +159,10 @@ pub(super) fn restore(
     }
     let (was, now) = (state.clock.tsc_khz, parts.pristine.tsc_khz());
     if was != 0 && now != 0 && was.abs_diff(now) > now / TSC_TOLERANCE {
-        return Err(RestoreError::Cpu(format!(
-            "its time stamp counter ran at {was} kHz, here it runs at {now} kHz"
-        )));
+        return Err(RestoreError::Cpu(Unlike::TscSpeed {
+            guest: was,
+            host: now,
+        }));
     }
     let away_ns = match absence {
         Absence::Unseen => 0,

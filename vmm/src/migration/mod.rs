@@ -31,6 +31,7 @@ use std::io::{self, Read, Write};
 use atoll_vmm_protocol::spec::MachineSpec;
 use serde::{Deserialize, Serialize};
 
+use crate::kvm::cpu::GuestCpu;
 use crate::saved::MachineState;
 
 /// What the first field of a Hello says.
@@ -76,6 +77,9 @@ pub struct Hello {
     pub machine_version: u32,
     /// Function, index, flags and registers of each leaf of CPUID, of the first vCPU.
     pub cpuid: Vec<[u32; 7]>,
+    /// Number and value of its MSRs that tell features.
+    #[serde(default)]
+    pub feature_msrs: Vec<(u32, u64)>,
     /// Connections that will bring pages.
     pub data_connections: usize,
 }
@@ -83,14 +87,15 @@ pub struct Hello {
 impl Hello {
     /// Of this program's version.
     #[must_use]
-    pub fn new(spec: MachineSpec, cpuid: Vec<[u32; 7]>, data_connections: usize) -> Self {
+    pub fn new(spec: MachineSpec, cpu: &GuestCpu, data_connections: usize) -> Self {
         Self {
             format: FORMAT.to_owned(),
             version: VERSION,
             program: env!("CARGO_PKG_VERSION").to_owned(),
             spec,
             machine_version: crate::layout::MACHINE_VERSION,
-            cpuid,
+            cpuid: crate::saved::leaves(&cpu.cpuid),
+            feature_msrs: cpu.msrs.clone(),
             data_connections,
         }
     }
@@ -220,7 +225,11 @@ mod tests {
         let spec = serde_json::json!({
             "name": "m", "cpu_count": 1, "memory_mib": 1, "boot": {"kernel": {"image": "/k"}},
         });
-        let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), Vec::new(), 1);
+        let cpu = GuestCpu {
+            cpuid: Vec::new(),
+            msrs: Vec::new(),
+        };
+        let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), &cpu, 1);
         hello.check().unwrap();
         hello.machine_version += 1;
         assert!(

@@ -16,6 +16,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 use super::{Hello, Message, MigrationError, pages, receive, send};
 use crate::board::Board;
 use crate::check;
+use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
 use crate::memory::{Backing, allocate};
 use crate::saved::{MachineState, entries};
@@ -169,12 +170,12 @@ fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, M
     same("MiB of memory", hello.spec.memory_mib, spec.memory_mib)?;
     check::spec(spec).map_err(|error| refused(&error))?;
     let kvm = Kvm::open().map_err(|error| refused(&error))?;
-    let supported = kvm.cpuid().map_err(|error| refused(&error))?;
+    let host = kvm.cpu().map_err(|error| refused(&error))?;
     let wanted = entries(&hello.cpuid);
-    cpuid::check_host(&wanted, supported.as_slice()).map_err(|missing| {
-        MigrationError::Refused(format!("this host's CPU is not the guest's: {missing}"))
+    compare::check(&wanted, &hello.feature_msrs, host).map_err(|unlike| {
+        MigrationError::Refused(format!("this host's CPU is not the guest's: {unlike}"))
     })?;
-    let bits = cpuid::address_bits(supported.as_slice());
+    let bits = cpuid::address_bits(&wanted);
     let board = Board::of(spec.profile);
     allocate(board, spec.memory_mib, bits, backing).map_err(|error| refused(&error))
 }

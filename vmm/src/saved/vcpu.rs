@@ -9,6 +9,7 @@ use kvm_bindings::{
 use serde::{Deserialize, Serialize};
 
 use super::Raw;
+use crate::kvm::cpu::compare::feature_msrs;
 use crate::vcpu::state::VcpuState;
 
 /// One vCPU at rest.
@@ -89,6 +90,18 @@ impl VcpuSaved {
     #[must_use]
     pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
         entries(&self.cpuid)
+    }
+
+    /// Number and value of each MSR.
+    #[must_use]
+    pub fn msrs(&self) -> &[(u32, u64)] {
+        &self.msrs
+    }
+
+    /// Those of them that tell features, and that the guest can read.
+    #[must_use]
+    pub fn feature_msrs(&self) -> Vec<(u32, u64)> {
+        feature_msrs(&self.cpuid(), &self.msrs)
     }
 
     /// The live form, with the time stamp counter `later_ticks` on.

@@ -56,8 +56,12 @@ const DELIVER_EXTINT: u32 = 7 << 8;
 const DELIVER_NMI: u32 = 4 << 8;
 const DELIVERY_MASK: u32 = 7 << 8;
 
-/// What every vCPU gets.
-pub fn common(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
+/// What every vCPU gets; `msrs` are those of its CPU.
+pub fn common(
+    fd: &VcpuFd,
+    cpuid: &[kvm_cpuid_entry2],
+    msrs: &[(u32, u64)],
+) -> Result<(), KvmError> {
     let cpuid = CpuId::from_entries(cpuid).map_err(|_| KvmError::Failed {
         what: "list a vCPU's features",
         source: io::ErrorKind::InvalidInput.into(),
@@ -66,6 +70,7 @@ pub fn common(fd: &VcpuFd, cpuid: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
     fd.set_cpuid2(&cpuid)
         .map_err(KvmError::failed("set a vCPU's features"))?;
     set_msrs(fd, &[(MSR_MISC_ENABLE, FAST_STRINGS)])?;
+    set_msrs(fd, msrs)?;
     let fpu = kvm_fpu {
         fcw: X87_CONTROL,
         mxcsr: MXCSR,
