@@ -28,7 +28,7 @@ publish() {
     chmod 755 "$work"
     mv "$work" "$out"
     trap - EXIT
-    echo "$out"
+    echo "$out" >&3
 }
 
 end_if_finished
@@ -36,6 +36,8 @@ mkdir -p "$cache"
 exec 9>"$out.lock"
 flock 9
 end_if_finished
+# What the tools that build say is not the answer: mke2fs -q still tells of a new file.
+exec 3>&1 >&2
 work=$(mktemp -d "$cache/$1.XXXXXX")
 root=$work/root
 trap 'rm -rf --one-file-system "$work"' EXIT
