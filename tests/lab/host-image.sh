@@ -3,7 +3,6 @@
 #
 # Builds what a lab host boots from, and prints the directory that holds it:
 #
-#   qemu/        QEMU 10 from the backports suite, unpacked (bookworm's own 7.2 locks up with KVM inside TCG)
 #   vmlinux      Debian's generic kernel as plain ELF: entered by PVH, no decompression under emulation
 #   initrd.img   busybox and the modules for virtio-blk and ext4
 #   root.ext4    Debian with systemd, KVM's user-space needs and the command agent
@@ -15,24 +14,6 @@ suite=bookworm
 say() { echo "lab image: $*" >&2; }
 
 . "$(dirname "$(readlink -f "$0")")/../../run/image-cache.sh" lab-host root.ext4
-
-fetch_qemu() {
-    local apt=$work/apt deb uri
-    mkdir -p "$apt"/{lists/partial,cache,debs} "$work/qemu"
-    # The mirror that this machine's apt uses, with its backports suite added.
-    uri=$(apt-get indextargets --format '$(SITE) $(SUITE)' | awk -v s="$suite" '$2 == s {print $1; exit}')
-    [ -n "$uri" ] || uri=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources | head -n 1)
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $suite-backports main" > "$apt/sources.list"
-    local options=(-o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=-
-        -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt/cache")
-    apt-get -qq "${options[@]}" update >&2
-    (cd "$apt/debs" && apt-get -qq "${options[@]}" -o APT::Sandbox::User=root download \
-        qemu-system-x86 qemu-system-common qemu-system-data seabios >&2)
-    for deb in "$apt"/debs/*.deb; do
-        dpkg -x "$deb" "$work/qemu"
-    done
-    rm -rf "$apt"
-}
 
 # The compressed payload of a bzImage (Linux boot protocol: setup_sects at 0x1f1, payload_offset at 0x248).
 extract_vmlinux() {
@@ -127,12 +108,10 @@ X
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*_*
 }
 
-say "QEMU 10 from backports"
-fetch_qemu
 say "installing $suite from Debian's packages (about four minutes, once)"
 packages=systemd,systemd-sysv,dbus,udev,kmod,iproute2,iputils-ping,nftables,procps,util-linux,bash,linux-image-amd64
 packages+=,ethtool,tcpdump,curl,ca-certificates,socat,busybox-static,zstd,xz-utils,e2fsprogs,psmisc,strace,dnsmasq-base
-packages+=,libseccomp2,libpam-modules,fdisk,openssl,python3-minimal,jq
+packages+=,libseccomp2,libpam-modules,fdisk,openssl,python3-minimal,jq,qemu-utils
 mmdebstrap --variant=minbase --mode=root --format=directory --quiet \
     --aptopt='APT::Install-Recommends "false"' \
     --dpkgopt='path-exclude=/usr/share/man/*' \

@@ -30,6 +30,8 @@ pub struct BootEntry {
 pub enum BootKind {
     /// A virtio-blk disk.
     Disk,
+    /// A disk or a CD-ROM drive on the SCSI host, by its target number.
+    Scsi(u8),
     /// A network card.
     Net,
 }
@@ -40,6 +42,9 @@ impl BootEntry {
         let slot = self.slot;
         match self.kind {
             BootKind::Disk => format!("/pci@i0cf8/scsi@{slot:x}/disk@0,0"),
+            BootKind::Scsi(target) => {
+                format!("/pci@i0cf8/scsi@{slot:x}/channel@0/disk@{target:x},0")
+            }
             BootKind::Net => format!("/pci@i0cf8/ethernet@{slot:x}/ethernet-phy@0"),
         }
     }
@@ -102,6 +107,7 @@ mod tests {
             entry(2, 11, BootKind::Disk),
             entry(1, 3, BootKind::Net),
             entry(2, 4, BootKind::Disk),
+            entry(0, 18, BootKind::Scsi(31)),
         ];
         let items = items(
             &platform,
@@ -113,7 +119,8 @@ mod tests {
         let file = |name: &str| items.file(name).unwrap_or_default().to_vec();
         assert_eq!(
             String::from_utf8(file("bootorder")).unwrap(),
-            "/pci@i0cf8/ethernet@3/ethernet-phy@0\n/pci@i0cf8/scsi@4/disk@0,0\n/pci@i0cf8/scsi@b/disk@0,0\0"
+            "/pci@i0cf8/scsi@12/channel@0/disk@1f,0\n/pci@i0cf8/ethernet@3/ethernet-phy@0\n\
+             /pci@i0cf8/scsi@4/disk@0,0\n/pci@i0cf8/scsi@b/disk@0,0\0"
         );
         assert_eq!(file("etc/boot-menu-wait"), [0xf4, 1]);
         let e820 = file("etc/e820");

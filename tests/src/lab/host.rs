@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::agent::{self, Output};
-use super::qemu::{self, Monitor};
+use super::qemu::{Machine, Monitor};
 use super::template;
 
 /// Longest time that resuming and configuring may take on a busy machine.
@@ -135,7 +135,7 @@ impl Drop for Host {
 }
 
 /// Starts one clone of the template; it runs when this returns, but has no identity yet.
-pub(super) fn resume(image: &Path, template: &Path, place: &Place) -> Result<Host> {
+pub(super) fn resume(qemu: &Path, image: &Path, template: &Path, place: &Place) -> Result<Host> {
     let deadline = Instant::now() + RESUME_DEADLINE;
     fs::create_dir_all(&place.directory)?;
     let _ = fs::remove_file(place.directory.join("mon"));
@@ -150,7 +150,8 @@ pub(super) fn resume(image: &Path, template: &Path, place: &Place) -> Result<Hos
         },
     };
     let blank = template.join("payload.img");
-    let child = template::spawn(&qemu::Machine {
+    let child = template::spawn(&Machine {
+        qemu,
         image,
         ram: &template.join("ram"),
         ram_shared: false,

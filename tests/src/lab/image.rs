@@ -11,7 +11,12 @@ use crate::tree;
 /// Size of every payload disk: the template's and the resumed host's must agree. Sparse.
 pub(super) const PAYLOAD_BYTES: u64 = 6 << 30;
 
-/// Directory with `qemu/`, `vmlinux`, `initrd.img` and `root.ext4`; built first where it is missing (minutes).
+/// Directory with the QEMU that emulates hosts, in `usr/`; fetched first where it is missing (seconds).
+pub fn qemu_image() -> Result<PathBuf> {
+    recipe("tests/lab/qemu-image.sh")
+}
+
+/// Directory with `vmlinux`, `initrd.img` and `root.ext4`; built first where it is missing (minutes).
 pub fn host_image() -> Result<PathBuf> {
     recipe("tests/lab/host-image.sh")
 }

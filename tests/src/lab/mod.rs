@@ -2,8 +2,9 @@
 //! The lab: full Debian hosts with a hardware-like KVM, emulated by QEMU (TCG emulates AMD SVM with nested paging).
 //!
 //! ```text
-//! image     host-image.sh: QEMU 10, kernel, initrd, root.ext4     once a recipe, cached
-//! template  one host booted and frozen: RAM file + device state   once an image, cached
+//! QEMU      qemu-image.sh: version 10, with one defect mended     once a recipe, cached
+//! image     host-image.sh: kernel, initrd, root.ext4              once a recipe, cached
+//! template  one host booted and frozen: RAM file + device state   once a QEMU and an image, cached
 //! host      resumed copy-on-write from the template               1.5 to 4 s each
 //! ```
 //!
@@ -26,7 +27,7 @@ use crate::tree;
 
 pub use agent::Output;
 pub use host::{Forward, Host};
-pub use image::{guest_image, host_image};
+pub use image::{guest_image, host_image, qemu_image};
 
 /// What a lab should be.
 pub struct Settings<'a> {
@@ -44,8 +45,8 @@ pub struct Settings<'a> {
 ///
 /// Blocks for seconds (template cached) to minutes (nothing cached); progress goes to standard error.
 pub fn start(settings: &Settings) -> Result<Vec<Host>> {
-    let image = host_image()?;
-    let template = template::ensure(&image)?;
+    let (qemu, image) = (qemu_image()?, host_image()?);
+    let template = template::ensure(&qemu, &image)?;
     std::fs::create_dir_all(&settings.directory)?;
     let payload = match settings.payload {
         Some(directory) => {
@@ -65,6 +66,7 @@ pub fn start(settings: &Settings) -> Result<Vec<Host>> {
         });
         let directory = settings.directory.join(format!("node{number}"));
         starting.push(host::resume(
+            &qemu,
             &image,
             &template,
             &host::Place {

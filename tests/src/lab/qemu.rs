@@ -16,6 +16,7 @@ pub(super) const VCPU_COUNT: u32 = 2;
 
 /// What differs between QEMUs of the lab.
 pub(super) struct Machine<'a> {
+    pub(super) qemu: &'a Path,
     pub(super) image: &'a Path,
     /// File that holds the RAM, and whether writes go to it (template) or stay private (host).
     pub(super) ram: &'a Path,
@@ -59,7 +60,7 @@ pub(super) fn command(machine: &Machine) -> Command {
         ..
     } = machine;
     let (ram, disk, payload) = (path(machine.ram), path(machine.disk), path(machine.payload));
-    let usr = image.join("qemu/usr");
+    let usr = machine.qemu.join("usr");
     let variable = [
         ("-L", path(&usr.join("share/qemu"))),
         ("-L", path(&usr.join("share/seabios"))),

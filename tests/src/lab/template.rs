@@ -25,8 +25,10 @@ systemctl is-system-running --wait || systemctl --failed
 sync; echo 3 > /proc/sys/vm/drop_caches";
 
 /// Directory with `ram`, `state` and `disk.qcow2`; boots and freezes a host where it is missing.
-pub(super) fn ensure(image: &Path) -> Result<PathBuf> {
-    let template = image.join("template");
+pub(super) fn ensure(qemu: &Path, image: &Path) -> Result<PathBuf> {
+    // Frozen by one QEMU, resumed by the same.
+    let name = qemu.file_name().context("QEMU's directory")?;
+    let template = image.join(format!("template-{}", name.display()));
     let lock = File::create(image.join("template.lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
     if template.join("state").exists() {
@@ -36,7 +38,7 @@ pub(super) fn ensure(image: &Path) -> Result<PathBuf> {
     let work = image.join("template.part");
     let _ = fs::remove_dir_all(&work);
     fs::create_dir(&work)?;
-    build(image, &work).context("build the lab's template")?;
+    build(qemu, image, &work).context("build the lab's template")?;
     // The state goes in last and under its final name: a template without it is not one.
     fs::rename(&work, &template)?;
     Ok(template)
@@ -72,13 +74,14 @@ pub(super) fn free_port(address: &str) -> Result<u16> {
         .port())
 }
 
-fn build(image: &Path, work: &Path) -> Result<()> {
+fn build(qemu: &Path, image: &Path, work: &Path) -> Result<()> {
     let deadline = Instant::now() + BOOT_DEADLINE;
     overlay(&image.join("root.ext4"), "raw", &work.join("disk.qcow2"))?;
     let payload = work.join("payload.img");
     File::create(&payload)?.set_len(image::PAYLOAD_BYTES)?;
     let port = free_port("127.0.0.1")?;
     let mut child = spawn(&qemu::Machine {
+        qemu,
         image,
         ram: &work.join("ram"),
         ram_shared: true,

@@ -114,6 +114,11 @@ pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
         true => None,
         false => Some(add_host(assembly, targets, queues)?),
     };
+    for (disk, (_, place)) in spec.disks.iter().zip(&disks) {
+        if let Err((number, _)) = place {
+            boots_from(assembly, disk.boot_index, BootKind::Scsi(*number));
+        }
+    }
     for (backend, place) in disks {
         let place = place.unwrap_or_else(|(number, target)| Place::Scsi {
             host: host.clone().expect("there is one for its targets"),
