@@ -35,6 +35,8 @@ const PORT_NAME_BYTES_MAX: usize = 64;
 pub const QUEUE_COUNT_MAX: u16 = 16;
 /// Most pairs of queues of a network card, as PVE has it.
 const NET_QUEUE_PAIRS_MAX: u16 = 64;
+/// Highest SCSI target that OVMF looks at (`PcdVirtioScsiMaxTargetLimit`).
+const BOOT_TARGET_MAX: u8 = 31;
 /// Bytes of a disk's serial number. VIRTIO 1.2 §5.2.6.
 const SERIAL_BYTES_MAX: usize = 20;
 /// Bytes of an interface's name (`IFNAMSIZ`, less its zero).
@@ -208,7 +210,19 @@ pub fn targets(spec: &MachineSpec) -> Result<Vec<Option<u8>>, SpecError> {
             Some(free)
         }
     };
-    Ok(spec.disks.iter().map(number).collect())
+    let numbers: Vec<Option<u8>> = spec.disks.iter().map(number).collect();
+    for (disk, number) in spec.disks.iter().zip(&numbers) {
+        if disk.boot_index.is_some()
+            && let Some(number) = number.filter(|number| *number > BOOT_TARGET_MAX)
+        {
+            return refuse(format!(
+                "disk {}: firmware looks at SCSI targets 0 to {BOOT_TARGET_MAX} only, and this is {number}: leave out \
+                 its place in the boot order, or give it a lower target",
+                disk.path.display()
+            ));
+        }
+    }
+    Ok(numbers)
 }
 
 fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
@@ -223,11 +237,6 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     if disk.bus == DiskBus::Blk && disk.target.is_some() {
         return refuse(format!(
             "disk {path}: a target number is for bus scsi or cdrom"
-        ));
-    }
-    if disk.bus != DiskBus::Blk && disk.boot_index.is_some() {
-        return refuse(format!(
-            "disk {path}: the boot order has disks of bus blk only; firmware tries others after them"
         ));
     }
     if disk.bus != DiskBus::Blk && disk.queue_count.is_some() {
@@ -511,6 +520,17 @@ mod tests {
         check(
             with(serde_json::json!([{"path": "/dev/null", "format": "raw", "target": 1}])),
             "disk /dev/null: a target number is for bus scsi or cdrom",
+        );
+        let first = |target: u8| {
+            let mut drive = numbered(target);
+            drive["boot_index"] = 0.into();
+            with(serde_json::json!([drive]))
+        };
+        check(first(31), "ok");
+        check(
+            first(32),
+            "disk : firmware looks at SCSI targets 0 to 31 only, and this is 32: leave out its place in the boot \
+             order, or give it a lower target",
         );
         check(
             with(serde_json::json!([{"path": "", "format": "raw"}])),
