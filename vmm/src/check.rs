@@ -173,6 +173,13 @@ fn firmware(firmware: &FirmwareSpec) -> Result<(), SpecError> {
         }
         is_file(what, path)?;
     }
+    if needs_management_mode(&firmware.code) {
+        return refuse(format!(
+            "firmware code {}: needs system management mode, which there is not: OVMF_CODE_4M.fd does Secure Boot \
+             without it, with the keys in a copy of OVMF_VARS_4M.ms.fd",
+            firmware.code.display()
+        ));
+    }
     if firmware.vars.starts_with(flash::PACKAGED) {
         return refuse(format!(
             "firmware variables {}: is the package's template, which all guests start from: copy it, and give the copy",
@@ -180,6 +187,17 @@ fn firmware(firmware: &FirmwareSpec) -> Result<(), SpecError> {
         ));
     }
     Ok(())
+}
+
+/// Whether that is one of the package's images that stop at once without SMM. Only the names tell: the code is
+/// compressed. `.ms` and `.snakeoil` are links to `.secboot` (`/usr/share/doc/ovmf/README.Debian`).
+fn needs_management_mode(code: &Path) -> bool {
+    let name = code.file_name().and_then(|name| name.to_str());
+    name.and_then(|name| name.strip_prefix("OVMF_CODE"))
+        .is_some_and(|rest| {
+            let mut parts = rest.split('.');
+            parts.any(|part| matches!(part, "secboot" | "ms" | "snakeoil"))
+        })
 }
 
 fn is_file(what: &str, path: &Path) -> Result<(), SpecError> {
@@ -483,6 +501,22 @@ mod tests {
             },
             "firmware needs the board pc: leave out --profile, or say pc",
         );
+        let directory = tempfile::tempdir().unwrap();
+        for (name, refused) in [
+            ("OVMF_CODE_4M.secboot.fd", true),
+            ("OVMF_CODE.ms.fd", true),
+            ("OVMF_CODE_4M.fd", false),
+        ] {
+            let code = directory.path().join(name);
+            fs::write(&code, "").unwrap();
+            let said = code.display();
+            let expected = format!(
+                "firmware code {said}: needs system management mode, which there is not: OVMF_CODE_4M.fd does Secure \
+                 Boot without it, with the keys in a copy of OVMF_VARS_4M.ms.fd"
+            );
+            let expected = if refused { expected.as_str() } else { "ok" };
+            check(firmware(&code.display().to_string(), "/dev/null"), expected);
+        }
     }
 
     #[test]
