@@ -5,7 +5,7 @@
 #
 #   template.tar.zst   root file system for containers (systemd, network, no kernel)
 #   vmlinuz            Debian's cloud kernel, unmodified
-#   initrd.img         its initramfs, made by Debian's initramfs-tools with the virtio modules
+#   initrd.img         its initramfs, made by Debian's initramfs-tools with the virtio and SCSI disk modules
 #   disk.raw           ext4 root disk for VMs, 2 GiB sparse; login root, password "atoll"
 #
 # image-cache.sh says where that is.
@@ -26,7 +26,7 @@ mmdebstrap --variant=minbase --mode=root --format=directory --quiet --skip=check
     --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \
     --dpkgopt='path-exclude=/usr/share/doc/*' \
-    --essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d"; echo MODULES=list > "$1/etc/initramfs-tools/conf.d/atoll"; printf "%s\n" virtio_pci virtio_blk virtio_net virtio_console virtio_rng ext4 crc32c_generic > "$1/etc/initramfs-tools/modules"' \
+    --essential-hook='mkdir -p "$1/etc/initramfs-tools/conf.d"; echo MODULES=list > "$1/etc/initramfs-tools/conf.d/atoll"; printf "%s\n" virtio_pci virtio_blk virtio_scsi sd_mod virtio_net virtio_console virtio_rng ext4 crc32c_generic > "$1/etc/initramfs-tools/modules"' \
     --include="$packages,$kernel" "$suite" "$root" /etc/apt/sources.list.d/debian.sources >&2
 
 say "configuring"

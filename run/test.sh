@@ -10,7 +10,7 @@ mkdir -p target/test
 # A failed assertion says what it compared; the frames of the test harness below it only hide that.
 export RUST_BACKTRACE=0
 images() {
-    tests/lab/qemu-image.sh && tests/lab/host-image.sh && run/guest-image.sh && run/virtiofsd.sh
+    tests/lab/qemu-image.sh && tests/lab/host-image.sh && run/guest-image.sh && run/virtiofsd.sh && run/uefi-image.sh
 }
 images > target/test/images.log 2>&1 &
 images=$!

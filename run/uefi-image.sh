@@ -7,6 +7,7 @@
 #                      with its kernel inside; login root, password "atoll"
 #   boot.iso           El Torito, the same loaders and kernel; its initial RAM disk is busybox, which says
 #                      "ISO-READY" on the serial console
+#   unsigned.raw       like the disk's first partition, but shim has lost its signature; its GRUB says "UNSIGNED-RAN"
 #   OVMF_CODE_4M.fd    the package ovmf's firmware and variables, as they are
 #   OVMF_VARS_4M.fd, OVMF_VARS_4M.ms.fd
 #
@@ -80,6 +81,34 @@ X
     rm "$work"/{esp.vfat,root.ext4,esp.cfg,grub.cfg,fstab}
 }
 
+# The certificate table is the fifth data directory of a PE32+ image (Microsoft, "PE Format"): emptied, the image is as
+# good as it was, and unsigned.
+unsign() {
+    local header
+    header=$(od -An -tu4 -j $((0x3c)) -N4 "$1")
+    [ "$(od -An -tx2 -j $((header + 24)) -N2 "$1")" = " 020b" ]
+    head -c 8 /dev/zero | dd of="$1" bs=1 seek=$((header + 24 + 112 + 4 * 8)) conv=notrunc status=none
+}
+
+make_unsigned() {
+    cat > "$work/unsigned.cfg" <<'X'
+echo UNSIGNED-RAN
+sleep 1
+halt
+X
+    make_esp "$work/esp.vfat" 16M "$work/unsigned.cfg"
+    cp "$root/usr/lib/shim/shimx64.efi.signed" "$work/shim"
+    unsign "$work/shim"
+    mcopy -o -i "$work/esp.vfat" "$work/shim" ::/EFI/BOOT/BOOTX64.EFI
+    truncate -s 18M "$work/unsigned.raw"
+    sfdisk --quiet "$work/unsigned.raw" <<X
+label: gpt
+start=1MiB, size=16MiB, type=uefi
+X
+    dd if="$work/esp.vfat" of="$work/unsigned.raw" bs=1M seek=1 conv=notrunc,sparse status=none
+    rm "$work"/{esp.vfat,shim,unsigned.cfg}
+}
+
 make_iso() {
     local initrd=$work/initrd iso=$work/iso
     mkdir -p "$initrd/bin" "$iso"
@@ -112,8 +141,9 @@ X
 
 say "boot loaders and firmware from Debian's packages"
 fetch ovmf shim-signed shim-helpers-amd64-signed grub-efi-amd64-signed
-say "making disk and ISO"
+say "making disks and ISO"
 make_disk
+make_unsigned
 make_iso
 cp "$root"/usr/share/OVMF/OVMF_{CODE_4M,VARS_4M,VARS_4M.ms}.fd "$work/"
 publish
