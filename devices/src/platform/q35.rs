@@ -19,7 +19,11 @@ const PAM: usize = 0x90;
 /// SMRAM control, extended SMRAM control (§5.1.30).
 const SMRAM: usize = 0x9d;
 
-/// LPC bridge: PM base address (ICH9 datasheet §13.1.13).
+/// LPC bridge: command register, whose I/O, memory and bus master bits are always set (ICH9 datasheet §13.1.3).
+/// OVMF finds out by writing; without I/O it connects nothing behind the bridge, the serial port least of all.
+const COMMAND: usize = 0x04;
+const COMMAND_ALWAYS: u8 = 0x07;
+/// PM base address (§13.1.13).
 const PMBASE: usize = 0x40;
 /// ACPI control (§13.1.14): bit 7 enables the ports at PMBASE.
 const ACPI_CONTROL: usize = 0x44;
@@ -65,6 +69,8 @@ impl PciDevice for LpcBridge {
             class: 0x06_01_00,
             revision: 2,
         });
+        space.put(COMMAND, &[COMMAND_ALWAYS]);
+        space.set_writable(COMMAND, &[0]);
         // Bit 0 says that these are ports. Read-only, since the ports do not move.
         space.put(PMBASE, &(self.pm_base | 1).to_le_bytes());
         space.put(ACPI_CONTROL, &[ACPI_ENABLE]);
@@ -95,6 +101,10 @@ mod tests {
         assert_eq!(lpc.get::<4>(0), [0x86, 0x80, 0x18, 0x29]);
         assert_eq!(lpc.get::<3>(9), [0, 1, 6]);
         assert_eq!(lpc.get::<5>(0x40), [0x01, 0x06, 0, 0, 0x80]);
+        for written in [0, 0xff] {
+            lpc.write(0x04, &[written]);
+            assert_eq!(lpc.get::<1>(0x04), [0x07]);
+        }
         lpc.write(0x40, &[0xff; 8]);
         assert_eq!(lpc.get::<5>(0x40), [0x01, 0x06, 0, 0, 0x80]);
     }
