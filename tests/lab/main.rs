@@ -14,4 +14,5 @@ mod devices;
 mod node;
 mod payload;
 mod rig;
+mod uefi;
 mod vmm;

@@ -26,6 +26,11 @@ pub fn guest_image() -> Result<PathBuf> {
     recipe("run/guest-image.sh")
 }
 
+/// Directory with what boots by UEFI: `disk.raw`, `unsigned.raw`, `boot.iso`, and OVMF's files.
+pub fn uefi_image() -> Result<PathBuf> {
+    recipe("run/uefi-image.sh")
+}
+
 fn recipe(script: &str) -> Result<PathBuf> {
     let output = Command::new(tree::root().join(script))
         .stdin(Stdio::null())
@@ -57,6 +62,7 @@ pub(super) fn pack(directory: &Path, file: &Path) -> Result<()> {
         .args([directory, file])
         .arg(format!("{}M", PAYLOAD_BYTES >> 20))
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .status()
         .context("run mke2fs")?;
     ensure!(status.success(), "mke2fs failed: {status}");

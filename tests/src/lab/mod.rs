@@ -27,7 +27,7 @@ use crate::tree;
 
 pub use agent::Output;
 pub use host::{Forward, Host};
-pub use image::{guest_image, host_image, qemu_image};
+pub use image::{guest_image, host_image, qemu_image, uefi_image};
 
 /// What a lab should be.
 pub struct Settings<'a> {
@@ -102,6 +102,11 @@ pub fn fill_payload(directory: &Path) -> Result<()> {
     link_files(&guest_image()?, &directory.join("guest"))?;
     link_files(&tree::root().join("run"), &directory.join("run"))?;
     link_files(&tree::root().join("tests/lab"), &directory.join("lab"))
+}
+
+/// Adds `uefi/` to it: what boots by UEFI.
+pub fn add_uefi(payload: &Path) -> Result<()> {
+    link_files(&uefi_image()?, &payload.join("uefi"))
 }
 
 /// Hard-links (or copies, across file systems) a directory's files, without its subdirectories, into a new one.

@@ -1,0 +1,166 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The `pc` board: Debian's OVMF, shim and GRUB as they are, from disks as installers make them and from an ISO.
+//! `run/uefi-image.sh` says what the images hold.
+
+use std::time::Duration;
+
+use atoll_tests::lab::{self, Host};
+use tempfile::TempDir;
+
+use crate::payload;
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Firmware, boot loader, kernel, login: on a busy machine.
+const BOOT_SECONDS: u32 = 600;
+/// Whose variables: the firmware's global ones (UEFI 2.10 §3.3), which have fixed names, and the test's own.
+const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
+const OWN: &str = "4b5f3a52-0c6b-4f0e-9d63-6d8a1f4c2e11";
+
+/// Defines what the tests run on the host. Of each guest NAME there are: NAME.sock (its console), NAME.api, NAME.log,
+/// NAME.vars, and NAME.exit once it has ended.
+const PREPARE: &str = r#"set -e
+mkdir -p /var/t; cd /var/t
+# vm NAME TEMPLATE ARGUMENT...: starts a guest, with variables from TEMPLATE where it has none yet.
+cat > vm <<'X'
+#!/bin/bash
+cd /var/t; name=$1 template=$2; shift 2
+[ -e $name.vars ] || cp /payload/uefi/$template $name.vars
+rm -f $name.exit $name.sock
+(setsid /payload/bin/atoll-vmm run --firmware vars=/var/t/$name.vars,code=/payload/uefi/OVMF_CODE_4M.fd --memory 512 \
+  --console socket=/var/t/$name.sock --api-socket /var/t/$name.api "$@" >$name.log 2>&1; echo $? >$name.exit) </dev/null >/dev/null 2>&1 &
+for i in $(seq 300); do [ -S $name.sock ] && exit 0; [ -e $name.exit ] && break; sleep 0.1; done
+cat $name.log; exit 1
+X
+# listen NAME: its console goes to NAME.console.
+cat > listen <<'X'
+#!/bin/bash
+socat -u UNIX-CONNECT:/var/t/$1.sock OPEN:/var/t/$1.console,creat,append </dev/null >/dev/null 2>&1 &
+X
+# hear NAME SECONDS TEXT: waits until its console has said so.
+cat > hear <<'X'
+#!/bin/bash
+for i in $(seq $2); do grep -aq "$3" /var/t/$1.console && exit 0; [ -e /var/t/$1.exit ] && break; sleep 1; done
+grep -aq "$3" /var/t/$1.console && exit 0
+echo "not heard: $3; the console:"; tail -c 3000 /var/t/$1.console; echo "the VMM:"; cat /var/t/$1.log; exit 1
+X
+# ended NAME SECONDS: waits until it has, as it should.
+cat > ended <<'X'
+#!/bin/bash
+for i in $(seq $2); do [ -e /var/t/$1.exit ] && break; sleep 1; done
+[ "$(cat /var/t/$1.exit)" = 0 ] || { cat /var/t/$1.log; exit 1; }
+X
+chmod +x vm listen hear ended"#;
+
+fn start_host() -> (Host, [TempDir; 2]) {
+    let (mut hosts, guard) = payload::start_with(1, lab::add_uefi);
+    let host = hosts.remove(0);
+    host.check(PREPARE, SECOND * 60).unwrap();
+    (host, guard)
+}
+
+#[track_caller]
+fn on_host(host: &Host, command: &str, seconds: u32) -> String {
+    let text = host.check(
+        &format!("cd /var/t; export PATH=/var/t:$PATH; {command}"),
+        SECOND * (seconds + 30),
+    );
+    text.unwrap().trim().to_owned()
+}
+
+#[track_caller]
+fn control(host: &Host, name: &str, request: &str) -> String {
+    let command = format!("/payload/bin/atoll-vmm ctl --api-socket {name}.api {request}");
+    on_host(host, &command, 60)
+}
+
+/// Runs a command in a guest that must succeed, after signing in where its console asks for it; what the VMM said goes
+/// with a failure.
+#[track_caller]
+fn in_guest(host: &Host, name: &str, command: &str, seconds: u32) -> String {
+    let quoted = command.replace('\'', r"'\''");
+    let run = format!(
+        "python3 /payload/lab/console.py {name}.sock {seconds} '{quoted}' || {{ code=$?; cat {name}.log; exit $code; }}"
+    );
+    on_host(host, &run, seconds)
+}
+
+/// A variable of the firmware's, in hexadecimal, without the four bytes of attributes before it.
+#[track_caller]
+fn variable(host: &Host, guest: &str, name: &str, vendor: &str) -> String {
+    let read =
+        format!("od -An -v -tx1 /sys/firmware/efi/efivars/{name}-{vendor} | tr -d ' \\n'; echo");
+    in_guest(host, guest, &read, 60).split_off(8)
+}
+
+/// What is in the SMBIOS tables of a guest: type, fixed part and strings of each structure.
+fn smbios(host: &Host, guest: &str) -> Vec<(u8, Vec<u8>, Vec<String>)> {
+    let read = "od -An -v -tx1 /sys/firmware/dmi/tables/DMI | tr -d ' \\n'; echo";
+    let hex = in_guest(host, guest, read, 60);
+    let byte = |pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    let bytes: Vec<u8> = hex.as_bytes().chunks(2).map(byte).collect();
+    let mut rest = &bytes[..];
+    let mut found = Vec::new();
+    while rest.len() > 4 {
+        let (fixed, strings) = rest.split_at(rest[1].into());
+        let end = strings.windows(2).position(|pair| pair == [0, 0]).unwrap();
+        let texts = strings[..end].split(|byte| *byte == 0);
+        let texts = texts.map(|text| String::from_utf8(text.to_vec()).unwrap());
+        found.push((fixed[0], fixed.to_vec(), texts.collect()));
+        rest = &strings[end + 2..];
+    }
+    found
+}
+
+/// The board as Linux finds it: 64-bit firmware, Q35's identity, clocks, no error in ACPI, SMBIOS.
+fn board_is_a_pc(host: &Host, guest: &str) {
+    let said = in_guest(
+        host,
+        guest,
+        "cat /sys/firmware/efi/fw_platform_size; \
+         cat /sys/bus/pci/devices/0000:00:00.0/device /sys/bus/pci/devices/0000:00:1f.0/device; \
+         cat /sys/devices/system/clocksource/clocksource0/available_clocksource; \
+         echo $(($(cat /sys/class/rtc/rtc0/since_epoch) - $(date +%s))); \
+         dmesg | grep -i 'acpi.*error\\|firmware bug'; true",
+        60,
+    );
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[..3], ["64", "0x29c0", "0x2918"], "{said}");
+    assert!(lines[3].contains("acpi_pm"), "{said}");
+    assert!(lines[4].parse::<i64>().unwrap().abs() < 60, "{said}");
+    assert_eq!(lines.len(), 5, "{said}");
+
+    let tables = smbios(host, guest);
+    let kinds: Vec<u8> = tables.iter().map(|(kind, ..)| *kind).collect();
+    for kind in [0, 1, 3, 4, 16, 17, 19, 32] {
+        assert!(kinds.contains(&kind), "no type {kind} in {kinds:?}");
+    }
+    let structure = |wanted| tables.iter().find(|(kind, ..)| *kind == wanted).unwrap();
+    assert_eq!(structure(0).2[0], "Atoll");
+    assert_eq!(structure(1).2[1], "Atoll Virtual Machine");
+    let device = &structure(17).1;
+    assert_eq!(u16::from_le_bytes([device[12], device[13]]), 512);
+}
+
+#[test]
+fn a_raw_disk_boots_to_a_login_and_the_firmware_keeps_its_variables() {
+    let (host, _guard) = start_host();
+    on_host(&host, "cp --sparse=always /payload/uefi/disk.raw a.raw", 60);
+    let start = "vm a OVMF_VARS_4M.fd --disk path=/var/t/a.raw,format=raw,bootindex=0 --cpus 2";
+    on_host(&host, start, 60);
+    let release = in_guest(&host, "a", "uname -r; nproc", BOOT_SECONDS);
+    assert!(release.ends_with("-cloud-amd64\n2"), "{release}");
+    board_is_a_pc(&host, "a");
+    let order = variable(&host, "a", "BootOrder", GLOBAL);
+    assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "00");
+    let keep = format!("printf '\\007\\0\\0\\0kept' > /sys/firmware/efi/efivars/AtollTest-{OWN}");
+    in_guest(&host, "a", &keep, 60);
+    control(&host, "a", "power-button");
+    on_host(&host, "ended a 180", 180);
+
+    on_host(&host, start, 60);
+    in_guest(&host, "a", "true", BOOT_SECONDS);
+    assert_eq!(variable(&host, "a", "AtollTest", OWN), "6b657074");
+    assert_eq!(variable(&host, "a", "BootOrder", GLOBAL), order);
+    in_guest(&host, "a", "systemctl --no-block poweroff; echo going", 60);
+    on_host(&host, "ended a 180", 180);
+}
