@@ -308,6 +308,38 @@ fn disks_keep_what_is_written_and_refuse_when_readonly() {
     assert_eq!(images[1], content);
 }
 
+/// What the benchmarks run on every VMM: several queues, several requests in flight on each, a device that is reset
+/// in between.
+#[test]
+fn works_of_mode_bench_end() {
+    if !kvm() {
+        return;
+    }
+    const WORKS: [&str; 3] = [
+        "blk:randwrite:4096:8:2:400",
+        "blk:randread:4096:8:4:400",
+        "blk:read:65536:4:1:100",
+    ];
+    for how in ["", "poll "] {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path();
+        let mut spec = spec(path, &format!("bench {how}{}", WORKS.join(" ")));
+        spec.memory_mib = 64;
+        spec.disks = vec![DiskSpec {
+            queue_count: Some(4),
+            ..disk(path, "image", &vec![0x5a; 4 << 20])
+        }];
+        let mut machine = Machine::start(path, &spec);
+        assert_eq!(machine.exit_code(), Some(0));
+        let said = machine.hear("bench done", 1);
+        for work in WORKS {
+            assert!(said.contains(&format!("bench {work} ns=")), "{said}");
+        }
+        let image = fs::read(path.join("image")).unwrap();
+        assert!(image.contains(&0), "nothing was written");
+    }
+}
+
 /// The first `size` bytes of a qcow2 disk that nobody has open.
 fn qcow2_content(path: &Path, size: usize) -> Vec<u8> {
     let source = atoll_disk::Source {

@@ -15,6 +15,7 @@
 extern crate alloc;
 
 mod acpi;
+mod bench;
 mod clock;
 mod cpu;
 mod devices;
@@ -27,6 +28,7 @@ mod net_packet;
 mod options;
 mod pci;
 mod report;
+mod ring;
 mod serial;
 mod shell;
 mod transport;
@@ -53,6 +55,10 @@ extern "C" fn ring3_main(start_info: u64) -> ! {
     let clock = clock::Clock::start();
     Serial.start();
     let _ = writeln!(Serial, "atoll probe: command line \"{}\"", options.cmdline);
+    if options.mode == Mode::Bench {
+        bench::run(&platform, &clock, &options);
+        platform.power_off();
+    }
     let mut devices = Devices::find(&platform);
     report::make(&mut devices, &platform, &clock, &options);
     if options.mode == Mode::Stay {

@@ -1,10 +1,11 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The command line.
 //!
-//! `report` (default), `stay` or `exit` says what to do; then, in any order:
+//! `report` (default), `stay`, `bench` or `exit` says what to do; then, in any order:
 //! - `write`: disks that allow it are written, read back and flushed (their content is lost),
 //! - `echo`: the host sends every line back that we send on the virtio console,
-//! - `ip=A.B.C.D` `peer=A.B.C.D`: our address and who answers pings; without them DHCP gives both.
+//! - `ip=A.B.C.D` `peer=A.B.C.D`: our address and who answers pings; without them DHCP gives both,
+//! - after `bench`: works for the devices, done one by one, and `poll`; `bench/` says how they are written.
 
 use crate::memory::firmware_bytes;
 
@@ -18,6 +19,8 @@ pub enum Mode {
     Report,
     /// Report, then serve a shell on the serial port until powered off.
     Stay,
+    /// Keep the devices busy and tell how long it took, then power off.
+    Bench,
     /// Power off at once; `entry.s` has written one byte to the serial port.
     Exit,
 }
@@ -33,6 +36,8 @@ pub struct Options {
     pub write: bool,
     /// The host answers on the virtio console.
     pub echo: bool,
+    /// A benchmark never sleeps.
+    pub poll: bool,
     /// Our address.
     pub ip: Option<[u8; 4]>,
     /// The host's address.
@@ -69,11 +74,13 @@ impl Options {
             cmdline,
             mode: match cmdline.split_ascii_whitespace().next() {
                 Some("stay") => Mode::Stay,
+                Some("bench") => Mode::Bench,
                 Some("exit") => Mode::Exit,
                 _ => Mode::Report,
             },
             write: has("write"),
             echo: has("echo"),
+            poll: has("poll"),
             ip: value("ip=").and_then(address),
             peer: value("peer=").and_then(address),
             rsdp: field(32),

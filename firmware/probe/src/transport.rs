@@ -15,8 +15,8 @@ const VENDOR: u32 = 0x1af4;
 const DEVICE_ID_BASE: u32 = 0x1040;
 const CAPABILITY_VENDOR: u8 = 9;
 const NO_VECTOR: u16 = 0xffff;
-/// Queues that the drivers use.
-const QUEUE_COUNT: usize = 2;
+/// Queues of one device that may be used.
+pub const QUEUE_COUNT_MAX: usize = 4;
 
 /// `virtio_pci_common_cfg`, VIRTIO 1.2 §4.1.4.3.
 mod common {
@@ -37,7 +37,7 @@ mod common {
 }
 
 /// MSI-X table entry and CPU vector of each queue.
-type Vectors = [Option<(u16, Vector)>; QUEUE_COUNT];
+type Vectors = [Option<(u16, Vector)>; QUEUE_COUNT_MAX];
 
 /// What of a device is measured beside its driver.
 #[derive(Clone, Copy, Debug)]
@@ -56,13 +56,14 @@ pub struct MsixTransport {
     common: Mmio,
     isr: Mmio,
     config: Option<(Mmio, u32)>,
-    doorbells: [Mmio; QUEUE_COUNT],
+    doorbells: [Mmio; QUEUE_COUNT_MAX],
     vectors: Vectors,
 }
 
 impl MsixTransport {
-    /// Finds the device's structures and routes its queues' interrupts; `None` when it is not a complete virtio device.
-    pub fn new(device: Device) -> Option<MsixTransport> {
+    /// Finds the device's structures and routes the interrupts of its first `queue_count` queues, at most
+    /// [`QUEUE_COUNT_MAX`]; `None` when it is not a complete virtio device.
+    pub fn new(device: Device, queue_count: usize) -> Option<MsixTransport> {
         if device.id & 0xffff != VENDOR {
             return None;
         }
@@ -92,13 +93,13 @@ impl MsixTransport {
             common: common?,
             isr: isr?,
             config,
-            doorbells: [notify; QUEUE_COUNT],
-            vectors: [None; QUEUE_COUNT],
+            doorbells: [notify; QUEUE_COUNT_MAX],
+            vectors: [None; QUEUE_COUNT_MAX],
         };
         transport.common.write8(common::STATUS, 0);
         transport.find_doorbells(multiplier);
         if let Some(table) = device.msix() {
-            transport.route(table);
+            transport.route(table, queue_count);
         }
         Some(transport)
     }
@@ -115,8 +116,8 @@ impl MsixTransport {
 
     /// Entry 0 stays for configuration changes, which nobody here waits for; queues beyond a small table share its
     /// last entry.
-    fn route(&mut self, table: Msix) {
-        for queue in 0..QUEUE_COUNT {
+    fn route(&mut self, table: Msix, queue_count: usize) {
+        for queue in 0..queue_count {
             let entry = (queue as u16 + 1).min(table.last());
             let shared = self.vectors[..queue]
                 .iter()
@@ -137,6 +138,11 @@ impl MsixTransport {
             doorbell: self.doorbells[0],
             vectors: self.vectors,
         }
+    }
+
+    /// Where queue `index`, below [`QUEUE_COUNT_MAX`], is rung.
+    pub fn doorbell(&self, index: u16) -> Mmio {
+        self.doorbells[usize::from(index)]
     }
 
     fn config_at<T>(&self, offset: usize) -> Result<Mmio, Error> {
@@ -181,6 +187,10 @@ impl Transport for MsixTransport {
     }
 
     fn set_status(&mut self, status: DeviceStatus) {
+        // §3.1.1 has these two one after the other; there are devices that insist.
+        if status == DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER {
+            self.set_status(DeviceStatus::ACKNOWLEDGE);
+        }
         self.common.write8(common::STATUS, status.bits() as u8);
     }
 

@@ -49,6 +49,9 @@ const KINDS: &[(DeviceType, Open)] = &[
     (DeviceType::EntropySource, rng::open),
 ];
 
+/// Queues that the drivers use.
+const QUEUE_COUNT: usize = 2;
+
 struct Found {
     slot: u8,
     taps: Taps,
@@ -63,7 +66,7 @@ impl Devices {
     pub fn find(platform: &Platform) -> Devices {
         let mut found = Vec::new();
         for function in Bus::find(platform).devices() {
-            let Some(transport) = MsixTransport::new(function) else {
+            let Some(transport) = MsixTransport::new(function, QUEUE_COUNT) else {
                 continue;
             };
             let kind = transport.device_type();

@@ -1,0 +1,135 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Works of a network card, between `ip=` and `peer=` of the command line; the peer's network card is
+//! [`PEER_MAC`] and knows ours, so that no ARP is needed.
+//! - `net:echo:BYTES:WINDOW:COUNT`: COUNT pings with BYTES of data, WINDOW of them on their way at any time; window
+//!   1 measures the round trip, larger ones packets a second in both directions at once.
+//! - `net:send:BYTES:WINDOW:COUNT`: frames of a type that nobody knows, for the way out alone.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use virtio_drivers::transport::Transport;
+
+use super::{Cost, Progress, Scene};
+use crate::memory::Mmio;
+use crate::net_packet::{self, Kind, Mac};
+use crate::ring::{Buffer, Ring};
+
+/// The host's end.
+const PEER_MAC: Mac = [2, 0, 0, 0, 0, 1];
+/// VIRTIO 1.2 §5.1.3.
+const FEATURE_MAC: u64 = 1 << 5;
+/// `struct virtio_net_hdr`, §5.1.6.
+const HEADER_BYTES: usize = 12;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const RING_SIZE: u16 = 128;
+const BUFFER_BYTES: u32 = 2048;
+/// For local experiments, IEEE 802 §9.2.4.
+const ETHERTYPE_EXPERIMENT: [u8; 2] = [0x88, 0xb5];
+
+struct Work {
+    echo: bool,
+    bytes: usize,
+    window: u16,
+    count: u64,
+}
+
+fn parse(text: &str) -> Option<Work> {
+    let mut parts = text.split(':');
+    let operation = parts.next()?;
+    let mut number = || parts.next()?.parse::<u32>().ok();
+    Some(Work {
+        echo: operation == "echo",
+        bytes: number()?.clamp(4, 1472) as usize,
+        window: number()?.clamp(1, RING_SIZE.into()) as u16,
+        count: u64::from(number()?),
+    })
+}
+
+pub fn run(scene: &mut Scene<'_>, text: &str) -> Result<Cost, &'static str> {
+    let work = parse(text).ok_or("not a work")?;
+    let event_index = scene.begin(FEATURE_MAC);
+    let mac: Mac = scene.transport.read_config_space(0).map_err(|_| "no MAC")?;
+    let frame = frame(scene, &work, mac)?;
+    let mut ring = |queue| {
+        let at = (queue as u16, RING_SIZE);
+        Ring::new(scene.transport, &mut scene.arena, at, event_index)
+    };
+    let mut rings = [ring(RECEIVE)?, ring(TRANSMIT)?];
+    describe(scene, &mut rings, &frame);
+    scene.transport.finish_init();
+    let mut progress = Progress::new(scene.clock, work.count);
+    rings[RECEIVE].show();
+    rings[TRANSMIT].ignore();
+    let mut free: Vec<u16> = (0..RING_SIZE).collect();
+    let mut on_their_way = 0;
+    while !progress.is_over() {
+        while on_their_way < work.window
+            && let Some(head) = free.pop()
+        {
+            if !progress.issue() {
+                break;
+            }
+            on_their_way += 1;
+            rings[TRANSMIT].offer(head);
+        }
+        rings[TRANSMIT].show();
+        let mut back = 0;
+        while let Some((head, _)) = rings[TRANSMIT].take() {
+            free.push(head);
+            back += u16::from(!work.echo);
+        }
+        while let Some((head, written)) = rings[RECEIVE].take() {
+            // Anything else is not for us: its length gives it away.
+            back += u16::from(work.echo && written as usize == frame.len());
+            rings[RECEIVE].offer(head);
+        }
+        rings[RECEIVE].show();
+        (0..back).for_each(|_| progress.finish());
+        on_their_way -= back;
+        if back == 0 {
+            let awaited = if work.echo { RECEIVE } else { TRANSMIT };
+            scene.rest(&rings[awaited..=awaited]);
+        }
+    }
+    Ok(progress.cost(&rings))
+}
+
+/// What is sent, with the device's header.
+fn frame(scene: &Scene<'_>, work: &Work, mac: Mac) -> Result<Vec<u8>, &'static str> {
+    let mut frame = vec![0; HEADER_BYTES];
+    let body = vec![0; work.bytes];
+    if work.echo {
+        let (Some(ip), Some(peer)) = (scene.options.ip, scene.options.peer) else {
+            return Err("no ip= and peer=");
+        };
+        let ping = net_packet::echo(Kind::Request, (mac, ip), (PEER_MAC, peer), &body);
+        frame.extend(ping);
+    } else {
+        frame.extend(PEER_MAC);
+        frame.extend(mac);
+        frame.extend(ETHERTYPE_EXPERIMENT);
+        frame.extend(body);
+    }
+    Ok(frame)
+}
+
+/// Every chain is one buffer; the transmit queue's all hold the frame.
+fn describe(scene: &mut Scene<'_>, rings: &mut [Ring; 2], frame: &[u8]) {
+    for head in 0..RING_SIZE {
+        let buffer = |at, bytes, writable| Buffer {
+            at,
+            bytes,
+            writable,
+        };
+        let at = scene.arena.take(BUFFER_BYTES.into());
+        rings[RECEIVE].describe(head, &[buffer(at, BUFFER_BYTES, true)]);
+        rings[RECEIVE].offer(head);
+        let at: Mmio = scene.arena.take(BUFFER_BYTES.into());
+        for (offset, byte) in (0..).zip(frame) {
+            at.write8(offset, *byte);
+        }
+        rings[TRANSMIT].describe(head, &[buffer(at, frame.len() as u32, false)]);
+    }
+}
