@@ -13,7 +13,7 @@ use atoll_manager::store::{ConfigStore, RedbStore, Write};
 use serde_json::Value;
 
 use crate::Bench;
-use crate::table::{Row, quantile};
+use crate::table::{Figure, Row, quantile};
 
 const NAMES: [(&str, usize); 2] = [
     ("cluster_resources_1000_p50", 500),
@@ -51,7 +51,7 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
             .collect(),
         Err(error) => NAMES
             .iter()
-            .map(|(name, _)| Row::absent(name, "ms", "-", &error))
+            .map(|(name, _)| Row::absent(&Figure::cost(name, "ms"), "-", &error))
             .collect(),
     }
 }

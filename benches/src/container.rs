@@ -18,7 +18,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::Bench;
-use crate::table::Row;
+use crate::table::{Figure, Row};
 
 const PEERS: &[&str] = &["crun", "runc"];
 const WALL: &str = "container_create_start_delete";
@@ -35,7 +35,9 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
         match compare(bench, peer) {
             Ok(found) => rows.extend(found),
             Err(error) => {
-                rows.extend([WALL, CPU].map(|name| Row::absent(name, "ms", peer, &error)));
+                rows.extend(
+                    [WALL, CPU].map(|name| Row::absent(&Figure::cost(name, "ms"), peer, &error)),
+                );
             }
         }
     }
@@ -43,7 +45,7 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
 }
 
 fn absent(error: &anyhow::Error) -> Vec<Row> {
-    let row = |peer: &&str| Row::absent(WALL, "ms", peer, error);
+    let row = |peer: &&str| Row::absent(&Figure::cost(WALL, "ms"), peer, error);
     PEERS.iter().map(row).collect()
 }
 
@@ -89,8 +91,8 @@ fn compare(bench: &Bench, peer: &str) -> anyhow::Result<[Row; 2]> {
     }
     // The first turn read the programs from disk.
     Ok([
-        Row::pairs(WALL, "ms", peer, &wall[1..]),
-        Row::pairs(CPU, "ms", peer, &cpu[1..]),
+        Row::pairs(&Figure::cost(WALL, "ms"), peer, &wall[1..]),
+        Row::pairs(&Figure::cost(CPU, "ms"), peer, &cpu[1..]),
     ])
 }
 

@@ -7,7 +7,11 @@
 
 mod api;
 mod container;
+mod disk;
 mod host;
+mod host_disk;
+mod monitor;
+mod net;
 mod start;
 mod table;
 
@@ -21,7 +25,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, container, api
+    /// Only these suites: start, disk, net, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -29,7 +33,7 @@ struct Arguments {
     /// Where atoll-vmm, atoll-ct and atolld are; default: beside this program
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
-    /// Where peers are that the system does not have: firecracker
+    /// Where peers are that the system does not have: firecracker, cloud-hypervisor
     #[arg(long, value_name = "DIR", env = "PEERS")]
     peers: Option<PathBuf>,
     /// The table
@@ -46,6 +50,8 @@ struct Bench {
     runs: usize,
     bin_dir: PathBuf,
     peers: Option<PathBuf>,
+    /// On a disk, unlike the folder for temporary files perhaps.
+    folder: PathBuf,
     prepared: bool,
 }
 
@@ -62,6 +68,8 @@ type Suite = (&'static str, fn(&Bench) -> Vec<Row>);
 
 const SUITES: &[Suite] = &[
     ("start", start::rows),
+    ("disk", disk::rows),
+    ("net", net::rows),
     ("container", container::rows),
     ("api", api::rows),
 ];
@@ -76,10 +84,14 @@ fn main() -> anyhow::Result<()> {
     }
     let beside = std::env::current_exe().context("this program's path")?;
     let beside = beside.parent().unwrap_or(Path::new("."));
+    let output_folder = arguments.output.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(output_folder)
+        .with_context(|| format!("create {}", output_folder.display()))?;
     let bench = Bench {
         runs: arguments.runs.max(1),
         bin_dir: arguments.bin_dir.unwrap_or_else(|| beside.to_owned()),
         peers: arguments.peers,
+        folder: output_folder.to_owned(),
         prepared: arguments.prepared,
     };
     let wanted =

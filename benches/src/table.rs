@@ -1,5 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Rows of the table, and the arithmetic: medians, and ratios pair by pair with their spread.
+//! Rows of the table, how contestants take turns, and the arithmetic: medians, and ratios pair by pair with their
+//! spread.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -7,32 +8,130 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
-const HEADER: &str = "name\tunit\tours\tpeer\tpeer_value\tratio\tratio_min\tratio_max\thost\tnote";
+const HEADER: &str =
+    "name\tunit\tours\tpeer\tpeer_value\tratio\tratio_min\tratio_max\taim\thost\tnote";
+const CELLS: usize = 9;
+
+/// What one row is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Figure {
+    /// First column.
+    pub name: String,
+    /// Of the values.
+    pub unit: &'static str,
+    /// What the ratio ours/peer shall be.
+    pub aim: Aim,
+}
+
+/// What a ratio ours/peer shall be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aim {
+    /// Of times and sizes.
+    AtMost(&'static str),
+    /// Of rates.
+    AtLeast(&'static str),
+}
+
+/// One that takes part: ours, or a peer.
+pub struct Contestant<'a> {
+    /// In the table.
+    pub name: &'static str,
+    /// Takes part in so many turns only.
+    pub turns_max: usize,
+    /// One measurement.
+    pub take: Box<dyn FnMut() -> anyhow::Result<f64> + 'a>,
+}
 
 /// One line of the table, without the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
-    cells: [String; 8],
+    cells: [String; CELLS],
     note: String,
+}
+
+/// Lets all measure in turns, `turns` times after one that is not counted: it reads programs from disk. A peer that
+/// fails leaves, with its reason in its row.
+pub fn compare(
+    figure: &Figure,
+    turns: usize,
+    mut ours: Contestant<'_>,
+    peers: Vec<Contestant<'_>>,
+) -> Vec<Row> {
+    let mut peers: Vec<_> = peers
+        .into_iter()
+        .map(|peer| (peer, Ok(Vec::new())))
+        .collect();
+    for turn in 0..=turns {
+        let our_value = match (ours.take)() {
+            Ok(value) => value,
+            Err(error) => {
+                let absent =
+                    |(peer, _): &(Contestant<'_>, _)| Row::absent(figure, peer.name, &error);
+                return peers.iter().map(absent).collect();
+            }
+        };
+        for (peer, pairs) in &mut peers {
+            if let Ok(list) = pairs
+                && turn <= peer.turns_max
+            {
+                match (peer.take)() {
+                    Ok(_) if turn == 0 => {}
+                    Ok(value) => list.push((our_value, value)),
+                    Err(error) => *pairs = Err(error),
+                }
+            }
+        }
+    }
+    let row = |(peer, pairs): &(Contestant<'_>, anyhow::Result<Vec<_>>)| match pairs {
+        Ok(pairs) => Row::pairs(figure, peer.name, pairs),
+        Err(error) => Row::absent(figure, peer.name, error),
+    };
+    let rows: Vec<Row> = peers.iter().map(row).collect();
+    for row in &rows {
+        // For who waits; the table comes at the end.
+        let _ = writeln!(std::io::stderr(), "{}", row.line("").replace('\t', "  "));
+    }
+    rows
+}
+
+impl Figure {
+    /// A time or a size that shall be at most the peer's.
+    pub fn cost(name: &str, unit: &'static str) -> Figure {
+        Figure {
+            name: name.into(),
+            unit,
+            aim: Aim::AtMost("1.00"),
+        }
+    }
+}
+
+impl Aim {
+    fn text(self) -> String {
+        match self {
+            Aim::AtMost(bound) => format!("<= {bound}"),
+            Aim::AtLeast(bound) => format!(">= {bound}"),
+        }
+    }
 }
 
 impl Row {
     /// A row of pairs (ours, peer's): medians of both, median, minimum and maximum of the ratios ours/peer.
-    pub fn pairs(name: &str, unit: &str, peer: &str, pairs: &[(f64, f64)]) -> Row {
+    pub fn pairs(figure: &Figure, peer: &str, pairs: &[(f64, f64)]) -> Row {
         let ratios: Vec<f64> = pairs.iter().map(|(ours, peer)| ours / peer).collect();
         let number = |value: f64| format!("{value:.2}");
         let ours = median(&pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
         let theirs = median(&pairs.iter().map(|pair| pair.1).collect::<Vec<_>>());
         Row {
             cells: [
-                name.into(),
-                unit.into(),
+                figure.name.clone(),
+                figure.unit.into(),
                 number(ours),
                 peer.into(),
                 number(theirs),
                 number(median(&ratios)),
                 number(ratios.iter().copied().fold(f64::INFINITY, f64::min)),
                 number(ratios.iter().copied().fold(0.0, f64::max)),
+                figure.aim.text(),
             ],
             note: format!("{} pairs", pairs.len()),
         }
@@ -40,37 +139,20 @@ impl Row {
 
     /// A row without a peer.
     pub fn alone(name: &str, unit: &str, ours: f64, note: String) -> Row {
-        let blank = || "-".to_owned();
-        let ours = format!("{ours:.2}");
-        Row {
-            cells: [
-                name.into(),
-                unit.into(),
-                ours,
-                blank(),
-                blank(),
-                blank(),
-                blank(),
-                blank(),
-            ],
-            note,
-        }
+        let mut cells: [String; CELLS] = std::array::from_fn(|_| "-".to_owned());
+        cells[..3].clone_from_slice(&[name.into(), unit.into(), format!("{ours:.2}")]);
+        Row { cells, note }
     }
 
     /// A row that could not run.
-    pub fn absent(name: &str, unit: &str, peer: &str, why: &anyhow::Error) -> Row {
-        let blank = || "-".to_owned();
+    pub fn absent(figure: &Figure, peer: &str, why: &anyhow::Error) -> Row {
+        let mut cells: [String; CELLS] = std::array::from_fn(|_| "-".to_owned());
+        cells[0].clone_from(&figure.name);
+        cells[1] = figure.unit.into();
+        cells[3] = peer.into();
+        cells[8] = figure.aim.text();
         Row {
-            cells: [
-                name.into(),
-                unit.into(),
-                blank(),
-                peer.into(),
-                blank(),
-                blank(),
-                blank(),
-                blank(),
-            ],
+            cells,
             note: format!("not run: {why:#}").replace(['\n', '\t'], " "),
         }
     }
@@ -82,7 +164,7 @@ impl Row {
     /// A row from a line without its host: how the container suite's own process hands its rows over.
     pub fn parse(line: &str) -> Option<Row> {
         let mut fields = line.split('\t').map(str::to_owned);
-        let cells: Vec<String> = fields.by_ref().take(8).collect();
+        let cells: Vec<String> = fields.by_ref().take(CELLS).collect();
         Some(Row {
             cells: cells.try_into().ok()?,
             note: fields.nth(1)?,
@@ -124,9 +206,6 @@ pub fn write(path: &Path, rows: &[Row], host: &str) -> anyhow::Result<()> {
     for row in rows {
         writeln!(text, "{}", row.line(host))?;
     }
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
-    }
     std::fs::write(path, &text).with_context(|| format!("write {}", path.display()))?;
     let lines: Vec<Vec<&str>> = text
         .lines()
@@ -159,16 +238,20 @@ mod tests {
 
     #[test]
     fn ratios_are_taken_pair_by_pair() {
-        let row = Row::pairs("n", "ms", "peer", &[(1.0, 2.0), (2.0, 2.0), (9.0, 3.0)]);
+        let row = Row::pairs(
+            &Figure::cost("n", "ms"),
+            "peer",
+            &[(1.0, 2.0), (2.0, 2.0), (9.0, 3.0)],
+        );
         assert_eq!(
             row.line("pvm"),
-            "n\tms\t2.00\tpeer\t2.00\t1.00\t0.50\t3.00\tpvm\t3 pairs"
+            "n\tms\t2.00\tpeer\t2.00\t1.00\t0.50\t3.00\t<= 1.00\tpvm\t3 pairs"
         );
     }
 
     #[test]
     fn a_row_survives_being_sent() {
-        let row = Row::pairs("n", "ms", "peer", &[(1.0, 2.0)]);
+        let row = Row::pairs(&Figure::cost("n", "ms"), "peer", &[(1.0, 2.0)]);
         assert_eq!(Row::parse(&row.line("-")), Some(row));
     }
 

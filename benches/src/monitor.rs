@@ -1,0 +1,324 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The VMMs that are compared. Each is a name and the command that runs the probe guest with some devices, its
+//! serial port on standard output; `atoll-vmm` as it runs by default, with its sandbox and system-call filters.
+
+use std::io::Read;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::Bench;
+
+/// Memory of every guest.
+pub const MEMORY_MIB: u64 = 128;
+/// Longest silence of a guest that is at work: a lost interrupt must not hold the benchmarks for ever.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// What a guest has beside memory and a serial port.
+#[derive(Debug, Default)]
+pub struct Guest {
+    /// The probe's command line.
+    pub cmdline: String,
+    /// Its disk.
+    pub disk: Option<Disk>,
+    /// The tap of its network card.
+    pub tap: Option<&'static str>,
+}
+
+/// A disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub format: &'static str,
+    /// Past the host's page cache.
+    pub direct: bool,
+    /// Virtqueues; the guest has as many vCPUs, since not all VMMs allow more queues than that.
+    pub queues: u16,
+}
+
+impl Guest {
+    fn cpus(&self) -> String {
+        let queues = self.disk.as_ref().map_or(1, |disk| disk.queues);
+        queues.to_string()
+    }
+}
+
+/// The network card's address.
+pub const GUEST_MAC: &str = "02:00:00:00:00:02";
+
+/// A VMM.
+#[derive(Debug)]
+pub struct Monitor {
+    /// In the table.
+    pub name: &'static str,
+    command: fn(&Programs, &Guest) -> anyhow::Result<Command>,
+    /// Its firmware takes seconds before the guest begins: fewer turns.
+    starts_slowly: bool,
+}
+
+pub const OURS: Monitor = Monitor {
+    name: "atoll-vmm",
+    command: ours,
+    starts_slowly: false,
+};
+
+pub const FIRECRACKER: Monitor = Monitor {
+    name: "firecracker",
+    command: firecracker,
+    starts_slowly: false,
+};
+
+pub const CLOUD_HYPERVISOR: Monitor = Monitor {
+    name: "cloud-hypervisor",
+    command: cloud_hypervisor,
+    starts_slowly: false,
+};
+
+/// Without PCI devices: its firmware assigns them no addresses, and the probe is no operating system that would.
+pub const QEMU_MICROVM: Monitor = Monitor {
+    name: "qemu-microvm",
+    command: |programs, guest| qemu(programs, guest, "microvm"),
+    starts_slowly: false,
+};
+
+pub const QEMU_Q35: Monitor = Monitor {
+    name: "qemu-q35",
+    command: |programs, guest| qemu(programs, guest, "q35"),
+    starts_slowly: true,
+};
+
+impl Monitor {
+    /// Turns that it takes part in.
+    pub fn turns_max(&self) -> usize {
+        if self.starts_slowly { 2 } else { usize::MAX }
+    }
+}
+
+/// Where the programs are, and a folder for what they need.
+#[derive(Debug)]
+pub struct Programs {
+    folder: TempDir,
+    vmm: PathBuf,
+    probe: PathBuf,
+    peers: Option<PathBuf>,
+}
+
+impl Programs {
+    /// Ours, the probe, and where peers would be.
+    pub fn find(bench: &Bench) -> anyhow::Result<Self> {
+        let vmm = bench.program("atoll-vmm")?;
+        let folder = tempfile::tempdir().context("temporary directory")?;
+        let probe = folder.path().join("probe.elf");
+        let status = Command::new(&vmm)
+            .args(["probe", "--extract"])
+            .arg(&probe)
+            .status()?;
+        anyhow::ensure!(status.success(), "atoll-vmm probe --extract: {status}");
+        Ok(Self {
+            folder,
+            vmm,
+            probe,
+            peers: bench.peers.clone(),
+        })
+    }
+
+    fn peer(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let path = self.peers.as_ref().map(|folder| folder.join(name));
+        path.filter(|path| path.is_file())
+            .with_context(|| format!("no `{name}` in the folder that --peers (PEERS=) names"))
+    }
+}
+
+fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+    let mut command = Command::new(&programs.vmm);
+    command.arg("run").arg("--kernel").arg(&programs.probe);
+    command.args(["--cmdline", &guest.cmdline, "--cpus", &guest.cpus()]);
+    command.args(["--console", "stdio", "--memory", &MEMORY_MIB.to_string()]);
+    if let Some(disk) = &guest.disk {
+        let cache = if disk.direct { "none" } else { "writeback" };
+        let (path, queues) = (disk.path.display(), disk.queues);
+        let format = disk.format;
+        let keys = format!("path={path},format={format},cache={cache},queues={queues}");
+        command.args(["--disk", &keys]);
+    }
+    if let Some(tap) = guest.tap {
+        command.args(["--net", &format!("tap={tap},mac={GUEST_MAC},vhost=off")]);
+    }
+    Ok(command)
+}
+
+/// Without its jailer, which would be in its favour; with PCI where there is a device, as ours have no other bus.
+fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+    let program = programs.peer("firecracker")?;
+    let mut config = json!({
+        "boot-source": {"kernel_image_path": programs.probe, "boot_args": guest.cmdline},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB},
+        "drives": [],
+    });
+    if let Some(disk) = &guest.disk {
+        anyhow::ensure!(disk.format == "raw", "it has raw disks only");
+        anyhow::ensure!(!disk.direct, "it has no direct I/O");
+        anyhow::ensure!(disk.queues == 1, "its disks have one queue");
+        config["drives"] = json!([{"drive_id": "disk", "path_on_host": disk.path, "is_root_device": false,
+            "cache_type": "Writeback", "io_engine": "Async"}]);
+    }
+    if let Some(tap) = guest.tap {
+        config["network-interfaces"] =
+            json!([{"iface_id": "net", "guest_mac": GUEST_MAC, "host_dev_name": tap}]);
+    }
+    // A file for each: a hundred may be reading theirs.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("firecracker-{number}.json");
+    let path = programs.folder.path().join(name);
+    std::fs::write(&path, Value::to_string(&config))?;
+    let mut command = Command::new(program);
+    command.args(["--no-api", "--config-file"]).arg(path);
+    if guest.disk.is_some() || guest.tap.is_some() {
+        command.arg("--enable-pci");
+    }
+    Ok(command)
+}
+
+fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+    let mut command = Command::new(programs.peer("cloud-hypervisor")?);
+    command.arg("--kernel").arg(&programs.probe);
+    command.args(["--cmdline", &guest.cmdline]);
+    // The probe maps 512 GiB, and this VMM puts its devices at the end of the address space.
+    command.args(["--cpus", &format!("boot={},max_phys_bits=39", guest.cpus())]);
+    command.args(["--memory", &format!("size={MEMORY_MIB}M")]);
+    command.args(["--serial", "tty", "--console", "off"]);
+    if let Some(disk) = &guest.disk {
+        let direct = if disk.direct { "on" } else { "off" };
+        let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
+        let keys = format!(
+            "path={path},image_type={format},direct={direct},num_queues={queues},queue_size=256"
+        );
+        command.args(["--disk", &keys]);
+    }
+    if let Some(tap) = guest.tap {
+        command.args(["--net", &format!("tap={tap},mac={GUEST_MAC}")]);
+    }
+    Ok(command)
+}
+
+fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> anyhow::Result<Command> {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-M", machine, "-accel", "kvm", "-nodefaults"]);
+    // arch-capabilities=off: QEMU 7.2 asserts on this MSR under kvm_pvm; elsewhere it makes no difference to a start.
+    command.args(["-cpu", "host,arch-capabilities=off", "-no-user-config"]);
+    command.args(["-m", &MEMORY_MIB.to_string(), "-smp", &guest.cpus()]);
+    command.args(["-display", "none", "-no-reboot", "-serial", "stdio"]);
+    command.args(["-append", &guest.cmdline, "-kernel"]);
+    command.arg(&programs.probe);
+    if let Some(disk) = &guest.disk {
+        let cache = if disk.direct { "none" } else { "writeback" };
+        let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
+        let drive =
+            format!("file={path},format={format},cache={cache},aio=io_uring,if=none,id=disk");
+        command.args(["-drive", &drive, "-object", "iothread,id=io", "-device"]);
+        command.arg(format!(
+            "virtio-blk-pci,drive=disk,num-queues={queues},iothread=io,disable-legacy=on"
+        ));
+    }
+    if let Some(tap) = guest.tap {
+        let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
+        command.args(["-netdev", &netdev, "-device"]);
+        command.arg(format!(
+            "virtio-net-pci,netdev=net,mac={GUEST_MAC},disable-legacy=on,romfile="
+        ));
+    }
+    Ok(command)
+}
+
+/// A running VMM, ended when dropped.
+#[derive(Debug)]
+pub struct Running(Child);
+
+impl Running {
+    /// Starts `monitor` with that guest.
+    pub fn start(programs: &Programs, monitor: &Monitor, guest: &Guest) -> anyhow::Result<Self> {
+        let mut command = (monitor.command)(programs, guest)?;
+        command.stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(Self(command.spawn().context(monitor.name)?))
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Reads the serial port until `text` has come; returns all that came.
+    pub fn wait_for(&mut self, text: &[u8]) -> anyhow::Result<String> {
+        let deadline = Instant::now() + SILENCE;
+        let output = self.0.stdout.as_mut().context("its output")?;
+        let mut heard = Vec::new();
+        while !heard.ends_with(text) {
+            let mut event = [PollFd::new(output.as_fd(), PollFlags::POLLIN)];
+            let left = deadline.saturating_duration_since(Instant::now());
+            poll(&mut event, PollTimeout::try_from(left)?)?;
+            anyhow::ensure!(
+                !left.is_zero(),
+                "it says nothing more: {}",
+                last_line(&heard)
+            );
+            let mut byte = [0];
+            if output.read(&mut byte)? == 0 {
+                let mut complaint = Vec::new();
+                if let Some(stderr) = &mut self.0.stderr {
+                    stderr.read_to_end(&mut complaint)?;
+                }
+                let text = String::from_utf8_lossy(text);
+                anyhow::bail!("it ended without {text:?}: {}", last_line(&complaint));
+            }
+            heard.push(byte[0]);
+        }
+        Ok(String::from_utf8_lossy(&heard).into_owned())
+    }
+}
+
+fn last_line(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.lines().last().unwrap_or_default().to_owned()
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail when it has powered off by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs one work of the probe's mode `bench` (see `firmware/probe/src/bench`) in a guest of its own, since not every
+/// VMM can reset a device; returns its nanoseconds.
+pub fn work(
+    programs: &Programs,
+    monitor: &Monitor,
+    guest: Guest,
+    work: &str,
+) -> anyhow::Result<f64> {
+    let cmdline = format!("bench {} {work}", guest.cmdline);
+    let mut running = Running::start(programs, monitor, &Guest { cmdline, ..guest })?;
+    let said = running.wait_for(b"bench done")?;
+    let said = said.lines().find_map(|line| line.split_once("ns="));
+    let (_, ns) = said.with_context(|| format!("no result of {work}"))?;
+    let digits = ns.split(' ').next().unwrap_or_default();
+    digits.parse().with_context(|| format!("{work}: {digits}"))
+}
+
+/// A process's memory map.
+pub fn smaps(running: &Running) -> anyhow::Result<String> {
+    let path = Path::new("/proc").join(running.id().to_string());
+    std::fs::read_to_string(path.join("smaps")).context("its memory map")
+}
