@@ -145,7 +145,9 @@ impl Kvm {
         Ok(list.as_slice().to_vec())
     }
 
-    /// Makes a virtual machine with its interrupt controllers, no memory and no vCPU.
+    /// Makes a virtual machine with neither memory nor interrupt controllers nor vCPU. They come in this order:
+    /// interrupt controllers are devices on buses of KVM's, and a memory slot that is set after they were put there
+    /// waits milliseconds until the kernel is sure that nobody reads the old buses.
     pub fn create(&self, board: &Board, cpu_count: u8) -> Result<VirtualMachine, KvmError> {
         let allowed = self.fd.get_max_vcpus();
         if usize::from(cpu_count) > allowed {
@@ -164,8 +166,6 @@ impl Kvm {
         let task_state = usize::try_from(board.kvm_pages + 0x1000).expect("below 4 GiB");
         fd.set_tss_address(task_state)
             .map_err(KvmError::failed("place the task state segment"))?;
-        fd.create_irq_chip()
-            .map_err(KvmError::failed("create the interrupt controllers"))?;
         Ok(VirtualMachine { fd: Arc::new(fd) })
     }
 }
@@ -181,6 +181,13 @@ impl VirtualMachine {
     #[must_use]
     pub fn fd(&self) -> &VmFd {
         &self.fd
+    }
+
+    /// Gives the machine a PC's interrupt controllers: two PICs, an I/O APIC, and a local APIC for every vCPU.
+    pub fn create_interrupt_controllers(&self) -> Result<(), KvmError> {
+        self.fd
+            .create_irq_chip()
+            .map_err(KvmError::failed("create the interrupt controllers"))
     }
 
     /// Makes every region of `memory` the guest's RAM, one slot each.

@@ -164,6 +164,7 @@ pub(super) fn build(
     } = ground(spec, &mut opened, backing, start)?;
     let machine = opened.kvm.create(board, spec.cpu_count)?;
     machine.set_memory(&memory)?;
+    machine.create_interrupt_controllers()?;
     let windows = board.windows(spec.memory_mib << 20, cpus.address_bits());
     let mut assembly = Assembly::new(spec, &mut opened, voice, &machine, memory.clone(), windows)?;
     for kind in KINDS {
