@@ -102,6 +102,32 @@ pub struct AcpiDevice {
     pub event: Option<u8>,
 }
 
+/// Name of the object that says where the generation id is, and what its package begins with: two elements, the first
+/// of them four bytes, which firmware may have to change ([`crate::table_loader`]).
+pub(crate) const GENERATION_ADDRESS: [u8; 9] = *b"\x08ADDR\x12\x08\x02\x0c";
+
+/// Tells of the sixteen bytes at `address` (below 4 GiB) that change when the machine becomes another one (Microsoft
+/// "Virtual Machine Generation ID"). Where firmware places them, `address` is the offset in the file that it allocates.
+#[must_use]
+pub fn generation_id(address: u32, event: u8) -> AcpiDevice {
+    // Windows wants the first, Linux takes either.
+    let compatible = aml::Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]);
+    let mut objects = serialized(&aml::Name::new("_CID".into(), &compatible));
+    objects.extend(serialized(&aml::Name::new(
+        "_DDN".into(),
+        &"VM_Gen_Counter",
+    )));
+    objects.extend(GENERATION_ADDRESS);
+    objects.extend(address.to_le_bytes());
+    objects.push(0);
+    AcpiDevice {
+        name: "VGEN",
+        hid: "ATOL0002",
+        objects,
+        event: Some(event),
+    }
+}
+
 /// Slots of bus 0 whose content may change while the guest runs; the registers are `atoll-devices`' `PciHotplug`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PciHotplug {
@@ -178,6 +204,7 @@ pub fn tables(platform: &Platform) -> Vec<u8> {
 
 /// Where [`place`] put the tables that point at others.
 pub(crate) struct Placed {
+    pub(crate) dsdt: u64,
     pub(crate) fadt: u64,
     pub(crate) xsdt: u64,
     /// Entries of the XSDT.
@@ -203,6 +230,7 @@ pub(crate) fn place(bytes: &mut Vec<u8>, platform: &Platform, base: u64) -> Plac
         xsdt.add_entry(entry);
     }
     Placed {
+        dsdt,
         fadt,
         xsdt: append(bytes, base, &serialized(&xsdt)),
         entry_count: entries.len(),

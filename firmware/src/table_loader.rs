@@ -14,6 +14,16 @@ pub const TABLES_FILE: &str = "etc/acpi/tables";
 /// Name of the script's file.
 pub const SCRIPT_FILE: &str = "etc/table-loader";
 
+/// File with the generation id, which firmware puts into a page of its own; and the file into which it writes where
+/// that page is (QEMU `docs/specs/vmgenid.rst`, whose names OVMF takes from the script).
+pub const GENERATION_FILE: &str = "etc/vmgenid_guid";
+/// See [`GENERATION_FILE`]: eight bytes, little-endian.
+pub const GENERATION_ADDRESS_FILE: &str = "etc/vmgenid_addr";
+/// Where the id is in its file: behind what a table's header would be, since OVMF looks for tables where pointers point.
+pub const GENERATION_OFFSET: u32 = 40;
+/// The page.
+pub const GENERATION_FILE_BYTES: usize = 4096;
+
 /// Bytes of one command of the script.
 const COMMAND_BYTES: usize = 128;
 /// Bytes of a file's name in it, the final zero included.
@@ -22,6 +32,7 @@ const NAME_BYTES: usize = 56;
 const ALLOCATE: u32 = 1;
 const ADD_POINTER: u32 = 2;
 const ADD_CHECKSUM: u32 = 3;
+const WRITE_POINTER: u32 = 4;
 /// Where firmware should allocate: anywhere, or in the segment that is searched for an RSDP.
 const ZONE_HIGH: u8 = 1;
 const ZONE_FSEG: u8 = 2;
@@ -61,9 +72,18 @@ pub fn table_files(platform: &Platform) -> TableFiles {
     let alignment = u32::try_from(ALIGNMENT).expect("small");
     allocate(&mut script, TABLES_FILE, alignment, ZONE_HIGH);
     for offset in pointers(&placed) {
-        pointer(&mut script, TABLES_FILE, at(offset));
+        pointer(&mut script, TABLES_FILE, (at(offset), 8), TABLES_FILE);
     }
-    for table in [placed.fadt, placed.xsdt] {
+    let mut changed = vec![placed.fadt, placed.xsdt];
+    if let Some(offset) = generation_pointer(&tables) {
+        let page = u32::try_from(GENERATION_FILE_BYTES).expect("a page");
+        allocate(&mut script, GENERATION_FILE, page, ZONE_HIGH);
+        pointer(&mut script, TABLES_FILE, (offset, 4), GENERATION_FILE);
+        let files = [name(GENERATION_ADDRESS_FILE), name(GENERATION_FILE)].concat();
+        command(&mut script, WRITE_POINTER, &[&files, &[0; 8], &[8]]);
+        changed.push(placed.dsdt);
+    }
+    for table in changed {
         let start = usize::try_from(table).expect("an offset in a file");
         let length = &tables[start + LENGTH..][..4];
         let length = u32::from_le_bytes([length[0], length[1], length[2], length[3]]);
@@ -71,7 +91,7 @@ pub fn table_files(platform: &Platform) -> TableFiles {
         checksum(&mut script, TABLES_FILE, (result, at(table), length));
         tables[start + usize::try_from(CHECKSUM).expect("small")] = 0;
     }
-    pointer(&mut script, RSDP_FILE, RSDP_XSDT);
+    pointer(&mut script, RSDP_FILE, (RSDP_XSDT, 8), TABLES_FILE);
     for (result, length) in [RSDP_CHECKSUM, RSDP_EXTENDED_CHECKSUM] {
         checksum(&mut script, RSDP_FILE, (result, 0, length));
         rsdp[usize::try_from(result).expect("small")] = 0;
@@ -119,13 +139,21 @@ fn allocate(script: &mut Vec<u8>, file: &str, alignment: u32, zone: u8) {
     );
 }
 
-/// All pointers are of 64 bits, and point into the tables' file.
-fn pointer(script: &mut Vec<u8>, file: &str, offset: u32) {
+/// A pointer into the file `to`: its offset in `file`, and its bytes.
+fn pointer(script: &mut Vec<u8>, file: &str, (offset, bytes): (u32, u8), to: &str) {
     command(
         script,
         ADD_POINTER,
-        &[&name(file), &name(TABLES_FILE), &offset.to_le_bytes(), &[8]],
+        &[&name(file), &name(to), &offset.to_le_bytes(), &[bytes]],
     );
+}
+
+/// Where the tables say where the generation id is, if they do.
+fn generation_pointer(tables: &[u8]) -> Option<u32> {
+    let object = acpi::GENERATION_ADDRESS;
+    let mut places = tables.windows(object.len());
+    let place = places.position(|bytes| bytes == object)?;
+    Some(at((place + object.len()) as u64))
 }
 
 fn checksum(script: &mut Vec<u8>, file: &str, (result, start, length): (u32, u32, u32)) {
@@ -136,7 +164,10 @@ fn checksum(script: &mut Vec<u8>, file: &str, (result, start, length): (u32, u32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::acpi::{AcpiDevice, Power};
+    use crate::acpi::Power;
+
+    /// Where the page with the generation id is.
+    const GENERATION_AT: usize = 0x8000;
 
     fn platform() -> Platform {
         Platform {
@@ -155,12 +186,7 @@ mod tests {
                 pm_base: 0x600,
                 sci_gsi: 9,
             },
-            devices: vec![AcpiDevice {
-                name: "VGEN",
-                hid: "ATOL0001",
-                objects: Vec::new(),
-                event: Some(1),
-            }],
+            devices: Vec::new(),
             hotplug: None,
         }
     }
@@ -177,12 +203,11 @@ mod tests {
     /// Follows the script as firmware does, with the files at given addresses, and gives all of memory from 0 on.
     fn follow(files: &TableFiles, rsdp_at: usize, tables_at: usize) -> Vec<u8> {
         let mut memory = vec![0; tables_at + files.tables.len()];
-        let base = |file: &str| {
-            if file == RSDP_FILE {
-                rsdp_at
-            } else {
-                tables_at
-            }
+        let base = |file: &str| match file {
+            RSDP_FILE => rsdp_at,
+            TABLES_FILE => tables_at,
+            GENERATION_FILE => GENERATION_AT,
+            other => panic!("file {other}"),
         };
         for command in files.script.chunks(COMMAND_BYTES) {
             let file = text_at(command, 4);
@@ -190,14 +215,25 @@ mod tests {
                 ALLOCATE if file == RSDP_FILE => {
                     memory[rsdp_at..rsdp_at + files.rsdp.len()].copy_from_slice(&files.rsdp);
                 }
-                ALLOCATE => memory[tables_at..].copy_from_slice(&files.tables),
+                ALLOCATE if file == TABLES_FILE => {
+                    memory[tables_at..].copy_from_slice(&files.tables);
+                }
+                ALLOCATE => assert_eq!((file, u32_at(command, 60)), (GENERATION_FILE, 4096)),
+                WRITE_POINTER => {
+                    let files = (file, text_at(command, 60));
+                    assert_eq!(files, (GENERATION_ADDRESS_FILE, GENERATION_FILE));
+                    assert_eq!(command[116..125], [0, 0, 0, 0, 0, 0, 0, 0, 8]);
+                }
                 ADD_POINTER => {
-                    assert_eq!((text_at(command, 60), command[120]), (TABLES_FILE, 8));
+                    let bytes = usize::from(command[120]);
                     let field = base(file) + u32_at(command, 116) as usize;
-                    let offset = u64::from_le_bytes(memory[field..field + 8].try_into().unwrap());
+                    let mut pointer = [0; 8];
+                    pointer[..bytes].copy_from_slice(&memory[field..field + bytes]);
+                    let offset = u64::from_le_bytes(pointer);
                     assert!(offset < files.tables.len() as u64);
-                    let address = offset + tables_at as u64;
-                    memory[field..field + 8].copy_from_slice(&address.to_le_bytes());
+                    let address = offset + base(text_at(command, 60)) as u64;
+                    let address = address.to_le_bytes();
+                    memory[field..field + bytes].copy_from_slice(&address[..bytes]);
                 }
                 ADD_CHECKSUM => {
                     let [result, start, length] =
@@ -214,17 +250,29 @@ mod tests {
         memory
     }
 
-    /// What firmware makes of the files is what the VMM would write itself.
-    #[test]
-    fn following_the_script_yields_the_tables_at_their_addresses() {
-        let files = table_files(&platform());
+    #[track_caller]
+    fn check(built: &Platform, placed_by_firmware: &Platform) {
+        let files = table_files(built);
         assert_eq!(files.script.len() % COMMAND_BYTES, 0);
         let tables_at = 0x2_0000;
         let memory = follow(&files, 0x1_0000, tables_at);
         let mut expected = Vec::new();
-        let placed = acpi::place(&mut expected, &platform(), tables_at as u64);
+        let placed = acpi::place(&mut expected, placed_by_firmware, tables_at as u64);
         assert_eq!(memory[tables_at..], expected);
         let rsdp = acpi::rsdp(placed.xsdt);
         assert_eq!(memory[0x1_0000..0x1_0000 + rsdp.len()], rsdp);
+    }
+
+    /// What firmware makes of the files is what the VMM would write itself.
+    #[test]
+    fn following_the_script_yields_the_tables_at_their_addresses() {
+        check(&platform(), &platform());
+        let with = |address: u32| Platform {
+            devices: vec![acpi::generation_id(address, 1)],
+            ..platform()
+        };
+        let offset = GENERATION_OFFSET;
+        let address = u32::try_from(GENERATION_AT).unwrap() + offset;
+        check(&with(offset), &with(address));
     }
 }

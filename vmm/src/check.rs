@@ -109,6 +109,7 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         .uuid
         .as_deref()
         .map_or(Ok(()), |text| uuid(text).map(drop))?;
+    generation_id(spec)?;
     spec.disks.iter().try_for_each(disk)?;
     targets(spec).map(drop)?;
     spec.nets.iter().try_for_each(net)
@@ -339,6 +340,17 @@ fn tap(net: &NetSpec) -> Result<String, SpecError> {
     Ok(format!("tap {tap}"))
 }
 
+/// The generation id as it is in memory, where a UUID's first three fields are little-endian; `None` for a random one.
+pub fn generation_id(spec: &MachineSpec) -> Result<Option<[u8; 16]>, SpecError> {
+    let text = spec.generation_id.as_deref();
+    let text = text.filter(|text| *text != "1");
+    let bytes = text.map(uuid).transpose()?;
+    Ok(bytes.map(|[a, b, c, d, e, f, g, h, rest @ ..]| {
+        let [i, j, k, l, m, n, o, p] = rest;
+        [d, c, b, a, f, e, h, g, i, j, k, l, m, n, o, p]
+    }))
+}
+
 /// Parses a UUID as text: 32 hexadecimal digits, with or without hyphens between its five groups.
 pub fn uuid(text: &str) -> Result<[u8; 16], SpecError> {
     let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
@@ -517,6 +529,26 @@ mod tests {
             let expected = if refused { expected.as_str() } else { "ok" };
             check(firmware(&code.display().to_string(), "/dev/null"), expected);
         }
+    }
+
+    #[test]
+    fn a_generation_id_is_a_uuid_as_windows_has_it_in_memory() {
+        let mut spec = MachineSpec::new(BootSpec::Kernel(KernelSpec {
+            image: "/dev/null".into(),
+            initrd: None,
+            cmdline: String::new(),
+        }));
+        assert_eq!(generation_id(&spec), Ok(None));
+        spec.generation_id = Some("1".to_owned());
+        assert_eq!(generation_id(&spec), Ok(None));
+        spec.generation_id = Some("00112233-4455-6677-8899-aabbccddeeff".to_owned());
+        let bytes = generation_id(&spec).unwrap().unwrap();
+        assert_eq!(
+            bytes[..9],
+            [0x33, 0x22, 0x11, 0, 0x55, 0x44, 0x77, 0x66, 0x88]
+        );
+        spec.generation_id = Some("2".to_owned());
+        assert!(super::spec(&spec).unwrap_err().0.starts_with("UUID \"2\""));
     }
 
     #[test]

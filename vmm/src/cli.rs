@@ -134,6 +134,9 @@ pub struct RunArguments {
     /// Guest memory: a number of MiB, or with a unit: 512M, 4G[,hugepages=2M|1G][,shared]
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory)]
     pub memory: (u64, MemoryBacking),
+    /// Adds a generation id (VMGenID), by which a restored guest learns that it is a copy: a UUID, or 1 for a random one
+    #[arg(long, value_name = "UUID")]
+    pub generation_id: Option<String>,
     /// A disk: path=FILE,format=raw|qcow2[,KEY…]; may be repeated; its keys are below
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
@@ -229,7 +232,7 @@ pub struct ReceiveArguments {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 20] = [
+const MACHINE_ARGUMENTS: [&str; 21] = [
     "profile",
     "firmware",
     "kernel",
@@ -239,6 +242,7 @@ const MACHINE_ARGUMENTS: [&str; 20] = [
     "cpu",
     "cpu_models",
     "memory",
+    "generation_id",
     "disk",
     "net",
     "console",
@@ -383,6 +387,7 @@ impl RunArguments {
             cpu: self.cpu.clone(),
             memory_mib: self.memory.0,
             profile: self.profile.unwrap_or(defaults.profile),
+            generation_id: self.generation_id.clone(),
             disks: self.disk.clone(),
             nets: self.net.clone(),
             serial: self.console.clone(),

@@ -12,7 +12,8 @@
 //! 0x0000_9000  boot page tables        0xffff_fff0  reset vector (`pc`: the firmware's flash ends at 4 GiB)
 //! 0x0002_0000  command line            0xfec0_0000  I/O APIC
 //! 0x0009_fc00  end of conventional RAM 0xfee0_0000  local APICs
-//! 0x000e_0000  ACPI tables             0x1_0000_0000 high RAM
+//! 0x000d_f000  generation id           0x1_0000_0000 high RAM
+//! 0x000e_0000  ACPI tables
 //! 0x000f_0000  SMBIOS (`pc`)
 //! ```
 
@@ -40,6 +41,8 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_BYTES_MAX: u64 = 0x1_0000;
 /// End of the RAM that a PC calls conventional: what is above, up to the kernel, belongs to firmware.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
+/// Generation id of a kernel that is booted directly: sixteen bytes, alone in their page.
+pub const GENERATION_ID: u32 = 0xd_f000;
 /// ACPI tables, the RSDP first, where a kernel that is not told searches for it.
 pub const ACPI: u64 = 0xe_0000;
 /// SMBIOS entry point and tables of a kernel that is booted directly on the `pc` board: Linux searches from here.

@@ -11,6 +11,8 @@
 
 mod guest;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -49,12 +51,17 @@ fn begin(source: &Guest, target: &Guest, connections: &str) -> Child {
         .unwrap()
 }
 
+/// A UUID that is the same in either order of bytes.
+const GENERATION: &str = "11111111-2222-3333-4444-555555555555";
+
 #[test]
 fn a_guest_at_work_moves_there_and_back() {
     if !kvm() {
         return;
     }
-    let mut guest = Place::new().start(&shell("64", "2"));
+    let mut arguments = shell("64", "2");
+    arguments.extend(["--generation-id", GENERATION]);
+    let mut guest = Place::new().start(&arguments);
     let mut serial = guest.serial();
     serial.start_load("");
     let mut done = serial.load_beyond(0);
@@ -85,6 +92,12 @@ fn a_guest_at_work_moves_there_and_back() {
     serial.wait_for("probe> ");
     serial.type_line("report");
     serial.wait_for("everything works");
+    // It is still the same machine.
+    guest.ctl(&["snapshot", "--to", "snapshot"]).unwrap();
+    let memory = File::open(guest.path("snapshot/memory")).unwrap();
+    let mut generation = [0; 16];
+    memory.read_exact_at(&mut generation, 0xd_f000).unwrap();
+    assert_eq!(generation[..7], [0x11, 0x11, 0x11, 0x11, 0x22, 0x22, 0x33]);
 }
 
 /// xorshift64*: enough to choose a moment.

@@ -132,6 +132,58 @@ fn two_copies_of_one_snapshot_live_apart() {
     assert!(again.contains("snapshot snapshot: File exists"), "{again}");
 }
 
+/// The bytes that the guest reads as its generation id, in a snapshot of it.
+fn generation(guest: &Guest, snapshot: &str) -> [u8; 16] {
+    guest.ctl(&["snapshot", "--to", snapshot]).unwrap();
+    let memory = File::open(guest.path(snapshot).join("memory")).unwrap();
+    let mut value = [0; 16];
+    memory.read_exact_at(&mut value, 0xd_f000).unwrap();
+    value
+}
+
+#[test]
+fn a_copy_learns_that_it_is_one() {
+    if !kvm() {
+        return;
+    }
+    let mut arguments = shell("32", "1");
+    arguments.extend(["--generation-id", "00112233-4455-6677-8899-aabbccddeeff"]);
+    let mut guest = Place::new().start(&arguments);
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    let first = generation(&guest, "snapshot");
+    assert_eq!(
+        first[..9],
+        [0x33, 0x22, 0x11, 0, 0x55, 0x44, 0x77, 0x66, 0x88]
+    );
+    // A reset machine is the same one, and so is one that was held.
+    guest.client().act(Request::Reset).unwrap();
+    serial.wait_for("atoll probe: command line");
+    serial.wait_for("probe> ");
+    assert_eq!(generation(&guest, "later"), first);
+    let spec = std::fs::read_to_string(guest.path("snapshot/spec.json")).unwrap();
+    let spec = spec.replace("00112233-", "99112233-");
+    let mut seen = vec![first];
+    for more in [&[][..], &[], &["--spec", "other.json"]] {
+        let place = Place::like(&guest);
+        guest::link_directory(&guest.path("snapshot"), &place.path("snapshot"));
+        std::fs::write(place.path("other.json"), &spec).unwrap();
+        let restore = [&["run", "--restore", "snapshot"], more].concat();
+        let mut copy = place.start(&restore);
+        let mut serial = copy.serial();
+        serial.type_line("report");
+        serial.wait_for("everything works");
+        let value = generation(&copy, "copy");
+        assert!(!seen.contains(&value), "{value:x?} of {seen:x?}");
+        seen.push(value);
+    }
+    assert_eq!(
+        seen[3][..4],
+        [0x33, 0x22, 0x11, 0x99],
+        "that of its own spec"
+    );
+}
+
 #[test]
 fn what_does_not_fit_is_refused_with_the_reason() {
     if !kvm() {

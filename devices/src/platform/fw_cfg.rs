@@ -6,11 +6,12 @@
 //! port 0x510  selector, 16 bits       port 0x511  data, a byte at a time
 //! port 0x514  address of a DMA request, high half; port 0x518 its low half, which starts it (both big-endian)
 //! ```
-//! Items are fixed when the machine is built, and read-only. What they say is the VMM's business
-//! (`atoll-firmware` makes most of their bytes).
+//! Items are fixed when the machine is built, and read-only, but for files by which firmware answers: what it writes
+//! there is told to whoever made the file. What items say is the VMM's business (`atoll-firmware` makes most of their
+//! bytes).
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -55,12 +56,17 @@ const DMA_BYTES_MAX: u32 = 64 << 20;
 /// Unit in which zeroes are written after an item's end.
 const CHUNK_BYTES: usize = 4096;
 
+/// Is told the whole of a file that firmware has written to.
+pub type Listener = Arc<dyn Fn(&[u8]) + Send + Sync>;
+
 /// Items of a machine.
-#[derive(Debug, Default, Clone)]
+#[derive(Default, Clone)]
 pub struct FwCfgItems {
     numbered: BTreeMap<u16, Vec<u8>>,
     /// By name, in the order in which the directory shows them.
     files: BTreeMap<String, Vec<u8>>,
+    /// Of those, which firmware writes.
+    listeners: BTreeMap<String, Listener>,
 }
 
 impl FwCfgItems {
@@ -78,10 +84,26 @@ impl FwCfgItems {
         self.files.insert(name.to_owned(), bytes.into());
     }
 
+    /// Adds a file of so many zeroes that firmware writes (by DMA only).
+    pub fn add_written(&mut self, name: &str, size: usize, listener: Listener) {
+        self.add(name, vec![0; size]);
+        self.listeners.insert(name.to_owned(), listener);
+    }
+
     /// Content of a file.
     #[must_use]
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         self.files.get(name).map(Vec::as_slice)
+    }
+
+    /// Who is told of writes, by the file's number.
+    fn listeners(&self) -> BTreeMap<u16, Listener> {
+        let files = self.files.keys().zip(FILES..);
+        let listener = |(name, number): (&String, u16)| {
+            let listener = self.listeners.get(name)?;
+            Some((number, listener.clone()))
+        };
+        files.filter_map(listener).collect()
     }
 
     /// Everything by number, with signature, features and directory.
@@ -110,9 +132,10 @@ impl FwCfgItems {
 /// The device.
 pub struct FwCfg {
     items: BTreeMap<u16, Vec<u8>>,
+    listeners: BTreeMap<u16, Listener>,
     memory: Memory,
     /// What firmware has selected. Held during a DMA request, so that two vCPUs' requests do not mix; nothing
-    /// else is locked while it is held.
+    /// else is locked while it is held, but what a listener locks.
     state: Mutex<State>,
     limit: RateLimit,
 }
@@ -154,6 +177,7 @@ impl FwCfg {
     #[must_use]
     pub fn new(items: FwCfgItems, memory: Memory) -> Self {
         Self {
+            listeners: items.listeners(),
             items: items.table(),
             memory,
             state: Mutex::default(),
@@ -213,10 +237,13 @@ impl FwCfg {
             state.selected = u16::try_from(control >> 16).expect("upper half");
             state.offset = 0;
         }
-        if length > DMA_BYTES_MAX || control & DMA_WRITE != 0 {
+        if length > DMA_BYTES_MAX {
             return Err(Refused);
         }
         let mut left = usize::try_from(length).expect("at least 32 bits");
+        if control & DMA_WRITE != 0 {
+            return self.take(state, memory, (target, left));
+        }
         if control & DMA_READ != 0 {
             let mut chunk = [0; CHUNK_BYTES];
             let mut target = target;
@@ -232,6 +259,25 @@ impl FwCfg {
         } else if control & DMA_SKIP != 0 {
             state.offset = state.offset.saturating_add(left);
         }
+        Ok(())
+    }
+
+    /// Takes what firmware writes to a file, at the place that it has skipped to.
+    fn take(
+        &self,
+        state: &mut State,
+        memory: &Ram,
+        (source, length): (u64, usize),
+    ) -> Result<(), Refused> {
+        let listener = self.listeners.get(&state.selected).ok_or(Refused)?;
+        let mut file = self.items.get(&state.selected).cloned().ok_or(Refused)?;
+        let end = state.offset.checked_add(length).ok_or(Refused)?;
+        let place = file.get_mut(state.offset..end).ok_or(Refused)?;
+        memory
+            .read_slice(place, GuestAddress(source))
+            .map_err(|_| Refused)?;
+        state.offset = end;
+        listener(&file);
         Ok(())
     }
 
@@ -335,6 +381,37 @@ mod tests {
         let memory = device.memory.memory();
         memory.read_slice(&mut data, GuestAddress(0x2000)).unwrap();
         assert_eq!(&data, b"pci\n\0\0");
+    }
+
+    #[test]
+    fn what_firmware_writes_is_told_and_nothing_else_can_be_written() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let mut items = FwCfgItems::default();
+        items.add("a", [7; 4]);
+        let all = told.clone();
+        let listener = move |bytes: &[u8]| all.lock().unwrap().push(bytes.to_vec());
+        items.add_written("b", 8, Arc::new(listener));
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+        let device = FwCfg::new(items, Memory::new(ram));
+        let memory = device.memory.memory();
+        memory
+            .write_slice(&[1, 2, 3, 4], GuestAddress(0x200))
+            .unwrap();
+        let select = 0x21_0000 | DMA_SELECT;
+        assert_eq!(by_dma(&device, select | DMA_SKIP, 2, 0), 0);
+        assert_eq!(by_dma(&device, DMA_WRITE, 4, 0x200), 0);
+        assert_eq!(told.lock().unwrap()[..], [[0, 0, 1, 2, 3, 4, 0, 0]]);
+        for (control, length, source) in [
+            (DMA_WRITE, 3, 0x200),
+            (select | DMA_WRITE, 9, 0x200),
+            (select | DMA_WRITE, 8, 0xfffc),
+            (select | DMA_WRITE, u32::MAX, 0x200),
+            (0x20_0000 | DMA_SELECT | DMA_WRITE, 1, 0x200),
+            (0x77_0000 | DMA_SELECT | DMA_WRITE, 0, 0x200),
+        ] {
+            assert_eq!(by_dma(&device, control, length, source), DMA_ERROR);
+        }
+        assert_eq!(told.lock().unwrap().len(), 1);
     }
 
     #[test]

@@ -8,11 +8,13 @@
 //! flash        firmware's variables                  debug        firmware's debug console
 //! q35          host bridge and LPC bridge            reset_ports  resets of old
 //! pvpanic      a PCI function: the guest crashed     watchdog     a PCI function: the guest must feed it
+//! generation   bytes in memory: the machine is a copy
 //! ```
 
 mod debug;
 mod flash;
 pub mod fw_cfg;
+mod generation;
 mod pm;
 mod pvpanic;
 mod reset_ports;
@@ -25,6 +27,7 @@ pub mod q35;
 pub use debug::DebugPort;
 pub use flash::{BLOCK_BYTES as FLASH_BLOCK_BYTES, Flash, FlashWindow};
 pub use fw_cfg::{FwCfg, FwCfgItems};
+pub use generation::GenerationId;
 pub use pm::AcpiPm;
 pub use pvpanic::{PanicDevice, PanicEvent};
 pub use reset_ports::{KeyboardReset, SystemControl};

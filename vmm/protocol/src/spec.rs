@@ -32,6 +32,11 @@ pub struct MachineSpec {
     /// What the guest reads about its board (SMBIOS); told by firmware only.
     #[serde(default)]
     pub identity: IdentitySpec,
+    /// Value by which the guest learns that it has become another machine (VMGenID): a UUID, or `1` for a random one. It
+    /// changes when a snapshot is restored: to this value, if the saved machine had another, else to a random one. No such
+    /// device when absent.
+    #[serde(default)]
+    pub generation_id: Option<String>,
     /// Disks. At power-on their PCI slots are in this order.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
@@ -67,6 +72,7 @@ impl MachineSpec {
             },
             boot,
             identity: IdentitySpec::default(),
+            generation_id: None,
             disks: Vec::new(),
             nets: Vec::new(),
             serial: ConsoleSpec::default(),

@@ -13,7 +13,7 @@ use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::{Memory, Ram};
 use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciDevice, PciWindow, Window};
-use atoll_devices::platform::{AcpiPm, MachineControl, Serial, Watchdog, q35};
+use atoll_devices::platform::{AcpiPm, GenerationId, MachineControl, Serial, Watchdog, q35};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
@@ -139,6 +139,7 @@ pub(super) struct Assembly<'a> {
     pub(super) nets: Vec<Card>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) watchdog: Option<Arc<Watchdog>>,
+    pub(super) generation: Option<Arc<GenerationId>>,
     pub(super) consoles: Vec<Console>,
     pub(super) serial: Option<Arc<Serial>>,
     pub(super) serial_path: Option<PathBuf>,
@@ -183,6 +184,7 @@ pub(super) fn build(
         nets: assembly.nets,
         balloon: assembly.balloon,
         watchdog: assembly.watchdog,
+        generation: assembly.generation,
         serial: assembly.serial,
         _consoles: assembly.consoles,
         power_button,
@@ -322,6 +324,7 @@ impl<'a> Assembly<'a> {
             nets: Vec::new(),
             balloon: None,
             watchdog: None,
+            generation: None,
             consoles: Vec::new(),
             serial: None,
             serial_path: None,
@@ -411,19 +414,11 @@ impl Assembly<'_> {
     }
 
     /// Adds a device that only ACPI tells the guest of.
-    #[expect(
-        dead_code,
-        reason = "taken by the devices that come next: generation id, panic notifier"
-    )]
     pub(super) fn acpi_device(&mut self, device: AcpiDevice) {
         self.acpi_devices.push(device);
     }
 
     /// The next free event of the board, for [`AcpiDevice::event`]: each pulse of its line notifies the device.
-    #[expect(
-        dead_code,
-        reason = "taken by the devices that come next: generation id, hot-plug"
-    )]
     pub(super) fn acpi_event(&mut self) -> Result<(u8, Arc<dyn IrqLine>), BuildError> {
         let number = self.board.events[self.event_count];
         self.event_count += 1;

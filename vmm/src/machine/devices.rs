@@ -14,6 +14,7 @@ use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::disks;
+use super::generation;
 use super::opened::{Opened, WAS_OPENED};
 use super::parts::Card;
 use super::services;
@@ -75,6 +76,10 @@ pub(super) const KINDS: &[DeviceKind] = &[
     DeviceKind {
         open: open_serial,
         add: serial,
+    },
+    DeviceKind {
+        open: |_, _| Ok(()),
+        add: generation::add,
     },
 ];
 

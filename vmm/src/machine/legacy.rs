@@ -13,6 +13,7 @@ use atoll_vmm_protocol::spec::{BootSpec, IdentitySpec};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::assembly::{Assembly, BuildError};
+use super::generation;
 use crate::flash::{FirmwareFiles, FlashSlot};
 use crate::kvm::VirtualMachine;
 use crate::saved::Raw;
@@ -169,7 +170,10 @@ fn firmware(
     let ram = assembly.board.ram(assembly.memory_bytes());
     let boot_order = std::mem::take(&mut assembly.boot_order);
     let identity = identity(&assembly.spec.identity);
-    let items = fw_cfg::items(&assembly.platform(), &ram, &identity, boot_order, menu_ms);
+    let mut items = fw_cfg::items(&assembly.platform(), &ram, &identity, boot_order, menu_ms);
+    if let Some(device) = &assembly.generation {
+        generation::tell_firmware(device, &mut items);
+    }
     let fw_cfg = Arc::new(FwCfg::new(items, assembly.memory.clone()));
     assembly.port("fw_cfg", FwCfg::PORT, FwCfg::SIZE, fw_cfg.clone());
     Ok(Firmware {

@@ -8,6 +8,7 @@
 //! devices   one row a kind of device; services: those that connect the guest with its host
 //! disks     the rows of disks, and what the control API changes about them
 //! legacy    what a PC has beside them
+//! generation  whether the guest is a copy
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
 //! saved     its state taken out, and put into another one that was just built
@@ -21,6 +22,7 @@ mod controls;
 mod counters;
 mod devices;
 mod disks;
+mod generation;
 mod handover;
 mod legacy;
 mod opened;

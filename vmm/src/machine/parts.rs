@@ -9,7 +9,7 @@ use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::Ram;
 use atoll_devices::pci::PciBus;
-use atoll_devices::platform::{Serial, Watchdog};
+use atoll_devices::platform::{GenerationId, Serial, Watchdog};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
@@ -26,6 +26,7 @@ use crate::board::Board;
 use crate::kvm::cpu::GuestCpu;
 use crate::kvm::cpu::compare::feature_msrs;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
+use crate::layout;
 use crate::loader::BootFiles;
 use crate::saved::image::Touched;
 use crate::vcpu::Vcpu;
@@ -41,6 +42,7 @@ pub(super) struct Parts {
     pub(super) nets: Vec<Card>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) watchdog: Option<Arc<Watchdog>>,
+    pub(super) generation: Option<Arc<GenerationId>>,
     pub(super) power_button: Arc<dyn IrqLine>,
     pub(super) serial_path: Option<PathBuf>,
     pub(super) console_path: Option<PathBuf>,
@@ -138,6 +140,9 @@ impl Parts {
         };
         let memory_bytes = spec.memory_mib << 20;
         let entry = boot_files.load(&self.memory, memory_bytes, self.board, &self.platform)?;
+        if let Some(generation) = &self.generation {
+            generation.place(Some(layout::GENERATION_ID.into()));
+        }
         self.vcpus[0].enter(entry)?;
         Ok(())
     }
@@ -156,6 +161,9 @@ impl Parts {
         }
         if let Some(watchdog) = &self.watchdog {
             watchdog.reset();
+        }
+        if let Some(generation) = &self.generation {
+            generation.place(None);
         }
         if let Some(timer) = &self.pristine.timer {
             self.machine.set_timer(timer)?;

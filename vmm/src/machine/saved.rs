@@ -5,6 +5,7 @@
 //! while it finishes its work is in the state of whoever has it then. Put back: the guest's clock, which the vCPUs'
 //! registers switch on; interrupt controllers; vCPUs; devices last, since they may interrupt at once.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,6 +13,7 @@ use atoll_devices::state::StateError;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::kvm_clock_data;
 
+use super::generation;
 use super::parts::Parts;
 use crate::kvm::KvmError;
 use crate::kvm::cpu::HostCpu;
@@ -65,6 +67,9 @@ pub enum RestoreError {
         /// Why.
         source: StateError,
     },
+    /// There is no random number for a new generation id.
+    #[error("take a random number")]
+    Random(#[source] io::Error),
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -183,12 +188,17 @@ pub(super) fn restore(
     for (vcpu, saved) in parts.vcpus.iter().zip(state.vcpus) {
         vcpu.restore(&Arc::new(saved.into_state(away_ticks)), Tsc::Set)?;
     }
+    let built_with = parts.generation.as_ref().map(|device| device.value());
     for ((name, device), entry) in parts.states.iter().zip(&state.devices) {
         let restored = device.restore(&entry.device);
         restored.map_err(|source| RestoreError::Device {
             device: name.clone(),
             source,
         })?;
+    }
+    if let (Absence::Unseen, Some(device)) = (absence, &parts.generation) {
+        let built_with = built_with.unwrap_or_default();
+        generation::renew(device, &built_with).map_err(RestoreError::Random)?;
     }
     Ok(())
 }
