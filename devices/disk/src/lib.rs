@@ -38,6 +38,7 @@ mod pool;
 pub mod qcow2;
 mod raw;
 mod segments;
+mod transfer;
 mod uring;
 mod zeroes;
 mod zeroing;
@@ -58,4 +59,5 @@ pub use open::{
 };
 pub use raw::RawBackend;
 pub use segments::Segments;
+pub use transfer::transfer;
 pub use zeroes::DetectZeroes;

@@ -188,25 +188,39 @@ fn slices(segments: &Segments) -> Vec<VolatileSlice<'_>> {
 }
 
 fn read_header(image: &ImageFile) -> Result<Header, OpenError> {
-    let failed = |source| OpenError::Qcow2 {
+    header_of(&image.file, image.size_bytes).map_err(|source| OpenError::Qcow2 {
         path: image.path.clone(),
         source,
-    };
+    })
+}
+
+/// Size of the disk in an image that stands alone, by its header: locks nothing, so a machine may have it open. An
+/// image that cannot be used, or is a difference to another one, is an error.
+pub fn inspect(file: &File) -> Result<u64, Qcow2Error> {
+    let file_bytes = file.metadata().map_err(Qcow2Error::Tables)?.len();
+    let header = header_of(file, file_bytes)?;
+    match header.backing {
+        Some(Backing { name, .. }) => Err(Qcow2Error::UnnamedBacking { name }),
+        None => Ok(header.size_bytes),
+    }
+}
+
+fn header_of(file: &File, file_bytes: u64) -> Result<Header, Qcow2Error> {
     // Aligned for a file that is open for direct I/O.
     let mut head = AlignedBuffer::new(HEAD_BYTES, 4096);
     let bytes = head.bytes();
     let mut filled = 0;
     while filled < bytes.len() {
-        match rustix::io::pread(&image.file, &mut bytes[filled..], filled as u64) {
+        match rustix::io::pread(file, &mut bytes[filled..], filled as u64) {
             Ok(0) => break,
             Ok(count) => filled += count,
             Err(rustix::io::Errno::INTR) => {}
             // Direct I/O behind the unaligned end of a file.
             Err(rustix::io::Errno::INVAL) if filled > 0 => break,
-            Err(error) => return Err(failed(Qcow2Error::Tables(error.into()))),
+            Err(error) => return Err(Qcow2Error::Tables(error.into())),
         }
     }
-    Header::parse(&bytes[..filled], image.size_bytes).map_err(failed)
+    Header::parse(&bytes[..filled], file_bytes)
 }
 
 /// The images behind `top`, as one: exactly those that the headers name, each of the format that the spec says.
