@@ -12,6 +12,8 @@ pub struct Settings {
     pub state: PathBuf,
     /// Where `atoll-vmm` and `atoll-ct` are.
     pub bin_dir: PathBuf,
+    /// Where the firmware of virtual machines is: Debian's package `ovmf`.
+    pub firmware_dir: PathBuf,
     /// The NAT bridge for guests, `vmbr0`.
     pub bridge: String,
     /// The bridge's own address with its prefix length; guests get theirs from the same net.
@@ -27,6 +29,7 @@ impl Settings {
             node: node.into(),
             state: state.into(),
             bin_dir: PathBuf::from("/usr/lib/atoll"),
+            firmware_dir: PathBuf::from("/usr/share/OVMF"),
             bridge: "vmbr0".to_owned(),
             bridge_address: "10.64.0.1/24".to_owned(),
             workers_max: 8,

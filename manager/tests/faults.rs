@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use atoll_manager::guest::create::Draft;
 use atoll_manager::guest::destroy::{self, Destroy};
+use atoll_manager::guest::move_disk::{self, Move};
 use atoll_manager::guest::resize::{self, Resize};
 use atoll_manager::guest::site::Seat;
 use atoll_manager::guest::snapshot::abandon::{self, Abandon};
@@ -23,6 +24,7 @@ use atoll_manager::guest::stop::{SHUTDOWN, STOP, Stop};
 use atoll_manager::guest::tables::TABLES;
 use atoll_manager::guest::{Ask, clone, container, start, stop, vm};
 use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::storage::name::Format;
 use atoll_manager::task::{self, TaskContext, TaskStep, fault, run_steps};
 use atoll_manager::{Node, Settings};
 
@@ -41,6 +43,7 @@ impl Ground {
         let state = tempfile::Builder::new().prefix("at").tempdir().unwrap();
         let mut settings = Settings::new("n1", state.path());
         settings.bin_dir = world::bin_dir();
+        settings.firmware_dir = world::make_firmware(state.path());
         let node = Node::open(settings).await.unwrap();
         let storage = node.settings().storage_dir();
         node.storage().ensure_local(&storage).await.unwrap();
@@ -131,6 +134,8 @@ const VM: &[(&str, &str)] = &[
     ("kernel", "local:snippets/probe"),
     ("cmdline", "stay"),
     ("scsi0", "local:0.0625"),
+    ("efidisk0", "local:1,pre-enrolled-keys=1"),
+    ("ide2", "none,media=cdrom"),
     ("net0", "virtio=BC:24:11:00:00:01,bridge=vmbr0"),
 ];
 
@@ -159,6 +164,7 @@ fn machines() {
         fault::can_be_repeated(destroy::STEPS, destroy::STEPS, created, end, traces).await;
         ground.pass(vm::create::STEPS, ground.draft(VM)).await;
         copies(&ground).await;
+        moves(&ground).await;
         running_machines(&ground).await;
     });
 }
@@ -281,6 +287,46 @@ async fn copies(ground: &Ground) {
     fault::can_be_repeated(delete::STEPS, delete::STEPS, taken, delete, lines).await;
 }
 
+/// Fails a disk's move to another format at each step, then moves it.
+async fn moves(ground: &Ground) {
+    let traces = async |ground: &&Ground| ground.traces().await;
+    let to = |format| {
+        let wish = move_disk::Wish {
+            disk: "scsi0".into(),
+            storage: None,
+            format: Some(format),
+            deletes: false,
+        };
+        Move::new(ground.seat(), wish)
+    };
+    let start = async || (ground, to(Format::Qcow2));
+    fault::fails_cleanly(move_disk::STEPS, start, traces).await;
+    let mut moving = to(Format::Qcow2);
+    let task = TaskContext::detached(fault::upid(), None);
+    run_steps(move_disk::STEPS, &mut moving, &task)
+        .await
+        .unwrap();
+    let config = ground.seat().config().unwrap();
+    let (disk, unused) = (config.get("scsi0").unwrap(), config.get("unused0").unwrap());
+    assert!(disk.contains(".qcow2,size="), "{disk}");
+    assert!(unused.ends_with(".raw"), "{unused}");
+    moving.delete_former().await.unwrap();
+    assert_eq!(ground.seat().config().unwrap().get("unused0"), None);
+    assert!(
+        !ground
+            .state
+            .path()
+            .join("storage/images")
+            .join(unused.trim_start_matches("local:"))
+            .exists()
+    );
+    let same = run_steps(move_disk::STEPS, &mut to(Format::Qcow2), &task).await;
+    assert_eq!(
+        same.unwrap_err().to_string(),
+        "you can't move to the same storage with same format"
+    );
+}
+
 /// Fails the tables that end a guest, at each step.
 async fn ends_repeatably(ground: &Ground) {
     let running = async || {
@@ -364,6 +410,7 @@ fn no_table_is_left_out() {
         "delsnapshot",
         "abandon",
         "clone",
+        "move",
         "destroy",
     ];
     let listed: Vec<&str> = TABLES.iter().map(|table| table.name).collect();

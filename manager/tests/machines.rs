@@ -7,7 +7,7 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use atoll_manager::guest::{Action, Ask};
+use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::task::Upid;
 use atoll_manager::{Node, Settings};
@@ -18,6 +18,7 @@ const KIND: GuestKind = GuestKind::Vm;
 async fn open(state: &tempfile::TempDir) -> Node {
     let mut settings = Settings::new("n1", state.path());
     settings.bin_dir = world::bin_dir();
+    settings.firmware_dir = world::make_firmware(state.path());
     let node = Node::open(settings).await.unwrap();
     node.storage()
         .ensure_local(&node.settings().storage_dir())
@@ -61,10 +62,59 @@ fn a_machine_lives_and_leaves_nothing() {
         let node = open(&state).await;
         let id: GuestId = world::guest_number().try_into().unwrap();
 
+        new_guests_boot_by_firmware(&node, &state, id).await;
         let node = runs(node, &state, id).await;
+        changes_its_disc(&node, &state, id).await;
         ends(&node, &state, id).await;
         node.network().teardown().await.unwrap();
     });
+}
+
+/// Who says nothing about it gets firmware with variables beside the disk; who asks for legacy boot is warned.
+async fn new_guests_boot_by_firmware(node: &Node, state: &tempfile::TempDir, id: GuestId) {
+    let create = async |keys: &[(&str, &str)]| {
+        let keys = keys.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let created = node.guests().create(KIND, id, keys.collect(), USER);
+        let status = done(node, created).await;
+        let config = node.guests().site().seat(KIND, id).config().unwrap();
+        let destroyed = node.guests().destroy(KIND, id, false, USER);
+        (status, config, done(node, destroyed).await)
+    };
+    let (status, config, destroyed) = create(&[("scsi0", "local:0.0625")]).await;
+    assert_eq!((status.as_str(), destroyed.as_str()), ("OK", "OK"));
+    assert_eq!(config.get("bios"), Some("ovmf"));
+    let variables = config.get("efidisk0").unwrap();
+    let prefix = format!("local:{id}/vm-{id}-disk-");
+    assert!(variables.starts_with(&prefix) && variables.contains(",efitype=4m,size="));
+    let images = state.path().join(format!("storage/images/{id}"));
+    assert!(!images.exists(), "the variables go with the guest");
+    let (status, config, _) = create(&[("bios", "seabios")]).await;
+    assert_eq!(
+        (status.as_str(), config.get("efidisk0")),
+        ("WARNINGS: 1", None)
+    );
+}
+
+/// A disc goes in and out of its drive while the machine runs; everything else of a drive waits.
+async fn changes_its_disc(node: &Node, state: &tempfile::TempDir, id: GuestId) {
+    let isos = state.path().join("storage/template/iso");
+    std::fs::create_dir_all(&isos).unwrap();
+    std::fs::write(isos.join("x.iso"), [1; 4096]).unwrap();
+    let set = async |key: &str, value: &str| {
+        let set = BTreeMap::from([(key.to_owned(), value.to_owned())]);
+        let none = std::collections::BTreeSet::new();
+        let update = ConfigUpdate::new(KIND, set, none.clone(), none, None).unwrap();
+        node.guests().update(KIND, id, update).await
+    };
+    let now = |applied: &Applied| applied.now.len();
+    let inserted = set("ide2", "local:iso/x.iso,media=cdrom").await.unwrap();
+    assert_eq!((now(&inserted), inserted.pending.len()), (1, 0));
+    let ejected = set("ide2", "none,media=cdrom").await.unwrap();
+    assert_eq!((now(&ejected), ejected.pending.len()), (1, 0));
+    let new = set("ide0", "none,media=cdrom").await.unwrap();
+    assert_eq!(new.pending, ["ide0"], "a drive is new hardware");
+    let missing = set("ide2", "local:iso/y.iso,media=cdrom").await;
+    assert!(missing.unwrap_err().to_string().contains("does not exist"));
 }
 
 /// It is created, started, paused, and found again by another daemon.
@@ -75,12 +125,28 @@ async fn runs(node: Node, state: &tempfile::TempDir, id: GuestId) -> Node {
         ("kernel", "local:snippets/probe"),
         ("cmdline", "stay"),
         ("scsi0", "local:0.0625"),
+        ("ide2", "none,media=cdrom"),
+        ("virtio1", "local:0.0625,format=qcow2,cache=writethrough"),
+        (
+            "virtio2",
+            "local:0,import-from=local:import/x.raw,format=qcow2",
+        ),
         ("net0", "virtio,bridge=vmbr0"),
         ("start", "1"),
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let import = state.path().join("storage/import");
+    std::fs::create_dir_all(&import).unwrap();
+    std::fs::write(import.join("x.raw"), vec![5; 1 << 20]).unwrap();
     let created = node.guests().create(KIND, id, BTreeMap::from(params), USER);
     assert_eq!(done(&node, created).await, "OK");
+    let config = node.guests().site().seat(KIND, id).config().unwrap();
+    let imported = config.get("virtio2").unwrap();
+    let expected = format!("local:{id}/vm-{id}-disk-");
+    assert!(
+        imported.starts_with(&expected) && imported.ends_with(".qcow2,size=1M"),
+        "{imported}"
+    );
     let status = node.guests().status(KIND, id).await.unwrap();
     assert!(status.running && status.load.memory_bytes > 0, "{status:?}");
     assert_eq!(

@@ -9,9 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use atoll_manager::access::{Caller, Check, Privilege};
 use atoll_manager::error::Error;
 use atoll_manager::guest::view::{self, View};
-use atoll_manager::guest::{ConfigUpdate, Status, Stored, keys, stored};
+use atoll_manager::guest::{ConfigUpdate, Status, Stored, disks, keys, stored};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::schema::{Kind, Param, format};
+use atoll_manager::storage::name::VolumeId;
+use atoll_manager::task;
 use serde_json::{Value, json};
 
 use super::parameters::{DELETE, DIGEST, VMID, text};
@@ -78,6 +80,11 @@ const UNREFERENCED: Param = Param::new(
     "destroy-unreferenced-disks",
     Kind::Boolean,
     "Accepted for PVE's clients: all disks of the guest go.",
+);
+const FREES: Param = Param::new(
+    "force",
+    Kind::Boolean,
+    "Remove the volumes of disks that are deleted, too; otherwise they become unused ones.",
 );
 const SKIPLOCK: Param = Param::new(
     "skiplock",
@@ -176,7 +183,7 @@ pub const VMS: &[Route] = rows!("qemu", GuestKind::Vm,
     create: &[VMID, START, STORAGE, POOL, FORCE,
         Param::new("archive", text(512), "Restoring a backup is not there yet."),
     ],
-    update: UPDATE
+    update: &[DELETE, REVERT, DIGEST, SKIPLOCK, FREES]
 );
 
 pub const CONTAINERS: &[Route] = rows!("lxc", GuestKind::Container,
@@ -220,7 +227,7 @@ pub const ASYNC_UPDATE: &[Route] = &[Route::post(
     REVERT,
     DIGEST,
     SKIPLOCK,
-    Param::new("force", Kind::Boolean, "Accepted for PVE's clients."),
+    FREES,
     Param::new(
         "background_delay",
         Kind::Integer { min: 1, max: 30 },
@@ -391,29 +398,53 @@ fn authorize_keys(
     Ok(())
 }
 
-/// Whether the caller may put disks on the storages that these values name: `STORAGE:SIZE` and `STORAGE:NAME`.
-fn authorize_storages(caller: &Caller, values: &BTreeMap<String, String>) -> Result<(), Error> {
+/// Whether the caller may put disks on the storages that these values name (`STORAGE:SIZE`), use the volumes that they
+/// name (`STORAGE:NAME`), and copy those that they import. Another guest's disk is for who has the storage.
+fn authorize_storages(
+    caller: &Caller,
+    id: GuestId,
+    values: &BTreeMap<String, String>,
+) -> Result<(), Error> {
     for (name, value) in values {
         let is_drive = [
             "scsi", "virtio", "sata", "ide", "mp", "rootfs", "efidisk", "tpmstate", "unused",
         ]
         .iter()
         .any(|stem| name.starts_with(stem));
-        let storage = value
+        if !is_drive {
+            continue;
+        }
+        let imported = value
             .split(',')
-            .next()
-            .map(|volume| volume.trim_start_matches("file="));
-        let storage =
-            storage.and_then(|volume| volume.trim_start_matches("volume=").split_once(':'));
-        if let Some((storage, _)) = storage.filter(|_| is_drive) {
-            let path = format!("/storage/{storage}");
-            if !caller.has(&path, Privilege::DatastoreAllocateSpace) {
-                let text = format!("Permission check failed ({path}, Datastore.AllocateSpace)");
-                return Err(Error::Denied(text));
-            }
+            .find_map(|item| item.strip_prefix("import-from="));
+        for volume in [Some(disks::volume_of(value)), imported]
+            .into_iter()
+            .flatten()
+        {
+            authorize_volume(caller, id, volume)?;
         }
     }
     Ok(())
+}
+
+fn authorize_volume(caller: &Caller, id: GuestId, volume: &str) -> Result<(), Error> {
+    let Some((storage, _)) = volume.split_once(':') else {
+        return Ok(());
+    };
+    let path = format!("/storage/{storage}");
+    let needed: &[Privilege] = match volume.parse::<VolumeId>() {
+        Ok(volume) if volume.name.owner().is_none() => {
+            &[Privilege::DatastoreAllocateSpace, Privilege::DatastoreAudit]
+        }
+        Ok(volume) if volume.name.owner() != Some(id) => &[Privilege::DatastoreAllocate],
+        _ => &[Privilege::DatastoreAllocateSpace],
+    };
+    if needed.iter().any(|privilege| caller.has(&path, *privilege)) {
+        return Ok(());
+    }
+    let names: Vec<&str> = needed.iter().map(|privilege| privilege.name()).collect();
+    let text = format!("Permission check failed ({path}, {})", names.join("|"));
+    Err(Error::Denied(text))
 }
 
 /// Whether the caller may put copies of a guest's disks on `storage`, or beside the disks.
@@ -423,10 +454,10 @@ pub fn authorize_clone(
     storage: Option<&str>,
 ) -> Result<(), Error> {
     let Some(storage) = storage else {
-        return authorize_storages(caller, &source.config.current.values);
+        return authorize_storages(caller, source.id, &source.config.current.values);
     };
     let disk = ("rootfs".to_owned(), format!("{storage}:1"));
-    authorize_storages(caller, &BTreeMap::from([disk]))
+    authorize_storages(caller, source.id, &BTreeMap::from([disk]))
 }
 
 async fn create(call: Call) -> Result<Answer, Refusal> {
@@ -435,7 +466,7 @@ async fn create(call: Call) -> Result<Answer, Refusal> {
         .values
         .filtered(|name| !matches!(name, "node" | "vmid" | "force"));
     authorize_keys(call.caller(), kind, id, &values)?;
-    authorize_storages(call.caller(), &values)?;
+    authorize_storages(call.caller(), id, &values)?;
     // Its raw lines reach the host in every way.
     if values.contains_key("pve-config") && !call.caller().has("/", Privilege::SysModify) {
         return Err(Error::Denied("Permission check failed (/, Sys.Modify)".to_owned()).into());
@@ -461,7 +492,7 @@ fn wanted(call: &Call) -> Result<ConfigUpdate, Error> {
         .values
         .filtered(|name| keys::find(kind, name).is_some());
     authorize_keys(caller, kind, id, &set)?;
-    authorize_storages(caller, &set)?;
+    authorize_storages(caller, id, &set)?;
     let delete: BTreeSet<String> = call.values.list("delete").into_iter().collect();
     let revert: BTreeSet<String> = call.values.list("revert").into_iter().collect();
     let present = stored(call)?;
@@ -474,13 +505,25 @@ fn wanted(call: &Call) -> Result<ConfigUpdate, Error> {
     });
     authorize_keys(caller, kind, id, &touched.collect())?;
     let digest = call.values.text("digest").map(str::to_owned);
-    ConfigUpdate::new(kind, set, delete, revert, digest)
+    let mut change = ConfigUpdate::new(kind, set, delete, revert, digest)?;
+    change.frees = call.values.flag("force");
+    Ok(change)
 }
 
 async fn update(call: Call) -> Result<Answer, Refusal> {
     let change = wanted(&call)?;
     let (kind, id) = (kind(&call), id(&call));
     let node = call.daemon.node.clone();
+    let imports = |value: &String| value.contains("import-from=");
+    if change.set.values().any(imports) {
+        // That takes a while, and is on record.
+        let user = call.caller().identity();
+        let upid = node.guests().update_as_task(kind, id, change, user)?;
+        return match node.tasks().wait(&upid).await? {
+            status if status == task::OK => Ok(Answer::NULL),
+            status => Err(Error::refused(status).into()),
+        };
+    }
     node.guests().update(kind, id, change).await?;
     Ok(Answer::NULL)
 }

@@ -6,6 +6,7 @@ mod access;
 mod agent;
 mod atoll;
 mod cluster;
+mod disks;
 mod guest_actions;
 mod guests;
 mod nodes;
@@ -34,6 +35,7 @@ pub const TABLES: &[&[Route]] = &[
     agent::ROUTES,
     atoll::ROUTES,
     cluster::ROUTES,
+    disks::ROUTES,
     guest_actions::CONTAINERS,
     guest_actions::RESET,
     guest_actions::VMS,
@@ -135,6 +137,9 @@ mod tests {
         POST QX/status/suspend
         POST QX/status/resume
         PUT QX/resize
+        PUT Q/unlink
+        POST Q/move_disk
+        POST X/move_volume
         DELETE QX
         GET QX/rrddata
         POST QX/termproxy

@@ -66,6 +66,9 @@ pub const fn text(length_max: usize) -> Kind {
     Kind::Text { length_max }
 }
 
+/// Formats of disk images.
+pub const FORMATS: Kind = Kind::Choice(&["raw", "qcow2"]);
+
 /// A whole number from 0.
 pub const COUNT: Kind = Kind::Integer {
     min: 0,

@@ -5,12 +5,13 @@ use atoll_manager::access::{Check, Privilege};
 use atoll_manager::error::Error;
 use atoll_manager::guest::clone::Wish;
 use atoll_manager::guest::{snapshot, view};
-use atoll_manager::id::GuestId;
+use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::schema::{Kind, Param, format};
+use atoll_manager::storage::name::parse_format;
 use serde_json::{Value, json};
 
 use super::guests::{id, kind, stored};
-use super::parameters::{SNAPSHOT, TEXT_MAX, text};
+use super::parameters::{FORMATS, SNAPSHOT, TEXT_MAX, text};
 use super::{object, serve};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
@@ -140,7 +141,11 @@ macro_rules! rows {
                 FULL,
                 STORAGE,
                 TARGET,
-                Param::new("format", Kind::Choice(&["raw"]), "Format of the new disks."),
+                Param::new(
+                    "format",
+                    FORMATS,
+                    "Format of the new disks; each its source's, when it is not given. Containers' are always raw.",
+                ),
                 Param::new(
                     "bwlimit",
                     Kind::Integer {
@@ -282,6 +287,10 @@ async fn clone(call: Call) -> Result<Answer, Refusal> {
         description: text("description"),
         snapshot: text("snapname"),
         storage: storage.map_err(|error| Error::invalid("storage", format!("{error}")))?,
+        format: match kind(&call) {
+            GuestKind::Vm => call.values.text("format").and_then(parse_format),
+            GuestKind::Container => None,
+        },
     };
     let (guests, user) = (call.daemon.node.guests(), call.caller().identity());
     let upid = guests.clone_guest(kind(&call), id(&call), new_id, wish, user)?;

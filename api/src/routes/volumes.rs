@@ -12,7 +12,9 @@ use atoll_manager::storage::Volume;
 use atoll_manager::storage::checksum::Checksum;
 use atoll_manager::storage::fetch::{self, Limits};
 use atoll_manager::storage::incoming::{Existing, Incoming};
-use atoll_manager::storage::name::{Content, StorageName, VolumeId, VolumeName};
+use atoll_manager::storage::name::{
+    Content, Format, StorageName, VolumeId, VolumeName, parse_format,
+};
 use atoll_manager::task::{NewTask, TaskContext};
 use axum::extract::multipart::{Field, Multipart};
 use axum::extract::{DefaultBodyLimit, FromRequest as _};
@@ -20,7 +22,7 @@ use hyper::StatusCode;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 
-use super::parameters::{VMID, text};
+use super::parameters::{FORMATS, VMID, text};
 use super::{object, serve};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
@@ -36,12 +38,14 @@ const UPLOADS: Check = Check::All {
     privileges: &[Privilege::DatastoreAllocateTemplate],
 };
 
-const CONTENTS: Kind = Kind::Choice(&["images", "rootdir", "vztmpl", "iso", "snippets", "backup"]);
+const CONTENTS: Kind = Kind::Choice(&[
+    "images", "rootdir", "vztmpl", "iso", "snippets", "backup", "import",
+]);
 
 /// What may be uploaded and downloaded. PVE refuses snippets, the gap that its users name first.
 const FILE_CONTENT: Param = Param::new(
     "content",
-    Kind::Choice(&["iso", "vztmpl", "snippets"]),
+    Kind::Choice(&["iso", "vztmpl", "snippets", "import"]),
     "What the file is.",
 )
 .required();
@@ -96,7 +100,11 @@ pub const ROUTES: &[Route] = &[
             "Size in kibibytes, or with a unit M or G.",
         )
         .required(),
-        Param::new("format", Kind::Choice(&["raw"]), "Format of the image.").default("raw"),
+        Param::new(
+            "format",
+            FORMATS,
+            "Format of the image; that of the name's ending, or raw, when it is not given.",
+        ),
     ])
     .returns(Returns::Text)
     .check(Check::All {
@@ -313,7 +321,10 @@ async fn allocate(call: Call) -> Result<Answer, Refusal> {
         .node
         .storage()
         .open_for(&name, Content::Images)?;
-    let volume = storage.allocate(guest, size).await?;
+    let ending = call.values.required("filename").rsplit_once('.');
+    let format = call.values.text("format").or(ending.map(|(_, end)| end));
+    let format = format.and_then(parse_format).unwrap_or(Format::Raw);
+    let volume = storage.allocate(guest, size, format).await?;
     Ok(Answer::Data(json!(
         VolumeId {
             storage: name,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use crate::error::Error;
 use crate::guest::GuestConfig;
 use crate::guest::container::bundle;
-use crate::guest::vm::resolve;
+use crate::guest::vm::{drives, resolve};
 use crate::id::{GuestId, GuestKind, parse_config_key};
 use crate::schema::format::parse_size;
 use crate::store::{ConfigStore, Revision};
@@ -65,9 +65,10 @@ impl GuestSummary {
                 resolve::cpu_count(config) as f64,
                 resolve::memory_mib(config),
                 0,
-                resolve::disks(config)
+                drives::drives(config)
                     .ok()
-                    .and_then(|disks| Some(disks.first()?.key.clone())),
+                    .and_then(|drives| drives.into_iter().find(|drive| !drive.is_cdrom()))
+                    .map(|drive| drive.key),
             ),
             GuestKind::Container => (
                 text("hostname").unwrap_or_else(|| format!("CT{id}")),

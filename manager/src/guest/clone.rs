@@ -4,18 +4,20 @@
 
 use std::collections::BTreeMap;
 
+use atoll_disk::Format;
+
 use crate::error::Error;
 use crate::guest::create::{Draft, Params};
 use crate::guest::hold::Hold;
 use crate::guest::keys::{self, Effect};
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::vm::cloud_init;
+use crate::guest::vm::{boot, cloud_init};
 use crate::guest::{disks, snapshot};
 use crate::id::GuestKind;
 use crate::step;
-use crate::storage::copy::copy;
-use crate::storage::name::{Content, StorageName, VolumeId};
+use crate::storage::convert::{Image, convert};
+use crate::storage::name::{StorageName, VolumeId};
 use crate::task::{TaskContext, TaskStep};
 
 /// Keys that a clone does not have from its source: each guest has an identity of its own.
@@ -32,6 +34,8 @@ pub struct Wish {
     pub snapshot: Option<String>,
     /// Where the disks go; each beside its source's, when it is not given.
     pub storage: Option<StorageName>,
+    /// Format of their images; each its source's, when it is not given.
+    pub format: Option<Format>,
 }
 
 /// What the steps hand on.
@@ -101,10 +105,7 @@ async fn release(clone: &mut Cloning, _: &TaskContext) -> Result<(), Error> {
 
 async fn copy_disks(clone: &mut Cloning, task: &TaskContext) -> Result<(), Error> {
     let storages = &clone.source.site.storage;
-    let content = match clone.source.kind {
-        GuestKind::Vm => Content::Images,
-        GuestKind::Container => Content::Rootdir,
-    };
+    let content = disks::content_of(clone.source.kind);
     for (key, volume) in disks::own_volumes(&clone.source, &clone.values) {
         let place = clone.wish.storage.as_ref().unwrap_or(&volume.storage);
         if cloud_init::is_drive(&volume.name) {
@@ -123,19 +124,26 @@ async fn copy_disks(clone: &mut Cloning, task: &TaskContext) -> Result<(), Error
             }
             None => storages.path(&volume).await?,
         };
-        let size = tokio::fs::metadata(&from)
-            .await
-            .map_err(|e| Error::failed(format!("read {}", from.display()), e))?
-            .len();
+        let format = volume.name.image_format().unwrap_or(Format::Raw);
+        let from = Image { path: from, format };
+        let wanted = match clone.wish.format {
+            Some(wanted) if key != boot::VARIABLES => wanted,
+            _ => format,
+        };
+        let size = from.size_bytes()?;
         let target = storages.open_for(place, content)?;
-        let name = target.allocate(clone.draft.seat.id, size).await?;
+        let name = target.allocate(clone.draft.seat.id, size, wanted).await?;
         let made = VolumeId {
             storage: place.clone(),
             name,
         };
         clone.draft.new_volumes.push(made.clone());
         task.log(&format!("{key}: copying {volume} to {made}"));
-        copy(&from, &target.path(&made.name).await?, task).await?;
+        let to = Image {
+            path: target.path(&made.name).await?,
+            format: wanted,
+        };
+        convert(&from, &to, task).await?;
         let value = clone.values.get(&key).map_or("", String::as_str);
         let value = disks::with_volume(value, &made, size);
         clone.values.insert(key, value);

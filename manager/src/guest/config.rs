@@ -72,6 +72,8 @@ pub struct ConfigUpdate {
     pub revert: BTreeSet<String>,
     /// Digest of the config that the client has seen.
     pub digest: Option<String>,
+    /// Volumes of disks that are removed are freed, not kept as unused.
+    pub frees: bool,
 }
 
 /// What an update did: for hot-plugging, and for the volumes that are left over.
@@ -350,6 +352,7 @@ impl ConfigUpdate {
             delete,
             revert,
             digest,
+            frees: false,
         })
     }
 }

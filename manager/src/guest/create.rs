@@ -70,7 +70,7 @@ impl Draft {
             if !disks::is_disk(kind, key) {
                 continue;
             }
-            let (stored, new) = disks::provide(&self.seat, key, value).await?;
+            let (stored, new) = disks::provide(&self.seat, key, value, Some(task)).await?;
             if let Some(volume) = new {
                 task.log(&format!("{key}: created volume {volume}"));
                 self.new_volumes.push(volume);

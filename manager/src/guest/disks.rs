@@ -3,20 +3,25 @@
 
 use std::collections::BTreeMap;
 
+use atoll_disk::Format;
+
 use crate::error::Error;
+use crate::guest::keys;
 use crate::guest::site::Seat;
-use crate::guest::vm::cloud_init;
+use crate::guest::vm::{boot, cloud_init, drives};
 use crate::id::GuestKind;
 use crate::storage::Storages;
-use crate::storage::name::{Content, StorageName, VolumeId, VolumeName};
+use crate::storage::convert::{Image, convert};
+use crate::storage::name::{Content, StorageName, VolumeId, VolumeName, parse_format};
+use crate::task::TaskContext;
 
 /// Bytes of a GiB, the unit of sizes without a unit in `STORAGE:SIZE`.
 const GIB: u64 = 1 << 30;
 /// Largest disk: what a raw file on ext4 can be.
 const SIZE_BYTES_MAX: u64 = 16 << 40;
 
-/// Families of keys that hold disks.
-const VM_FAMILIES: [&str; 4] = ["virtio", "scsi", "sata", "ide"];
+/// Families of keys that hold disks; a firmware's variables are one, too.
+const VM_FAMILIES: [&str; 5] = ["virtio", "scsi", "sata", "ide", "efidisk"];
 const CONTAINER_FAMILIES: [&str; 2] = ["rootfs", "mp"];
 
 /// What is asked for by the first item of a disk's value.
@@ -28,6 +33,17 @@ pub enum Wanted {
         storage: StorageName,
         /// How large.
         size_bytes: u64,
+        /// What its image is like.
+        format: Format,
+    },
+    /// A new disk with another one's content: `local:0,import-from=local:import/x.qcow2`.
+    Import {
+        /// Where.
+        storage: StorageName,
+        /// What its image is like.
+        format: Format,
+        /// What is copied.
+        from: VolumeId,
     },
     /// A cloud-init drive: `local:cloudinit`.
     CloudInit(StorageName),
@@ -71,23 +87,36 @@ pub fn wanted(key: &str, value: &str) -> Result<Wanted, Error> {
             "paths of the host are not supported yet, use a volume of a storage",
         ));
     }
-    if value
-        .split(',')
-        .any(|item| item.starts_with("import-from="))
-    {
-        return Err(Error::invalid(key, "'import-from' is not supported yet"));
-    }
     let wrong = |text: String| Error::invalid(key, text);
+    let option = |name: &str| value.split(',').find_map(|item| item.strip_prefix(name));
+    let format = option("format=").map_or(Some(Format::Raw), parse_format);
+    let format = format.ok_or_else(|| wrong("unknown format".to_owned()))?;
+    let from = option("import-from=");
     if let Some((storage, size)) = volume.split_once(':')
         && let Ok(gib) = size.parse::<f64>()
     {
         let storage = storage.parse().map_err(|e| wrong(format!("{e}")))?;
+        if let Some(from) = from.filter(|_| gib == 0.0) {
+            return Ok(Wanted::Import {
+                storage,
+                format,
+                from: from.parse().map_err(|e| wrong(format!("{e}")))?,
+            });
+        }
         let size_bytes =
             bytes_of_gib(gib).ok_or_else(|| wrong(format!("'{size}' is not a size in GiB")))?;
-        return Ok(Wanted::New {
-            storage,
-            size_bytes,
-        });
+        if from.is_none() {
+            return Ok(Wanted::New {
+                storage,
+                size_bytes,
+                format,
+            });
+        }
+    }
+    if from.is_some() {
+        return Err(wrong(
+            "'import-from' makes a new volume of its source's size: say STORAGE:0".to_owned(),
+        ));
     }
     if let Some((storage, cloud_init::NAME)) = volume.split_once(':') {
         let storage = storage.parse().map_err(|e| wrong(format!("{e}")))?;
@@ -120,14 +149,18 @@ pub fn volume_of(value: &str) -> &str {
     named.next().unwrap_or(first)
 }
 
-/// A disk's value with another volume and the volume's size, every other option kept.
+/// A disk's value with another volume and the volume's size, every other option kept but those that say how the volume
+/// is to be made.
 pub fn with_volume(value: &str, volume: &VolumeId, size_bytes: u64) -> String {
     let mut text = volume.to_string();
     let asked = volume_of(value);
     for item in value.split(',') {
         let names_volume =
             item == asked || item.starts_with("file=") || item.starts_with("volume=");
-        if !names_volume && !item.starts_with("size=") {
+        let is_past = ["size=", "format=", "import-from="]
+            .iter()
+            .any(|name| item.starts_with(name));
+        if !names_volume && !is_past {
             text.push(',');
             text.push_str(item);
         }
@@ -174,32 +207,56 @@ pub fn resized(text: &str, size_bytes_now: u64) -> Result<u64, Error> {
 }
 
 /// Makes or finds the volume that a disk's value asks for. Returns the value to store, and the volume when it is new.
+/// An import is a task's work.
 pub async fn provide(
     seat: &Seat,
     key: &str,
     value: &str,
+    task: Option<&TaskContext>,
 ) -> Result<(String, Option<VolumeId>), Error> {
     let storages: &Storages = &seat.site.storage;
     match wanted(key, value)? {
+        Wanted::Nothing if key == boot::VARIABLES => Err(Error::invalid(key, "needs a volume")),
         Wanted::Nothing => Ok((value.to_owned(), None)),
+        Wanted::New { storage, .. } if key == boot::VARIABLES => {
+            let wish = keys::properties(seat.kind, key, value)?;
+            let (volume, size_bytes, made) = boot::make_variables(seat, storage, wish).await?;
+            let value = keys::print_properties(seat.kind, key, &made);
+            Ok((with_volume(&value, &volume, size_bytes), Some(volume)))
+        }
         Wanted::New {
             storage,
             size_bytes,
+            format,
         } => {
-            let content = match seat.kind {
-                GuestKind::Vm => Content::Images,
-                GuestKind::Container => Content::Rootdir,
-            };
             let name = storages
-                .open_for(&storage, content)?
-                .allocate(seat.id, size_bytes)
+                .open_for(&storage, content_of(seat.kind))?
+                .allocate(seat.id, size_bytes, format)
                 .await?;
             let volume = VolumeId { storage, name };
+            Ok((with_volume(value, &volume, size_bytes), Some(volume)))
+        }
+        Wanted::Import {
+            storage,
+            format,
+            from,
+        } => {
+            let task = task.ok_or_else(|| Error::refused("an import is a task's work"))?;
+            let (volume, size_bytes) = import(seat, storage, format, &from, task).await?;
             Ok((with_volume(value, &volume, size_bytes), Some(volume)))
         }
         Wanted::CloudInit(storage) => {
             let volume = cloud_init_drive(seat, storage).await?;
             let stored = with_volume(value, &volume, cloud_init::SIZE_BYTES);
+            // A disc wherever it can be one.
+            let stored = match drives::target(key) {
+                Some(_) if !stored.contains("media=") => {
+                    let mut drive = keys::properties(seat.kind, key, &stored)?;
+                    drive.set("media", "cdrom");
+                    keys::print_properties(seat.kind, key, &drive)
+                }
+                _ => stored,
+            };
             Ok((stored, Some(volume)))
         }
         Wanted::Existing(volume) => {
@@ -209,10 +266,41 @@ pub async fn provide(
     }
 }
 
+async fn import(
+    seat: &Seat,
+    storage: StorageName,
+    format: Format,
+    from: &VolumeId,
+    task: &TaskContext,
+) -> Result<(VolumeId, u64), Error> {
+    let source = seat.site.storage.image(from).await?;
+    let size_bytes = source.size_bytes()?;
+    let target = seat.site.storage.open_for(&storage, Content::Images)?;
+    let name = target.allocate(seat.id, size_bytes, format).await?;
+    let filled = async {
+        let path = target.path(&name).await?;
+        task.log(&format!("importing {from} as {storage}:{name}"));
+        convert(&source, &Image { path, format }, task).await
+    };
+    if let Err(error) = filled.await {
+        target.free(&name).await?;
+        return Err(error);
+    }
+    Ok((VolumeId { storage, name }, size_bytes))
+}
+
+/// What a storage must be able to hold for this kind of guest's disks.
+pub fn content_of(kind: GuestKind) -> Content {
+    match kind {
+        GuestKind::Vm => Content::Images,
+        GuestKind::Container => Content::Rootdir,
+    }
+}
+
 /// Makes a guest's cloud-init drive; what it holds is written at each start.
 pub async fn cloud_init_drive(seat: &Seat, storage: StorageName) -> Result<VolumeId, Error> {
-    let name =
-        VolumeName::image(seat.id, cloud_init::NAME).map_err(|e| Error::refused(format!("{e}")))?;
+    let name = VolumeName::image(seat.id, cloud_init::NAME, Format::Raw)
+        .map_err(|e| Error::refused(format!("{e}")))?;
     seat.site
         .storage
         .open_for(&storage, Content::Images)?
@@ -252,7 +340,15 @@ mod tests {
         let new = |size_bytes| Wanted::New {
             storage: "local".parse().unwrap(),
             size_bytes,
+            format: Format::Raw,
         };
+        let import = Wanted::Import {
+            storage: "local".parse().unwrap(),
+            format: Format::Qcow2,
+            from: "local:iso/x.img".parse().unwrap(),
+        };
+        let asked = "local:0,import-from=local:iso/x.img,format=qcow2";
+        assert_eq!(wanted("scsi0", asked).unwrap(), import);
         assert_eq!(wanted("scsi0", "local:8,ssd=1").unwrap(), new(8 * GIB));
         assert_eq!(wanted("scsi0", "file=local:0.5").unwrap(), new(GIB / 2));
         assert_eq!(wanted("ide2", "none,media=cdrom").unwrap(), Wanted::Nothing);
@@ -271,7 +367,10 @@ mod tests {
             "x",
             "local:",
             "local:../x",
-            "local:0,import-from=local:iso/x.iso",
+            "local:8,import-from=local:iso/x.iso",
+            "local:0,import-from=x",
+            "local:100/vm-100-disk-0.raw,import-from=local:iso/x.iso",
+            "local:8,format=vmdk",
         ] {
             assert!(wanted("scsi0", wrong).is_err(), "{wrong}");
         }
@@ -281,7 +380,7 @@ mod tests {
     fn what_is_stored() {
         let volume = "local:100/vm-100-disk-1.raw".parse().unwrap();
         assert_eq!(
-            with_volume("local:8,ssd=1,size=3G", &volume, 8 * GIB),
+            with_volume("local:8,format=raw,ssd=1,size=3G", &volume, 8 * GIB),
             "local:100/vm-100-disk-1.raw,ssd=1,size=8G"
         );
         assert_eq!(
@@ -302,7 +401,7 @@ mod tests {
 
     #[test]
     fn keys_of_disks() {
-        for key in ["scsi0", "virtio15", "ide2"] {
+        for key in ["scsi0", "virtio15", "ide2", "efidisk0"] {
             assert!(is_disk(GuestKind::Vm, key), "{key}");
         }
         for key in ["scsihw", "scsi", "rootfs", "net0", "ide2x"] {

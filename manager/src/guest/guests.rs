@@ -14,6 +14,7 @@ use crate::guest::config::{Applied, ConfigUpdate};
 use crate::guest::create::{Draft, Params};
 use crate::guest::destroy::{self, Destroy};
 use crate::guest::lock::Guard;
+use crate::guest::move_disk::{self, Move};
 use crate::guest::resize::{self, Resize};
 use crate::guest::site::{Seat, Site};
 use crate::guest::snapshot::roll_back::RollBack;
@@ -129,9 +130,19 @@ impl Guests {
         let new = NewTask::new(word(kind, "qmcreate", "vzcreate"), id, user);
         match kind {
             GuestKind::Vm => {
-                let mut draft = Draft::new(seat.clone(), config_keys(&params))?;
+                let mut keys = config_keys(&params);
+                let storage = params.get("storage").map(String::as_str);
+                let firmware = &self.site.settings.firmware_dir;
+                let completed = vm::boot::complete(&mut keys, storage, firmware);
+                let mut draft = Draft::new(seat.clone(), keys)?;
                 self.tasks.spawn(new, async move |task: TaskContext| {
+                    if let Some(said) = completed {
+                        task.log(&said);
+                    }
                     run_steps(vm::create::STEPS, &mut draft, &task).await?;
+                    if let Err(error) = vm::boot::way(id, &seat.config()?) {
+                        task.warn(&error.to_string());
+                    }
                     // The lock is free again before the start asks for it.
                     drop(draft);
                     if starts {
@@ -228,7 +239,7 @@ impl Guests {
         id: GuestId,
         update: ConfigUpdate,
     ) -> Result<Applied, Error> {
-        update::update(&self.site.seat(kind, id), update).await
+        update::update(&self.site.seat(kind, id), update, None).await
     }
 
     /// The same as a task, `qmconfig` or `vzconfig`.
@@ -243,7 +254,7 @@ impl Guests {
         seat.config()?.check_digest(update.digest.as_deref())?;
         let new = NewTask::new(word(kind, "qmconfig", "vzconfig"), id, user);
         self.tasks.spawn(new, async move |task: TaskContext| {
-            let applied = update::update(&seat, update).await?;
+            let applied = update::update(&seat, update, Some(&task)).await?;
             for (key, _, value) in &applied.now {
                 let value = value.as_ref().map(|value| match key.as_str() {
                     view::SECRET => view::HIDDEN,
@@ -276,6 +287,28 @@ impl Guests {
         let resize = Resize::new(seat, disk.to_owned(), size.to_owned());
         self.tasks
             .spawn_steps(NewTask::new("resize", id, user), resize::STEPS, resize)
+    }
+
+    /// Moves a disk to another storage or format: task `qmmove` or `move_volume`.
+    pub fn move_disk(
+        &self,
+        kind: GuestKind,
+        id: GuestId,
+        wish: move_disk::Wish,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(kind, id);
+        seat.config()?;
+        let new = NewTask::new(word(kind, "qmmove", "move_volume"), id, user);
+        let deletes = wish.deletes;
+        let mut moving = Move::new(seat.clone(), wish);
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            run_steps(move_disk::STEPS, &mut moving, &task).await?;
+            if deletes && let Err(error) = moving.delete_former().await {
+                task.warn(&format!("the former volume is kept: {}", error.chain()));
+            }
+            Ok(())
+        })
     }
 
     /// Takes a snapshot: task `qmsnapshot` or `vzsnapshot`.

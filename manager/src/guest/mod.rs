@@ -24,6 +24,7 @@ pub mod hold;
 pub mod hook;
 pub mod keys;
 pub mod lock;
+pub mod move_disk;
 pub mod resize;
 pub mod site;
 pub mod snapshot;

@@ -51,7 +51,8 @@ pub const STEPS: &[TaskStep<Resize>] = &[
 async fn grow_volume(resize: &mut Resize, task: &TaskContext) -> Result<(), Error> {
     resize.guard = Some(resize.seat.lock().await?);
     let config = resize.seat.unlocked()?.config;
-    let is_disk = disks::is_disk(resize.seat.kind, &resize.disk);
+    let is_disk =
+        disks::is_disk(resize.seat.kind, &resize.disk) && resize.disk != vm::boot::VARIABLES;
     let value = config
         .get(&resize.disk)
         .filter(|_| is_disk)

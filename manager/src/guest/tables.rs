@@ -2,7 +2,7 @@
 //! Every step table of guests, and what holds when one of its steps fails. `tests/faults.rs` fails each step of each
 //! table in this list, before and after its work; a table that is not in it is not tested.
 
-use super::{clone, container, destroy, resize, snapshot, stop, vm};
+use super::{clone, container, destroy, move_disk, resize, snapshot, stop, vm};
 use crate::task::TaskStep;
 
 /// What is true after a failed step.
@@ -49,6 +49,7 @@ pub const TABLES: &[Table] = &[
         names(snapshot::abandon::STEPS)
     }),
     Table::new("clone", Promise::Undone, || names(clone::STEPS)),
+    Table::new("move", Promise::Undone, || names(move_disk::STEPS)),
     Table::new("destroy", Promise::Repeatable, || names(destroy::STEPS)),
 ];
 

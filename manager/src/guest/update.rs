@@ -9,22 +9,30 @@ use crate::guest::vm::{self, Vm};
 use crate::guest::{Phase, disks, guest, hardware};
 use crate::id::GuestKind;
 use crate::storage::name::VolumeId;
+use crate::task::TaskContext;
 
 /// Unused volumes that a guest can have, as many as its key's family.
 const UNUSED_MAX: u16 = 256;
 
 /// Applies an update. What it made is removed again when it cannot be written.
-pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Error> {
+pub async fn update(
+    seat: &Seat,
+    mut update: ConfigUpdate,
+    task: Option<&TaskContext>,
+) -> Result<Applied, Error> {
     let _guard = seat.lock().await?;
     let mut stored = seat.unlocked()?;
     stored.config.check_digest(update.digest.as_deref())?;
     refuse_kept_volumes(&stored.config, &update)?;
     let mut new = Vec::new();
     let result = async {
-        provide(seat, &stored.config, &mut update, &mut new).await?;
+        provide(seat, &stored.config, &mut update, &mut new, task).await?;
         let running = matches!(guest(seat).phase(), Phase::Running { .. });
         let applied = stored.config.apply(&update, running)?;
-        let freed = keep_volumes(&mut stored.config, &applied);
+        let mut freed = keep_volumes(&mut stored.config, &applied);
+        if update.frees {
+            freed.extend(give_up(&mut stored.config, &applied));
+        }
         hardware::complete(&mut stored.config);
         if running && seat.kind == GuestKind::Container {
             plug::apply(seat, &stored.config, &applied.now).await?;
@@ -54,7 +62,10 @@ pub async fn update(seat: &Seat, mut update: ConfigUpdate) -> Result<Applied, Er
 
 /// Refuses to free a volume that a snapshot has.
 fn refuse_kept_volumes(config: &GuestConfig, update: &ConfigUpdate) -> Result<(), Error> {
-    for key in update.delete.iter().filter(|key| key.starts_with("unused")) {
+    let frees = |key: &&String| {
+        key.starts_with("unused") || (update.frees && disks::holds_volume(config.kind, key))
+    };
+    for key in update.delete.iter().filter(frees) {
         let volume = config.get(key).unwrap_or_default();
         let mut kept = config.sections.values().flat_map(|s| s.values.values());
         if kept.any(|value| disks::volume_of(value) == volume) {
@@ -72,6 +83,7 @@ async fn provide(
     config: &GuestConfig,
     update: &mut ConfigUpdate,
     new: &mut Vec<VolumeId>,
+    task: Option<&TaskContext>,
 ) -> Result<(), Error> {
     let present: Vec<&str> = config
         .current
@@ -81,7 +93,7 @@ async fn provide(
         .collect();
     for (key, value) in &mut update.set {
         if disks::is_disk(seat.kind, key) {
-            let (value_now, volume) = disks::provide(seat, key, value).await?;
+            let (value_now, volume) = disks::provide(seat, key, value, task).await?;
             if let Some(volume) = volume {
                 new.push(volume.clone());
                 if seat.kind == GuestKind::Container {
@@ -131,6 +143,25 @@ pub fn keep_volumes(config: &mut GuestConfig, applied: &Applied) -> Vec<VolumeId
         }
     }
     freed
+}
+
+/// Takes the volumes of removed disks out of `unused` again, for who wants them gone; returns them.
+fn give_up(config: &mut GuestConfig, applied: &Applied) -> Vec<VolumeId> {
+    let removed = applied.now.iter().filter(|(_, _, value)| value.is_none());
+    let volumes = removed.filter_map(|(_, former, _)| Some(disks::volume_of(former.as_ref()?)));
+    let mut given_up = Vec::new();
+    for volume in volumes {
+        let values = config.current.values.iter();
+        let unused: Vec<String> = values
+            .filter(|(key, value)| key.starts_with("unused") && *value == volume)
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in unused {
+            config.unset(&key);
+            given_up.extend(volume.parse::<VolumeId>());
+        }
+    }
+    given_up
 }
 
 #[cfg(test)]

@@ -4,20 +4,23 @@
 //! ```text
 //! PATH/images/100/snap-NAME/vm-100-disk-0.raw                what the disk held at snapshot NAME: a copy, shared
 //!                                                            extents where the file system can
-//! PATH/images/100/vm-100-disk-0.raw    template/cache/*.tar.zst    template/iso/*.iso    snippets/*    dump/*
+//! PATH/images/100/vm-100-disk-0.raw    template/cache/*.tar.zst    template/iso/*.iso    snippets/*    dump/*    import/*
 //! ```
 //!
 //! Every access is resolved by openat2(2) beneath the folder, with symbolic links refused, so that neither a name
 //! nor something planted in the folder leads elsewhere. All calls run on a blocking thread with a deadline: a
 //! dead network mount below the folder costs that one call.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use atoll_disk::qcow2::{self, Qcow2Options};
+use atoll_disk::{Format, Source};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
 
 use crate::error::Error;
@@ -25,7 +28,7 @@ use crate::id::GuestId;
 use crate::schema::{Kind, Param};
 use crate::storage::copy::copy;
 use crate::storage::incoming::Incoming;
-use crate::storage::name::{Content, VolumeName};
+use crate::storage::name::{Content, FORMATS, VolumeName};
 use crate::storage::section::Section;
 use crate::storage::{Plugin, Space, Storage, Volume};
 use crate::task::TaskContext;
@@ -99,20 +102,41 @@ impl Storage for Dir {
         .await
     }
 
-    async fn allocate(&self, guest: GuestId, size_bytes: u64) -> Result<VolumeName, Error> {
+    async fn size_bytes(&self, volume: &VolumeName) -> Result<u64, Error> {
+        let name = volume.clone();
+        self.blocking(volume, move |dir| {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+            let path = relative(&name);
+            let file = open_beneath(dir.root()?.as_fd(), &path, flags, Mode::empty())?;
+            let stat = regular_stat(&file)?;
+            match name.image_format() {
+                Some(Format::Qcow2) => qcow2::inspect(&File::from(file)).map_err(io::Error::other),
+                _ => Ok(size_of(&stat)),
+            }
+        })
+        .await
+    }
+
+    async fn allocate(
+        &self,
+        guest: GuestId,
+        size_bytes: u64,
+        format: Format,
+    ) -> Result<VolumeName, Error> {
         self.blocking("allocation", move |dir| {
             let folder = dir.folder(&format!("images/{guest}"))?;
             for number in 0..DISKS_MAX {
-                let name = VolumeName::image(guest, &format!("disk-{number}"))
-                    .map_err(io::Error::other)?;
-                match create(&folder, file_of(&name)) {
-                    Ok(file) => {
-                        if let Err(error) = rustix::fs::ftruncate(&file, size_bytes) {
-                            rustix::fs::unlinkat(&folder, file_of(&name), AtFlags::empty())?;
-                            return Err(error.into());
-                        }
-                        return Ok(name);
-                    }
+                let disk = format!("disk-{number}");
+                let named = |format| VolumeName::image(guest, &disk, format);
+                let name = named(format).map_err(io::Error::other)?;
+                // A number is one disk's, whatever its format.
+                let others = FORMATS.into_iter().filter(|other| *other != format);
+                let others = others.filter_map(|other| named(other).ok());
+                if others.into_iter().any(|other| exists(&folder, &other)) {
+                    continue;
+                }
+                match fill(&folder, &name, size_bytes, format) {
+                    Ok(()) => return Ok(name),
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                     Err(error) => return Err(error),
                 }
@@ -144,11 +168,13 @@ impl Storage for Dir {
                     Mode::empty(),
                 )?;
                 let size_now = size_of(&regular_stat(&file)?);
-                if size_bytes < size_now {
-                    return Ok(true);
+                match name.image_format() {
+                    Some(Format::Qcow2) => grow_qcow2(file, size_bytes),
+                    _ if size_bytes < size_now => Ok(true),
+                    _ => rustix::fs::ftruncate(&file, size_bytes)
+                        .map(|()| false)
+                        .map_err(io::Error::from),
                 }
-                rustix::fs::ftruncate(&file, size_bytes)?;
-                Ok(false)
             })
             .await?;
         if shrinks {
@@ -299,6 +325,7 @@ impl Dir {
             Content::Iso,
             Content::Snippets,
             Content::Backup,
+            Content::Import,
         ] {
             collect(&root, folder_of(content), &mut volumes, |file| {
                 VolumeName::file(content, file).ok()
@@ -349,9 +376,14 @@ fn collect(
         let Ok(stat) = regular(root, &Path::new(folder).join(&file)) else {
             continue;
         };
+        // A damaged image is still a file of some size.
+        let inside = match name.image_format() {
+            Some(Format::Qcow2) => virtual_size(root, &Path::new(folder).join(&file)),
+            _ => None,
+        };
         volumes.push(Volume {
             name,
-            size_bytes: size_of(&stat),
+            size_bytes: inside.unwrap_or_else(|| size_of(&stat)),
             used_bytes: u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_BYTES,
             changed_at: stat.st_ctime,
         });
@@ -407,6 +439,53 @@ fn create(folder: &OwnedFd, file: &str) -> io::Result<OwnedFd> {
     )
 }
 
+fn exists(folder: &OwnedFd, volume: &VolumeName) -> bool {
+    rustix::fs::statat(folder, file_of(volume), AtFlags::SYMLINK_NOFOLLOW).is_ok()
+}
+
+/// Makes an empty disk; leaves nothing when it fails.
+fn fill(folder: &OwnedFd, name: &VolumeName, size_bytes: u64, format: Format) -> io::Result<()> {
+    if format == Format::Qcow2 {
+        // By the open folder, so that nothing on the way is a link. The file itself must not be there.
+        let path = by_descriptor(folder).join(file_of(name));
+        return match qcow2::create(&path, size_bytes, &Qcow2Options::default()) {
+            Err(qcow2::CreateError::Io { source, .. }) => Err(source),
+            other => other.map_err(io::Error::other),
+        };
+    }
+    let file = create(folder, file_of(name))?;
+    rustix::fs::ftruncate(&file, size_bytes).map_err(|error| {
+        let _ = rustix::fs::unlinkat(folder, file_of(name), AtFlags::empty());
+        io::Error::from(error)
+    })
+}
+
+/// Grows an image that no machine has open. Answers whether it would have to shrink, which it does not.
+fn grow_qcow2(file: OwnedFd, size_bytes: u64) -> io::Result<bool> {
+    let source = Source {
+        path: by_descriptor(&file),
+        format: Format::Qcow2,
+        backing: Vec::new(),
+    };
+    let file = File::from(file);
+    if size_bytes < qcow2::inspect(&file).map_err(io::Error::other)? {
+        return Ok(true);
+    }
+    qcow2::resize(&source, size_bytes).map_err(io::Error::other)?;
+    Ok(false)
+}
+
+/// The path of something open, for who wants a path: proc(5).
+fn by_descriptor(fd: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
+fn virtual_size(root: &OwnedFd, path: &Path) -> Option<u64> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let file = open_beneath(root.as_fd(), path, flags, Mode::empty()).ok()?;
+    qcow2::inspect(&File::from(file)).ok()
+}
+
 fn regular(root: &OwnedFd, path: &Path) -> io::Result<Stat> {
     regular_stat(&open_beneath(
         root.as_fd(),
@@ -435,6 +514,7 @@ fn folder_of(content: Content) -> &'static str {
         Content::Iso => "template/iso",
         Content::Snippets => "snippets",
         Content::Backup => "dump",
+        Content::Import => "import",
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod checksum;
 pub mod configure;
+pub mod convert;
 pub mod copy;
 pub mod dir;
 pub mod fetch;
@@ -17,11 +18,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use atoll_disk::Format;
 use bytes::Bytes;
 
 use crate::error::Error;
 use crate::id::GuestId;
 use crate::schema::Param;
+use crate::storage::convert::Image;
 use crate::storage::incoming::Incoming;
 use crate::storage::name::{Content, StorageName, VolumeId, VolumeName};
 use crate::storage::section::Section;
@@ -83,10 +86,18 @@ pub trait Storage: Send + Sync {
     /// Space of the storage.
     async fn space(&self) -> Result<Space, Error>;
 
-    /// Makes a new, empty disk for a guest, under the first free number.
-    async fn allocate(&self, guest: GuestId, size_bytes: u64) -> Result<VolumeName, Error>;
+    /// Size of a volume: of the disk in an image, of the file otherwise.
+    async fn size_bytes(&self, volume: &VolumeName) -> Result<u64, Error>;
 
-    /// Makes a disk of this very name; one that is there already is an error.
+    /// Makes a new, empty disk for a guest, under the first free number.
+    async fn allocate(
+        &self,
+        guest: GuestId,
+        size_bytes: u64,
+        format: Format,
+    ) -> Result<VolumeName, Error>;
+
+    /// Makes a raw disk of this very name; one that is there already is an error.
     async fn allocate_as(&self, volume: &VolumeName, size_bytes: u64) -> Result<(), Error>;
 
     /// Grows a disk; shrinking is refused.
@@ -234,11 +245,23 @@ impl Storages {
 
     /// Size of a volume in bytes.
     pub async fn size_bytes(&self, volume: &VolumeId) -> Result<u64, Error> {
+        self.open(&volume.storage)?.size_bytes(&volume.name).await
+    }
+
+    /// A volume as something to import a disk from.
+    pub async fn image(&self, volume: &VolumeId) -> Result<Image, Error> {
         let path = self.path(volume).await?;
-        let metadata = tokio::fs::metadata(&path)
-            .await
-            .map_err(|error| Error::failed(format!("read {}", path.display()), error))?;
-        Ok(metadata.len())
+        let format = match (volume.name.content(), volume.name.image_format()) {
+            (Content::Images | Content::Import, Some(format)) => format,
+            (Content::Iso, _) => return Image::uploaded(path),
+            _ => {
+                return Err(Error::refused(format!(
+                    "'{volume}' is not a disk image of format raw or qcow2: convert it before \
+                     (qemu-img convert -O qcow2)"
+                )));
+            }
+        };
+        Ok(Image { path, format })
     }
 
     /// State of every storage of this node. One that does not answer has no space, and holds nobody up: each

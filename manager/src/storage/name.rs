@@ -3,15 +3,19 @@
 //! no separators, no leading dot, no control characters.
 //!
 //! ```text
-//! local:100/vm-100-disk-0.raw     StorageName ':' VolumeName::Image
+//! local:100/vm-100-disk-0.raw     StorageName ':' VolumeName::Image, the ending says the format
 //! local:vztmpl/debian.tar.zst     StorageName ':' VolumeName::File { content, name }
 //! ```
 
 use std::fmt;
 use std::str::FromStr;
 
+pub use atoll_disk::Format;
+
 use crate::id::{GuestId, InvalidId};
 
+/// Formats that guests' disks may have.
+pub const FORMATS: [Format; 2] = [Format::Raw, Format::Qcow2];
 /// Longest file name of a volume, in bytes; leaves room for suffixes within the 255 of Linux's file systems.
 const FILE_NAME_BYTES_MAX: usize = 200;
 
@@ -66,17 +70,20 @@ pub enum Content {
     Snippets,
     /// Backup archives.
     Backup,
+    /// Disk images from elsewhere, to make guests' disks from.
+    Import,
 }
 
 impl Content {
     /// Every kind, in the order in which PVE lists them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Images,
         Self::Rootdir,
         Self::Vztmpl,
         Self::Iso,
         Self::Snippets,
         Self::Backup,
+        Self::Import,
     ];
 
     /// PVE's word for it.
@@ -88,6 +95,7 @@ impl Content {
             Self::Iso => "iso",
             Self::Snippets => "snippets",
             Self::Backup => "backup",
+            Self::Import => "import",
         }
     }
 
@@ -100,6 +108,7 @@ impl Content {
                 ".vma", ".vma.gz", ".vma.lzo", ".vma.zst", ".tar", ".tar.gz", ".tar.lzo",
                 ".tar.zst", ".tgz",
             ],
+            Self::Import => &[".qcow2", ".raw", ".vmdk", ".ova", ".ovf"],
             Self::Images | Self::Rootdir | Self::Snippets => &[],
         }
     }
@@ -129,7 +138,7 @@ pub enum VolumeName {
     Image {
         /// The guest that owns it.
         guest: GuestId,
-        /// File name, `vm-GUEST-…​.raw`.
+        /// File name, `vm-GUEST-…​.raw` or `.qcow2`.
         file: String,
     },
     /// A file that belongs to nobody: `iso/x.iso`.
@@ -142,9 +151,9 @@ pub enum VolumeName {
 }
 
 impl VolumeName {
-    /// The disk of a guest with a name such as `disk-0`, raw.
-    pub fn image(guest: GuestId, name: &str) -> Result<Self, InvalidId> {
-        format!("{guest}/vm-{guest}-{name}.raw").parse()
+    /// The disk of a guest with a name such as `disk-0`.
+    pub fn image(guest: GuestId, name: &str, format: Format) -> Result<Self, InvalidId> {
+        format!("{guest}/vm-{guest}-{name}.{}", format.name()).parse()
     }
 
     /// A file of some content.
@@ -177,6 +186,14 @@ impl VolumeName {
         }
     }
 
+    /// Format of the disk image in it, by the ending; none in what is no image, or of a format that nothing here reads.
+    pub fn image_format(&self) -> Option<Format> {
+        match self.content() {
+            Content::Images | Content::Import => parse_format(self.format()),
+            _ => None,
+        }
+    }
+
     /// PVE's word for the format, by the ending: `raw`, `iso`, `tzst` and so on.
     pub fn format(&self) -> &str {
         let (Self::Image { file, .. } | Self::File { file, .. }) = self;
@@ -204,7 +221,11 @@ impl FromStr for VolumeName {
         let guest: GuestId = folder.parse().map_err(|_| wrong())?;
         let disk = file
             .strip_prefix(&format!("vm-{guest}-"))
-            .and_then(|rest| rest.strip_suffix(".raw"))
+            .and_then(|rest| {
+                let endings = FORMATS.iter().map(|format| format.name());
+                let mut stems = endings.filter_map(|end| rest.strip_suffix(end)?.strip_suffix('.'));
+                stems.next()
+            })
             .ok_or_else(wrong)?;
         // "0100/…" parses as a number but would be a second name of the same disk.
         if disk.is_empty() || !is_file_name(file) || folder != guest.to_string() {
@@ -255,6 +276,11 @@ impl fmt::Display for VolumeId {
     }
 }
 
+/// A format of disk images by its name.
+pub fn parse_format(text: &str) -> Option<Format> {
+    FORMATS.into_iter().find(|format| format.name() == text)
+}
+
 fn is_file_name(text: &str) -> bool {
     let bytes = text.as_bytes();
     let fits = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'+' | b'@');
@@ -279,6 +305,8 @@ mod tests {
         for text in [
             "local:100/vm-100-disk-0.raw",
             "local:100/vm-100-cloudinit.raw",
+            "local:100/vm-100-disk-1.qcow2",
+            "local:import/debian-13.qcow2",
             "local-2.x:vztmpl/debian-12_20260101.tar.zst",
             "local:iso/x.iso",
             "local:snippets/vmlinuz",
@@ -309,7 +337,9 @@ mod tests {
             "local:images/x.raw",
             "local:100/vm-101-disk-0.raw",
             "local:100/vm-100-.raw",
-            "local:100/vm-100-disk-0.qcow2",
+            "local:100/vm-100-disk-0.vmdk",
+            "local:100/vm-100-disk-0.rawqcow2",
+            "local:import/x.exe",
             "local:100/vm-100-/../../x.raw",
             "local:0100/vm-100-disk-0.raw",
             "local:99/vm-99-disk-0.raw",

@@ -115,6 +115,16 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// A folder with what new firmware variables are copied from. Nothing boots by them.
+pub fn make_firmware(folder: &Path) -> PathBuf {
+    let firmware = folder.join("firmware");
+    std::fs::create_dir_all(&firmware).unwrap();
+    for name in ["OVMF_VARS_4M.fd", "OVMF_VARS_4M.ms.fd"] {
+        std::fs::write(firmware.join(name), name.repeat(64)).unwrap();
+    }
+    firmware
+}
+
 /// A template of a few megabytes: busybox as init, a shell on the console, DHCP. False when the host lacks busybox.
 pub fn make_template(path: &Path) -> bool {
     let Some(busybox) = ["/bin/busybox", "/usr/bin/busybox"]

@@ -7,6 +7,7 @@
 //! refused by their row, with a text that says what is missing.
 
 mod container;
+pub mod drive;
 mod shared;
 mod vm;
 
@@ -33,6 +34,8 @@ pub struct Key {
     pub plugged: bool,
     /// Properties whose change alone reaches a running guest at once, whatever `apply` says.
     pub live: &'static [&'static str],
+    /// What is wrong with a property string whose members each fit.
+    pub rule: fn(&Properties) -> Result<(), String>,
     /// Atoll's own; PVE does not have it.
     pub own: bool,
 }
@@ -88,6 +91,7 @@ impl Key {
             effect: Effect::Full,
             plugged: false,
             live: &[],
+            rule: |_| Ok(()),
             own: false,
         }
     }
@@ -104,6 +108,11 @@ impl Key {
 
     const fn live(mut self, properties: &'static [&'static str]) -> Self {
         self.live = properties;
+        self
+    }
+
+    const fn rule(mut self, rule: fn(&Properties) -> Result<(), String>) -> Self {
+        self.rule = rule;
         self
     }
 
@@ -142,7 +151,11 @@ impl Key {
         let fixed = |text: &str| {
             let name = self.param.name;
             let mut properties = Properties::parse(&self.param.kind, name, text).ok()?;
-            for property in self.live {
+            let disc = match drive::is_cdrom(&properties) {
+                true => drive::DISC_LIVE,
+                false => &[],
+            };
+            for property in self.live.iter().chain(disc) {
                 properties.remove(property);
             }
             Some(properties.print(&self.param.kind))
@@ -161,7 +174,16 @@ impl Key {
         match self.effect {
             Effect::Server => Err("set by the server, not by clients".to_owned()),
             Effect::Unavailable(why) => Err(why.to_owned()),
-            Effect::Full | Effect::None(_) => self.param.check(name, value),
+            Effect::Full | Effect::None(_) => {
+                self.param.check(name, value)?;
+                match self.param.kind {
+                    Kind::PropertyString { .. } => {
+                        let properties = Properties::parse(&self.param.kind, name, value)?;
+                        (self.rule)(&properties)
+                    }
+                    _ => Ok(()),
+                }
+            }
         }
     }
 
@@ -339,6 +361,29 @@ mod tests {
                 "invalid format - format error\nscsi0.file: invalid format - unable to parse volume ID '/dev/sda'\n\n",
             ),
         );
+        check(
+            "sata1",
+            "local:iso/x.iso,media=cdrom",
+            Ok("local:iso/x.iso,media=cdrom"),
+        );
+        check("ide2", "local:cloudinit", Ok("local:cloudinit"));
+        check(
+            "ide0",
+            "local:8",
+            Err(
+                "IDE and SATA hold CD-ROM drives only (media=cdrom): use scsi0 or virtio0 for a disk",
+            ),
+        );
+        check("efidisk0", "local:1,efitype=4m", Ok("local:1,efitype=4m"));
+        check("machine", "pc-q35-9.0", Ok("pc-q35-9.0"));
+        check("vga", "serial0", Ok("serial0"));
+        check(
+            "scsihw",
+            "lsi",
+            Err(
+                "value 'lsi' does not have a value in the enumeration 'virtio-scsi-pci, virtio-scsi-single'",
+            ),
+        );
         check("tags", "b;A,b", Ok("a;b"));
         check("onboot", "yes", Ok("1"));
         check("meta", "x=1", Err("set by the server, not by clients"));
@@ -399,6 +444,20 @@ mod tests {
         };
         assert_eq!(errors.len(), 2);
         assert_eq!(errors[0], ("bogus".to_owned(), UNKNOWN.to_owned()));
+    }
+
+    #[test]
+    fn a_disc_changes_at_once_a_disk_does_not() {
+        let is_live = |key: &str, former, value| {
+            find(GuestKind::Vm, key)
+                .unwrap()
+                .is_live(Some(former), Some(value))
+        };
+        let (disc, none) = ("local:iso/x.iso,media=cdrom,size=1M", "none,media=cdrom");
+        assert!(is_live("ide2", none, disc) && is_live("scsi3", disc, none));
+        let (one, other) = ("local:100/vm-100-disk-0.raw", "local:100/vm-100-disk-1.raw");
+        assert!(!is_live("scsi0", one, other) && !is_live("scsi0", disc, one));
+        assert!(is_live("scsi0", one, &format!("{one},mbps=5")));
     }
 
     #[test]

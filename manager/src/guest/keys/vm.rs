@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Config keys of virtual machines.
 
+use super::drive::{DRIVE, DRIVE_LIVE, EFI_DISK, cdrom_only, disk_only, rate};
 use super::shared::{self, LINK_BRIDGE, NO_VLAN, absent};
 use super::{Key, Right};
 use crate::access::Privilege::{
@@ -8,18 +9,13 @@ use crate::access::Privilege::{
     VmConfigOptions,
 };
 use crate::schema::format::{
-    ADDRESS_LIST, DISK_SIZE, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS,
-    VOLUME_ID,
+    ADDRESS_LIST, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS, VOLUME_ID,
 };
 use crate::schema::{Format, Kind, Param};
 
 use Right::{Drive, Guest};
 
-const LINUX_SOLE: &str =
-    "atoll-vmm boots Linux kernels directly, without firmware or a choice of boards.";
 const NO_DISPLAY: &str = "There is no display yet; the console is serial.";
-const ONE_KIND: &str = "Every disk is a virtio block device here.";
-const NO_FIRMWARE: &str = "firmware boot is not available yet: give `kernel`";
 const CLOUD_INIT: Right = Right::Either(VmConfigCloudinit, VmConfigCdrom);
 
 /// The keys, in the order of a form: what it is, what it boots, what it has, how it behaves, the rest by name.
@@ -35,8 +31,8 @@ pub const VM: &[Key] = &[
         Param::new(
             "kernel",
             Kind::Format(VOLUME_ID),
-            "Linux kernel to boot (bzImage or ELF with PVH entry), a volume of content type snippets such as \
-             local:snippets/vmlinuz.",
+            "Linux kernel to boot without firmware (bzImage or ELF with PVH entry), a volume of content type snippets \
+             such as local:snippets/vmlinuz.",
         ),
         Guest(VmConfigOptions),
     )
@@ -77,22 +73,29 @@ pub const VM: &[Key] = &[
         Guest(VmConfigCpu),
     ),
     Key::new(
-        Param::new("scsi[n]", DRIVE, "Disk. Every disk is a virtio block device here.").family(31),
+        Param::new("scsi[n]", DRIVE, "Disk or CD-ROM drive, a target of the virtio SCSI host.").family(31),
         Drive,
     )
     .live(DRIVE_LIVE),
     Key::new(Param::new("virtio[n]", DRIVE, "Disk, a virtio block device.").family(16), Drive)
-    .live(DRIVE_LIVE),
+    .live(DRIVE_LIVE)
+    .rule(disk_only),
     Key::new(
-        Param::new("sata[n]", DRIVE, "Disk. Every disk is a virtio block device here.").family(6),
+        Param::new("ide[n]", DRIVE, "CD-ROM drive. The guest finds it on the virtio SCSI host.").family(4),
         Drive,
     )
-    .live(DRIVE_LIVE),
+    .live(DRIVE_LIVE)
+    .rule(cdrom_only),
     Key::new(
-        Param::new("ide[n]", DRIVE, "Disk. Every disk is a virtio block device here.").family(4),
+        Param::new("sata[n]", DRIVE, "CD-ROM drive. The guest finds it on the virtio SCSI host.").family(6),
         Drive,
     )
-    .live(DRIVE_LIVE),
+    .live(DRIVE_LIVE)
+    .rule(cdrom_only),
+    Key::new(
+        Param::new("efidisk0", EFI_DISK, "The firmware's variables: boot entries, Secure Boot's keys."),
+        Drive,
+    ),
     Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork)).live(NET_LIVE),
     Key::new(
         Param::new(
@@ -110,36 +113,49 @@ pub const VM: &[Key] = &[
         Param::new("agent", AGENT, "QEMU guest agent in the guest."),
         Guest(VmConfigOptions),
     ),
-    Key::new(Param::new("boot", BOOT, "Boot order."), Guest(VmConfigOptions)).no_effect(LINUX_SOLE),
     Key::new(
-        Param::new("bootdisk", Kind::Text { length_max: 16 }, "Disk to boot from."),
+        Param::new(
+            "boot",
+            BOOT,
+            "Boot order of the firmware, `order=scsi0;ide2;net0`; disks, CD-ROM drives, then network cards when it is \
+             not given.",
+        ),
+        Guest(VmConfigOptions),
+    ),
+    Key::new(
+        Param::new("bootdisk", Kind::Text { length_max: 16 }, "Disk to boot from, PVE's old form of `boot`."),
         Guest(VmConfigOptions),
     )
-    .no_effect(LINUX_SOLE),
+    .no_effect("Say `boot: order=...`."),
     Key::new(Param::new("ostype", OS_TYPE, "Guest's operating system."), Guest(VmConfigOptions))
-        .no_effect(LINUX_SOLE),
+        .no_effect("Nothing depends on it."),
     Key::new(
-        Param::new("scsihw", SCSI_HARDWARE, "SCSI controller.").default("lsi"),
+        Param::new("scsihw", SCSI_HARDWARE, "SCSI controller.").default("virtio-scsi-pci"),
         Guest(VmConfigHwType),
     )
-    .no_effect(ONE_KIND),
+    .no_effect("There is one virtio SCSI host with a queue for each vCPU, whichever is asked for."),
     Key::new(
-        Param::new("bios", Kind::Format(BIOS), "Firmware.").default("seabios"),
+        Param::new(
+            "bios",
+            Kind::Choice(&["seabios", "ovmf"]),
+            "Firmware: `ovmf` boots disks and discs by UEFI. Legacy BIOS boot is not offered, so a guest with \
+             `seabios` starts only with a `kernel`. A new guest without a kernel gets `ovmf` unless it is given.",
+        )
+        .default("seabios"),
         Guest(VmConfigOptions),
-    )
-    .no_effect(LINUX_SOLE),
+    ),
     Key::new(
         Param::new("cpu", CPU, "CPU model."),
         Guest(VmConfigCpu),
     )
     .no_effect("The guest sees the host's CPU."),
     Key::new(
-        Param::new("machine", Kind::Text { length_max: 128 }, "Board."),
+        Param::new("machine", MACHINE, "Board: `q35` or `pc`, with or without a version."),
         Guest(VmConfigHwType),
     )
-    .no_effect(LINUX_SOLE),
+    .no_effect("A guest with firmware has a board with a Q35's identity, one with a kernel the smallest."),
     Key::new(
-        Param::new("vga", Kind::Text { length_max: 128 }, "Display."),
+        Param::new("vga", VGA, "Display: `serial0` and `none` say what is here."),
         Guest(VmConfigHwType),
     )
     .no_effect(NO_DISPLAY),
@@ -207,10 +223,13 @@ pub const VM: &[Key] = &[
     )
     .no_effect("PVE ignores it, too."),
     Key::new(
-        Param::new("smbios1", Kind::Text { length_max: 512 }, "SMBIOS fields."),
+        Param::new(
+            "smbios1",
+            SMBIOS,
+            "What the guest reads about its board. Told by firmware, so a guest with a kernel does not see it.",
+        ),
         Guest(VmConfigHwType),
-    )
-    .no_effect("There are no SMBIOS tables without firmware."),
+    ),
     Key::new(
         Param::new("vmgenid", Kind::Text { length_max: 36 }, "Generation id; 1 makes a new one."),
         Guest(VmConfigOptions),
@@ -278,7 +297,6 @@ pub const VM: &[Key] = &[
         Right::Either(VmConfigCloudinit, VmConfigNetwork),
     ),
     Key::unavailable("cicustom", 0, "custom cloud-init files are not available yet: use the other keys"),
-    Key::unavailable("efidisk0", 0, NO_FIRMWARE),
     Key::unavailable("tpmstate0", 0, "TPMs are not available yet"),
     Key::unavailable("args", 0, "QEMU arguments mean nothing to atoll-vmm"),
     Key::unavailable("hookscript", 0, "hook scripts are not available yet"),
@@ -356,89 +374,6 @@ const NET: Kind = Kind::PropertyString {
     value_key: Some("macaddr"),
 };
 
-const DRIVE: Kind = Kind::PropertyString {
-    keys: &[
-        Param::new(
-            "file",
-            Kind::Format(DRIVE_FILE),
-            "The volume; STORAGE:SIZE (in GiB) makes a new one, STORAGE:cloudinit a cloud-init drive; `none` is an empty drive.",
-        )
-        .required(),
-        Param::new("size", Kind::Format(DISK_SIZE), "Size; the server sets it."),
-        Param::new("format", Kind::Choice(&["raw"]), "Format of the image."),
-        Param::new(
-            "media",
-            Kind::Choice(&["cdrom", "disk"]),
-            "Kind of medium; `cdrom` is read-only.",
-        ),
-        Param::new("ro", Kind::Boolean, "Read-only."),
-        Param::new(
-            "cache",
-            Kind::Choice(&["none", "writethrough", "writeback", "unsafe", "directsync"]),
-            "Cache of the host, `writeback` when it is not given; with `unsafe` a crash of the host loses the disk.",
-        ),
-        Param::new(
-            "aio",
-            Kind::Choice(&["native", "threads", "io_uring"]),
-            "Without effect: always io_uring.",
-        ),
-        Param::new(
-            "discard",
-            Kind::Choice(&["ignore", "on"]),
-            "Give back space that the guest frees.",
-        ),
-        Param::new(
-            "iothread",
-            Kind::Boolean,
-            "Without effect: every queue has its thread.",
-        ),
-        Param::new(
-            "ssd",
-            Kind::Boolean,
-            "Without effect: virtio block devices do not rotate.",
-        ),
-        Param::new("backup", Kind::Boolean, "Include it in backups."),
-        Param::new("replicate", Kind::Boolean, "Include it in replication."),
-        Param::new(
-            "serial",
-            Kind::Text { length_max: 20 },
-            "Serial number that the guest sees.",
-        ),
-        Param::new(
-            "detect_zeroes",
-            Kind::Boolean,
-            "Writes of zeroes take no space.",
-        ),
-        Param::new(
-            "shared",
-            Kind::Boolean,
-            "The volume is the same on all nodes.",
-        ),
-        Param::new("snapshot", Kind::Boolean, "Without effect."),
-        absent("import-from", NO_IMPORT),
-        rate("mbps", "Most MiB a second, both directions together."),
-        rate("mbps_rd", "Most MiB read a second."),
-        rate("mbps_wr", "Most MiB written a second."),
-        rate("mbps_max", "MiB that may come at once after idleness."),
-        rate(
-            "mbps_rd_max",
-            "MiB that may be read at once after idleness.",
-        ),
-        rate(
-            "mbps_wr_max",
-            "MiB that may be written at once after idleness.",
-        ),
-        count("iops", "Most requests a second, both directions together."),
-        count("iops_rd", "Most requests to read a second."),
-        count("iops_wr", "Most requests to write a second."),
-        count("iops_max", "Requests that may come at once after idleness."),
-        count("iops_rd_max", "Requests to read that may come at once."),
-        count("iops_wr_max", "Requests to write that may come at once."),
-    ],
-    default_key: Some("file"),
-    value_key: None,
-};
-
 const IP_CONFIG: Kind = Kind::PropertyString {
     keys: &[
         Param::new(
@@ -458,76 +393,14 @@ const IP_CONFIG: Kind = Kind::PropertyString {
     value_key: None,
 };
 
-const NO_IMPORT: Format = Format {
-    name: super::UNAVAILABLE,
-    check: |_| {
-        Err("importing a volume is not available yet: make the disk and write to it".to_owned())
-    },
-};
-
-/// Properties of a drive that reach a running machine at once.
-const DRIVE_LIVE: &[&str] = &[
-    "backup",
-    "iops",
-    "iops_max",
-    "iops_rd",
-    "iops_rd_max",
-    "iops_wr",
-    "iops_wr_max",
-    "mbps",
-    "mbps_max",
-    "mbps_rd",
-    "mbps_rd_max",
-    "mbps_wr",
-    "mbps_wr_max",
-    "replicate",
-];
 /// Properties of a card that reach a running machine at once.
 const NET_LIVE: &[&str] = &["firewall", "link_down", "rate"];
-
-const fn rate(name: &'static str, what: &'static str) -> Param {
-    let kind = Kind::Number {
-        min: 0.0,
-        max: 1_048_576.0,
-    };
-    Param::new(name, kind, what)
-}
-
-const fn count(name: &'static str, what: &'static str) -> Param {
-    let kind = Kind::Integer {
-        min: 0,
-        max: 1 << 30,
-    };
-    Param::new(name, kind, what)
-}
-
-/// A volume, `none`, or `STORAGE:SIZE`. Paths of the host are not: they would reach around the storage's rights.
-const DRIVE_FILE: Format = Format {
-    name: "pve-volume-id-or-qm-path",
-    check: |text| {
-        if text == "none" || (VOLUME_ID.check)(text).is_ok() {
-            return Ok(());
-        }
-        match text {
-            "cdrom" => Err("the host's own drive is not available: use an ISO image".to_owned()),
-            _ => Err(format!("unable to parse volume ID '{text}'")),
-        }
-    },
-};
 
 const SERIAL: Format = Format {
     name: "pve-qm-serial",
     check: |text| match text {
         "socket" => Ok(()),
         _ => Err("ports of the host are not available: use `socket`".to_owned()),
-    },
-};
-
-const BIOS: Format = Format {
-    name: "pve-qm-bios",
-    check: |text| match text {
-        "seabios" => Ok(()),
-        _ => Err(NO_FIRMWARE.to_owned()),
     },
 };
 
@@ -566,14 +439,105 @@ const OS_TYPE: Kind = Kind::Choice(&[
     "l26", "solaris",
 ]);
 
-const SCSI_HARDWARE: Kind = Kind::Choice(&[
-    "lsi",
-    "lsi53c810",
-    "virtio-scsi-pci",
-    "virtio-scsi-single",
-    "megasas",
-    "pvscsi",
-]);
+const SCSI_HARDWARE: Kind = Kind::Choice(&["virtio-scsi-pci", "virtio-scsi-single"]);
+
+const MACHINE: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new("type", Kind::Format(BOARD), "Board."),
+        absent("viommu", NO_IOMMU),
+        Param::new(
+            "enable-s3",
+            Kind::Boolean,
+            "Without effect: there is no sleep.",
+        ),
+        Param::new(
+            "enable-s4",
+            Kind::Boolean,
+            "Without effect: there is no sleep.",
+        ),
+    ],
+    default_key: Some("type"),
+    value_key: None,
+};
+
+const BOARD: Format = Format {
+    name: "pve-qemu-machine",
+    check: |text| {
+        let is_board = |name: &str| {
+            let rest = text.strip_prefix(name);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
+        match is_board("pc") || is_board("q35") {
+            true => Ok(()),
+            false => Err(format!("'{text}' is no board: use q35")),
+        }
+    },
+};
+
+const NO_IOMMU: Format = Format {
+    name: super::UNAVAILABLE,
+    check: |_| Err("an IOMMU for the guest is not available yet".to_owned()),
+};
+
+const VGA: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new(
+            "type",
+            Kind::Choice(&[
+                "cirrus",
+                "none",
+                "qxl",
+                "qxl2",
+                "qxl3",
+                "qxl4",
+                "serial0",
+                "serial1",
+                "serial2",
+                "serial3",
+                "std",
+                "virtio",
+                "virtio-gl",
+                "vmware",
+            ]),
+            "Kind of display.",
+        ),
+        Param::new(
+            "memory",
+            Kind::Integer { min: 4, max: 512 },
+            "Its memory in MiB.",
+        ),
+        Param::new("clipboard", Kind::Choice(&["vnc"]), "Clipboard."),
+    ],
+    default_key: Some("type"),
+    value_key: None,
+};
+
+const SMBIOS: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new("uuid", Kind::Format(BOARD_UUID), "UUID of the machine."),
+        smbios_text("manufacturer", "Manufacturer."),
+        smbios_text("product", "Product."),
+        smbios_text("version", "Version."),
+        smbios_text("serial", "Serial number."),
+        smbios_text("sku", "Stock keeping unit."),
+        smbios_text("family", "Family."),
+        Param::new("base64", Kind::Boolean, "All but the UUID is in Base64."),
+    ],
+    default_key: None,
+    value_key: None,
+};
+
+const fn smbios_text(name: &'static str, what: &'static str) -> Param {
+    Param::new(name, Kind::Text { length_max: 256 }, what)
+}
+
+const BOARD_UUID: Format = Format {
+    name: "pve-smbios-uuid",
+    check: |text| match uuid::Uuid::try_parse(text) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(format!("'{text}' is no UUID")),
+    },
+};
 
 const CPU: Kind = Kind::PropertyString {
     keys: &[

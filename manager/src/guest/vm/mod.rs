@@ -5,12 +5,15 @@
 //! run/vm-100/   spec.json  api.sock  serial.sock  pid  log
 //! ```
 
+pub mod boot;
 pub mod cloud_init;
 pub mod create;
+pub mod drives;
 pub mod live;
 pub mod resolve;
 pub mod start;
 
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -65,6 +68,19 @@ impl Vm {
     ) -> Result<(), Error> {
         let _: Acted = self
             .ask(move |client| client.ask_with(request, &body))
+            .await?;
+        Ok(())
+    }
+
+    /// Makes the machine do something that takes a body and an open file.
+    pub async fn ask_for_with_file(
+        &self,
+        request: Request,
+        body: impl Serialize + Send + 'static,
+        file: std::fs::File,
+    ) -> Result<(), Error> {
+        let _: Acted = self
+            .ask(move |client| client.ask_with_files(request, &body, &[file.as_fd()]))
             .await?;
         Ok(())
     }

@@ -5,11 +5,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec};
-use atoll_vmm_protocol::spec::{
-    BootSpec, CacheMode, ConsoleSpec, DiskLimits, DiskSpec, KernelSpec, MachineSpec, NetLimits,
-    NetSpec,
-};
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetLimits, NetSpec};
 
+use super::{boot, drives};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::id::GuestId;
@@ -18,13 +16,9 @@ use crate::schema::Properties;
 
 /// Memory when the config's value cannot be read, in MiB; its table has the same default.
 const MEMORY_MIB: u64 = 512;
-/// Families of disks, in the order of their slots.
-const DISK_FAMILIES: [&str; 4] = ["virtio[n]", "scsi[n]", "sata[n]", "ide[n]"];
 
 /// The guest agent's channel, by the name that QEMU gave it.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
-/// Unit of the rates in configs: `mbps=1`, `rate=1`.
-const MIB: f64 = 1_048_576.0;
 
 /// Where things of one VM are, found before the spec is made.
 #[derive(Debug, Clone, Default)]
@@ -33,6 +27,16 @@ pub struct Places {
     pub volumes: BTreeMap<String, PathBuf>,
     /// The VM's run folder.
     pub run_folder: PathBuf,
+    /// Folder of the firmware's files.
+    pub firmware: PathBuf,
+}
+
+impl Places {
+    /// Where a volume is.
+    pub fn find(&self, volume: &str) -> Result<PathBuf, Error> {
+        let path = self.volumes.get(volume).cloned();
+        path.ok_or_else(|| Error::refused(format!("volume '{volume}' does not exist")))
+    }
 }
 
 /// Volumes that must be found on this node before the VM can start.
@@ -40,45 +44,10 @@ pub fn volumes(config: &GuestConfig) -> Result<Vec<String>, Error> {
     let boot = ["kernel", "initrd"];
     let boot = boot.into_iter().filter_map(|key| config.get(key));
     let mut volumes: Vec<String> = boot.map(str::to_owned).collect();
-    volumes.extend(disks(config)?.into_iter().map(|disk| disk.volume));
+    volumes.extend(boot::variables(config));
+    let drives = drives::drives(config)?.into_iter();
+    volumes.extend(drives.filter_map(|drive| drive.volume));
     Ok(volumes)
-}
-
-/// One disk of a config.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Disk {
-    /// Its key.
-    pub key: String,
-    /// Its volume.
-    pub volume: String,
-    /// Its other options.
-    pub options: Properties,
-}
-
-/// Disks: those of the boot order first, then by family and number. Empty CD drives are left out.
-pub fn disks(config: &GuestConfig) -> Result<Vec<Disk>, Error> {
-    let boot = config.properties("boot")?.unwrap_or_default();
-    let order: Vec<&str> = boot.get("order").unwrap_or_default().split(';').collect();
-    let families = DISK_FAMILIES.iter();
-    let mut keys: Vec<&str> = families
-        .flat_map(|family| config.family(family))
-        .map(|(key, _)| key)
-        .collect();
-    let place = |key: &str| order.iter().position(|name| *name == key);
-    keys.sort_by_key(|key| place(key).unwrap_or(usize::MAX));
-    let mut disks = Vec::new();
-    for key in keys {
-        let options = config.properties(key)?.unwrap_or_default();
-        let volume = options.get("file").unwrap_or("none").to_owned();
-        if volume != "none" {
-            disks.push(Disk {
-                key: key.to_owned(),
-                volume,
-                options,
-            });
-        }
-    }
-    Ok(disks)
 }
 
 /// One network card of a config.
@@ -121,61 +90,11 @@ pub fn cards(id: GuestId, config: &GuestConfig) -> Result<Vec<Card>, Error> {
 
 /// Most that a card may carry: its `rate`, each way.
 pub fn net_limits(card: &Properties) -> NetLimits {
-    let rate = card.number("rate").map_or(0, |rate: f64| whole(rate * MIB));
+    let rate = card.number("rate").map_or(0, drives::bytes_of_mib);
     NetLimits {
         receive_bytes_per_second: rate,
         send_bytes_per_second: rate,
         ..NetLimits::default()
-    }
-}
-
-/// Rates that a disk is held to.
-pub fn disk_limits(disk: &Properties) -> DiskLimits {
-    let bytes = |key: &str| disk.number(key).map(|rate: f64| whole(rate * MIB));
-    let operations = |key: &str| disk.number::<u64>(key);
-    let limits = DiskLimits {
-        bytes_per_second: bytes("mbps"),
-        bytes_burst: bytes("mbps_max"),
-        operations_per_second: operations("iops"),
-        operations_burst: operations("iops_max"),
-        read_bytes_per_second: bytes("mbps_rd"),
-        read_bytes_burst: bytes("mbps_rd_max"),
-        read_operations_per_second: operations("iops_rd"),
-        read_operations_burst: operations("iops_rd_max"),
-        write_bytes_per_second: bytes("mbps_wr"),
-        write_bytes_burst: bytes("mbps_wr_max"),
-        write_operations_per_second: operations("iops_wr"),
-        write_operations_burst: operations("iops_wr_max"),
-    };
-    without_zeroes(limits)
-}
-
-/// In configs, 0 is no limit.
-fn without_zeroes(mut limits: DiskLimits) -> DiskLimits {
-    for (_, limit) in limits.fields() {
-        *limit = limit.filter(|limit| *limit > 0);
-    }
-    limits
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "rates are checked to be from 0 to some thousand MiB"
-)]
-fn whole(bytes: f64) -> u64 {
-    bytes as u64
-}
-
-/// What stands between the guest and the disk. Not PVE's default, no cache at all: that takes direct I/O, which not
-/// every file system has.
-fn cache_mode(disk: &Properties) -> CacheMode {
-    match disk.get("cache") {
-        Some("none") => CacheMode::None,
-        Some("writethrough") => CacheMode::Writethrough,
-        Some("directsync") => CacheMode::Directsync,
-        Some("unsafe") => CacheMode::Unsafe,
-        _ => CacheMode::Writeback,
     }
 }
 
@@ -225,57 +144,45 @@ pub fn serial_socket(run_folder: &Path) -> PathBuf {
 
 /// The whole machine.
 pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<MachineSpec, Error> {
-    let kernel = config.get("kernel").ok_or_else(|| {
-        Error::refused(format!(
-            "VM {id}: booting by firmware is not available yet; set 'kernel' (and 'initrd', 'cmdline') to boot \
-             a kernel directly"
-        ))
-    })?;
-    let path = |volume: &str| {
-        let path = places.volumes.get(volume).cloned();
-        path.ok_or_else(|| Error::refused(format!("volume '{volume}' does not exist")))
-    };
-    let disks = disks(config)?.into_iter().map(|disk| {
-        let cdrom = disk.options.get("media") == Some("cdrom");
-        Ok(DiskSpec {
-            readonly: cdrom || disk.options.is_set("ro"),
-            cache: cache_mode(&disk.options),
-            discard: disk.options.get("discard") == Some("on"),
-            detect_zeroes: disk.options.is_set("detect_zeroes"),
-            limits: disk_limits(&disk.options),
-            serial: Some(disk.options.get("serial").unwrap_or(&disk.key).to_owned()),
-            queue_count: disk.options.number("queues"),
-            ..DiskSpec::raw(path(&disk.volume)?)
-        })
-    });
-    let nets = cards(id, config)?.into_iter().map(|card| NetSpec {
-        mac: card.mac,
-        mtu: card.attachment.mtu,
-        queue_pairs: card.queue_pairs,
-        link_down: card.attachment.link_down,
-        limits: card.limits,
-        ..NetSpec::tap(card.tap)
-    });
+    let way = boot::way(id, config)?;
     let name = config.get("name").map(str::to_owned);
     Ok(MachineSpec {
         name: name.unwrap_or_else(|| format!("VM{id}")),
         cpu_count: u8::try_from(cpu_count(config))
             .map_err(|_| Error::refused(format!("VM {id}: at most 255 CPUs are possible")))?,
         memory_mib: memory_mib(config),
-        disks: disks.collect::<Result<_, Error>>()?,
-        nets: nets.collect(),
+        identity: boot::identity(config)?,
+        disks: drives::specs(config, places, way)?,
+        nets: nets(id, config, way)?,
         serial: ConsoleSpec::Socket(serial_socket(&places.run_folder)),
         services: services(config, &places.run_folder)?,
-        ..MachineSpec::new(BootSpec::Kernel(KernelSpec {
-            image: path(kernel)?,
-            initrd: config.get("initrd").map(path).transpose()?,
-            cmdline: config.get("cmdline").unwrap_or_default().to_owned(),
-        }))
+        ..MachineSpec::new(boot::spec(id, config, places)?)
     })
+}
+
+fn nets(id: GuestId, config: &GuestConfig, way: boot::Way) -> Result<Vec<NetSpec>, Error> {
+    let order = match way {
+        boot::Way::Firmware => boot::order(config)?,
+        boot::Way::Kernel => Vec::new(),
+    };
+    let place = |key: &str| order.iter().position(|name| name == key);
+    let keys = config.family("net[n]").into_iter().map(|(key, _)| key);
+    let nets = keys.zip(cards(id, config)?).map(|(key, card)| NetSpec {
+        mac: card.mac,
+        mtu: card.attachment.mtu,
+        queue_pairs: card.queue_pairs,
+        link_down: card.attachment.link_down,
+        limits: card.limits,
+        boot_index: place(key).and_then(|place| u16::try_from(place).ok()),
+        ..NetSpec::tap(card.tap)
+    });
+    Ok(nets.collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use atoll_vmm_protocol::spec::{BootSpec, CacheMode, DiskBus, DiskSpec, Profile};
+
     use super::*;
     use crate::id::GuestKind;
 
@@ -296,6 +203,7 @@ mod tests {
                 .map(|v| (v.clone(), path(v)))
                 .collect(),
             run_folder: PathBuf::from("/r/vm-100"),
+            firmware: PathBuf::from("/f"),
         }
     }
 
@@ -321,7 +229,8 @@ mod tests {
             disks,
             [
                 "/s/local/100/vm-100-disk-0.raw",
-                "/s/local/100/vm-100-disk-1.raw"
+                "/s/local/100/vm-100-disk-1.raw",
+                ""
             ],
             "the boot order comes first"
         );
@@ -363,6 +272,50 @@ mod tests {
     }
 
     #[test]
+    fn firmware_boots_what_the_order_says() {
+        let config = config(
+            "bios: ovmf\nmachine: q35\nefidisk0: local:100/vm-100-disk-9.raw,efitype=4m,size=528K\n\
+             smbios1: uuid=12345678-1234-1234-1234-123456789abc\nboot: order=scsi0;ide2;net0\n\
+             scsi0: local:100/vm-100-disk-0.raw,cache=none,iothread=1,size=8G\n\
+             scsi5: local:100/vm-100-disk-1.raw,ro=1,size=8G\n\
+             ide2: local:iso/x.iso,media=cdrom,size=1M\nsata0: none,media=cdrom\n\
+             net0: virtio=BC:24:11:00:00:01,bridge=vmbr0\n",
+        );
+        let spec = resolve(id(), &config, &places(&config)).unwrap();
+        assert_eq!(spec.profile, Profile::Pc);
+        let BootSpec::Firmware(firmware) = &spec.boot else {
+            panic!("firmware boots")
+        };
+        assert_eq!(firmware.code, Path::new("/f/OVMF_CODE_4M.fd"));
+        assert_eq!(firmware.vars, Path::new("/s/local/100/vm-100-disk-9.raw"));
+        let disk = |disk: &DiskSpec| (disk.bus, disk.target, disk.boot_index, disk.readonly);
+        let disks: Vec<_> = spec.disks.iter().map(disk).collect();
+        assert_eq!(
+            disks,
+            [
+                (DiskBus::Scsi, Some(0), Some(0), false),
+                (DiskBus::Cdrom, Some(66), Some(1), true),
+                (DiskBus::Scsi, Some(5), None, true),
+                (DiskBus::Cdrom, Some(72), None, true),
+            ]
+        );
+        assert_eq!(spec.disks[0].cache, CacheMode::None);
+        assert_eq!(spec.disks[3].path, Path::new(""), "a drive without a disc");
+        assert_eq!(spec.nets[0].boot_index, Some(2));
+        assert!(spec.identity.uuid.is_some());
+    }
+
+    #[test]
+    fn variables_that_nobody_keeps_last_for_one_run() {
+        let config = config("bios: ovmf\n");
+        let spec = resolve(id(), &config, &places(&config)).unwrap();
+        let BootSpec::Firmware(firmware) = spec.boot else {
+            panic!("firmware boots")
+        };
+        assert_eq!(firmware.vars, Path::new("/r/vm-100/efivars.fd"));
+    }
+
+    #[test]
     fn what_cannot_be_started_says_why() {
         let check = |text: &str, expected: &str| {
             let config = config(text);
@@ -371,7 +324,13 @@ mod tests {
                 .to_string();
             assert!(error.contains(expected), "{error}");
         };
-        check("memory: 128\n", "set 'kernel'");
+        let legacy = "VM 100: legacy BIOS boot (bios: seabios, the default) is not offered: set 'bios: ovmf'";
+        check("memory: 128\n", legacy);
+        check("bios: seabios\n", legacy);
+        check(
+            "bios: ovmf\nsata0: local:100/vm-100-disk-0.raw\n",
+            "sata0: IDE and SATA disks are not offered: give the volume to a key such as scsi0",
+        );
         check(
             "kernel: local:snippets/k\ncores: 200\nsockets: 2\n",
             "at most 255",

@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use crate::error::Error;
 use crate::exec::Program;
 use crate::guest::vm::resolve::{self, Places};
-use crate::guest::vm::{Vm, cloud_init};
+use crate::guest::vm::{Vm, boot, cloud_init};
 use crate::guest::{Guest, disks, start};
 use crate::network::link;
 use crate::process::Process;
@@ -34,6 +34,7 @@ pub const STEPS: &[TaskStep<Start>] = &[
     step!("resolve the spec", resolve_spec),
     step!("write the cloud-init drive", write_cloud_init),
     step!("make the run folder", make_folder, undo remove_folder),
+    step!("make the firmware's variables", make_variables),
     step!("create taps", create_taps, undo delete_taps),
     step!("start the process", start_process, undo end_process),
     step!("wait for the machine", await_machine),
@@ -43,12 +44,18 @@ fn vm(start: &Start) -> Vm {
     Vm::new(start.seat.clone())
 }
 
+/// Where things are, volumes left out.
+fn places(start: &Start) -> Places {
+    Places {
+        run_folder: start.seat.run_folder(),
+        firmware: start.seat.site.settings.firmware_dir.clone(),
+        ..Places::default()
+    }
+}
+
 async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     let config = start.config()?;
-    let mut places = Places {
-        run_folder: start.seat.run_folder(),
-        ..Places::default()
-    };
+    let mut places = places(start);
     for volume in resolve::volumes(config)? {
         let id: VolumeId = volume.parse().map_err(|e| Error::refused(format!("{e}")))?;
         places
@@ -83,6 +90,17 @@ async fn make_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     tokio::fs::write(&path, spec)
         .await
         .map_err(|e| Error::failed(format!("write {}", path.display()), e))
+}
+
+/// A guest with firmware and no volume for its variables gets some that last for this run, as in PVE.
+async fn make_variables(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let config = start.config()?;
+    let is_firmware = boot::way(start.seat.id, config)? == boot::Way::Firmware;
+    if !is_firmware || boot::variables(config).is_some() {
+        return Ok(());
+    }
+    task.warn("no efidisk0: boot entries that the guest makes are lost when it stops");
+    boot::write_temporary(&start.seat, &places(start)).await
 }
 
 async fn remove_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {

@@ -24,8 +24,8 @@ fn iso(name: &str) -> VolumeName {
 #[tokio::test]
 async fn disks_are_sparse_numbered_grown_and_freed() {
     let (_folder, dir) = storage();
-    let first = dir.allocate(guest(), 1 << 30).await.unwrap();
-    let second = dir.allocate(guest(), 4096).await.unwrap();
+    let first = dir.allocate(guest(), 1 << 30, Format::Raw).await.unwrap();
+    let second = dir.allocate(guest(), 4096, Format::Raw).await.unwrap();
     assert_eq!(first.to_string(), "100/vm-100-disk-0.raw");
     assert_eq!(second.to_string(), "100/vm-100-disk-1.raw");
     let path = dir.path(&first).await.unwrap();
@@ -41,7 +41,7 @@ async fn disks_are_sparse_numbered_grown_and_freed() {
     dir.free(&first).await.unwrap();
     dir.free(&first).await.unwrap();
     assert_eq!(
-        dir.allocate(guest(), 4096).await.unwrap(),
+        dir.allocate(guest(), 4096, Format::Raw).await.unwrap(),
         first,
         "the freed number is used again"
     );
@@ -58,6 +58,28 @@ async fn disks_are_sparse_numbered_grown_and_freed() {
 }
 
 #[tokio::test]
+async fn qcow2_disks_have_the_size_that_the_guest_sees() {
+    let (_folder, dir) = storage();
+    let raw = dir.allocate(guest(), 4096, Format::Raw).await.unwrap();
+    let disk = dir.allocate(guest(), 1 << 30, Format::Qcow2).await.unwrap();
+    assert_eq!(disk.to_string(), "100/vm-100-disk-1.qcow2");
+    assert_eq!(dir.size_bytes(&disk).await.unwrap(), 1 << 30);
+    dir.resize(&disk, 2 << 30).await.unwrap();
+    assert_eq!(dir.size_bytes(&disk).await.unwrap(), 2 << 30);
+    let error = dir.resize(&disk, 1 << 30).await.unwrap_err();
+    assert_eq!(error.to_string(), "shrinking disks is not supported");
+    let listed = dir.list().await.unwrap();
+    assert_eq!(
+        (listed[1].name.format(), listed[1].size_bytes),
+        ("qcow2", 2 << 30)
+    );
+    assert!(listed[1].used_bytes < 1 << 20);
+    dir.free(&raw).await.unwrap();
+    dir.free(&disk).await.unwrap();
+    assert!(!dir.path.join("images/100").exists());
+}
+
+#[tokio::test]
 async fn planted_links_lead_nowhere() {
     let (folder, dir) = storage();
     let secret = folder.path().join("secret.iso");
@@ -71,8 +93,8 @@ async fn planted_links_lead_nowhere() {
 
     assert!(dir.path(&iso("x.iso")).await.is_err());
     assert!(dir.path(&iso("folder.iso")).await.is_err());
-    assert!(dir.allocate(guest(), 4096).await.is_err());
-    let disk = VolumeName::image(guest(), "disk-0").unwrap();
+    assert!(dir.allocate(guest(), 4096, Format::Raw).await.is_err());
+    let disk = VolumeName::image(guest(), "disk-0", Format::Raw).unwrap();
     assert!(dir.path(&disk).await.is_err());
     assert!(dir.resize(&disk, 1 << 20).await.is_err());
     assert!(dir.free(&disk).await.is_err());
@@ -144,7 +166,7 @@ async fn two_uploads_of_one_name_do_not_mix() {
 #[tokio::test]
 async fn space_is_the_file_systems() {
     let (_folder, dir) = storage();
-    dir.allocate(guest(), 4096).await.unwrap();
+    dir.allocate(guest(), 4096, Format::Raw).await.unwrap();
     let space = dir.space().await.unwrap();
     assert!(space.total_bytes >= space.used_bytes && space.available_bytes > 0);
 }
