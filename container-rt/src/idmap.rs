@@ -20,6 +20,7 @@ use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use crate::bundle;
 use crate::cgroup::Owner;
 use crate::error::{Context, Error, Result};
+use crate::overlay;
 use crate::sys::{self, Fork};
 
 /// Set to `container`, it maps the root file system by the container's own id mappings.
@@ -119,14 +120,17 @@ pub fn prepare(spec: &mut Spec, rootfs: &Path) -> Result<(PathBuf, Transient)> {
     let mut container_namespace = None;
     let mut used = rootfs.to_owned();
     if wants_rootfs(spec)? {
-        let namespace = container_mappings(spec)?;
+        container_namespace = Some(container_mappings(spec)?);
+    }
+    if let Some(layers) = overlay::prepare(spec, container_namespace.as_ref(), &mut transient)? {
+        used = layers;
+    } else if let Some(namespace) = &container_namespace {
         used = transient.directory(owner)?.join("rootfs");
         let source = Source {
             path: rootfs,
             recursive: false,
         };
-        attach(&source, &namespace, &used, &mut transient)?;
-        container_namespace = Some(namespace);
+        attach(&source, Some(namespace), &used, &mut transient)?;
     }
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for (index, mount) in mounts.iter_mut().enumerate() {
@@ -159,7 +163,7 @@ pub fn prepare(spec: &mut Spec, rootfs: &Path) -> Result<(PathBuf, Transient)> {
             path: &source,
             recursive,
         };
-        attach(&source, namespace, &target, &mut transient)?;
+        attach(&source, Some(namespace), &target, &mut transient)?;
         use_instead(mount, target);
     }
     spec.set_mounts(Some(mounts));
@@ -278,21 +282,26 @@ pub fn container_mappings(spec: &Spec) -> Result<OwnedFd> {
     user_namespace(&Mappings { uids, gids })
 }
 
-struct Source<'a> {
-    path: &'a Path,
-    recursive: bool,
+/// What is mounted a second time.
+pub(crate) struct Source<'a> {
+    /// A directory or file.
+    pub(crate) path: &'a Path,
+    /// With everything that is mounted below.
+    pub(crate) recursive: bool,
 }
 
-/// Clones the mount at `source`, maps it and attaches it at the new `target`.
-fn attach(
+/// Clones the mount at `source`, maps it if there is something to map it by, and attaches it at the new `target`.
+pub(crate) fn attach(
     source: &Source<'_>,
-    namespace: &OwnedFd,
+    namespace: Option<&OwnedFd>,
     target: &Path,
     transient: &mut Transient,
 ) -> Result<()> {
     let tree =
         sys::open_tree(source.path, source.recursive).at("open the mount of", source.path)?;
-    map(&tree, namespace, source.path, source.recursive)?;
+    if let Some(namespace) = namespace {
+        map(&tree, namespace, source.path, source.recursive)?;
+    }
     place(&tree, source.path, target, transient)
 }
 

@@ -37,6 +37,7 @@ pub mod log;
 pub mod monitor;
 pub mod mounts;
 mod notify;
+pub mod overlay;
 mod own_dev;
 pub mod process;
 mod program;

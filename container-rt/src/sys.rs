@@ -427,6 +427,14 @@ pub fn keep_capabilities() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) }.into()).map(drop)
 }
 
+/// Keeps the capabilities over every later change of user ids. prctl(2) PR_SET_SECUREBITS, capabilities(7).
+pub fn keep_capabilities_for_good() -> io::Result<()> {
+    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: takes integers only.
+    check(unsafe { libc::prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) }.into())
+        .map(drop)
+}
+
 /// Forbids gaining privileges by execve for good. prctl(2) PR_SET_NO_NEW_PRIVS.
 pub fn set_no_new_privileges() -> io::Result<()> {
     // SAFETY: takes integers only.
