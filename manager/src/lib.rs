@@ -25,6 +25,7 @@ pub mod id;
 pub mod metrics;
 pub mod network;
 mod node;
+pub mod oci;
 pub mod process;
 pub mod reconcile;
 pub mod sampler;

@@ -14,6 +14,7 @@ use crate::guest::site::Site;
 use crate::id::InvalidId;
 use crate::metrics::Metrics;
 use crate::network::Network;
+use crate::oci::Images;
 use crate::reconcile::Reconciler;
 use crate::sampler::Sampler;
 use crate::settings::Settings;
@@ -79,6 +80,7 @@ impl Node {
             settings: settings.clone(),
             store: store.clone(),
             storage: storage.clone(),
+            images: Images::new(settings.images_dir()),
             locks: Locks::default(),
             agents: Locks::default(),
         };

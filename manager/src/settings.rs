@@ -56,6 +56,11 @@ impl Settings {
         self.state.join("storage")
     }
 
+    /// OCI images: their layers, unpacked.
+    pub fn images_dir(&self) -> PathBuf {
+        self.state.join("images")
+    }
+
     /// Sockets, pids and specs of what runs now. Names in it are short: a Unix socket's path has 107 bytes.
     pub fn run_dir(&self) -> PathBuf {
         self.state.join("run")

@@ -9,6 +9,7 @@ mod cluster;
 mod disks;
 mod guest_actions;
 mod guests;
+mod images;
 mod nodes;
 pub mod parameters;
 mod resources;
@@ -43,6 +44,7 @@ pub const TABLES: &[&[Route]] = &[
     guests::CONTAINERS,
     guests::INTERFACES,
     guests::VMS,
+    images::ROUTES,
     nodes::ROUTES,
     resources::ROUTES,
     series::ROUTES,

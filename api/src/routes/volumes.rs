@@ -182,7 +182,7 @@ pub const ROUTES: &[Route] = &[
     ])),
 ];
 
-fn storage_name(call: &Call) -> Result<StorageName, Error> {
+pub fn storage_name(call: &Call) -> Result<StorageName, Error> {
     let name = call.values.required("storage");
     name.parse()
         .map_err(|_| Error::refused(format!("storage '{name}' does not exist")))

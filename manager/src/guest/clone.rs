@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use atoll_disk::Format;
 
 use crate::error::Error;
+use crate::guest::container::image;
 use crate::guest::create::{Draft, Params};
 use crate::guest::hold::Hold;
 use crate::guest::keys::{self, Effect};
@@ -77,10 +78,12 @@ pub const STEPS: &[TaskStep<Cloning>] = &[
 async fn read(clone: &mut Cloning, _: &TaskContext) -> Result<(), Error> {
     clone.guard = Some(clone.source.lock().await?);
     let config = clone.source.unlocked()?.config;
-    clone.values = match &clone.wish.snapshot {
-        Some(name) => snapshot::find(&config, name)?.values.clone(),
-        None => config.current.values.clone(),
+    let section = match &clone.wish.snapshot {
+        Some(name) => snapshot::find(&config, name)?,
+        None => &config.current,
     };
+    clone.values = section.values.clone();
+    clone.draft.raw = section.raw.clone();
     Ok(())
 }
 
@@ -159,7 +162,8 @@ async fn write_config(clone: &mut Cloning, _: &TaskContext) -> Result<(), Error>
     let kind = clone.source.kind;
     let is_copied = |key: &str| {
         let row = keys::find(kind, key);
-        !IDENTITY.contains(&key) && row.is_some_and(|row| row.effect != Effect::Server)
+        let is_lasting = row.is_some_and(|row| row.effect != Effect::Server) || key == image::KEY;
+        !IDENTITY.contains(&key) && is_lasting
     };
     let values = std::mem::take(&mut clone.values).into_iter();
     let mut values: BTreeMap<_, _> = values.filter(|(key, _)| is_copied(key)).collect();

@@ -3,9 +3,11 @@
 
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
+use crate::guest::container::image;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
 use crate::guest::{Ask, Phase, disks, guest, stop};
+use crate::id::GuestKind;
 use crate::step;
 use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, TaskStep};
@@ -88,6 +90,13 @@ async fn free(destroy: &mut Destroy, task: &TaskContext) -> Result<(), Error> {
     Ok(())
 }
 
-async fn remove_config(destroy: &mut Destroy, _: &TaskContext) -> Result<(), Error> {
-    destroy.seat.delete_config().await
+async fn remove_config(destroy: &mut Destroy, task: &TaskContext) -> Result<(), Error> {
+    destroy.seat.delete_config().await?;
+    // The guest is gone whether its image goes or not; the next one that goes takes it along.
+    if destroy.seat.kind == GuestKind::Container
+        && let Err(error) = image::prune(&destroy.seat.site).await
+    {
+        task.warn(&format!("images stay: {}", error.chain()));
+    }
+    Ok(())
 }

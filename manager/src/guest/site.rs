@@ -13,6 +13,7 @@ use crate::guest::lock::{Guard, Locks};
 use crate::guest::stored::{self, Stored};
 use crate::guest::update;
 use crate::id::{GuestId, GuestKind, parse_config_key};
+use crate::oci::Images;
 use crate::settings::Settings;
 use crate::storage::Storages;
 use crate::store::{ConfigStore, Expect};
@@ -26,6 +27,8 @@ pub struct Site {
     pub store: Arc<dyn ConfigStore>,
     /// Their volumes.
     pub storage: Storages,
+    /// OCI images of containers.
+    pub images: Images,
     /// Who works on which guest.
     pub locks: Locks,
     /// Who talks to which guest's agent.

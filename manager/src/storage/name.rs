@@ -102,7 +102,8 @@ impl Content {
     /// Endings that a file of this content may have; none means any.
     pub fn endings(self) -> &'static [&'static str] {
         match self {
-            Self::Vztmpl => &[".tar.gz", ".tar.xz", ".tar.zst"],
+            // A plain one holds an OCI image.
+            Self::Vztmpl => &[".tar.gz", ".tar.xz", ".tar.zst", ".tar"],
             Self::Iso => &[".iso", ".img"],
             Self::Backup => &[
                 ".vma", ".vma.gz", ".vma.lzo", ".vma.zst", ".tar", ".tar.gz", ".tar.lzo",

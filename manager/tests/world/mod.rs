@@ -9,6 +9,8 @@
     reason = "test helpers, of which each test binary uses a part"
 )]
 
+pub mod image;
+
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::Command;

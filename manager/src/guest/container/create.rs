@@ -7,9 +7,10 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::exec::Program;
 use crate::guest::container::root::GuestRoot;
-use crate::guest::container::{format, mount, setup, unmount_below};
+use crate::guest::container::{format, image, mount, setup, unmount_below};
 use crate::guest::create::Draft;
 use crate::guest::{crypt, disks};
+use crate::oci::Hold;
 use crate::step;
 use crate::storage::name::{Content, VolumeId};
 use crate::task::{TaskContext, TaskStep};
@@ -27,6 +28,8 @@ pub struct Create {
     password: Option<String>,
     keys: Option<String>,
     image: PathBuf,
+    /// Keeps the image that it is made from until the config names it.
+    hold: Option<Hold>,
 }
 
 impl Create {
@@ -43,6 +46,7 @@ impl Create {
             password,
             keys,
             image: PathBuf::new(),
+            hold: None,
         }
     }
 
@@ -125,6 +129,9 @@ async fn extract(create: &mut Create, task: &TaskContext) -> Result<(), Error> {
         .path(&create.template)
         .await?;
     task.log(&format!("extracting archive '{}'", archive.display()));
+    if image::is_archive(&create.template) {
+        return take_image_in(create, archive, task).await;
+    }
     let rootfs = create.rootfs();
     // Devices are the runtime's matter, and an unprivileged container could not use those of the archive anyway.
     let tar = Program::new("tar")
@@ -163,6 +170,37 @@ async fn extract(create: &mut Create, task: &TaskContext) -> Result<(), Error> {
     }
 }
 
+/// An OCI image is not extracted into the volume: its layers are shared, and the volume gets what is changed.
+async fn take_image_in(
+    create: &mut Create,
+    archive: PathBuf,
+    task: &TaskContext,
+) -> Result<(), Error> {
+    let images = create.draft.seat.site.images.clone();
+    create.hold = Some(images.hold().await);
+    let log = task.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        let image = images.take_in(&archive, &|line| log.log(line))?;
+        let settings = image::settings(&image, &images.layers(&image))?;
+        Ok::<_, crate::oci::ImageError>((image, settings))
+    });
+    let (image, settings) = work
+        .await
+        .map_err(|e| Error::failed("take the image in", e))??;
+    task.log(&format!("image {}", image.digest));
+    image::make_upper(&create.rootfs()).await?;
+    settings.notes.iter().for_each(|note| task.log(note));
+    let draft = &mut create.draft;
+    for (key, value) in settings.keys {
+        draft.keys.entry(key).or_insert(value);
+    }
+    draft
+        .keys
+        .insert(image::KEY.to_owned(), image::value(&image));
+    draft.raw.extend(settings.raw);
+    Ok(())
+}
+
 fn used_mib(folder: &std::path::Path) -> u64 {
     let space = rustix::fs::statvfs(folder).ok();
     space.map_or(0, |s| {
@@ -170,7 +208,13 @@ fn used_mib(folder: &std::path::Path) -> u64 {
     })
 }
 
-async fn set_up(create: &mut Create, _: &TaskContext) -> Result<(), Error> {
+async fn set_up(create: &mut Create, task: &TaskContext) -> Result<(), Error> {
+    if create.hold.is_some() {
+        if create.password.is_some() || create.keys.is_some() {
+            task.warn("an OCI image has no accounts to set up: password and keys are not used");
+        }
+        return Ok(());
+    }
     let (rootfs, keys) = (create.rootfs(), create.keys.take());
     let password = create.password.take();
     let has_init = create.draft.keys.contains_key("entrypoint");

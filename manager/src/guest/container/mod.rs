@@ -9,6 +9,7 @@
 pub mod bundle;
 pub mod create;
 pub mod idmap;
+pub mod image;
 pub mod import;
 pub mod lxc;
 pub mod plug;

@@ -75,6 +75,22 @@ impl GuestRoot {
         }
     }
 
+    /// Opens a folder below the root, links followed inside it; what is missing is made.
+    pub fn folder(&self, path: &Path) -> io::Result<OwnedFd> {
+        let text = path.to_str().ok_or_else(not_utf8)?;
+        self.make_folders(text)?;
+        let text = if text.is_empty() { "." } else { text };
+        self.open_at(text, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
+    }
+
+    /// The folder of a path, made if it is missing, and the path's last part.
+    pub fn parent<'a>(&self, path: &'a Path) -> io::Result<(OwnedFd, &'a std::ffi::OsStr)> {
+        let name = path.file_name();
+        let name = name.ok_or_else(|| io::Error::other("the path has no last part"))?;
+        let folder = path.parent().unwrap_or_else(|| Path::new("."));
+        Ok((self.folder(folder)?, name))
+    }
+
     /// Makes a symbolic link in the place of a file or link of that name.
     pub fn replace_link(&self, target: &str, path: &str) -> io::Result<()> {
         let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
@@ -134,6 +150,10 @@ impl GuestRoot {
             resolve,
         )?)
     }
+}
+
+fn not_utf8() -> io::Error {
+    io::Error::other("the path is not UTF-8")
 }
 
 fn regular(file: OwnedFd) -> io::Result<OwnedFd> {

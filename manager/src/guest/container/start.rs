@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::guest::container::bundle::Facts;
 use crate::guest::container::root::GuestRoot;
 use crate::guest::container::setup;
-use crate::guest::container::{Container, bundle, mount_point, unmount_below};
+use crate::guest::container::{Container, bundle, image, mount_point, unmount_below};
 use crate::guest::{Guest, hook, start};
 use crate::network::cidr::Cidr;
 use crate::network::link;
@@ -66,6 +66,7 @@ async fn unmount_volumes(start: &mut Start, _: &TaskContext) -> Result<(), Error
 
 async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let container = container(start);
+    let is_image = start.config()?.get(image::KEY).is_some();
     // The bridge's own name server, when the bridge is ours.
     let address = &start.seat.site.settings.bridge_address;
     let resolver: Option<Ipv4Addr> = address.parse().ok().map(Cidr::address);
@@ -74,14 +75,20 @@ async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let (rootfs, halt_file) = (container.rootfs(), container.halt_file());
     let ostype = start.config()?.get("ostype").map(str::to_owned);
     let work = tokio::task::spawn_blocking(move || {
+        if is_image {
+            std::fs::write(halt_file, image::HALT_SIGNAL)?;
+            let upper = GuestRoot::open(&rootfs.join(image::UPPER))?;
+            return setup::apply_to_image(&upper, &identity).map(|()| None);
+        }
         let root = GuestRoot::open(&rootfs)?;
         std::fs::write(halt_file, halt_signal(&root))?;
-        setup::apply(&root, &identity, ostype.as_deref())
+        setup::apply(&root, &identity, ostype.as_deref()).map(Some)
     });
     let found = work
         .await
         .map_err(|e| Error::failed("write the container's own files", e))?
         .map_err(|e| Error::failed("write the container's own files", e))?;
+    let Some(found) = found else { return Ok(()) };
     match found.network {
         Some(network) => task.log(&format!(
             "{}: files for {network} written",
@@ -109,7 +116,7 @@ fn halt_signal(root: &GuestRoot) -> &'static str {
 
 async fn write_bundle(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let (config, folder) = (start.config()?, start.seat.run_folder());
-    let facts = Facts::gather(config)?;
+    let facts = Facts::gather(config, &start.seat.site.images)?;
     let bundle = bundle::bundle(start.seat.id, config, &folder, &facts)?;
     bundle.notes.iter().for_each(|note| task.log(note));
     let text = serde_json::to_vec_pretty(&bundle.config);

@@ -126,6 +126,34 @@ pub const CONTAINER: &[Key] = &[
         Guest(VmConfigOptions),
     ),
     Key::new(
+        Param::new("image", IMAGE, "OCI image that its root file system lies over; a creation from one sets it."),
+        Guest(VmConfigDisk),
+    )
+    .server()
+    .own(),
+    Key::new(
+        Param::new("restart", RESTART, "Whether it is started again when its program ends by itself."),
+        Guest(VmConfigOptions),
+    )
+    .now()
+    .own(),
+    Key::new(
+        Param::new(
+            "health-command",
+            Kind::List { length_max: 4096 },
+            "Program with its arguments that is run inside to find out whether the container works.",
+        ),
+        Guest(VmConfigOptions),
+    )
+    .now()
+    .own(),
+    Key::new(
+        Param::new("health", HEALTH, "When the health command is run."),
+        Guest(VmConfigOptions),
+    )
+    .now()
+    .own(),
+    Key::new(
         Param::new(
             "hookscript",
             Kind::Format(VOLUME_ID),
@@ -361,6 +389,82 @@ const TIME_ZONE: Format = Format {
             false => Err(format!("{text} is no time zone")),
         }
     },
+};
+
+const IMAGE: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new("digest", Kind::Format(DIGEST), "Digest of its manifest.").required(),
+        Param::new(
+            "name",
+            Kind::Text { length_max: 512 },
+            "What it is called in its registry.",
+        ),
+        Param::new(
+            "ports",
+            Kind::Text { length_max: 512 },
+            "What is meant to be reached from outside.",
+        ),
+    ],
+    default_key: Some("digest"),
+    value_key: None,
+};
+
+const DIGEST: Format = Format {
+    name: "oci-digest",
+    check: |text| {
+        let digest = text.parse::<crate::oci::digest::Digest>();
+        digest.map(drop).map_err(|error| error.to_string())
+    },
+};
+
+const RESTART: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new(
+            "policy",
+            Kind::Choice(&["no", "on-failure", "always"]),
+            "When.",
+        )
+        .required(),
+        Param::new(
+            "retries",
+            Kind::Integer {
+                min: 1,
+                max: 1_000_000,
+            },
+            "How often in a row at most.",
+        ),
+    ],
+    default_key: Some("policy"),
+    value_key: None,
+};
+
+const HEALTH: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new("interval", SECONDS, "Seconds between two runs.").default("30"),
+        Param::new("timeout", SECONDS, "Longest run in seconds.").default("30"),
+        Param::new(
+            "retries",
+            Kind::Integer { min: 1, max: 1000 },
+            "Failures in a row that count.",
+        )
+        .default("3"),
+        Param::new(
+            "start",
+            Kind::Integer {
+                min: 0,
+                max: 86_400,
+            },
+            "Seconds after a start in which failures do not count.",
+        )
+        .default("0"),
+    ],
+    default_key: None,
+    value_key: None,
+};
+
+const SECONDS: Kind = Kind::Integer {
+    min: 1,
+    max: 86_400,
 };
 
 const NO_FEATURE: Format = Format {

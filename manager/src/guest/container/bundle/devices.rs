@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
-use crate::guest::container::lxc;
+use crate::guest::container::{image, lxc};
+use crate::oci::Images;
 
 /// Device of FUSE. Linux `Documentation/admin-guide/devices.txt`: 10 is misc, 229 is fuse.
 const FUSE: HostDevice = HostDevice {
@@ -38,12 +39,17 @@ pub struct Facts {
     pub devices: BTreeMap<PathBuf, HostDevice>,
     /// Paths that exist.
     pub present: BTreeSet<PathBuf>,
+    /// Layers of its image, the topmost first.
+    pub layers: Vec<PathBuf>,
 }
 
 impl Facts {
     /// Looks at every path of the host that a config names.
-    pub fn gather(config: &GuestConfig) -> Result<Self, Error> {
+    pub fn gather(config: &GuestConfig, images: &Images) -> Result<Self, Error> {
         let mut facts = Self::default();
+        if let Some(digest) = image::digest(config)? {
+            facts.layers = images.layers(&images.get(&digest)?);
+        }
         for (key, _) in config.family("dev[n]") {
             let value = config.properties(key)?.unwrap_or_default();
             facts.look(Path::new(value.get("path").unwrap_or_default()));

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::guest::cgroup::Group;
 use crate::guest::config::GuestConfig;
-use crate::guest::container::{idmap, lxc};
+use crate::guest::container::{idmap, image, lxc};
 use crate::id::GuestId;
 
 pub use devices::{Facts, HostDevice};
@@ -129,6 +129,20 @@ pub fn bundle(
         linux["gidMappings"] = gids;
         annotations["dev.atoll.rootfs.idmap"] = json!("container");
     }
+    let is_image = !facts.layers.is_empty();
+    let rootfs = match is_image {
+        true => image::MERGED,
+        false => "rootfs",
+    };
+    if is_image {
+        let layers: Vec<_> = facts
+            .layers
+            .iter()
+            .map(|path| path.to_string_lossy())
+            .collect();
+        annotations["dev.atoll.rootfs.lower"] = json!(layers.join(":"));
+        annotations["dev.atoll.rootfs.upper"] = json!(folder.join("rootfs").to_string_lossy());
+    }
     linux["namespaces"] = namespaces
         .iter()
         .map(|kind| json!({ "type": kind }))
@@ -144,7 +158,7 @@ pub fn bundle(
     let bundle = json!({
         "ociVersion": "1.2.0",
         "hostname": short_hostname(id, config),
-        "root": { "path": "rootfs", "readonly": root.is_set("ro") },
+        "root": { "path": rootfs, "readonly": root.is_set("ro") },
         "annotations": annotations,
         "process": process(config),
         "mounts": mounts::all(config, folder)?,
@@ -198,9 +212,17 @@ fn short_hostname(id: GuestId, config: &GuestConfig) -> String {
 }
 
 fn process(config: &GuestConfig) -> Value {
-    let mut env: Vec<String> = ENVIRONMENT.iter().map(|&text| text.to_owned()).collect();
     let own = config.get("env").unwrap_or_default().split('\0');
-    env.extend(own.filter(|text| !text.is_empty()).map(str::to_owned));
+    let own: Vec<&str> = own.filter(|text| !text.is_empty()).collect();
+    let name = |text: &str| text.split('=').next().unwrap_or_default().to_owned();
+    // The first of a name is what programs see.
+    let is_usual = |text: &&&str| !own.iter().any(|other| name(other) == name(text));
+    let env: Vec<&str> = ENVIRONMENT
+        .iter()
+        .filter(is_usual)
+        .chain(&own)
+        .copied()
+        .collect();
     let init = config.get("entrypoint").unwrap_or(INIT);
     json!({
         "terminal": true,

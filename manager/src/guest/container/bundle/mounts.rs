@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::is_unprivileged;
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
+use crate::guest::container::image;
 use crate::schema::Properties;
 
 /// One mount point of a container, its root included.
@@ -120,7 +121,10 @@ pub(super) fn all(config: &GuestConfig, folder: &Path) -> Result<Value, Error> {
         "cgroup",
         "nosuid,noexec,nodev,relatime,rw",
     ));
-    mounts.push(kernel("/run", "tmpfs", "nosuid,nodev,mode=755"));
+    // An image has files of its own there.
+    if config.get(image::KEY).is_none() {
+        mounts.push(kernel("/run", "tmpfs", "nosuid,nodev,mode=755"));
+    }
     let unprivileged = is_unprivileged(config);
     for mount in volumes(config)?.iter().skip(1) {
         mounts.push(mount.entry(folder, unprivileged));

@@ -104,6 +104,12 @@ pub fn apply(root: &GuestRoot, identity: &Identity, ostype: Option<&str>) -> io:
     })
 }
 
+/// Writes what an OCI image gets into the container's own layer: names and resolver, which every engine puts there.
+pub fn apply_to_image(upper: &GuestRoot, identity: &Identity) -> io::Result<()> {
+    write_names(upper, identity)?;
+    write_resolver(upper, identity)
+}
+
 /// Writes a file, unless its owner has said by a file beside it that he does that himself.
 fn write(root: &GuestRoot, path: &str, text: &str, mode: u32) -> io::Result<()> {
     let (folder, name) = path.rsplit_once('/').unwrap_or((".", path));
