@@ -2,8 +2,8 @@
 //! A spec before anything is opened: what cannot be a machine is refused here, with a sentence that names the
 //! value. Both doors use it, `--spec` and the command line.
 //!
-//! Pure but for one thing: files are looked at (there, and of the right kind), so that a missing disk is told
-//! before a tap has been made.
+//! [`shape`] is pure. [`spec`] also looks at files (there, and of the right kind), so that a missing disk is told before a
+//! tap has been made.
 
 mod vhost_user;
 
@@ -53,8 +53,74 @@ fn refuse<T>(text: impl Into<String>) -> Result<T, SpecError> {
     Err(SpecError(text.into()))
 }
 
-/// Whether a machine can be built from this.
+/// Names that a disk or card cannot have, since other functions have them.
+const FUNCTIONS: &[&str] = &[
+    "scsi",
+    "console0",
+    "rng0",
+    "balloon0",
+    "vsock0",
+    "watchdog0",
+    "panic0",
+];
+/// Bytes of a device's name. Our choice; a thread's name shows the first 15.
+const ID_BYTES_MAX: usize = 31;
+
+/// The same machine with all that it leaves open: names of disks and cards, numbers on the SCSI host.
+pub fn settle(spec: &MachineSpec) -> Result<MachineSpec, SpecError> {
+    let mut settled = spec.clone();
+    name("disk", settled.disks.iter_mut().map(|disk| &mut disk.id));
+    name("net", settled.nets.iter_mut().map(|net| &mut net.id));
+    for (disk, number) in settled.disks.iter_mut().zip(targets(spec)?) {
+        disk.target = number.or(disk.target);
+    }
+    Ok(settled)
+}
+
+/// Gives those that have no name the lowest free ones.
+fn name<'a>(kind: &str, ids: impl Iterator<Item = &'a mut Option<String>>) {
+    let ids: Vec<_> = ids.collect();
+    let taken: BTreeSet<String> = ids.iter().filter_map(|id| (**id).clone()).collect();
+    let mut free = (0..)
+        .map(|number: usize| format!("{kind}{number}"))
+        .filter(|id| !taken.contains(id));
+    for id in ids {
+        if id.is_none() {
+            *id = free.next();
+        }
+    }
+}
+
+/// Name of a device of a spec that is settled.
+pub fn id_of(id: &Option<String>) -> &str {
+    id.as_deref().expect("the spec is settled")
+}
+
+/// The disk that the machine boots from, of those that it is started with: the first of firmware's order; without one,
+/// the first.
+pub fn boot_disk(spec: &MachineSpec) -> Option<String> {
+    let by_index = spec.disks.iter().filter(|disk| disk.boot_index.is_some());
+    let by_index = by_index.min_by_key(|disk| disk.boot_index);
+    let first = || spec.disks.iter().find(|disk| disk.bus != DiskBus::Cdrom);
+    by_index.or_else(first)?.id.clone()
+}
+
+/// Whether a machine can be built from this, as far as this process can see.
 pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
+    shape(spec)?;
+    match &spec.boot {
+        BootSpec::Kernel(boot) => {
+            is_file("kernel", &boot.image)?;
+            let initrd = boot.initrd.as_deref();
+            initrd.map_or(Ok(()), |initrd| is_file("initrd", initrd))?;
+        }
+        BootSpec::Firmware(boot) => firmware(boot)?,
+    }
+    spec.disks.iter().try_for_each(disk_files)
+}
+
+/// The same without a look at any file.
+pub fn shape(spec: &MachineSpec) -> Result<(), SpecError> {
     if spec.cpu_count == 0 {
         return refuse("0 vCPUs: a machine has 1 to 255");
     }
@@ -103,13 +169,14 @@ pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
         BootSpec::Firmware(_) if spec.profile != Profile::Pc => {
             return refuse("firmware needs the board pc: leave out --profile, or say pc");
         }
-        BootSpec::Firmware(boot) => firmware(boot)?,
+        BootSpec::Firmware(_) => {}
     }
     spec.identity
         .uuid
         .as_deref()
         .map_or(Ok(()), |text| uuid(text).map(drop))?;
     generation_id(spec)?;
+    ids(spec)?;
     spec.disks.iter().try_for_each(disk)?;
     targets(spec).map(drop)?;
     spec.nets.iter().try_for_each(net)
@@ -156,9 +223,7 @@ fn kernel(kernel: &KernelSpec) -> Result<(), SpecError> {
     if kernel.cmdline.len() as u64 >= layout::CMDLINE_BYTES_MAX {
         return refuse("kernel command line longer than 65535 bytes");
     }
-    is_file("kernel", &kernel.image)?;
-    let initrd = kernel.initrd.as_deref();
-    initrd.map_or(Ok(()), |initrd| is_file("initrd", initrd))
+    Ok(())
 }
 
 fn firmware(firmware: &FirmwareSpec) -> Result<(), SpecError> {
@@ -244,9 +309,38 @@ pub fn targets(spec: &MachineSpec) -> Result<Vec<Option<u8>>, SpecError> {
     Ok(numbers)
 }
 
+fn ids(spec: &MachineSpec) -> Result<(), SpecError> {
+    let disks = spec.disks.iter().filter_map(|disk| disk.id.as_deref());
+    let ids = disks.chain(spec.nets.iter().filter_map(|net| net.id.as_deref()));
+    let mut taken = BTreeSet::new();
+    for id in ids {
+        let odd = |byte: u8| !(byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+        let starts = id.starts_with(|first: char| first.is_ascii_lowercase());
+        if !starts || id.len() > ID_BYTES_MAX || id.bytes().any(odd) {
+            return refuse(format!(
+                "device {id:?}: a name has 1 to {ID_BYTES_MAX} lower-case letters, digits and dashes, a letter first"
+            ));
+        }
+        let filesystem = id.strip_prefix("fs");
+        let filesystem = filesystem.is_some_and(|rest| rest.parse::<usize>().is_ok());
+        if FUNCTIONS.contains(&id) || filesystem || id.starts_with("user-") {
+            return refuse(format!(
+                "device {id}: the machine's own device has that name"
+            ));
+        }
+        if !taken.insert(id) {
+            return refuse(format!("device {id}: there are two of that name"));
+        }
+    }
+    Ok(())
+}
+
 fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     let path = disk.path.display();
     let drive = disk.bus == DiskBus::Cdrom;
+    if !drive && disk.path.as_os_str().is_empty() {
+        return refuse("a disk without a path: only a cdrom may have no disc");
+    }
     if drive && (disk.format != DiskFormat::Raw || !disk.backing.is_empty()) {
         return refuse(format!("cdrom {path}: a disc is a raw image"));
     }
@@ -263,16 +357,6 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
             "disk {path}: queues are the SCSI host's, one a vCPU"
         ));
     }
-    let images = disk.backing.iter().map(|image| &image.path);
-    let own = (!drive || !disk.path.as_os_str().is_empty()).then_some(&disk.path);
-    for image in images.chain(own) {
-        is_file("disk", image)?;
-        let kind = fs::metadata(image).map(|found| found.file_type());
-        if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
-            let image = image.display();
-            return refuse(format!("disk {image}: neither a file nor a block device"));
-        }
-    }
     if let Some(serial) = &disk.serial
         && (serial.len() > SERIAL_BYTES_MAX || !serial.bytes().all(|byte| byte.is_ascii_graphic()))
     {
@@ -286,6 +370,21 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
         )),
         _ => Ok(()),
     }
+}
+
+fn disk_files(disk: &DiskSpec) -> Result<(), SpecError> {
+    let images = disk.backing.iter().map(|image| &image.path);
+    let is_empty_drive = disk.bus == DiskBus::Cdrom && disk.path.as_os_str().is_empty();
+    let own = (!is_empty_drive).then_some(&disk.path);
+    for image in images.chain(own) {
+        is_file("disk", image)?;
+        let kind = fs::metadata(image).map(|found| found.file_type());
+        if kind.is_ok_and(|kind| !kind.is_file() && !kind.is_block_device()) {
+            let image = image.display();
+            return refuse(format!("disk {image}: neither a file nor a block device"));
+        }
+    }
+    Ok(())
 }
 
 fn net(net: &NetSpec) -> Result<(), SpecError> {
@@ -600,7 +699,7 @@ mod tests {
         );
         check(
             with(serde_json::json!([{"path": "", "format": "raw"}])),
-            "disk : No such file or directory (os error 2)",
+            "a disk without a path: only a cdrom may have no disc",
         );
         let spec: MachineSpec = serde_json::from_value(serde_json::json!({
             "name": "m", "cpu_count": 1, "memory_mib": 64, "boot": {"kernel": {"image": "/dev/null"}},

@@ -69,7 +69,7 @@ Keys of --disk:
   bytes-per-second=N operations-per-second=N, each also with read- or write- before it, and with
   bytes-burst=N operations-burst=N: rates to which the disk is held";
 
-const DISK_KEYS: &str = "id=, path=, format=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
+const DISK_KEYS: &str = "path=, format=, id=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
     bytes-per-second=, bytes-burst=, operations-per-second=, operations-burst=, read-… and write-… of these";
 
 /// Sub-commands.

@@ -50,7 +50,10 @@ fn arguments_that_cannot_be() {
             "--disk path=/etc/hostname,format=raw,fast",
             "\"fast\" is not one of path=",
         ),
-        ("--net mac=52:54:00:12:34:56", "tap= is missing"),
+        (
+            "--net mac=52:54:00:12:34:56",
+            "tap= or vhost-user= is missing",
+        ),
         (
             "--net tap=t0,mac=52:54:00:12:34",
             "expected six hexadecimal octets",

@@ -147,7 +147,7 @@ fn every_thread_has_its_filter_and_vcpus_only_one() {
     let expected = [
         "api",
         "atoll-vmm",
-        "blk0-q0",
+        "disk0-q0",
         "console",
         "rng",
         "signals",

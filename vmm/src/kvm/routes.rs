@@ -33,6 +33,8 @@ pub struct Routes {
 struct Table {
     entries: Vec<kvm_irq_routing_entry>,
     next_gsi: u32,
+    /// Of functions that are gone.
+    free_gsis: Vec<u32>,
 }
 
 impl Routes {
@@ -50,6 +52,7 @@ impl Routes {
         let table = Table {
             entries,
             next_gsi: layout::MSI_GSI,
+            free_gsis: Vec::new(),
         };
         apply(&machine, &table).map_err(|source| KvmError::Failed {
             what: "set interrupt routes",
@@ -207,8 +210,34 @@ impl MsixSink for Vectors {
     }
 }
 
+/// A function that is gone gives its interrupt numbers back. Their routes stay until somebody else has them: nothing
+/// signals them.
+impl Drop for Vectors {
+    fn drop(&mut self) {
+        let connections = self.gsis.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self
+            .routes
+            .table
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (connection, event) in connections.iter().zip(&self.events) {
+            let Some(gsi) = connection.gsi else {
+                continue;
+            };
+            if connection.connected {
+                // Fails only if KVM does not know it, and then it need not be told.
+                let _ = self.routes.machine.fd().unregister_irqfd(event, gsi);
+            }
+            table.free_gsis.push(gsi);
+        }
+    }
+}
+
 impl Table {
     fn take_gsi(&mut self) -> io::Result<u32> {
+        if let Some(gsi) = self.free_gsis.pop() {
+            return Ok(gsi);
+        }
         if self.next_gsi == GSI_COUNT {
             return Err(io::Error::other("all 4096 interrupt numbers are taken"));
         }

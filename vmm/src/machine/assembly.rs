@@ -4,6 +4,7 @@
 //! The ground (KVM, memory, interrupts, an empty PCI bus) is laid first, then [`KINDS`] add the devices, in
 //! the order of their PCI slots, then vCPUs are started and held, and the kernel is loaded.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,17 +13,18 @@ use atoll_devices::bus::{Bus, BusDevice, BusError, BusRange};
 use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::{Memory, Ram};
-use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciDevice, PciWindow, Window};
+use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
 use atoll_devices::platform::{AcpiPm, GenerationId, MachineControl, Serial, Watchdog, q35};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
-use atoll_devices::virtio::{VirtioDevice, VirtioPci, VirtioPciOptions};
+use atoll_devices::virtio::scsi::Scsi;
 use atoll_disk::OpenError;
 use atoll_firmware::acpi::{AcpiDevice, Platform, Power};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 use kvm_bindings::kvm_cpuid_entry2;
 
 use super::Start;
+use super::backplane::Backplane;
 use super::devices::KINDS;
 use super::disks::Disk;
 use super::legacy::{self, Legacy};
@@ -31,6 +33,7 @@ use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
 use super::saved::{self, Absence, RestoreError};
 use crate::board::Board;
+use crate::check;
 use crate::flash::FlashError;
 use crate::fw_cfg::BootEntry;
 use crate::kvm::cpu::{CpuError, GuestCpu};
@@ -120,23 +123,19 @@ pub(super) struct Assembly<'a> {
     pub(super) board: &'static Board,
     pub(super) memory: Memory,
     pub(super) routes: Arc<Routes>,
-    pub(super) pci: Arc<PciBus>,
+    pub(super) backplane: Backplane,
     windows: Vec<Window>,
     /// The `pc` board's power block; the other's is a few registers.
     pm: Option<Arc<AcpiPm>>,
     acpi_devices: Vec<AcpiDevice>,
     event_count: usize,
     pub(super) boot_order: Vec<BootEntry>,
-    /// Where the next function's BARs go.
-    next_bar: u64,
-    /// Slot of the last function.
-    last_slot: usize,
     ports: Vec<BusRange>,
     mapped: Vec<BusRange>,
-    functions: Vec<Arc<VirtioPci>>,
     states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
+    pub(super) scsi: Option<Arc<Scsi>>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) watchdog: Option<Arc<Watchdog>>,
     pub(super) generation: Option<Arc<GenerationId>>,
@@ -167,7 +166,17 @@ pub(super) fn build(
     machine.set_memory(&memory)?;
     machine.create_interrupt_controllers()?;
     let windows = board.windows(spec.memory_mib << 20, cpus.address_bits());
-    let mut assembly = Assembly::new(spec, &mut opened, voice, &machine, memory.clone(), windows)?;
+    let places = saved.as_ref().map(|(state, _)| state.slots.clone());
+    let places = places.unwrap_or_default();
+    let mut assembly = Assembly::new(
+        spec,
+        &mut opened,
+        voice,
+        &machine,
+        memory.clone(),
+        windows,
+        places,
+    )?;
     for kind in KINDS {
         (kind.add)(&mut assembly)?;
     }
@@ -177,11 +186,16 @@ pub(super) fn build(
     let vcpus = start_vcpus(&machine, &cpus, &spec.boot, &buses, voice)?;
     let kvm = &assembly.opened.kvm;
     let pristine = Pristine::of(kvm, &machine, &vcpus, legacy.as_ref())?;
+    let had = saved
+        .as_ref()
+        .and_then(|(state, _)| state.boot_disk.clone());
     let mut parts = Parts {
         vcpus,
-        functions: assembly.functions,
+        backplane: assembly.backplane,
         disks: assembly.disks,
         nets: assembly.nets,
+        scsi: assembly.scsi,
+        boot_disk: had.or_else(|| check::boot_disk(spec)),
         balloon: assembly.balloon,
         watchdog: assembly.watchdog,
         generation: assembly.generation,
@@ -190,10 +204,8 @@ pub(super) fn build(
         power_button,
         serial_path: assembly.serial_path,
         console_path: assembly.console_path,
-        states: assembly.states,
-        pci: assembly.pci,
+        board_states: assembly.states,
         statm: opened.statm,
-        disk_locks: opened.disk_locks,
         touched: opened.touched,
         board,
         platform,
@@ -296,21 +308,23 @@ impl<'a> Assembly<'a> {
         machine: &VirtualMachine,
         memory: Arc<Ram>,
         windows: Vec<Window>,
+        places: BTreeMap<String, usize>,
     ) -> Result<Self, BuildError> {
         let board = Board::of(spec.profile);
         let routes = Routes::new(machine.clone())?;
         let doorbells = Arc::new(Doorbells(machine.clone()));
         let (pci, pm) = root(board, &windows, doorbells, &routes, voice);
-        let mut assembly = Self {
+        let memory = Memory::from(memory);
+        let first = windows[0].base;
+        let backplane = Backplane::new(pci, memory.clone(), routes.clone(), first, places);
+        Ok(Self {
             spec,
             opened,
             voice,
             board,
-            memory: Memory::from(memory),
-            next_bar: windows[0].base,
-            last_slot: 0,
+            memory,
             windows,
-            pci,
+            backplane,
             pm,
             acpi_devices: Vec::new(),
             event_count: 0,
@@ -318,10 +332,10 @@ impl<'a> Assembly<'a> {
             routes,
             ports: Vec::new(),
             mapped: Vec::new(),
-            functions: Vec::new(),
             states: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
+            scsi: None,
             balloon: None,
             watchdog: None,
             generation: None,
@@ -329,52 +343,11 @@ impl<'a> Assembly<'a> {
             serial: None,
             serial_path: None,
             console_path: None,
-        };
-        assembly
-            .states
-            .push(("PCI bus".to_owned(), assembly.pci.clone()));
-        Ok(assembly)
+        })
     }
 }
 
 impl Assembly<'_> {
-    /// Puts a virtio device into the next PCI slot, with a vector for each queue and one for configuration.
-    pub(super) fn add(
-        &mut self,
-        name: String,
-        device: Arc<dyn VirtioDevice>,
-    ) -> Result<Arc<VirtioPci>, BuildError> {
-        let queues = u16::try_from(device.queue_sizes().len()).expect("a handful of queues");
-        let host = |source| BuildError::Host {
-            what: "make eventfds for a device",
-            source,
-        };
-        let options = VirtioPciOptions {
-            name: name.clone(),
-            memory: self.memory.clone(),
-            msix: self.routes.vectors(queues + 1).map_err(host)?,
-        };
-        let function = Arc::new(VirtioPci::new(device, options).map_err(host)?);
-        self.add_function(&name, function.clone())?;
-        self.functions.push(function.clone());
-        Ok(function)
-    }
-
-    /// Puts any PCI function into the next slot.
-    pub(super) fn add_function(
-        &mut self,
-        name: &str,
-        function: Arc<impl PciDevice + DeviceState + 'static>,
-    ) -> Result<(), BuildError> {
-        // Slot 0 is the host bridge.
-        self.last_slot += 1;
-        self.next_bar = self
-            .pci
-            .add(self.last_slot, function.clone(), self.next_bar)?;
-        self.states.push((name.to_owned(), function));
-        Ok(())
-    }
-
     /// Puts a device on the port bus. Its name is also that of its saved state.
     pub(super) fn port(
         &mut self,
@@ -428,11 +401,6 @@ impl Assembly<'_> {
         })
     }
 
-    /// The slot of the function that was added last.
-    pub(super) fn last_slot(&self) -> usize {
-        self.last_slot
-    }
-
     pub(super) fn memory_bytes(&self) -> u64 {
         self.spec.memory_mib << 20
     }
@@ -478,20 +446,20 @@ impl Assembly<'_> {
             "PCI configuration ports",
             layout::PCI_CONFIG_PORT,
             layout::PCI_CONFIG_PORT_COUNT,
-            Arc::new(ConfigPorts::new(self.pci.clone(), control)),
+            Arc::new(ConfigPorts::new(self.backplane.pci().clone(), control)),
         );
         let mut memory = std::mem::take(&mut self.mapped);
         memory.push(BusRange {
             base: self.board.ecam.into(),
             size: Ecam::SIZE,
             name: "PCI configuration space",
-            device: Arc::new(Ecam(self.pci.clone())),
+            device: Arc::new(Ecam(self.backplane.pci().clone())),
         });
         memory.extend(self.windows.iter().map(|window| BusRange {
             base: window.base,
             size: window.size,
             name: "PCI window",
-            device: Arc::new(PciWindow::new(self.pci.clone(), window.base)),
+            device: Arc::new(PciWindow::new(self.backplane.pci().clone(), window.base)),
         }));
         Ok(Buses {
             ports: Bus::new(std::mem::take(&mut self.ports))?,

@@ -21,11 +21,7 @@ pub(super) fn of(parts: &Parts, uptime_ms: u64) -> Counters {
         disks: parts
             .disks
             .iter()
-            .enumerate()
-            .map(|(index, disk)| DiskCounters {
-                id: format!("disk{index}"),
-                ..disk_counters(&disk.counters())
-            })
+            .map(|disk| disk_counters(disk.id(), &disk.counters()))
             .collect(),
         nets: parts
             .nets
@@ -51,10 +47,10 @@ fn named(list: &CounterList, name: &str) -> u64 {
     found.expect("devices count what the API tells").1
 }
 
-fn disk_counters(list: &CounterList) -> DiskCounters {
+fn disk_counters(id: &str, list: &CounterList) -> DiskCounters {
     let value = |name| named(list, name);
     DiskCounters {
-        id: String::new(),
+        id: id.to_owned(),
         read_bytes: value("read_bytes"),
         written_bytes: value("written_bytes"),
         read_requests: value("reads"),

@@ -10,9 +10,10 @@ use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
 use atoll_devices::virtio::net::{Net, NetOptions, Rate};
 use atoll_devices::virtio::rng::Rng;
-use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetSpec};
 
 use super::assembly::{Assembly, BuildError};
+use super::backplane::Backplane;
 use super::disks;
 use super::generation;
 use super::opened::{Opened, WAS_OPENED};
@@ -94,41 +95,61 @@ fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> 
 }
 
 fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    for (index, net) in assembly.spec.nets.iter().enumerate() {
-        let mac = match &net.mac {
-            Some(text) => check::mac(text).map_err(BuildError::device("network card"))?,
-            None => random_mac().map_err(BuildError::device("network card"))?,
-        };
-        let name = format!("net{index}");
+    for net in &assembly.spec.nets {
         let end = assembly.opened.nets.pop_front().expect(WAS_OPENED);
-        let device = Net::new(NetOptions {
-            name: name.clone(),
-            host: end.into_host(&name, net),
-            mac,
-            mtu: net.mtu,
-        });
-        let end = match &net.vhost_user {
-            Some(socket) => format!("net{index}: vhost-user {}", socket.path.display()),
-            None => format!("tap {}", net.tap),
-        };
-        let device = Arc::new(device.map_err(BuildError::device(end))?);
-        let limits = &net.limits;
-        device.set_limits(
-            rate(limits.receive_bytes_per_second, limits.receive_burst_bytes),
-            rate(limits.send_bytes_per_second, limits.send_burst_bytes),
+        let card = card(&mut assembly.backplane, net, end)?;
+        boots_from(
+            assembly,
+            card.function.name(),
+            net.boot_index,
+            BootKind::Net,
         );
-        device.set_link(!net.link_down);
-        let function = assembly.add(name, device.clone())?;
-        boots_from(assembly, net.boot_index, BootKind::Net);
-        assembly.nets.push(Card { function, device });
+        assembly.nets.push(card);
     }
     Ok(())
 }
 
-/// Notes the place of the function that was added last in the boot order.
-pub(super) fn boots_from(assembly: &mut Assembly<'_>, index: Option<u16>, kind: BootKind) {
-    if let Some(index) = index {
-        let slot = assembly.last_slot();
+/// A card on a slot of its own.
+pub(super) fn card(
+    backplane: &mut Backplane,
+    net: &NetSpec,
+    end: CardEnd,
+) -> Result<Card, BuildError> {
+    let mac = match &net.mac {
+        Some(text) => check::mac(text).map_err(BuildError::device("network card"))?,
+        None => random_mac().map_err(BuildError::device("network card"))?,
+    };
+    let id = check::id_of(&net.id);
+    let device = Net::new(NetOptions {
+        name: id.to_owned(),
+        host: end.into_host(id, net),
+        mac,
+        mtu: net.mtu,
+    });
+    let end = match &net.vhost_user {
+        Some(socket) => format!("{id}: vhost-user {}", socket.path.display()),
+        None => format!("tap {}", net.tap),
+    };
+    let device = Arc::new(device.map_err(BuildError::device(end))?);
+    let limits = &net.limits;
+    device.set_limits(
+        rate(limits.receive_bytes_per_second, limits.receive_burst_bytes),
+        rate(limits.send_bytes_per_second, limits.send_burst_bytes),
+    );
+    device.set_link(!net.link_down);
+    let function = backplane.add(id, device.clone())?;
+    Ok(Card { function, device })
+}
+
+/// Notes the place of a function in the boot order.
+pub(super) fn boots_from(
+    assembly: &mut Assembly<'_>,
+    name: &str,
+    index: Option<u16>,
+    kind: BootKind,
+) {
+    let slot = assembly.backplane.slot_of(name);
+    if let (Some(index), Some(slot)) = (index, slot) {
         assembly.boot_order.push(BootEntry { index, slot, kind });
     }
 }
@@ -151,7 +172,7 @@ fn random_mac() -> io::Result<[u8; 6]> {
 
 fn rng(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     if assembly.spec.rng {
-        assembly.add("rng0".to_owned(), Arc::new(Rng::new()))?;
+        assembly.backplane.add("rng0", Arc::new(Rng::new()))?;
     }
     Ok(())
 }

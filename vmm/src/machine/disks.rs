@@ -11,11 +11,12 @@ use atoll_devices::scsi::{Target, TargetKind, TargetOptions};
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_devices::virtio::scsi::{Scsi, ScsiOptions};
-use atoll_disk::{BlockBackend, Format, Limited, OpenOptions, OpenedDisk, ResizeError};
+use atoll_disk::{BlockBackend, Format, Limited, OpenOptions, OpenedDisk, ResizeError, WriterLock};
 use atoll_vmm_protocol::api::{EjectDisk, InsertDisk, ResizeDisk, SetDiskLimits};
-use atoll_vmm_protocol::spec::{DiskBus, MachineSpec};
+use atoll_vmm_protocol::spec::{DiskBus, DiskSpec, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
+use super::backplane::Backplane;
 use super::devices::boots_from;
 use super::opened::{Opened, WAS_OPENED};
 use super::parts::Parts;
@@ -24,10 +25,16 @@ use crate::check;
 use crate::fw_cfg::BootKind;
 use crate::resources::{Medium, limits};
 
+/// Name of the SCSI host.
+pub(super) const HOST: &str = "scsi";
+
 /// A disk of a built machine.
 pub(super) struct Disk {
+    id: String,
     /// `None` for a drive: its disc comes and goes, without limits.
     backend: Option<Arc<Limited>>,
+    /// Of an image that is open for writing.
+    lock: Option<WriterLock>,
     place: Place,
 }
 
@@ -45,6 +52,16 @@ enum Place {
 }
 
 impl Disk {
+    /// Its name.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The lock of its image, if it writes.
+    pub(super) fn lock(&self) -> Option<&WriterLock> {
+        self.lock.as_ref()
+    }
+
     /// What it has done.
     pub(super) fn counters(&self) -> CounterList {
         match &self.place {
@@ -57,15 +74,11 @@ impl Disk {
 /// Opens and locks every image, and those behind it. Makes no thread.
 pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for disk in &spec.disks {
-        let limited = match disk.path.as_os_str().is_empty() {
+        let medium = match disk.path.as_os_str().is_empty() {
             true => None,
-            false => {
-                let Medium { backend, lock } = Medium::open(disk)?;
-                opened.disk_locks.extend(lock);
-                Some(backend)
-            }
+            false => Some(Medium::open(disk)?),
         };
-        opened.disks.push_back(limited);
+        opened.disks.push_back(medium);
     }
     Ok(())
 }
@@ -73,86 +86,109 @@ pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildE
 /// Puts a virtio-blk device for each disk into its slot, then the SCSI host with all others, if there are any.
 pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     let spec = assembly.spec;
-    let queues = u16::from(spec.cpu_count).min(check::QUEUE_COUNT_MAX);
-    let numbers = check::targets(spec).map_err(BuildError::device("SCSI host"))?;
-    let mut targets = BTreeMap::new();
-    let mut disks = Vec::new();
-    for (index, (disk, number)) in spec.disks.iter().zip(numbers).enumerate() {
-        let backend = assembly.opened.disks.pop_front().expect(WAS_OPENED);
-        let serial = disk.serial.clone();
-        let serial = serial.unwrap_or_else(|| format!("disk{index}"));
-        let Some(number) = number else {
-            let backend = backend.expect("only a drive has no path");
-            let name = format!("blk{index}");
-            let device = Arc::new(Blk::new(BlkOptions {
-                name: name.clone(),
-                backend: backend.clone(),
-                serial,
-                queue_count: disk.queue_count.unwrap_or(queues),
-            }));
-            let function = assembly.add(name, device.clone())?;
-            boots_from(assembly, disk.boot_index, BootKind::Disk);
-            let place = Place::Blk { function, device };
-            disks.push((Some(backend), Ok(place)));
-            continue;
-        };
-        let medium = backend.clone();
-        let kind = match disk.bus {
-            DiskBus::Cdrom => TargetKind::Cdrom,
-            DiskBus::Scsi | DiskBus::Blk => TargetKind::Disk,
-        };
-        let target = Arc::new(Target::new(TargetOptions {
-            kind,
-            serial,
-            medium: medium.map(|medium| -> Arc<dyn BlockBackend> { medium }),
-        }));
-        targets.insert(number, target.clone());
-        let backend = backend.filter(|_| kind == TargetKind::Disk);
-        disks.push((backend, Err((number, target))));
+    let targets = check::targets(spec).map_err(BuildError::device("SCSI host"))?;
+    let media: Vec<_> = assembly.opened.disks.drain(..).collect();
+    assert_eq!(media.len(), spec.disks.len(), "{WAS_OPENED}");
+    let rows = spec.disks.iter().zip(targets).zip(media).enumerate();
+    let (units, functions): (Vec<_>, Vec<_>) =
+        rows.partition(|(_, ((_, target), _))| target.is_some());
+    let mut disks = BTreeMap::new();
+    for (index, ((disk, _), medium)) in functions {
+        let medium = medium.expect("only a drive has no path");
+        let made = function(&mut assembly.backplane, spec, disk, medium)?;
+        boots_from(assembly, &made.id, disk.boot_index, BootKind::Disk);
+        disks.insert(index, made);
     }
-    let host = match targets.is_empty() {
-        true => None,
-        false => Some(add_host(assembly, targets, queues)?),
-    };
-    for (disk, (_, place)) in spec.disks.iter().zip(&disks) {
-        if let Err((number, _)) = place {
-            boots_from(assembly, disk.boot_index, BootKind::Scsi(*number));
-        }
+    // One from which the last unit was taken is there still.
+    if !units.is_empty() || assembly.backplane.had(HOST) {
+        assembly.scsi = Some(host(&mut assembly.backplane, spec)?);
     }
-    for (backend, place) in disks {
-        let place = place.unwrap_or_else(|(number, target)| Place::Scsi {
-            host: host.clone().expect("there is one for its targets"),
-            number,
-            target,
-        });
-        assembly.disks.push(Disk { backend, place });
+    for (index, ((disk, target), medium)) in units {
+        let host = assembly.scsi.as_ref().expect("made for its units");
+        let number = target.expect("partitioned so");
+        disks.insert(index, unit(host, number, disk, medium));
+        boots_from(assembly, HOST, disk.boot_index, BootKind::Scsi(number));
     }
+    assembly.disks.extend(disks.into_values());
     Ok(())
 }
 
-fn add_host(
-    assembly: &mut Assembly<'_>,
-    targets: BTreeMap<u8, Arc<Target>>,
-    queue_count: u16,
-) -> Result<Arc<Scsi>, BuildError> {
-    let name = "scsi".to_owned();
+fn queue_count(spec: &MachineSpec) -> u16 {
+    u16::from(spec.cpu_count).min(check::QUEUE_COUNT_MAX)
+}
+
+/// A disk on a slot of its own.
+fn function(
+    backplane: &mut Backplane,
+    spec: &MachineSpec,
+    disk: &DiskSpec,
+    medium: Medium,
+) -> Result<Disk, BuildError> {
+    let id = check::id_of(&disk.id);
+    let Medium { backend, lock } = medium;
+    let device = Arc::new(Blk::new(BlkOptions {
+        name: id.to_owned(),
+        backend: backend.clone(),
+        serial: disk.serial.clone().unwrap_or_else(|| id.to_owned()),
+        queue_count: disk.queue_count.unwrap_or_else(|| queue_count(spec)),
+    }));
+    let function = backplane.add(id, device.clone())?;
+    Ok(Disk {
+        id: id.to_owned(),
+        backend: Some(backend),
+        lock,
+        place: Place::Blk { function, device },
+    })
+}
+
+/// A SCSI host without units.
+fn host(backplane: &mut Backplane, spec: &MachineSpec) -> Result<Arc<Scsi>, BuildError> {
     let options = ScsiOptions {
-        name: name.clone(),
-        queue_count,
-        targets,
+        name: HOST.to_owned(),
+        queue_count: queue_count(spec),
+        targets: BTreeMap::new(),
     };
     let host = Arc::new(Scsi::new(options).map_err(BuildError::device("SCSI host"))?);
-    assembly.add(name, host.clone())?;
+    backplane.add(HOST, host.clone())?;
     Ok(host)
 }
 
-/// The disk that the control API calls `id`: `disk0` is the first of the spec.
+/// A disk or a drive on the SCSI host. Its driver is told, if it has begun; a driver that begins looks anyway.
+fn unit(host: &Arc<Scsi>, number: u8, disk: &DiskSpec, medium: Option<Medium>) -> Disk {
+    let id = check::id_of(&disk.id);
+    let (backend, lock) = medium.map_or((None, None), |medium| (Some(medium.backend), medium.lock));
+    let kind = match disk.bus {
+        DiskBus::Cdrom => TargetKind::Cdrom,
+        DiskBus::Scsi | DiskBus::Blk => TargetKind::Disk,
+    };
+    let target = Arc::new(Target::new(TargetOptions {
+        kind,
+        serial: disk.serial.clone().unwrap_or_else(|| id.to_owned()),
+        medium: backend
+            .clone()
+            .map(|medium| -> Arc<dyn BlockBackend> { medium }),
+    }));
+    host.plug(number, target.clone());
+    Disk {
+        id: id.to_owned(),
+        backend: backend.filter(|_| kind == TargetKind::Disk),
+        lock,
+        place: Place::Scsi {
+            host: host.clone(),
+            number,
+            target,
+        },
+    }
+}
+
+/// The disk that the control API calls `id`.
 fn find<'a>(parts: &'a Parts, id: &str) -> Result<&'a Disk, Answer> {
-    let index = id
-        .strip_prefix("disk")
-        .and_then(|digits| digits.parse::<usize>().ok());
-    let disk = index.and_then(|index| parts.disks.get(index));
-    disk.ok_or_else(|| api::refusal(404, format!("no disk {id}; the first is disk0")))
+    let disk = parts.disks.iter().find(|disk| disk.id == id);
+    disk.ok_or_else(|| {
+        let known: Vec<_> = parts.disks.iter().map(Disk::id).collect();
+        let text = format!("no disk {id}; there are: {}", known.join(" "));
+        api::refusal(404, text)
+    })
 }
 
 /// Grows a disk and tells the guest.

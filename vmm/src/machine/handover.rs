@@ -18,6 +18,7 @@ use atoll_devices::virtio::Act;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, MigrationStage, Request};
 
+use super::disks::Disk;
 use super::owner::{Event, Machine};
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
@@ -59,10 +60,15 @@ impl Migration {
     }
 }
 
-impl Machine<'_> {
+impl Machine {
+    /// Whether it may be another process's soon, with what it consists of now.
+    pub(super) fn is_moving(&self) -> bool {
+        self.migration.as_ref().is_some_and(|it| it.under_way)
+    }
+
     /// Why this request has to wait, while the machine moves.
     pub(super) fn refuse_while_moving(&self, request: Request) -> Option<Answer> {
-        let moving = self.migration.as_ref().is_some_and(|it| it.under_way);
+        let moving = self.is_moving();
         let harmless = matches!(
             request,
             Request::Info | Request::Counters | Request::Migration | Request::CancelMigration
@@ -169,11 +175,11 @@ impl Machine<'_> {
         if let Some(migration) = &mut self.migration {
             migration.held = true;
         }
-        for lock in &self.parts.disk_locks {
+        for lock in self.parts.disks.iter().filter_map(Disk::lock) {
             let released = lock.release();
             released.map_err(MigrationError::connection("let the target have the disks"))?;
         }
-        saved::save(&self.parts, self.spec).map_err(|error| MigrationError::Refused(chain(&error)))
+        saved::save(&self.parts, &self.spec).map_err(|error| MigrationError::Refused(chain(&error)))
     }
 
     fn finish_migration(&mut self, done: Result<(), MigrationError>) -> Result<(), RunError> {
@@ -245,7 +251,7 @@ impl Machine<'_> {
 
     /// Locks the images again that were the target's to take.
     pub(super) fn take_disks_back(&self) -> Result<(), String> {
-        for lock in &self.parts.disk_locks {
+        for lock in self.parts.disks.iter().filter_map(Disk::lock) {
             match lock.take_back() {
                 Ok(true) => {}
                 Ok(false) => return Err("a disk is in use by another process".to_owned()),

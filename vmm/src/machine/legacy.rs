@@ -77,7 +77,7 @@ impl Legacy {
         let lpc = LpcBridge {
             pm_base: layout::PM_PORT,
         };
-        assembly.pci.add(LPC_SLOT, Arc::new(lpc), 0)?;
+        assembly.backplane.pci().add(LPC_SLOT, Arc::new(lpc), 0)?;
         let firmware = match assembly.opened.firmware.take() {
             None => None,
             Some(files) => Some(firmware(assembly, machine, files)?),

@@ -6,6 +6,7 @@
 //! owner     the thread that holds and releases vCPUs, and takes one event at a time
 //! assembly  from a spec to a machine that is ready for its first instruction
 //! devices   one row a kind of device; services: those that connect the guest with its host
+//! backplane the PCI bus with the functions in it
 //! disks     the rows of disks, and what the control API changes about them
 //! legacy    what a PC has beside them
 //! generation  whether the guest is a copy
@@ -18,6 +19,7 @@
 //! ```
 
 mod assembly;
+mod backplane;
 mod controls;
 mod counters;
 mod devices;
@@ -200,6 +202,7 @@ pub fn run_from(
     options: &Options,
     mut start: Start,
 ) -> Result<Outcome, RunError> {
+    let spec = &check::settle(spec)?;
     check::spec(spec)?;
     let handover = match &mut start {
         Start::PowerOn => None,
@@ -223,7 +226,7 @@ pub fn run_from(
         wanted => wanted,
     };
     let parts = assembly::build(spec, opened, backing, start, &voice)?;
-    let mut machine = Machine::new(spec, parts, voice);
+    let mut machine = Machine::new(spec.clone(), parts, voice);
     let server = match api_socket {
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
         None => None,
@@ -249,7 +252,7 @@ pub fn run_from(
 }
 
 /// Lets the guest go, once it is this process's.
-fn begin(machine: &mut Machine<'_>, handover: Option<Handover>) -> Result<(), RunError> {
+fn begin(machine: &mut Machine, handover: Option<Handover>) -> Result<(), RunError> {
     let Some(mut handover) = handover else {
         return machine.begin();
     };

@@ -19,7 +19,6 @@ use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
 use atoll_devices::virtio::vhost_user::BackendOptions;
-use atoll_disk::{Limited, WriterLock};
 use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
@@ -32,7 +31,7 @@ use crate::flash::FirmwareFiles;
 use crate::kvm::Kvm;
 use crate::kvm::cpu::{self, GuestCpu};
 use crate::loader::BootFiles;
-use crate::resources::CardEnd;
+use crate::resources::{CardEnd, Medium};
 use crate::saved::image::Touched;
 
 /// What the host gives to one machine. Each row of [`KINDS`] fills its fields, and later takes them out in the
@@ -50,10 +49,8 @@ pub(super) struct Opened {
     /// to). Absolute.
     pub(super) directories: Vec<PathBuf>,
     pub(super) touched: Option<Arc<Touched>>,
-    /// Of the images that are open for writing.
-    pub(super) disk_locks: Vec<WriterLock>,
     /// In the spec's order; `None` for a drive without a disc.
-    pub(super) disks: VecDeque<Option<Arc<Limited>>>,
+    pub(super) disks: VecDeque<Option<Medium>>,
     /// In the spec's order.
     pub(super) nets: VecDeque<CardEnd>,
     pub(super) console: Option<ConsoleEnd>,
@@ -110,7 +107,6 @@ impl Opened {
             statm: File::open("/proc/self/statm").ok(),
             touched: Touched::open().map(Arc::new),
             directories: Vec::new(),
-            disk_locks: Vec::new(),
             disks: VecDeque::new(),
             nets: VecDeque::new(),
             console: None,

@@ -123,8 +123,9 @@ pub(super) fn end_on_signals(ending: SigSet, events: Sender<Event>) -> io::Resul
 }
 
 /// A built machine, in its owner's hands.
-pub(super) struct Machine<'a> {
-    pub(super) spec: &'a MachineSpec,
+pub(super) struct Machine {
+    /// What it consists of now.
+    pub(super) spec: MachineSpec,
     pub(super) parts: Parts,
     /// Number of resets so far; the guest's events carry it.
     boot: Arc<AtomicU64>,
@@ -137,9 +138,9 @@ pub(super) struct Machine<'a> {
     pub(super) deferred: Vec<Event>,
 }
 
-impl<'a> Machine<'a> {
+impl Machine {
     /// A machine whose vCPUs are about to run.
-    pub(super) fn new(spec: &'a MachineSpec, parts: Parts, voice: GuestVoice) -> Self {
+    pub(super) fn new(spec: MachineSpec, parts: Parts, voice: GuestVoice) -> Self {
         Self {
             spec,
             parts,
@@ -332,7 +333,7 @@ impl<'a> Machine<'a> {
             // No answer means that its thread has ended, which is held enough.
             let _ = vcpu.recv();
         }
-        for function in &self.parts.functions {
+        for function in self.parts.backplane.functions() {
             function.pause();
         }
         if let Some(watchdog) = &self.parts.watchdog {
@@ -341,7 +342,7 @@ impl<'a> Machine<'a> {
     }
 
     pub(super) fn release(&self) -> Result<(), RunError> {
-        for function in &self.parts.functions {
+        for function in self.parts.backplane.functions() {
             function.resume().map_err(RunError::Resume)?;
         }
         if let Some(watchdog) = &self.parts.watchdog {
@@ -374,7 +375,7 @@ impl<'a> Machine<'a> {
         // Whatever the guest said before now belongs to its past life.
         self.boot.fetch_add(1, Ordering::SeqCst);
         tracing::info!(name = self.spec.name, "machine resets");
-        self.parts.power_on(self.spec).map_err(RunError::Reset)?;
+        self.parts.power_on(&self.spec).map_err(RunError::Reset)?;
         if self.state == MachineState::Running {
             self.run_vcpus();
         }

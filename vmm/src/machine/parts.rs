@@ -8,18 +8,18 @@ use std::sync::Arc;
 use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::Ram;
-use atoll_devices::pci::PciBus;
 use atoll_devices::platform::{GenerationId, Serial, Watchdog};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::net::Net;
+use atoll_devices::virtio::scsi::Scsi;
 use atoll_devices::virtio::{Act, VirtioPci};
-use atoll_disk::WriterLock;
 use atoll_firmware::acpi::Platform;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2};
 
 use super::assembly::BuildError;
+use super::backplane::Backplane;
 use super::disks::Disk;
 use super::legacy::Legacy;
 use crate::board::Board;
@@ -35,11 +35,15 @@ use crate::vcpu::state::{Tsc, VcpuState};
 /// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
 pub(super) struct Parts {
     pub(super) vcpus: Vec<Vcpu>,
-    /// Every virtio function, in slot order.
-    pub(super) functions: Vec<Arc<VirtioPci>>,
-    /// Those among them that are disks, in the spec's order; likewise network cards.
+    /// The PCI bus and its functions.
+    pub(super) backplane: Backplane,
+    /// Disks, in the spec's order; likewise network cards.
     pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
+    /// The host of disks that have no function of their own.
+    pub(super) scsi: Option<Arc<Scsi>>,
+    /// What the machine boots from, and keeps.
+    pub(super) boot_disk: Option<String>,
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) watchdog: Option<Arc<Watchdog>>,
     pub(super) generation: Option<Arc<GenerationId>>,
@@ -49,10 +53,8 @@ pub(super) struct Parts {
     pub(super) serial: Option<Arc<Serial>>,
     /// The consoles' threads, and what is on the other side.
     pub(super) _consoles: Vec<Console>,
-    pub(super) pci: Arc<PciBus>,
     /// See [`super::opened::Opened`].
     pub(super) statm: Option<File>,
-    pub(super) disk_locks: Vec<WriterLock>,
     /// Only for RAM that is private and anonymous.
     pub(super) touched: Option<Arc<Touched>>,
     pub(super) board: &'static Board,
@@ -64,8 +66,8 @@ pub(super) struct Parts {
     pub(super) pristine: Pristine,
     /// What each vCPU was made with.
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
-    /// Every device whose state is saved, with the name under which it is; in the order of restoring.
-    pub(super) states: Vec<(String, Arc<dyn DeviceState>)>,
+    /// What is saved beside the bus, with the name under which it is; in the order of restoring.
+    pub(super) board_states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) machine: VirtualMachine,
     pub(super) memory: Arc<Ram>,
 }
@@ -118,7 +120,15 @@ impl Parts {
             let why = function.obstacle(act)?;
             Some(format!("{}: {why}", function.name()))
         };
-        self.functions.iter().find_map(obstacle)
+        self.backplane.functions().find_map(obstacle)
+    }
+
+    /// Everything whose state is saved, with its name; in the order of restoring.
+    pub(super) fn states(&self) -> Vec<(&str, &dyn DeviceState)> {
+        let mut states = self.backplane.states();
+        let board = self.board_states.iter();
+        states.extend(board.map(|(name, state)| (name.as_str(), state.as_ref())));
+        states
     }
 
     /// The first vCPU's CPU.
@@ -149,10 +159,7 @@ impl Parts {
 
     /// Puts a held machine back to its state before the first instruction.
     pub(super) fn power_on(&mut self, spec: &MachineSpec) -> Result<(), BuildError> {
-        for function in &self.functions {
-            function.reset();
-        }
-        self.pci.reset();
+        self.backplane.reset();
         if let Some(serial) = &self.serial {
             serial.reset();
         }

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use atoll_devices::state::StateError;
+use atoll_devices::state::{DeviceState, Saved, StateError};
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::kvm_clock_data;
 
@@ -86,11 +86,16 @@ pub enum Absence {
 
 /// Takes the state out of a machine that is held.
 pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, KvmError> {
-    let devices = parts.states.iter().map(|(name, device)| DeviceEntry {
-        name: name.clone(),
-        device: device.save(),
-    });
+    let devices = parts
+        .states()
+        .into_iter()
+        .map(|(name, device)| DeviceEntry {
+            name: name.to_owned(),
+            device: device.save(),
+        });
     let devices = devices.collect();
+    let slots = parts.backplane.places();
+    let slots = slots.map(|(name, slot)| (name.to_owned(), slot));
     let guest_clock = parts.machine.fd().get_clock();
     let guest_clock = guest_clock.map_err(KvmError::failed("read the guest's clock"))?;
     let vcpus = parts
@@ -106,6 +111,8 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
         machine_version: layout::MACHINE_VERSION,
         cpu_count: spec.cpu_count,
         memory_mib: spec.memory_mib,
+        slots: slots.collect(),
+        boot_disk: parts.boot_disk.clone(),
         devices,
         chips: chips.into_iter().map(crate::saved::Raw).collect(),
         clock: ClockState {
@@ -153,15 +160,8 @@ pub(super) fn restore(
     state: MachineState,
     absence: Absence,
 ) -> Result<(), RestoreError> {
-    let names = |names: Vec<&str>| names.join(", ");
-    let saved: Vec<&str> = state.devices.iter().map(|entry| &*entry.name).collect();
-    let built: Vec<&str> = parts.states.iter().map(|(name, _)| &**name).collect();
-    if saved != built {
-        return Err(RestoreError::Devices {
-            saved: names(saved),
-            built: names(built),
-        });
-    }
+    let built = parts.states();
+    let entries = entries_of(&built, &state.devices)?;
     let (was, now) = (state.clock.tsc_khz, parts.pristine.tsc_khz());
     if was != 0 && now != 0 && was.abs_diff(now) > now / TSC_TOLERANCE {
         return Err(RestoreError::Cpu(Unlike::TscSpeed {
@@ -189,10 +189,10 @@ pub(super) fn restore(
         vcpu.restore(&Arc::new(saved.into_state(away_ticks)), Tsc::Set)?;
     }
     let built_with = parts.generation.as_ref().map(|device| device.value());
-    for ((name, device), entry) in parts.states.iter().zip(&state.devices) {
-        let restored = device.restore(&entry.device);
+    for ((name, device), saved) in built.iter().zip(entries) {
+        let restored = device.restore(&saved);
         restored.map_err(|source| RestoreError::Device {
-            device: name.clone(),
+            device: (*name).to_owned(),
             source,
         })?;
     }
@@ -201,6 +201,28 @@ pub(super) fn restore(
         generation::renew(device, &built_with).map_err(RestoreError::Random)?;
     }
     Ok(())
+}
+
+/// The saved state of each device that was built, by its name: what was plugged in comes in another order here.
+fn entries_of(
+    built: &[(&str, &dyn DeviceState)],
+    saved: &[DeviceEntry],
+) -> Result<Vec<Saved>, RestoreError> {
+    let find = |(name, _): &(&str, _)| {
+        let mut entries = saved.iter();
+        entries.find(|entry| entry.name == *name)
+    };
+    let found: Option<Vec<_>> = built.iter().map(find).collect();
+    let found = found.filter(|found| found.len() == saved.len());
+    let names = |names: Vec<&str>| names.join(", ");
+    let found = found.ok_or_else(|| RestoreError::Devices {
+        saved: names(saved.iter().map(|entry| &*entry.name).collect()),
+        built: names(built.iter().map(|(name, _)| *name).collect()),
+    });
+    Ok(found?
+        .into_iter()
+        .map(|entry| entry.device.clone())
+        .collect())
 }
 
 fn realtime_ns() -> u64 {

@@ -66,7 +66,7 @@ pub(super) fn console(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     if !ports.is_empty() {
         let device = VirtioConsole::with_ports(ports);
         let device = device.map_err(BuildError::device("virtio console"))?;
-        assembly.add("console0".to_owned(), Arc::new(device))?;
+        assembly.backplane.add("console0", Arc::new(device))?;
     }
     Ok(())
 }
@@ -96,7 +96,7 @@ pub(super) fn vsock(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     let listener = assembly.opened.vsock.take().expect(WAS_OPENED);
     let device = Vsock::new(spec.cid, spec.path.clone(), listener);
     let device = device.map_err(BuildError::device("vsock"))?;
-    assembly.add("vsock0".to_owned(), Arc::new(device))?;
+    assembly.backplane.add("vsock0", Arc::new(device))?;
     Ok(())
 }
 
@@ -106,7 +106,9 @@ pub(super) fn watchdog(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
         let bite = Box::new(move || voice.say(GuestEvent::WatchdogExpired));
         let watchdog = Watchdog::new(bite).map_err(BuildError::device("watchdog"))?;
         let watchdog = Arc::new(watchdog);
-        assembly.add_function("watchdog0", watchdog.clone())?;
+        assembly
+            .backplane
+            .add_function("watchdog0", watchdog.clone())?;
         assembly.watchdog = Some(watchdog);
     }
     Ok(())
@@ -116,7 +118,8 @@ pub(super) fn panic(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     if assembly.spec.services.panic.is_some() {
         let voice = assembly.voice.clone();
         let report = Box::new(move |_| voice.say(GuestEvent::Panicked));
-        assembly.add_function("panic0", Arc::new(PanicDevice::new(report)))?;
+        let device = Arc::new(PanicDevice::new(report));
+        assembly.backplane.add_function("panic0", device)?;
     }
     Ok(())
 }
@@ -152,7 +155,7 @@ pub(super) fn filesystems(assembly: &mut Assembly<'_>) -> Result<(), BuildError>
         let name = options.name.clone();
         let device = VhostUser::file_system(&spec.tag, options);
         let device = device.map_err(BuildError::device(format!("file system {}", spec.tag)))?;
-        assembly.add(name, Arc::new(device))?;
+        assembly.backplane.add(&name, Arc::new(device))?;
     }
     Ok(())
 }
@@ -177,7 +180,7 @@ pub(super) fn vhost_user(assembly: &mut Assembly<'_>) -> Result<(), BuildError> 
         let device = VhostUser::new(DeviceKind::of(spec.device_id), layout, options);
         let what = format!("{name}: vhost-user {}", spec.socket.path.display());
         let device = device.map_err(BuildError::device(what))?;
-        assembly.add(name, Arc::new(device))?;
+        assembly.backplane.add(&name, Arc::new(device))?;
     }
     Ok(())
 }
@@ -193,7 +196,7 @@ pub(super) fn balloon(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     if let Some(target_mib) = spec.target_mib {
         balloon.set_target(assembly.spec.memory_mib.saturating_sub(target_mib) << 20);
     }
-    assembly.add("balloon0".to_owned(), balloon.clone())?;
+    assembly.backplane.add("balloon0", balloon.clone())?;
     assembly.balloon = Some(balloon);
     Ok(())
 }

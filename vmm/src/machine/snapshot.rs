@@ -37,7 +37,7 @@ impl Files {
     }
 }
 
-impl Machine<'_> {
+impl Machine {
     /// Holds the machine for as long as its RAM takes to be written.
     pub(super) fn snapshot(&mut self, mut asked: Asked) -> Result<Answer, RunError> {
         let files = Files::of(&mut asked);
@@ -73,8 +73,8 @@ impl Machine<'_> {
     }
 
     fn write_snapshot(&self, files: &Files) -> anyhow::Result<u64> {
-        let state = saved::save(&self.parts, self.spec)?;
-        let spec = serde_json::to_vec_pretty(self.spec)?;
+        let state = saved::save(&self.parts, &self.spec)?;
+        let spec = serde_json::to_vec_pretty(&self.spec)?;
         let memory_bytes = image::write(
             &self.parts.memory,
             self.parts.touched.as_deref(),

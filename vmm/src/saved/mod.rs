@@ -15,6 +15,7 @@
 pub mod image;
 mod vcpu;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -92,7 +93,13 @@ pub struct MachineState {
     pub cpu_count: u8,
     /// Guest RAM.
     pub memory_mib: u64,
-    /// Every device, in the order of restoring.
+    /// Slot of each PCI function, by its name. Absent where it is the order of the spec that gives them.
+    #[serde(default)]
+    pub slots: BTreeMap<String, usize>,
+    /// The disk that the machine boots from, if it has one.
+    #[serde(default)]
+    pub boot_disk: Option<String>,
+    /// Every device.
     pub devices: Vec<DeviceEntry>,
     /// Interrupt controllers that vCPUs share.
     pub chips: Vec<Raw<kvm_irqchip>>,
@@ -105,7 +112,7 @@ pub struct MachineState {
 /// State of one device, under its name in the machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DeviceEntry {
-    /// `blk0`, `serial port`.
+    /// `disk0`, `serial port`.
     pub name: String,
     /// Its state.
     pub device: Saved,

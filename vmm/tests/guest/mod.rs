@@ -150,6 +150,13 @@ impl Guest {
         }
     }
 
+    /// Ends the machine's process; its folder goes on.
+    pub fn killed(mut self) -> Place {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        std::mem::replace(&mut self.place, Place::new())
+    }
+
     pub fn ended(&mut self) -> (ExitStatus, String) {
         let status = eventually("the end", || self.process.try_wait().unwrap());
         (status, self.said())
