@@ -185,6 +185,7 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use atoll_firmware::acpi::PciHotplug;
 
     #[test]
     fn ram_goes_around_the_hole() {
@@ -229,7 +230,12 @@ mod tests {
     fn tables_of_the_largest_machine_fit_below_the_reset_code() {
         for board in [&MICRO, &PC] {
             let windows = board.windows(1 << 30, 40);
-            let platform = board.platform(layout::CPU_COUNT_MAX, &windows, Vec::new());
+            let mut platform = board.platform(layout::CPU_COUNT_MAX, &windows, Vec::new());
+            platform.hotplug = Some(PciHotplug {
+                port: layout::PCI_HOTPLUG_PORT,
+                event: board.events[0],
+                slots: u32::MAX,
+            });
             let tables = atoll_firmware::acpi::tables(&platform);
             let end = layout::ACPI + tables.len() as u64;
             assert!(end <= layout::SMBIOS, "{end:#x}");

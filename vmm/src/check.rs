@@ -97,12 +97,12 @@ pub fn id_of(id: &Option<String>) -> &str {
 }
 
 /// The disk that the machine boots from, of those that it is started with: the first of firmware's order; without one,
-/// the first.
+/// the first. Never a drive, whose disc may be what an installation begins with.
 pub fn boot_disk(spec: &MachineSpec) -> Option<String> {
-    let by_index = spec.disks.iter().filter(|disk| disk.boot_index.is_some());
+    let disks = || spec.disks.iter().filter(|disk| disk.bus != DiskBus::Cdrom);
+    let by_index = disks().filter(|disk| disk.boot_index.is_some());
     let by_index = by_index.min_by_key(|disk| disk.boot_index);
-    let first = || spec.disks.iter().find(|disk| disk.bus != DiskBus::Cdrom);
-    by_index.or_else(first)?.id.clone()
+    by_index.or_else(|| disks().next())?.id.clone()
 }
 
 /// Whether a machine can be built from this, as far as this process can see.

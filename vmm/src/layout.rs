@@ -77,6 +77,8 @@ pub const PM_PORT: u16 = 0x600;
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Ports of that mechanism.
 pub const PCI_CONFIG_PORT_COUNT: u16 = 8;
+/// Registers of PCI hot-plug: our choice, where nothing of a PC's is.
+pub const PCI_HOTPLUG_PORT: u16 = 0xae00;
 
 /// First interrupt number that is no pin of the I/O APIC: MSIs are routed from here on.
 pub const MSI_GSI: u32 = 24;

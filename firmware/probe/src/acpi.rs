@@ -1,10 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The three things that ACPI tells us: where PCI configuration space is mapped, how to power off, and how the
-//! power button speaks. Table layouts: ACPI 6.5 §5.2; all fields little endian and unaligned.
+//! What ACPI tells us: where PCI configuration space is mapped, how to power off, how the power button speaks, and where
+//! functions come and go ([`Hotplug`]). Table layouts: ACPI 6.5 §5.2; all fields little endian and unaligned.
 
 use core::cell::Cell;
 
+use alloc::vec::Vec;
+
 use crate::cpu;
+use crate::hotplug::Hotplug;
 use crate::interrupts::{self, Vector};
 use crate::memory::{Mmio, firmware_bytes};
 
@@ -32,9 +35,12 @@ pub struct Platform {
     button: Cell<Option<(Vector, u32)>>,
     /// Sleep type of \_S5_.
     off_type: u16,
+    /// Whether functions come and go.
+    pub hotplug: Option<Hotplug>,
 }
 
-fn u16_at(table: &[u8], offset: usize) -> u16 {
+/// Two bytes of a table; zero past its end.
+pub fn u16_at(table: &[u8], offset: usize) -> u16 {
     u64_at(table, offset, 2) as u16
 }
 
@@ -66,15 +72,16 @@ fn off_type(dsdt: &[u8]) -> Option<u16> {
     }
 }
 
-/// The interrupt of the generic event device (ACPI 6.5 §5.6.9), the one in a machine of ours: the first extended
-/// interrupt descriptor (§6.4.3.6) behind its name.
-fn event_device_interrupt(dsdt: &[u8]) -> Option<u32> {
-    let name = dsdt.windows(8).position(|bytes| bytes == b"ACPI0013")?;
-    let resources = dsdt.get(name..)?;
-    let descriptor = resources
+/// The interrupts of the generic event device (ACPI 6.5 §5.6.9), the one in a machine of ours: the extended interrupt
+/// descriptors (§6.4.3.6) behind its name.
+fn event_device_interrupts(dsdt: &[u8]) -> Vec<u32> {
+    let name = dsdt.windows(8).position(|bytes| bytes == b"ACPI0013");
+    let resources = dsdt.get(name.unwrap_or(dsdt.len())..).unwrap_or_default();
+    resources
         .windows(9)
-        .find(|bytes| bytes[..3] == [0x89, 6, 0] && bytes[4] == 1)?;
-    Some(u32_at(descriptor, 5))
+        .filter(|bytes| bytes[..3] == [0x89, 6, 0] && bytes[4] == 1)
+        .map(|descriptor| u32_at(descriptor, 5))
+        .collect()
 }
 
 impl Platform {
@@ -134,8 +141,12 @@ impl Platform {
             self.events = port(56, 148);
             self.events_bytes = u16::from(fadt[88]);
             self.control = port(64, 172);
+            let events = port(80, 220).map(|port| (port, u16::from(fadt[92])));
+            self.hotplug = Hotplug::find(dsdt, &[], events);
         } else if u64_at(fadt, 248, 8) != 0 {
-            self.interrupt = event_device_interrupt(dsdt);
+            let interrupts = event_device_interrupts(dsdt);
+            self.interrupt = interrupts.first().copied();
+            self.hotplug = Hotplug::find(dsdt, &interrupts, None);
             self.sleep_control = Some((fadt[244] == 0, u64_at(fadt, 248, 8)));
         }
     }
@@ -164,8 +175,11 @@ impl Platform {
         interrupts::crash()
     }
 
-    /// Lets the power button interrupt.
+    /// Lets the power button interrupt, and what functions come and go.
     pub fn listen(&self) {
+        if let Some(hotplug) = self.hotplug {
+            hotplug.listen();
+        }
         let Some((vector, interrupt)) = Vector::allocate().zip(self.interrupt) else {
             return;
         };

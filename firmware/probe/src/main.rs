@@ -20,6 +20,7 @@ mod clock;
 mod cpu;
 mod devices;
 mod entry;
+mod hotplug;
 mod interrupts;
 mod load;
 mod measure;

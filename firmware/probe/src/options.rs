@@ -3,6 +3,7 @@
 //!
 //! `report` (default), `stay`, `bench` or `exit` says what to do; then, in any order:
 //! - `write`: disks that allow it are written, read back and flushed (their content is lost),
+//! - `keep`: devices that are wanted back are not let go,
 //! - `echo`: the host sends every line back that we send on the virtio console,
 //! - `ip=A.B.C.D` `peer=A.B.C.D`: our address and who answers pings; without them DHCP gives both,
 //! - after `bench`: works for the devices, done one by one, and `poll`; `bench/` says how they are written.
@@ -34,6 +35,8 @@ pub struct Options {
     pub mode: Mode,
     /// Disks may be written.
     pub write: bool,
+    /// Devices that are wanted back are not let go.
+    pub keep: bool,
     /// The host answers on the virtio console.
     pub echo: bool,
     /// A benchmark never sleeps.
@@ -79,6 +82,7 @@ impl Options {
                 _ => Mode::Report,
             },
             write: has("write"),
+            keep: has("keep"),
             echo: has("echo"),
             poll: has("poll"),
             ip: value("ip=").and_then(address),

@@ -52,18 +52,21 @@ impl Bus {
 
     /// Devices of bus 0, in order.
     pub fn devices(self) -> impl Iterator<Item = Device> {
-        (0..32).filter_map(move |slot| {
-            let id = Device {
-                bus: self,
-                slot,
-                id: 0,
-            }
-            .read(0);
-            (id & 0xffff != 0xffff).then_some(Device {
-                bus: self,
-                slot,
-                id,
-            })
+        (0..32).filter_map(move |slot| self.device(slot))
+    }
+
+    /// What is in a slot.
+    pub fn device(self, slot: u8) -> Option<Device> {
+        let id = Device {
+            bus: self,
+            slot,
+            id: 0,
+        }
+        .read(0);
+        (id & 0xffff != 0xffff).then_some(Device {
+            bus: self,
+            slot,
+            id,
         })
     }
 }

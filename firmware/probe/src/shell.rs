@@ -26,6 +26,7 @@ pub fn run(devices: &mut Devices, platform: &Platform, clock: &Clock, options: &
     let mut line = String::new();
     loop {
         devices.serve();
+        devices.follow(platform, options.keep);
         if platform.button_pressed() {
             let _ = writeln!(Serial, "\npower button: off");
             return;
@@ -70,7 +71,7 @@ fn obey(
         "" => Ok(()),
         "help" => writeln!(
             Serial,
-            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  cpuid LEAF [INDEX]  echo TEXT  crash  off"
+            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  cpuid LEAF [INDEX]  echo TEXT  eject SLOT  crash  off"
         ),
         "id" => {
             let signature = hypervisor().unwrap_or(*b"no one\0\0\0\0\0\0");
@@ -106,6 +107,13 @@ fn obey(
             writeln!(Serial, "cpuid: {a:08x} {b:08x} {c:08x} {d:08x}")
         }
         "echo" => writeln!(Serial, "{rest}"),
+        "eject" => {
+            // Whether or not anybody asked for it.
+            if let (Some(hotplug), Ok(slot)) = (platform.hotplug, rest.parse()) {
+                hotplug.eject(slot);
+            }
+            Ok(())
+        }
         "off" => return false,
         "crash" => interrupts::crash(),
         _ => writeln!(Serial, "{command}: no such command; help lists them"),

@@ -13,13 +13,13 @@ use atoll_devices::bus::{Bus, BusDevice, BusError, BusRange};
 use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::{Memory, Ram};
-use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciWindow, Window};
+use atoll_devices::pci::{ConfigPorts, Ecam, PciBus, PciBusError, PciHotplug, PciWindow, Window};
 use atoll_devices::platform::{AcpiPm, GenerationId, MachineControl, Serial, Watchdog, q35};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::scsi::Scsi;
 use atoll_disk::OpenError;
-use atoll_firmware::acpi::{AcpiDevice, Platform, Power};
+use atoll_firmware::acpi::{self, AcpiDevice, Platform, Power};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -124,6 +124,7 @@ pub(super) struct Assembly<'a> {
     pub(super) memory: Memory,
     pub(super) routes: Arc<Routes>,
     pub(super) backplane: Backplane,
+    hotplug_event: u8,
     windows: Vec<Window>,
     /// The `pc` board's power block; the other's is a few registers.
     pm: Option<Arc<AcpiPm>>,
@@ -177,6 +178,7 @@ pub(super) fn build(
         windows,
         places,
     )?;
+    let hotplug = assembly.hotplug()?;
     for kind in KINDS {
         (kind.add)(&mut assembly)?;
     }
@@ -192,6 +194,7 @@ pub(super) fn build(
     let mut parts = Parts {
         vcpus,
         backplane: assembly.backplane,
+        hotplug,
         disks: assembly.disks,
         nets: assembly.nets,
         scsi: assembly.scsi,
@@ -325,6 +328,7 @@ impl<'a> Assembly<'a> {
             memory,
             windows,
             backplane,
+            hotplug_event: 0,
             pm,
             acpi_devices: Vec::new(),
             event_count: 0,
@@ -348,6 +352,22 @@ impl<'a> Assembly<'a> {
 }
 
 impl Assembly<'_> {
+    /// The registers by which functions come and go. Before any other device that has an event, so that its event is the
+    /// board's first.
+    fn hotplug(&mut self) -> Result<Arc<PciHotplug>, BuildError> {
+        let (event, line) = self.acpi_event()?;
+        let pci = self.backplane.pci().clone();
+        let hotplug = Arc::new(PciHotplug::new(pci, line, Box::new(self.voice.clone())));
+        self.port(
+            "PCI hot-plug",
+            layout::PCI_HOTPLUG_PORT,
+            PciHotplug::SIZE,
+            hotplug.clone(),
+        );
+        self.hotplug_event = event;
+        Ok(hotplug)
+    }
+
     /// Puts a device on the port bus. Its name is also that of its saved state.
     pub(super) fn port(
         &mut self,
@@ -413,8 +433,26 @@ impl Assembly<'_> {
     /// The hardware as ACPI tells it, as far as it is there.
     pub(super) fn platform(&self) -> Platform {
         let devices = self.acpi_devices.clone();
-        self.board
-            .platform(self.spec.cpu_count, &self.windows, devices)
+        let fixed = |slot: &usize| {
+            let name = self.backplane.name_at(*slot);
+            name.is_some_and(|name| {
+                let disk = self.disks.iter().any(|disk| disk.id() == name);
+                let card = self.nets.iter().any(|card| card.function.name() == name);
+                !disk && !card
+            })
+        };
+        let slots = (1..q35::LPC_SLOT).filter(|slot| !fixed(slot));
+        let hotplug = acpi::PciHotplug {
+            port: layout::PCI_HOTPLUG_PORT,
+            event: self.hotplug_event,
+            slots: slots.fold(0, |slots, slot| slots | 1 << slot),
+        };
+        Platform {
+            hotplug: Some(hotplug),
+            ..self
+                .board
+                .platform(self.spec.cpu_count, &self.windows, devices)
+        }
     }
 
     /// The power button, and the rest of the board.

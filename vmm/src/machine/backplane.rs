@@ -122,11 +122,32 @@ impl Backplane {
         free.next().unwrap_or(SLOT_COUNT)
     }
 
+    /// Takes a function off the bus, and ends it.
+    pub(super) fn remove(&mut self, name: &str) {
+        self.places.remove(name);
+        let Some(slot) = self.slot_of(name) else {
+            return;
+        };
+        self.pci.remove(slot);
+        if let Some(function) = self.functions.remove(&slot)
+            && let Some(virtio) = function.virtio
+        {
+            virtio.retire();
+        }
+    }
+
     /// Where a function is.
     pub(super) fn slot_of(&self, name: &str) -> Option<usize> {
         let mut functions = self.functions.iter();
         let found = functions.find(|(_, function)| function.name == name);
         found.map(|(slot, _)| *slot)
+    }
+
+    /// Name of what is in a slot.
+    pub(super) fn name_at(&self, slot: usize) -> Option<&str> {
+        self.functions
+            .get(&slot)
+            .map(|function| function.name.as_str())
     }
 
     /// Whether a machine that goes on here had a function of that name.

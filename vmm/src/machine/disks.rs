@@ -57,6 +57,14 @@ impl Disk {
         &self.id
     }
 
+    /// Its number on the SCSI host, if it is there.
+    pub(super) fn target(&self) -> Option<u8> {
+        match self.place {
+            Place::Blk { .. } => None,
+            Place::Scsi { number, .. } => Some(number),
+        }
+    }
+
     /// The lock of its image, if it writes.
     pub(super) fn lock(&self) -> Option<&WriterLock> {
         self.lock.as_ref()
@@ -111,6 +119,46 @@ pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     }
     assembly.disks.extend(disks.into_values());
     Ok(())
+}
+
+/// Plugs the last disk of `spec` in. Names the function that is new on the bus, if one is.
+pub(super) fn plug(
+    parts: &mut Parts,
+    spec: &MachineSpec,
+    medium: Option<Medium>,
+    target: Option<u8>,
+) -> Result<Option<String>, BuildError> {
+    let disk = spec.disks.last().expect("the one that is plugged in");
+    let Some(number) = target else {
+        let medium = medium.expect("only a drive has no path");
+        let made = function(&mut parts.backplane, spec, disk, medium)?;
+        let name = made.id.clone();
+        parts.disks.push(made);
+        return Ok(Some(name));
+    };
+    let (host, name) = match &parts.scsi {
+        Some(host) => (host.clone(), None),
+        None => {
+            let host = host(&mut parts.backplane, spec)?;
+            parts.scsi = Some(host.clone());
+            (host, Some(HOST.to_owned()))
+        }
+    };
+    parts.disks.push(unit(&host, number, disk, medium));
+    Ok(name)
+}
+
+/// Forgets a disk, and takes it off the SCSI host if it is there.
+pub(super) fn unplug(parts: &mut Parts, id: &str) {
+    parts.disks.retain(|disk| {
+        if disk.id != id {
+            return true;
+        }
+        if let Place::Scsi { host, number, .. } = &disk.place {
+            host.unplug(*number);
+        }
+        false
+    });
 }
 
 fn queue_count(spec: &MachineSpec) -> u16 {

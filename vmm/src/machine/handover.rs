@@ -19,7 +19,7 @@ use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, MigrationStage, Request};
 
 use super::disks::Disk;
-use super::owner::{Event, Machine};
+use super::owner::{Event, GuestEvent, Machine};
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
 use crate::kvm::dirty::WriteLog;
@@ -216,6 +216,7 @@ impl Machine {
                 }
             }
         }
+        self.take_released();
         if !held {
             return Ok(());
         }
@@ -268,7 +269,9 @@ impl Machine {
         let Some(migration) = held else {
             return Some(event);
         };
-        if migration.progress.cancel() {
+        // What the guest has let go is in the state that has been taken.
+        let is_lost = !matches!(event, Event::Guest(_, GuestEvent::Released));
+        if is_lost && migration.progress.cancel() {
             tracing::info!(
                 name = self.spec.name,
                 "the guest wants something: its move is off"

@@ -12,6 +12,7 @@
 //! generation  whether the guest is a copy
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
+//! hotplug   devices that come and go
 //! saved     its state taken out, and put into another one that was just built
 //! snapshot  the same into files, on request
 //! handover  its move to another process
@@ -26,6 +27,7 @@ mod devices;
 mod disks;
 mod generation;
 mod handover;
+mod hotplug;
 mod legacy;
 mod opened;
 mod owner;

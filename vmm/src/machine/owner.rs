@@ -48,6 +48,8 @@ pub(super) enum Event {
 pub(super) enum GuestEvent {
     PowerOff,
     Reset,
+    /// The guest has let go of something that it was asked for.
+    Released,
     /// The guest did not feed its watchdog.
     WatchdogExpired,
     /// The guest's kernel says that it crashed.
@@ -206,6 +208,10 @@ impl Machine {
                 self.reset()?;
                 Ok(None)
             }
+            GuestEvent::Released => {
+                self.take_released();
+                Ok(None)
+            }
             GuestEvent::WatchdogExpired => {
                 let action = self.spec.services.watchdog.map(|watchdog| watchdog.action);
                 self.act_on_fault("the guest did not feed its watchdog", action)
@@ -276,9 +282,9 @@ impl Machine {
             Request::Migrate => return Ok(self.migrate(asked)),
             Request::Migration => return Ok(self.migration_info()),
             Request::CancelMigration => return Ok(self.cancel_migration()),
-            Request::AddDisk | Request::AddNet | Request::RemoveDevice => {
-                return Ok(api::refusal(501, "this program does not do that yet"));
-            }
+            Request::AddDisk => return Ok(answer_of(self.add_disk(asked))),
+            Request::AddNet => return Ok(answer_of(self.add_net(asked))),
+            Request::RemoveDevice => return Ok(answer_of(self.remove_device(asked))),
             // What is left is for one of the devices.
             _ => {
                 if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
@@ -304,7 +310,7 @@ impl Machine {
             serial_path: self.parts.serial_path.clone(),
             console_path: self.parts.console_path.clone(),
             balloon: controls::balloon(&self.parts, self.spec.memory_mib),
-            devices: Vec::new(),
+            devices: self.device_infos(),
         }
     }
 
@@ -314,6 +320,8 @@ impl Machine {
 
     /// Lets a machine go that has just been built.
     pub(super) fn begin(&mut self) -> Result<(), RunError> {
+        // What the guest let go where it was before.
+        self.take_released();
         self.release()
     }
 
@@ -375,10 +383,16 @@ impl Machine {
         // Whatever the guest said before now belongs to its past life.
         self.boot.fetch_add(1, Ordering::SeqCst);
         tracing::info!(name = self.spec.name, "machine resets");
+        self.complete_removals();
         self.parts.power_on(&self.spec).map_err(RunError::Reset)?;
         if self.state == MachineState::Running {
             self.run_vcpus();
         }
         Ok(())
     }
+}
+
+/// An answer of the API, or the refusal.
+fn answer_of(done: Result<impl serde::Serialize, Answer>) -> Answer {
+    done.map_or_else(|refused| refused, |value| api::json(200, &value))
 }

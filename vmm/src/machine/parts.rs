@@ -8,6 +8,7 @@ use std::sync::Arc;
 use atoll_devices::console::Console;
 use atoll_devices::interrupt::IrqLine;
 use atoll_devices::memory::Ram;
+use atoll_devices::pci::PciHotplug;
 use atoll_devices::platform::{GenerationId, Serial, Watchdog};
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
@@ -37,6 +38,8 @@ pub(super) struct Parts {
     pub(super) vcpus: Vec<Vcpu>,
     /// The PCI bus and its functions.
     pub(super) backplane: Backplane,
+    /// What tells the guest of functions that come and go.
+    pub(super) hotplug: Arc<PciHotplug>,
     /// Disks, in the spec's order; likewise network cards.
     pub(super) disks: Vec<Disk>,
     pub(super) nets: Vec<Card>,
@@ -141,6 +144,17 @@ impl Parts {
             msrs: feature_msrs(&cpuid, &msrs),
             cpuid,
         }
+    }
+
+    /// Names of what can come and go.
+    pub(super) fn removable_ids(&self) -> impl Iterator<Item = &str> {
+        let cards = self.nets.iter().map(|card| card.function.name());
+        self.disks.iter().map(Disk::id).chain(cards)
+    }
+
+    /// Whether a device of that name can come and go.
+    pub(super) fn removable(&self, id: &str) -> bool {
+        self.removable_ids().any(|other| other == id)
     }
 
     /// Loads the kernel and points the first vCPU at it. Firmware is in place, at the reset vector.

@@ -7,6 +7,7 @@ mod net;
 mod rng;
 
 use alloc::vec::Vec;
+use core::fmt::Write;
 
 use virtio_drivers::transport::{DeviceType, Transport};
 
@@ -15,6 +16,7 @@ use crate::clock::Clock;
 use crate::options::Options;
 use crate::pci::Bus;
 use crate::report::Report;
+use crate::serial::Serial;
 use crate::transport::{MsixTransport, Taps};
 
 /// What every kind of device can do.
@@ -58,29 +60,55 @@ struct Found {
     device: virtio_drivers::Result<alloc::boxed::Box<dyn Device>>,
 }
 
-/// All that were found, in the order of their slots.
+/// Starts the driver of a function that is a virtio device.
+fn start(function: crate::pci::Device) -> Option<Found> {
+    let transport = MsixTransport::new(function, QUEUE_COUNT)?;
+    let kind = transport.device_type();
+    let (_, open) = KINDS.iter().find(|(known, _)| *known == kind)?;
+    let taps = transport.taps();
+    Some(Found {
+        slot: function.slot,
+        taps,
+        device: open(transport),
+    })
+}
+
+/// All that were found, in the order of their slots; those that came later behind them.
 pub struct Devices(Vec<Found>);
 
 impl Devices {
     /// Looks at every slot of bus 0 and starts the driver of each virtio device.
     pub fn find(platform: &Platform) -> Devices {
-        let mut found = Vec::new();
-        for function in Bus::find(platform).devices() {
-            let Some(transport) = MsixTransport::new(function, QUEUE_COUNT) else {
-                continue;
+        Devices(Bus::find(platform).devices().filter_map(start).collect())
+    }
+
+    /// Does what the machine wants about functions that come and go, and tells it.
+    pub fn follow(&mut self, platform: &Platform, keep: bool) {
+        let Some(hotplug) = platform.hotplug else {
+            return;
+        };
+        let (look, leave) = hotplug.take();
+        for slot in (0..32).filter(|slot| look & 1 << slot != 0) {
+            self.0.retain(|found| found.slot != slot);
+            let found = Bus::find(platform).device(slot).and_then(start);
+            let name = match &found {
+                None => "empty",
+                Some(found) => found.device.as_ref().map_or("broken", |one| one.name()),
             };
-            let kind = transport.device_type();
-            let Some((_, open)) = KINDS.iter().find(|(known, _)| *known == kind) else {
-                continue;
-            };
-            let taps = transport.taps();
-            found.push(Found {
-                slot: function.slot,
-                taps,
-                device: open(transport),
-            });
+            self.0.extend(found);
+            let _ = writeln!(Serial, "\nslot {slot}: now {name}");
         }
-        Devices(found)
+        for slot in (0..32).filter(|slot| leave & 1 << slot != 0) {
+            if keep {
+                let _ = writeln!(Serial, "\nslot {slot}: wanted back, and kept");
+                continue;
+            }
+            // The driver's end resets the device.
+            self.0.retain(|found| found.slot != slot);
+            hotplug.eject(slot);
+            let is_there = Bus::find(platform).device(slot).is_some();
+            let _ = writeln!(Serial, "\nslot {slot}: let go, there: {is_there}");
+        }
     }
 
     /// The first device's registers, for measuring.
