@@ -22,6 +22,7 @@ mod notify;
 mod pci;
 mod queue;
 mod status;
+mod vhost_kernel;
 
 pub use notify::{DeviceInterrupts, QueueInterrupt};
 pub use pci::{PauseError, VirtioPci, VirtioPciOptions};

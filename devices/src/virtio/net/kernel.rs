@@ -1,8 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! vhost-net: the kernel moves the packets between the driver's rings and the tap, without this process.
 //!
-//! One descriptor of `/dev/vhost-net` a pair of queues, opened while the machine is built. Doorbell and interrupt
-//! are the same eventfds that a thread of ours would use. What the kernel cannot do stays with the threads: rate
+//! One descriptor of `/dev/vhost-net` a pair of queues, opened while the machine is built. What the kernel cannot do stays with the threads: rate
 //! limits, receive filters (it delivers everything), and telling which pages it wrote (for a migration).
 //! Linux, `drivers/vhost/net.c`.
 
@@ -13,24 +12,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use vhost::vhost_kern::VhostKernBackend;
 use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueState;
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
-};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::{Shared, Tap};
 use crate::counters::CounterList;
-use crate::memory::Memory;
+use crate::virtio::vhost_kernel::KernelRings;
 use crate::virtio::{QueueStart, StartError, StartedQueue};
 
 /// What of the host a card in the kernel needs, open.
@@ -70,46 +63,15 @@ impl VhostNetFiles {
     }
 
     pub(super) fn into_parts(self) -> (Vec<Arc<KernelPair>>, TapStatistics) {
-        let pair = |file| {
-            Arc::new(KernelPair {
-                file,
-                memory: OnceLock::new(),
-                running: Mutex::default(),
-            })
-        };
+        let pair = |file| Arc::new(KernelPair(KernelRings::new(file)));
         (self.pairs.into_iter().map(pair).collect(), self.statistics)
     }
 }
 
 /// The kernel's end of one pair of queues.
-pub(super) struct KernelPair {
-    file: File,
-    /// Guest RAM; known, and the kernel told whose it is, from the first start on.
-    memory: OnceLock<Memory>,
-    /// Which of the two rings the kernel serves now; held while that changes. Leaf lock over an ioctl that ends
-    /// when the kernel's thread has finished its packet.
-    running: Mutex<[bool; 2]>,
-}
-
-impl AsRawFd for KernelPair {
-    fn as_raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
-    }
-}
-
-impl VhostKernBackend for KernelPair {
-    type AS = Memory;
-
-    fn mem(&self) -> &Memory {
-        self.memory.get().expect("set before the first ring is")
-    }
-}
+pub(super) struct KernelPair(KernelRings);
 
 impl KernelPair {
-    fn lock(&self) -> MutexGuard<'_, [bool; 2]> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Serves ring `ring` (0: receive, 1: transmit) of `start` on `tap` from now on.
     pub(super) fn start(
         self: &Arc<Self>,
@@ -118,51 +80,17 @@ impl KernelPair {
         tap: &Arc<Tap>,
         shared: &Arc<Shared>,
     ) -> Result<Box<dyn StartedQueue>, StartError> {
-        let state = start.queue.state();
-        let failed = |error: vhost::Error| StartError {
-            index: start.index,
-            source: io::Error::other(error),
+        let mut running = self.0.lock();
+        let connected = || {
+            let state = self.0.prepare(ring, start, *running)?;
+            let backend = shared.link_up().then(|| tap.file());
+            self.set_backend(ring, backend)?;
+            Ok(state)
         };
-        let mut running = self.lock();
-        if self.memory.set(start.queue.memory().clone()).is_ok() {
-            self.set_owner().map_err(failed)?;
-        }
-        if *running == [false; 2] {
-            let known = self.get_features().map_err(failed)?;
-            self.set_features(start.features & known).map_err(failed)?;
-            self.set_mem_table(&regions(self.mem())).map_err(failed)?;
-        }
-        let signal = start.queue.interrupt().event();
-        let signal = signal.and_then(|event| match event {
-            Some(event) => Ok(event),
-            // The driver polls: nobody listens.
-            None => EventFd::new(EFD_NONBLOCK),
-        });
-        let signal = signal.map_err(|source| StartError {
+        let state = connected().map_err(|source| StartError {
             index: start.index,
             source,
         })?;
-        let place = VringConfigData {
-            queue_max_size: state.max_size,
-            queue_size: state.size,
-            flags: 0,
-            desc_table_addr: state.desc_table,
-            used_ring_addr: state.used_ring,
-            avail_ring_addr: state.avail_ring,
-            log_addr: None,
-        };
-        self.set_vring_num(ring, state.size).map_err(failed)?;
-        self.set_vring_base(ring, state.next_avail)
-            .map_err(failed)?;
-        self.set_vring_addr(ring, &place).map_err(failed)?;
-        self.set_vring_call(ring, &signal).map_err(failed)?;
-        self.set_vring_kick(ring, &start.doorbell).map_err(failed)?;
-        let backend = shared.link_up().then(|| tap.file());
-        self.set_backend(ring, backend)
-            .map_err(|source| StartError {
-                index: start.index,
-                source,
-            })?;
         running[ring] = true;
         drop(running);
         Ok(Box::new(Running {
@@ -179,7 +107,7 @@ impl KernelPair {
             fd: tap.map_or(-1, AsRawFd::as_raw_fd),
         };
         // SAFETY: an open descriptor; the kernel reads a struct of this type from the reference.
-        let result = unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &request) };
+        let result = unsafe { ioctl_with_ref(&self.0, VHOST_NET_SET_BACKEND(), &request) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -188,7 +116,7 @@ impl KernelPair {
 
     /// Connects what runs with the tap, or cuts it off.
     pub(super) fn set_link(&self, tap: &Tap, up: bool) {
-        let running = self.lock();
+        let running = self.0.lock();
         for ring in (0..2).filter(|ring| running[*ring]) {
             if let Err(error) = self.set_backend(ring, up.then(|| tap.file())) {
                 tracing::error!(ring, %error, "vhost-net: set the link");
@@ -206,42 +134,14 @@ struct Running {
 
 impl StartedQueue for Running {
     fn stop(self: Box<Self>) -> QueueState {
-        let mut running = self.pair.lock();
+        let mut running = self.pair.0.lock();
         // After this the kernel has finished its packet and touches nothing any more.
         if let Err(error) = self.pair.set_backend(self.ring, None) {
             tracing::error!(ring = self.ring, %error, "vhost-net: stop");
         }
         running[self.ring] = false;
-        let next_avail = match self.pair.get_vring_base(self.ring) {
-            Ok(base) => u16::try_from(base & 0xffff).expect("masked"),
-            Err(error) => {
-                tracing::error!(ring = self.ring, %error, "vhost-net: where the ring stands");
-                self.state.next_avail
-            }
-        };
-        let index = GuestAddress(self.state.used_ring).unchecked_add(2);
-        let used: Result<u16, _> = self.pair.mem().memory().load(index, Ordering::Acquire);
-        QueueState {
-            next_avail,
-            next_used: used.map_or(self.state.next_used, u16::from_le),
-            ..self.state
-        }
+        self.pair.0.position(self.ring, self.state)
     }
-}
-
-/// Guest RAM as the kernel wants it: where it is for the guest and for this process.
-fn regions(memory: &Memory) -> Vec<VhostUserMemoryRegionInfo> {
-    let region = |region: &_| {
-        let region: &vm_memory::GuestRegionMmap<_> = region;
-        VhostUserMemoryRegionInfo {
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-            mmap_offset: 0,
-            mmap_handle: -1,
-        }
-    };
-    memory.memory().iter().map(region).collect()
 }
 
 /// The interface's own numbers, for a card whose packets we do not see. Kept open, since they are read when the
