@@ -205,7 +205,12 @@ fn services(spec: &MachineSpec) -> Result<(), SpecError> {
         if vsock.cid < VSOCK_CID_MIN || vsock.cid == u32::MAX {
             return refuse(format!("vsock cid {}: at least {VSOCK_CID_MIN}", vsock.cid));
         }
-        if !vsock.path.is_absolute() {
+        if vsock.vhost && !vsock.path.as_os_str().is_empty() {
+            return refuse(format!(
+                "vsock socket {path}: the kernel has none: leave out either it or vhost"
+            ));
+        }
+        if !vsock.vhost && !vsock.path.is_absolute() {
             return refuse(format!("vsock socket {path}: must be an absolute path"));
         }
     }

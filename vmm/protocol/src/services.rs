@@ -60,7 +60,7 @@ impl Default for BalloonSpec {
     }
 }
 
-/// A virtio socket device, whose host's end are Unix sockets.
+/// A virtio socket device. The host's end are Unix sockets at `path`, or, with `vhost`, AF_VSOCK sockets by the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockSpec {
@@ -69,7 +69,12 @@ pub struct VsockSpec {
     /// A Unix stream socket that the VMM listens on: who connects writes `CONNECT PORT` and a newline, reads `OK`
     /// and a number, and is connected with that port of the guest. A guest that connects to port N of the host (cid
     /// 2) reaches who listens on `PATH_N`, where the VMM's user may write. Absolute.
+    #[serde(default)]
     pub path: PathBuf,
+    /// The kernel (`/dev/vhost-vsock`) carries the packets: programs of the host use AF_VSOCK, as the guest's do, and the
+    /// address must be no other guest's of this host.
+    #[serde(default)]
+    pub vhost: bool,
 }
 
 /// A watchdog, Intel's 6300ESB.

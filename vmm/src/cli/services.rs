@@ -33,7 +33,7 @@ pub struct ServiceArguments {
     #[arg(long, value_name = "KEYS", value_parser = balloon, num_args = 0..=1, default_missing_value = "")]
     pub balloon: Option<BalloonSpec>,
     /// Adds a socket device: cid=N,socket=PATH. Connect to PATH and write "CONNECT PORT" to reach the guest; it
-    /// reaches PATH_PORT
+    /// reaches PATH_PORT. Or cid=N,vhost: the kernel's, for AF_VSOCK sockets of the host
     #[arg(long, value_name = "KEYS", value_parser = vsock)]
     pub vsock: Option<VsockSpec>,
     /// A directory of the host by virtio-fs: tag=NAME,socket=PATH (of virtiofsd); needs --memory SIZE,shared; may be
@@ -87,20 +87,26 @@ fn port(text: &str) -> Result<PortSpec, String> {
 
 fn vsock(text: &str) -> Result<VsockSpec, String> {
     let (mut cid, mut path) = (None, None);
-    keys(text, "cid=, socket=", |key, value| {
+    let mut vhost = false;
+    keys(text, "cid=, socket=, vhost", |key, value| {
         match (key, value) {
             ("cid", Some(value)) => {
                 let number = value.parse();
                 cid = Some(number.map_err(|_| format!("cid={value}: expected a number"))?);
             }
             ("socket", Some(value)) => path = Some(PathBuf::from(value)),
+            ("vhost", None) => vhost = true,
             _ => return Ok(false),
         }
         Ok(true)
     })?;
+    if path.is_none() && !vhost {
+        return Err("socket= or vhost is missing".to_owned());
+    }
     Ok(VsockSpec {
         cid: cid.ok_or("cid= is missing")?,
-        path: path.ok_or("socket= is missing")?,
+        path: path.unwrap_or_default(),
+        vhost,
     })
 }
 

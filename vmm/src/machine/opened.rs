@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use atoll_devices::console::ConsoleEnd;
 use atoll_devices::virtio::vhost_user::BackendOptions;
+use atoll_devices::virtio::vsock::VhostVsockFile;
 use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
@@ -56,11 +57,17 @@ pub(super) struct Opened {
     pub(super) console: Option<ConsoleEnd>,
     /// In the spec's order.
     pub(super) ports: VecDeque<ConsoleEnd>,
-    pub(super) vsock: Option<UnixListener>,
+    pub(super) vsock: Option<VsockEnd>,
     /// Connected with the processes that serve them, in the spec's order; file systems come first.
     pub(super) filesystems: VecDeque<BackendOptions>,
     pub(super) vhost_user: VecDeque<BackendOptions>,
     pub(super) serial: Option<ConsoleEnd>,
+}
+
+/// A socket device's end.
+pub(super) enum VsockEnd {
+    Socket(UnixListener),
+    Kernel(VhostVsockFile),
 }
 
 impl Opened {

@@ -12,13 +12,13 @@ use atoll_devices::platform::{PanicDevice, Watchdog};
 use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 use atoll_devices::virtio::vhost_user::{BackendOptions, DeviceKind, Layout, VhostUser};
-use atoll_devices::virtio::vsock::Vsock;
+use atoll_devices::virtio::vsock::{VhostVsockFile, Vsock};
 use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::{Assembly, BuildError};
 use super::devices::{open_console, path_of};
-use super::opened::{Opened, WAS_OPENED};
+use super::opened::{Opened, VsockEnd, WAS_OPENED};
 use super::owner::GuestEvent;
 use crate::{resources, socket};
 
@@ -75,6 +75,12 @@ pub(super) fn open_vsock(spec: &MachineSpec, opened: &mut Opened) -> Result<(), 
     let Some(spec) = &spec.services.vsock else {
         return Ok(());
     };
+    if spec.vhost {
+        let device = format!("vsock {}: /dev/vhost-vsock", spec.cid);
+        let file = VhostVsockFile::open(spec.cid).map_err(BuildError::device(device))?;
+        opened.vsock = Some(VsockEnd::Kernel(file));
+        return Ok(());
+    }
     let device = format!("vsock {}", spec.path.display());
     let listen = || {
         socket::remove_stale(&spec.path)?;
@@ -82,7 +88,8 @@ pub(super) fn open_vsock(spec: &MachineSpec, opened: &mut Opened) -> Result<(), 
         std::fs::set_permissions(&spec.path, Permissions::from_mode(0o600))?;
         Ok::<_, std::io::Error>(listener)
     };
-    opened.vsock = Some(listen().map_err(BuildError::device(device))?);
+    let listener = listen().map_err(BuildError::device(device))?;
+    opened.vsock = Some(VsockEnd::Socket(listener));
     // The sockets that the guest may connect to are beside it, and appear when they like.
     let directory = spec.path.parent().unwrap_or(Path::new("/"));
     opened.keep(directory);
@@ -93,8 +100,10 @@ pub(super) fn vsock(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     let Some(spec) = &assembly.spec.services.vsock else {
         return Ok(());
     };
-    let listener = assembly.opened.vsock.take().expect(WAS_OPENED);
-    let device = Vsock::new(spec.cid, spec.path.clone(), listener);
+    let device = match assembly.opened.vsock.take().expect(WAS_OPENED) {
+        VsockEnd::Socket(listener) => Vsock::new(spec.cid, spec.path.clone(), listener),
+        VsockEnd::Kernel(file) => Vsock::in_kernel(spec.cid, file),
+    };
     let device = device.map_err(BuildError::device("vsock"))?;
     assembly.backplane.add("vsock0", Arc::new(device))?;
     Ok(())
