@@ -65,12 +65,13 @@ pub fn rig_with(features: u64, pairs: u16) -> Option<Rig> {
     Some(Rig {
         driver,
         net,
-        wire: packet_socket(),
+        wire: packet_socket(ETHERTYPE),
     })
 }
 
-fn packet_socket() -> File {
-    let protocol = ETHERTYPE.to_be();
+/// One that sees and sends frames of one ethertype.
+fn packet_socket(ethertype: u16) -> File {
+    let protocol = ethertype.to_be();
     // SAFETY: plain numbers.
     let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol)) };
     assert!(fd >= 0);
@@ -357,6 +358,154 @@ fn several_pairs_carry_packets() {
     }
     rig.driver.set_status(15);
     assert_eq!(command(&mut rig, 2, 4, 0, &[1, 0]), 0);
+}
+
+/// An Ethernet frame with IPv4 and `protocol` (6: TCP, 17: UDP), from the guest's port `port` to the host's 7, or the
+/// way back.
+fn ip_frame(protocol: u8, port: u16, back: bool, payload: usize) -> Vec<u8> {
+    let other = [2, 0, 0, 0, 0, 2];
+    let header = if protocol == 6 { 20 } else { 8 };
+    let mut ends = [(MAC, [10, 0, 0, 1], port), (other, [10, 0, 0, 2], 7)];
+    if back {
+        ends.swap(0, 1);
+    }
+    let [(from_mac, from, from_port), (to_mac, to, to_port)] = ends;
+    let mut frame = [to_mac, from_mac].concat();
+    frame.extend([8, 0, 0x45, 0]);
+    let total = u16::try_from(20 + header + payload).unwrap();
+    frame.extend(total.to_be_bytes());
+    frame.extend([0, 0, 0, 0, 64, protocol, 0, 0]);
+    frame.extend(from);
+    frame.extend(to);
+    frame.extend([from_port, to_port].map(u16::to_be_bytes).as_flattened());
+    match protocol {
+        6 => frame.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]),
+        _ => {
+            frame.extend(u16::try_from(8 + payload).unwrap().to_be_bytes());
+            frame.extend([0, 0]);
+        }
+    }
+    frame.resize(14 + 20 + header + payload, 0x5a);
+    frame
+}
+
+#[test]
+fn a_packet_comes_on_the_pair_on_which_its_flow_was_sent() {
+    const PAIRS: u16 = 4;
+    let Some(mut rig) = rig_with(u64::MAX, PAIRS) else {
+        return;
+    };
+    assert_eq!(command(&mut rig, 8, 4, 0, &[4, 0]), 0);
+    rig.wire = packet_socket(0x0800);
+    let place = |pair: u16| DATA + u64::from(pair) * 0x1_0000;
+    // Every flow moves from pair to pair, as a program does from vCPU to vCPU.
+    for round in 0..PAIRS {
+        for flow in 0..PAIRS {
+            let pair = (flow + round) % PAIRS;
+            let (receive, transmit) = (usize::from(2 * pair), usize::from(2 * pair + 1));
+            let sent = ip_frame(17, 1000 + flow, false, 50);
+            let size = u32::try_from(12 + sent.len()).unwrap();
+            rig.driver.put(place(pair), &[vec![0; 12], sent].concat());
+            let packet = Segment::readable(place(pair), size);
+            rig.driver.add(transmit, &[packet]);
+            rig.driver.kick(transmit);
+            rig.driver.wait_used(transmit);
+            let buffer = Segment::writable(place(pair) + 0x8000, 2048);
+            rig.driver.add(receive, &[buffer]);
+            rig.driver.kick(receive);
+            let back = ip_frame(17, 1000 + flow, true, 60);
+            rig.wire.write_all(&back).unwrap();
+            let (_, written) = rig.driver.wait_used(receive);
+            let size = usize::try_from(written).unwrap();
+            let seen = rig.driver.get(place(pair) + 0x8000, size);
+            assert_eq!(seen[12..], back, "flow {flow} on pair {pair}");
+        }
+    }
+}
+
+/// `struct virtio_net_hdr` of a frame whose segments and checksums are left to others.
+fn large(kind: u8, protocol: u8, segment: u16) -> Vec<u8> {
+    let (header, checksum): (u16, u16) = if protocol == 6 { (20, 16) } else { (8, 6) };
+    let mut bytes = vec![1, kind]; // VIRTIO_NET_HDR_F_NEEDS_CSUM.
+    for word in [34 + header, segment, 34, checksum] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes
+}
+
+/// What the driver accepts, the tap leaves to it; what it does not, the kernel has done before.
+#[test]
+fn large_segments_go_whole_to_whom_they_were_offered() {
+    // Features to receive and to send them, their kind in the header, protocol.
+    let kinds: [(&str, u64, u8, u8); 2] = [
+        ("TCP", 1 << 1 | 1 << 7 | 1 << 11, 1, 6),
+        ("UDP", 1 << 1 | 1 << 54 | 1 << 55 | 1 << 56, 5, 17),
+    ];
+    for (name, features, kind, protocol) in kinds {
+        // Version 1, checksums, merged buffers; and what the kind needs.
+        let Some(mut rig) = rig(1 << 32 | 1 | 1 << 15 | features) else {
+            return;
+        };
+        if rig.driver.offered() & features != features {
+            println!("ATOLL-SKIP: this kernel's tap has no large segments of {name}");
+            continue;
+        }
+        rig.wire = packet_socket(0x0800);
+        let (on, size) = (1_i32, 4);
+        // SAFETY: an open socket, an int and its size.
+        let set = unsafe {
+            let value = (&raw const on).cast();
+            libc::setsockopt(
+                rig.wire.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_VNET_HDR,
+                value,
+                size,
+            )
+        };
+        assert_eq!(set, 0);
+        let frame = ip_frame(protocol, 1000, true, 3000);
+        let packet = [large(kind, protocol, 1000), frame.clone()].concat();
+        (0..8).for_each(|i| {
+            rig.driver.add(0, &[buffer(i, 4096)]);
+        });
+        rig.driver.kick(0);
+        rig.wire.write_all(&packet).unwrap();
+        let (head, written) = rig.driver.wait_used(0);
+        let seen = rig.buffer(head, 4096, written);
+        assert_eq!(seen.len(), 12 + frame.len(), "{name}: whole");
+        assert_eq!(seen[1] & 0x7f, kind, "{name}");
+        // The other way.
+        let sent = ip_frame(protocol, 1000, false, 3000);
+        let mut packet = large(kind, protocol, 1000);
+        packet.extend([0, 0]);
+        packet.extend(&sent);
+        rig.driver.put(DATA + 0x8_0000, &packet);
+        let size = u32::try_from(packet.len()).unwrap();
+        rig.driver
+            .add(1, &[Segment::readable(DATA + 0x8_0000, size)]);
+        rig.driver.kick(1);
+        let mut seen = vec![0; 8000];
+        let count = rig.wire.read(&mut seen).unwrap();
+        assert_eq!(count, 10 + sent.len(), "{name}: whole");
+        assert_eq!(seen[1] & 0x7f, kind, "{name}");
+        rig.driver.wait_used(1);
+        // A driver that did not ask for it gets what fits on a wire, with its checksums.
+        rig.driver.reset();
+        rig.driver.start(1 << 32 | 1 << 15);
+        (0..8).for_each(|i| {
+            rig.driver.add(0, &[buffer(i, 4096)]);
+        });
+        rig.driver.kick(0);
+        let packet = [large(kind, protocol, 1000), frame.clone()].concat();
+        rig.wire.write_all(&packet).unwrap();
+        for _ in 0..3 {
+            let (head, written) = rig.driver.wait_used(0);
+            let seen = rig.buffer(head, 4096, written);
+            assert_eq!((seen[0], seen[1]), (0, 0), "{name}");
+            assert!(seen.len() < 1100, "{name}: {} bytes", seen.len());
+        }
+    }
 }
 
 #[test]

@@ -206,9 +206,9 @@ pub fn run_from(
 ) -> Result<Outcome, RunError> {
     let spec = &check::settle(spec)?;
     check::spec(spec)?;
-    let handover = match &mut start {
-        Start::PowerOn => None,
-        Start::Saved(saved) => saved.handover.take(),
+    let (was_saved, handover) = match &mut start {
+        Start::PowerOn => (false, None),
+        Start::Saved(saved) => (true, saved.handover.take()),
     };
     let (events, received) = channel();
     let (opened, api_socket) = Opened::of(spec, options, &start)?;
@@ -241,6 +241,10 @@ pub fn run_from(
     );
     sandbox::seal_starter();
     let outcome = begin(&mut machine, handover).and_then(|()| {
+        if was_saved {
+            // Wherever the guest was before, it is here now.
+            machine.announce();
+        }
         // While the guest's first instructions run; before this thread looks at anything that comes from it.
         sandbox::seal_owner();
         machine.drive(&received)
@@ -259,7 +263,5 @@ fn begin(machine: &mut Machine, handover: Option<Handover>) -> Result<(), RunErr
         return machine.begin();
     };
     handover.take_over()?;
-    machine.begin()?;
-    machine.announce();
-    Ok(())
+    machine.begin()
 }
