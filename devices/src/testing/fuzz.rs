@@ -4,11 +4,16 @@
 
 mod pci;
 mod scsi;
+mod vhost_user;
 
 pub use pci::{pci, pci_corpus};
 pub use scsi::{scsi_corpus, scsi_device};
+pub use vhost_user::{vhost_user, vhost_user_corpus};
 
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use atoll_disk::{Geometry, MemoryBackend};
 use vm_memory::{Bytes, GuestAddress};
@@ -23,6 +28,7 @@ use crate::virtio::blk::request::{Action, Request};
 use crate::virtio::blk::{Blk, BlkOptions};
 use crate::virtio::console::{PortOptions, VirtioConsole};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::virtio::worker::QueueHandler as _;
 use crate::virtio::{Chain, DeviceInterrupts, DeviceQueue, QueueStart, QueueState, VirtioDevice};
 
@@ -193,6 +199,7 @@ fn any_device(which: u8) -> Arc<dyn VirtioDevice> {
             reporting: true,
         })),
         4 => Arc::new(VirtioConsole::new(port()).unwrap()),
+        5 => Arc::new(sockets()),
         _ => {
             let ports = [None, Some("agent")].map(|name| PortOptions {
                 port: port(),
@@ -201,6 +208,17 @@ fn any_device(which: u8) -> Arc<dyn VirtioDevice> {
             Arc::new(VirtioConsole::with_ports(ports.into()).unwrap())
         }
     }
+}
+
+/// A socket device whose host's programs are nowhere.
+fn sockets() -> Vsock {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("atoll-fuzz-{}-{count}", std::process::id());
+    // Abstract: it leaves no file behind.
+    let address = SocketAddr::from_abstract_name(name).unwrap();
+    let listener = UnixListener::bind_addr(&address).unwrap();
+    Vsock::new(3, "/nonexistent/socket".into(), listener).unwrap()
 }
 
 /// Inputs that reach far: well-formed requests, and one mistake each.

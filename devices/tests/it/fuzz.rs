@@ -56,3 +56,13 @@ fn pci() {
     };
     replay(how, &fuzz::pci_corpus(), fuzz::pci);
 }
+
+#[test]
+fn vhost_user() {
+    let how = Replay {
+        rounds: 200,
+        random_bytes_max: 300,
+        mutated_bytes: 120,
+    };
+    replay(how, &fuzz::vhost_user_corpus(), fuzz::vhost_user);
+}
