@@ -100,6 +100,39 @@ fn a_guest_at_work_moves_there_and_back() {
     assert_eq!(generation[..7], [0x11, 0x11, 0x11, 0x11, 0x22, 0x22, 0x33]);
 }
 
+/// A moved guest's clocks go on as if it had not moved, and it is told that it stood still.
+#[test]
+fn clocks_of_a_moved_guest_count_the_time_of_its_move() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    serial.clock("share");
+    let outer = Instant::now();
+    let [before_ns, before_ticks, flags] = serial.clock("");
+    assert_eq!(flags & 2, 0);
+    let inner = Instant::now();
+    let mut target = target_for(&guest);
+    let moved = begin(&guest, &target, "1").wait_with_output().unwrap();
+    assert!(moved.status.success(), "{}", target.said());
+    let mut serial = target.serial();
+    serial.type_line("");
+    serial.wait_for("probe> ");
+    let least = inner.elapsed();
+    let [ns, ticks, flags] = serial.clock("");
+    let most = outer.elapsed();
+    let passed = Duration::from_nanos(ns - before_ns);
+    let khz = (ticks - before_ticks) / u64::try_from(passed.as_millis()).unwrap();
+    println!("{passed:?} of {least:?} to {most:?}, {khz} ticks a ms");
+    assert_eq!(flags & 2, 2, "it is told that it stood still");
+    // Two clocks of one host, one of which is corrected by the network's time.
+    let slack = Duration::from_millis(20);
+    assert!(passed + slack > least && passed < most + slack);
+    guest.ended();
+}
+
 /// xorshift64*: enough to choose a moment.
 struct Random(u64);
 

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use atoll_vmm_protocol::api::Request;
 use guest::{Guest, Place, kvm, shell};
@@ -182,6 +183,40 @@ fn a_copy_learns_that_it_is_one() {
         [0x33, 0x22, 0x11, 0x99],
         "that of its own spec"
     );
+}
+
+/// A restored guest's clocks go on where they stopped: they count no more than the time that it existed. And it is told
+/// that it stood still, once.
+#[test]
+fn clocks_of_a_restored_guest_go_on_where_they_stopped() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    serial.clock("share");
+    let all = Instant::now();
+    let [before_ns, before_ticks, flags] = serial.clock("");
+    assert_eq!(flags & 2, 0);
+    guest.client().act(Request::Pause).unwrap();
+    let absent = Instant::now();
+    let place = Place::like(&guest);
+    guest.ctl(&["snapshot", "--to", "copy"]).unwrap();
+    guest::link_directory(&guest.path("copy"), &place.path("snapshot"));
+    drop(guest);
+    let absent = absent.elapsed();
+    let mut copy = place.start(&["run", "--restore", "snapshot"]);
+    let mut serial = copy.serial();
+    serial.type_line("");
+    serial.wait_for("probe> ");
+    let [ns, ticks, flags] = serial.clock("");
+    assert_eq!(flags & 2, 2, "it is told of its absence");
+    let most = all.elapsed() - absent;
+    let passed = Duration::from_nanos(ns - before_ns);
+    println!("absent for {absent:?}, its clock counted {passed:?} of {most:?}");
+    assert!(ns > before_ns && ticks > before_ticks);
+    assert!(passed < most + Duration::from_millis(1));
 }
 
 #[test]

@@ -78,6 +78,45 @@ impl Clock {
     }
 }
 
+/// Has KVM keep its clock up to date in our memory from now on.
+pub fn share() {
+    cpu::write_register(KVM_SYSTEM_TIME, &raw const SHARED as u64 | 1);
+}
+
+/// What KVM's shared clock says, once it is shared.
+pub struct Shared {
+    /// Nanoseconds.
+    pub ns: u64,
+    /// `PVCLOCK_TSC_STABLE_BIT`, `PVCLOCK_GUEST_STOPPED`.
+    pub flags: u8,
+    /// The time stamp counter at that moment.
+    pub ticks: u64,
+}
+
+/// Reads the shared clock.
+pub fn shared() -> Shared {
+    let word = |index: usize| SHARED.0[index].load(Ordering::Acquire);
+    let wide = |index: usize| u64::from(word(index)) | u64::from(word(index + 1)) << 32;
+    loop {
+        let version = word(0);
+        let ticks = cpu::time_stamp();
+        let since = ticks.wrapping_sub(wide(2));
+        let [shift, flags, ..] = word(7).to_le_bytes();
+        let shift = shift as i8;
+        let since = if shift < 0 {
+            since >> -shift
+        } else {
+            since << shift
+        };
+        let since = (u128::from(since) * u128::from(word(6))) >> 32;
+        let ns = wide(4).wrapping_add(since as u64);
+        // Even and unchanged: KVM has not written meanwhile.
+        if version & 1 == 0 && word(0) == version {
+            return Shared { ns, flags, ticks };
+        }
+    }
+}
+
 /// The hypervisor's signature, twelve letters, when there is one.
 pub fn hypervisor() -> Option<[u8; 12]> {
     if cpu::processor_id(1, 0)[2] & 1 << 31 == 0 {

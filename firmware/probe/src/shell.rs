@@ -6,7 +6,7 @@ use alloc::string::String;
 use core::fmt::Write;
 
 use crate::acpi::Platform;
-use crate::clock::{Clock, hypervisor};
+use crate::clock::{self, Clock, hypervisor};
 use crate::cpu;
 use crate::devices::Devices;
 use crate::interrupts;
@@ -71,7 +71,7 @@ fn obey(
         "" => Ok(()),
         "help" => writeln!(
             Serial,
-            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  cpuid LEAF [INDEX]  echo TEXT  eject SLOT  crash  off"
+            "help  id  uptime  report  load [FIRST_MIB SIZE_MIB]  cpuid LEAF [INDEX]  clock [share]  echo TEXT  eject SLOT  crash  off"
         ),
         "id" => {
             let signature = hypervisor().unwrap_or(*b"no one\0\0\0\0\0\0");
@@ -105,6 +105,13 @@ fn obey(
             let leaf = numbers.next().unwrap_or(0);
             let [a, b, c, d] = cpu::processor_id(leaf, numbers.next().unwrap_or(0));
             writeln!(Serial, "cpuid: {a:08x} {b:08x} {c:08x} {d:08x}")
+        }
+        "clock" => {
+            if rest == "share" {
+                clock::share();
+            }
+            let clock::Shared { ns, flags, ticks } = clock::shared();
+            writeln!(Serial, "clock: {ns} ns, {ticks} ticks, flags {flags}")
         }
         "echo" => writeln!(Serial, "{rest}"),
         "eject" => {

@@ -4,6 +4,10 @@
 //! **Order.** Taken: devices before interrupt controllers and vCPUs, so that an interrupt that a device sends
 //! while it finishes its work is in the state of whoever has it then. Put back: the guest's clock, which the vCPUs'
 //! registers switch on; interrupt controllers; vCPUs; devices last, since they may interrupt at once.
+//!
+//! **Clocks.** KVM's clock and the time stamp counters go on from the saved values, after a migration with the time
+//! since then added to both (that much at most: [`ABSENCE_NS_MAX`]); the CMOS clock shows the host's time on either
+//! side. Each vCPU tells its guest that it stood still, so that no watchdog of the guest counts the jump.
 
 use std::io;
 use std::sync::Arc;
@@ -11,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use atoll_devices::state::{DeviceState, Saved, StateError};
 use atoll_vmm_protocol::spec::MachineSpec;
-use kvm_bindings::kvm_clock_data;
+use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 
 use super::generation;
 use super::parts::Parts;
@@ -117,7 +121,11 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
         chips: chips.into_iter().map(crate::saved::Raw).collect(),
         clock: ClockState {
             guest_ns: guest_clock.clock,
-            realtime_ns: realtime_ns(),
+            realtime_ns: match guest_clock.flags & KVM_CLOCK_REALTIME {
+                0 => realtime_ns(),
+                // Of the same moment, where KVM says it (Linux 5.16).
+                _ => guest_clock.realtime,
+            },
             tsc_khz: parts.pristine.tsc_khz(),
         },
         vcpus: vcpus

@@ -310,16 +310,19 @@ impl Body {
                 Some(Command::Run) => running = true,
                 Some(Command::Hold(answer)) => {
                     running = false;
-                    // Tells a guest with a paravirtual clock that time it did not see is no lockup; KVM
-                    // refuses for a guest without one.
-                    let _ = self.fd.kvmclock_ctrl();
+                    self.excuse();
                     let _ = answer.send(());
                 }
                 Some(Command::Save(indices, answer)) => {
                     let _ = answer.send(state::save(&self.fd, &indices));
                 }
                 Some(Command::Restore(state, tsc, answer)) => {
-                    let _ = answer.send(state::restore(&self.fd, &state, tsc));
+                    let restored = state::restore(&self.fd, &state, tsc);
+                    if tsc == Tsc::Set {
+                        // What was said when it was held is not part of its state.
+                        self.excuse();
+                    }
+                    let _ = answer.send(restored);
                 }
                 Some(Command::Enter(entry, answer)) => {
                     let _ = answer.send(setup::entry(&self.fd, entry));
@@ -334,6 +337,11 @@ impl Body {
                 }
             }
         }
+    }
+
+    /// Tells a guest with a paravirtual clock that time it did not see is no lockup; KVM refuses for a guest without one.
+    fn excuse(&self) {
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     fn run_until_interrupted(&mut self) -> Stop {

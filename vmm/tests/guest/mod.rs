@@ -214,6 +214,21 @@ impl Serial {
         self.stream.write_all(b"\r").unwrap();
     }
 
+    /// What the probe's `clock` says: KVM's clock in nanoseconds, the time stamp counter, and the clock's flags.
+    pub fn clock(&mut self, arguments: &str) -> [u64; 3] {
+        self.type_line(&format!("clock {arguments}"));
+        self.wait_for("clock: ");
+        let told = self.wait_for("\r\n");
+        let digits = |one: &char| one.is_ascii_digit() || *one == ' ';
+        let numbers: String = told.chars().filter(digits).collect();
+        let numbers: Vec<u64> = numbers
+            .split_whitespace()
+            .map(|number| number.parse().unwrap())
+            .collect();
+        self.wait_for("probe> ");
+        numbers.try_into().expect("three numbers")
+    }
+
     /// Starts the probe's `load`.
     pub fn start_load(&mut self, arguments: &str) {
         self.wait_for("probe> ");
