@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Bodies of the fuzz targets in `vmm/fuzz`: what comes from outside the machine before a guest runs. Ordinary tests
-//! replay a corpus, its mutations and random bytes on the stable toolchain. Behind the feature `testing`.
+//! replay a corpus, its mutations and random bytes on the stable toolchain. And the smallest kernel, for tests. Behind
+//! the feature `testing`.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -137,4 +138,44 @@ pub fn spec_corpus() -> Vec<Vec<u8>> {
         "serial":{"socket":"/s"},"console":"pty","rng":false}"#;
     let least = r#"{"name":"","cpu_count":1,"memory_mib":1,"boot":{"kernel":{"image":"k"}}}"#;
     [whole, least].map(|text| text.as_bytes().to_vec()).into()
+}
+
+/// An ELF file with a PVH note and `code` at 1 MiB, its entry.
+#[must_use]
+pub fn pvh_elf(code: &[u8]) -> Vec<u8> {
+    const ENTRY: u64 = 0x10_0000;
+    const HEADERS: u64 = 64 + 2 * 56;
+    let note: Vec<u8> = [4_u32, 8, 18]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .chain(*b"Xen\0")
+        .chain(ENTRY.to_le_bytes())
+        .collect();
+    let code_at = HEADERS + note.len() as u64;
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    for half in [2_u16, 62] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend(1_u32.to_le_bytes());
+    for word in [ENTRY, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(0_u32.to_le_bytes());
+    for half in [64_u16, 56, 2, 64, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    for (kind, offset, address, size) in [
+        (1_u32, code_at, ENTRY, code.len() as u64),
+        (4, HEADERS, 0, note.len() as u64),
+    ] {
+        file.extend(kind.to_le_bytes());
+        file.extend(5_u32.to_le_bytes());
+        for word in [offset, address, address, size, size, 4] {
+            file.extend(word.to_le_bytes());
+        }
+    }
+    file.extend(note);
+    file.extend(code);
+    file
 }

@@ -15,6 +15,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use atoll_vmm::probe::PROBE_ELF;
+use atoll_vmm::testing::pvh_elf;
 use atoll_vmm_protocol::api::{MachineState, Request};
 use atoll_vmm_protocol::client::{Client, ClientError};
 use tempfile::TempDir;
@@ -526,43 +527,4 @@ fn a_kernel_larger_than_memory_is_refused() {
         "{said}"
     );
     assert_eq!(status.code(), Some(1));
-}
-
-/// An ELF file with a PVH note and `code` at 1 MiB, its entry.
-fn pvh_elf(code: &[u8]) -> Vec<u8> {
-    const ENTRY: u64 = 0x10_0000;
-    const HEADERS: u64 = 64 + 2 * 56;
-    let note: Vec<u8> = [4_u32, 8, 18]
-        .into_iter()
-        .flat_map(u32::to_le_bytes)
-        .chain(*b"Xen\0")
-        .chain(ENTRY.to_le_bytes())
-        .collect();
-    let code_at = HEADERS + note.len() as u64;
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    for half in [2_u16, 62] {
-        file.extend(half.to_le_bytes());
-    }
-    file.extend(1_u32.to_le_bytes());
-    for word in [ENTRY, 64, 0] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(0_u32.to_le_bytes());
-    for half in [64_u16, 56, 2, 64, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    for (kind, offset, address, size) in [
-        (1_u32, code_at, ENTRY, code.len() as u64),
-        (4, HEADERS, 0, note.len() as u64),
-    ] {
-        file.extend(kind.to_le_bytes());
-        file.extend(5_u32.to_le_bytes());
-        for word in [offset, address, address, size, size, 4] {
-            file.extend(word.to_le_bytes());
-        }
-    }
-    file.extend(note);
-    file.extend(code);
-    file
 }
