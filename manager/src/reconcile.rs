@@ -9,6 +9,7 @@
 //! Guests that run are adopted by looking: their processes, sockets and folders tell everything, so a daemon that
 //! was killed has lost nothing. Not here: starting what a user asked for, which is a task.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::GuestSummary;
 use crate::error::Error;
 use crate::guest::container::Container;
+use crate::guest::container::restart::{self, Row, Verdict};
 use crate::guest::hold::Hold;
 use crate::guest::site::Seat;
 use crate::guest::snapshot::take;
@@ -62,8 +64,10 @@ pub struct View {
     pub busy: bool,
     /// Where it is in its life.
     pub phase: Phase,
-    /// It ended because it was rebooted from inside.
+    /// It ended because it was rebooted from inside, or its config wants it started again when it ends.
     pub rebooted: bool,
+    /// It is to be started again, but not yet; nothing is done with it meanwhile.
+    pub waits: bool,
     /// It is held by a task, of this daemon or of one that is gone.
     pub held: bool,
 }
@@ -86,7 +90,7 @@ pub enum Remedy {
 /// The decision. Pure: the same world gives the same remedies, and a world without fault none.
 pub fn decide(world: &World) -> Vec<Remedy> {
     let mut remedies = Vec::new();
-    for view in world.guests.iter().filter(|view| !view.busy) {
+    for view in world.guests.iter().filter(|view| !view.busy && !view.waits) {
         let (kind, id) = (view.kind, view.id);
         if view.phase == Phase::Ended {
             remedies.push(Remedy::CleanUp(kind, id));
@@ -116,6 +120,8 @@ pub struct Reconciler {
     network: Network,
     first: bool,
     network_at: Option<Instant>,
+    /// Containers that were started again because their config wants that.
+    restarts: HashMap<GuestId, Row>,
 }
 
 impl Reconciler {
@@ -126,6 +132,7 @@ impl Reconciler {
             network,
             first: true,
             network_at: None,
+            restarts: HashMap::new(),
         }
     }
 
@@ -169,14 +176,16 @@ impl Reconciler {
     }
 
     /// Guests without a folder of a run have nothing to look at: a tick costs what runs, not what is configured.
-    fn look(&self) -> Result<World, Error> {
-        let site = self.guests.site();
+    fn look(&mut self) -> Result<World, Error> {
+        let site = self.guests.site().clone();
         let mut started = site.run_folders();
         let mut views = Vec::new();
         for summary in self.guests.summaries()? {
             let seat = site.seat(summary.kind, summary.id);
             let has_run = started.remove(&(summary.kind, summary.id));
-            views.push(view(&seat, Some(&summary), has_run));
+            let mut view = view(&seat, Some(&summary), has_run);
+            self.consider_restart(&seat, &mut view);
+            views.push(view);
         }
         let left_over = started.into_iter();
         views.extend(left_over.map(|(kind, id)| view(&site.seat(kind, id), None, true)));
@@ -185,6 +194,33 @@ impl Reconciler {
             host_started: self.first && boot_id() != std::fs::read_to_string(self.boot_file()).ok(),
             first: self.first,
         })
+    }
+
+    /// Looks whether a container that has ended by itself is to be started again.
+    fn consider_restart(&mut self, seat: &Seat, view: &mut View) {
+        if view.phase != Phase::Ended
+            || view.busy
+            || view.rebooted
+            || view.kind != GuestKind::Container
+        {
+            return;
+        }
+        let Some(ended) = Container::new(seat.clone()).ended_by_itself() else {
+            return;
+        };
+        let (row, now) = (self.restarts.get(&view.id).copied(), Instant::now());
+        let verdict = seat
+            .config()
+            .and_then(|config| restart::verdict(&config, ended, row, now));
+        match verdict {
+            Ok(Verdict::Start) => {
+                view.rebooted = true;
+                self.restarts.insert(view.id, restart::counted(row, now));
+            }
+            Ok(Verdict::Wait) => view.waits = true,
+            Ok(Verdict::Stay) => drop(self.restarts.remove(&view.id)),
+            Err(error) => tracing::warn!(guest = seat.title(), error = error.chain(), "restart"),
+        }
     }
 
     async fn apply(&self, remedy: Remedy) -> Result<(), Error> {
@@ -257,6 +293,7 @@ fn view(seat: &Seat, summary: Option<&GuestSummary>, has_run: bool) -> View {
         busy: seat.site.locks.is_held(seat.id),
         phase,
         rebooted,
+        waits: false,
         held,
     }
 }
@@ -292,6 +329,7 @@ mod tests {
             busy: false,
             phase: Phase::Stopped,
             rebooted: false,
+            waits: false,
             held: false,
         }
     }
@@ -375,6 +413,16 @@ mod tests {
             &world(vec![rebooted]),
             &[Remedy::CleanUp(kind, id), Remedy::Start(kind, id)],
         );
+    }
+
+    #[test]
+    fn what_waits_is_left_alone() {
+        let waits = View {
+            phase: Phase::Ended,
+            waits: true,
+            ..view("101")
+        };
+        check(&world(vec![waits]), &[]);
     }
 
     #[test]

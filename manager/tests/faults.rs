@@ -402,6 +402,8 @@ fn no_table_is_left_out() {
         "qmstart",
         "vzcreate",
         "vzstart",
+        // In tests/images.rs.
+        "vzupdate",
         "stop",
         "shutdown",
         "resize",

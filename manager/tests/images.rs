@@ -11,13 +11,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use atoll_manager::error::Error;
+use atoll_manager::guest::container::renew::{self, Renew};
 use atoll_manager::guest::{Action, Ask};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::oci::image::Image;
 use atoll_manager::oci::{ImageError, Images, registry};
-use atoll_manager::task::Upid;
+use atoll_manager::task::{Upid, fault};
 use atoll_manager::{Node, Settings};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 use world::image::{Entry, Sample, file, folder, hard_link, layer, link, write_tar};
 
 /// A folder of images, and archives to take in.
@@ -714,4 +716,154 @@ async fn tampered(ground: &Ground, registry: &Registry) {
     absent.unwrap_err();
     let full = registry::pull(&registry.reference("team/app:2"), &path, 1000, &|_| {}).await;
     assert!(full.unwrap_err().to_string().contains("not room"));
+}
+
+/// An image whose health command succeeds as `healthy` says, and which tells its version.
+fn checked(lowest: &[u8], version: &str, healthy: &str) -> Sample {
+    let top = layer(&[file("srv/version", version)]);
+    let mut run = run();
+    run["User"] = json!("");
+    run["Healthcheck"] = json!({
+        "Test": ["CMD", "/bin/sh", "-c", healthy], "Interval": 1_000_000_000_u64, "Retries": 1,
+    });
+    run["Env"] = json!(["PATH=/bin", format!("VERSION={version}")]);
+    Sample::new(&[lowest.to_vec(), top], run)
+}
+
+#[test]
+fn an_image_is_exchanged_or_everything_stays() {
+    world::isolated("an_image_is_exchanged_or_everything_stays", async || {
+        let (Some(ground), Some(lowest)) = (Ground::new().await, busybox()) else {
+            return;
+        };
+        for (name, version, healthy) in [
+            ("one", "1", "true"),
+            ("two", "2", "true"),
+            ("sick", "3", "false"),
+        ] {
+            checked(&lowest, version, healthy).write(&ground.archive(&format!("{name}.tar")));
+        }
+        let id = ground.id;
+        let params = [
+            ("ostemplate", "local:vztmpl/one.tar"),
+            ("rootfs", "local:0.0625"),
+            ("mp0", "local:0.0625,mp=/data"),
+            ("memory", "64"),
+        ];
+        assert_eq!(ground.create(id, &params).await.0, "OK");
+        assert_eq!(ground.act(id, Action::Start).await, "OK");
+        ground.sh(id, "echo kept > /data/file; echo lost > /srv/own");
+        let update = async |name: &str| {
+            let template = format!("local:vztmpl/{name}.tar");
+            ground
+                .done(ground.node.guests().update_image(id, &template, "root@pam"))
+                .await
+        };
+        let (status, log) = update("sick").await;
+        assert!(
+            status.contains("is not healthy") && log.contains("going back"),
+            "{status}"
+        );
+        let seen = "cat /srv/version /srv/own /data/file";
+        assert_eq!(ground.sh(id, seen), "1lost\nkept\n", "it runs as it was");
+        let site = ground.node.guests().site();
+        let config = || site.seat(GuestKind::Container, id).config().unwrap();
+        assert!(config().sections.is_empty(), "the snapshot is gone again");
+        faults(&ground).await;
+        assert_eq!(update("two").await.0, "OK");
+        assert_eq!(ground.sh(id, "cat /srv/version /data/file"), "2kept\n");
+        assert!(ground.sh(id, "cat /srv/own").contains("No such file"));
+        assert!(ground.sh(id, "cat /proc/1/environ").contains("VERSION=2"));
+        assert_eq!(config().sections.len(), 1, "the snapshot stays");
+        assert!(update("two").await.0.contains("has this image already"));
+        let name = config().sections.keys().next().unwrap().clone();
+        let back =
+            ground
+                .node
+                .guests()
+                .roll_back(GuestKind::Container, id, &name, true, "root@pam");
+        assert_eq!(ground.done(back).await.0, "OK");
+        assert_eq!(ground.sh(id, seen), "1lost\nkept\n");
+        assert_eq!(ground.act(id, Action::Stop).await, "OK");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+/// Every step of the exchange fails: the container runs the old image, with its data, and no snapshot is left.
+async fn faults(ground: &Ground) {
+    let seat = || {
+        ground
+            .node
+            .guests()
+            .site()
+            .seat(GuestKind::Container, ground.id)
+    };
+    let make = async || {
+        let template = "local:vztmpl/two.tar".parse().unwrap();
+        (ground, Renew::new(seat(), template))
+    };
+    let look = async |ground: &&Ground| {
+        let config = seat().config().unwrap();
+        let files = std::fs::read_dir(
+            ground
+                .state
+                .path()
+                .join(format!("storage/images/{}", ground.id)),
+        );
+        (
+            ground.sh(ground.id, "cat /srv/version /srv/own /data/file"),
+            config.get("image").map(str::to_owned),
+            config.sections.len(),
+            files.unwrap().count(),
+        )
+    };
+    fault::fails_cleanly(renew::STEPS, make, look).await;
+}
+
+#[test]
+fn a_container_that_ends_is_started_again() {
+    world::isolated("a_container_that_ends_is_started_again", async || {
+        let (Some(ground), Some(lowest)) = (Ground::new().await, busybox()) else {
+            return;
+        };
+        checked(&lowest, "1", "true").write(&ground.archive("one.tar"));
+        let params = [
+            ("ostemplate", "local:vztmpl/one.tar"),
+            ("rootfs", "local:0.0625"),
+            ("memory", "64"),
+            ("restart", "on-failure"),
+        ];
+        assert_eq!(ground.create(ground.id, &params).await.0, "OK");
+        let stop = CancellationToken::new();
+        let reconciler = {
+            let (node, stop) = (ground.node.clone(), stop.clone());
+            tokio::spawn(async move { node.run(stop).await })
+        };
+        assert_eq!(ground.act(ground.id, Action::Start).await, "OK");
+        let pid = async || {
+            let status = ground
+                .node
+                .guests()
+                .status(GuestKind::Container, ground.id)
+                .await;
+            status.unwrap().pid
+        };
+        let first = pid().await.unwrap();
+        world::run("kill", &["-9", &first.to_string()]);
+        let deadline = std::time::Instant::now() + world::PATIENCE;
+        while pid().await.is_none_or(|pid| pid == first) {
+            assert!(std::time::Instant::now() < deadline, "not started again");
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        // What is asked to end stays down: its program exits with 0 then, and the policy would not care.
+        let ask = Ask {
+            timeout: world::PATIENCE,
+            force: false,
+        };
+        assert_eq!(ground.act(ground.id, Action::Shutdown(ask)).await, "OK");
+        assert_eq!(pid().await, None);
+        stop.cancel();
+        reconciler.await.unwrap().unwrap();
+        ground.node.network().teardown().await.unwrap();
+    });
 }

@@ -58,6 +58,24 @@ pub const ROUTES: &[Route] = &[
         },
         ACCESSES_NETWORK,
     ])),
+    Route::post(
+        "/nodes/{node}/lxc/{vmid}/image",
+        "Give a container another image, keeping its mount points: a snapshot is taken first, and when the container does \
+         not work afterwards, it is taken back to it.",
+        serve!(update),
+    )
+    .params(&[Param::new(
+        "ostemplate",
+        text(512),
+        "The image: STORAGE:vztmpl/NAME.tar.",
+    )
+    .required()])
+    .returns(Returns::Upid)
+    .check(Check::All {
+        path: "/vms/{vmid}",
+        privileges: &[Privilege::VmAllocate, Privilege::VmSnapshot],
+    })
+    .own(),
 ];
 
 async fn tags(call: Call) -> Result<Answer, Refusal> {
@@ -85,6 +103,14 @@ async fn pull(call: Call) -> Result<Answer, Refusal> {
         task.log(&format!("pulled to {}", path.display()));
         Ok(())
     })?;
+    Ok(Answer::Data(json!(upid.to_string())))
+}
+
+async fn update(call: Call) -> Result<Answer, Refusal> {
+    let (id, user) = (super::guests::id(&call), call.caller().identity());
+    let template = call.values.required("ostemplate");
+    let guests = call.daemon.node.guests();
+    let upid = guests.update_image(id, template, user)?;
     Ok(Answer::Data(json!(upid.to_string())))
 }
 

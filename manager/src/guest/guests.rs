@@ -421,6 +421,23 @@ impl Guests {
         self.tasks.spawn_steps(new, clone::STEPS, clone)
     }
 
+    /// Gives a container another image, from a template that is an OCI archive: task `vzupdate`. Atoll's own.
+    pub fn update_image(
+        &self,
+        id: GuestId,
+        template: &str,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(GuestKind::Container, id);
+        seat.config()?;
+        let template = template
+            .parse()
+            .map_err(|e| Error::invalid("ostemplate", format!("{e}")))?;
+        let renew = container::renew::Renew::new(seat, template);
+        let new = NewTask::new("vzupdate", id, user);
+        self.tasks.spawn_steps(new, container::renew::STEPS, renew)
+    }
+
     /// Makes a guest a template: task `qmtemplate` or `vztemplate`.
     pub fn make_template(
         &self,

@@ -35,6 +35,9 @@ pub const TABLES: &[Table] = &[
     Table::new("vzstart", Promise::Undone, || {
         names(container::start::STEPS)
     }),
+    Table::new("vzupdate", Promise::Undone, || {
+        names(container::renew::STEPS)
+    }),
     Table::new("stop", Promise::Repeatable, || names(stop::STOP)),
     Table::new("shutdown", Promise::Repeatable, || names(stop::SHUTDOWN)),
     Table::new("resize", Promise::Repeatable, || names(resize::STEPS)),

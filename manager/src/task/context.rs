@@ -59,6 +59,31 @@ impl TaskContext {
         Self::with(upid, None, fault)
     }
 
+    /// The same task for a table that runs as one step of another: injected faults strike the outer table alone.
+    pub fn nested(&self) -> Self {
+        self.inner(self.shared.token.clone())
+    }
+
+    /// The same for an undo, which runs to its end when the task was stopped, too.
+    pub fn nested_undo(&self) -> Self {
+        self.inner(CancellationToken::new())
+    }
+
+    fn inner(&self, token: CancellationToken) -> Self {
+        let log = self.shared.log.lock().unwrap_or_else(|e| e.into_inner());
+        // It is only appended to, so the order of lines is that of the writes.
+        let log = log.as_ref().and_then(|file| file.try_clone().ok());
+        Self {
+            shared: Arc::new(Shared {
+                upid: self.shared.upid.clone(),
+                token,
+                warnings: AtomicU32::new(0),
+                fault: None,
+                log: Mutex::new(log),
+            }),
+        }
+    }
+
     fn with(upid: Upid, log: Option<File>, fault: Option<Fault>) -> Self {
         Self {
             shared: Arc::new(Shared {

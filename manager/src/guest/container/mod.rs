@@ -8,11 +8,14 @@
 
 pub mod bundle;
 pub mod create;
+pub mod health;
 pub mod idmap;
 pub mod image;
 pub mod import;
 pub mod lxc;
 pub mod plug;
+pub mod renew;
+pub mod restart;
 pub mod root;
 pub mod setup;
 pub mod start;
@@ -86,10 +89,26 @@ impl Container {
     /// Whether its last run ended by a reboot from inside: the kernel ends init of a pid namespace with SIGHUP
     /// then, reboot(2).
     pub fn wants_reboot(&self) -> bool {
+        self.exit().is_some_and(|exit| exit["signal"] == 1)
+    }
+
+    /// The runtime's record of the end of its last run.
+    fn exit(&self) -> Option<serde_json::Value> {
         let text = std::fs::read_to_string(self.state_folder().join("exit.json"));
-        let exit: Option<serde_json::Value> =
-            text.ok().and_then(|text| serde_json::from_str(&text).ok());
-        exit.is_some_and(|exit| exit["signal"] == 1)
+        serde_json::from_str(&text.ok()?).ok()
+    }
+
+    /// How its last run ended; `None` when it was asked to end, or while it runs.
+    pub fn ended_by_itself(&self) -> Option<restart::Ended> {
+        let exit = self.exit()?;
+        (!self.asked_file().exists()).then(|| restart::Ended {
+            failed: exit["exitCode"] != 0,
+        })
+    }
+
+    /// Made when it is asked to power off.
+    fn asked_file(&self) -> PathBuf {
+        self.seat.run_folder().join("asked")
     }
 
     /// Where its root file system is mounted while it runs.
@@ -157,6 +176,10 @@ impl Guest for Container {
         let signal = tokio::fs::read_to_string(self.halt_file()).await;
         let signal = signal.unwrap_or_else(|_| "SIGPWR".to_owned());
         task.log(&format!("sending {signal} to init"));
+        let asked = self.asked_file();
+        tokio::fs::write(&asked, "")
+            .await
+            .map_err(|e| Error::failed(format!("write {}", asked.display()), e))?;
         self.command(&["kill"], &[&signal]).await?;
         Ok(())
     }
