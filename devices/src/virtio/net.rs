@@ -446,6 +446,7 @@ impl VirtioDevice for Net {
         self.writes_are_logged.store(on, Ordering::Release);
     }
 
+    /// What another process moves is counted by nobody here.
     fn counters(&self) -> CounterList {
         if let Some((_, statistics)) = &self.kernel {
             return statistics.list();

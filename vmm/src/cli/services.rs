@@ -207,6 +207,9 @@ mod tests {
         assert_eq!((spec.target_mib, spec.deflate_on_oom), (Some(256), false));
         assert!(balloon("deflate-on-oom=maybe").is_err());
         assert!(balloon("size=1").unwrap_err().contains("target="));
+        let spec = vsock("cid=7,vhost").unwrap();
+        assert!(spec.vhost && spec.path.as_os_str().is_empty());
+        assert!(vsock("cid=7").unwrap_err().contains("socket= or vhost"));
         let spec = vhost_user("socket=/s,type=blk,queues=2,reconnect").unwrap();
         assert_eq!((spec.device_id, spec.queue_count), (2, Some(2)));
         assert!(spec.socket.reconnect);
