@@ -390,7 +390,8 @@ impl VirtioDevice for Net {
             Wire::Backend { backend, .. } => {
                 let active = shared.active_pairs.load(Ordering::Acquire);
                 let enabled = shared.plugged.load(Ordering::Acquire) && index / 2 < active;
-                return backend.start(index.into(), &start, enabled);
+                let started = backend.start(index.into(), &start, enabled)?;
+                return Ok(started.expect("a card's rings wait for their server"));
             }
         };
         if let Some((pairs, _)) = &self.kernel

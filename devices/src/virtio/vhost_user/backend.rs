@@ -241,24 +241,27 @@ impl Backend {
         }
     }
 
-    /// Has ring `ring` served from now on; `enabled` as in [`Backend::enable`]. When nobody is there, the ring waits.
+    /// Has ring `ring` served from now on; `enabled` as in [`Backend::enable`]. When nobody is there, the ring waits; if it
+    /// cannot, because its driver must begin anew, there is nothing to stop.
     pub(in crate::virtio) fn start(
         self: &Arc<Self>,
         ring: usize,
         start: &QueueStart,
         enabled: bool,
-    ) -> Result<Box<dyn StartedQueue>, StartError> {
+    ) -> Result<Option<Box<dyn StartedQueue>>, StartError> {
         let index = start.index;
         let given = Ring::of(start, enabled).map_err(|source| StartError { index, source })?;
         let state = given.state;
         let memory = given.memory.clone();
-        self.ask(move |conversation| conversation.start(ring, given));
-        Ok(Box::new(Given {
+        if !self.ask(move |conversation| conversation.start(ring, given)) {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(Given {
             backend: self.clone(),
             ring,
             state,
             memory,
-        }))
+        })))
     }
 
     /// Whether a ring that is served is looked at: not so for a network card's pairs that its driver does not use.

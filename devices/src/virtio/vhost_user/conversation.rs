@@ -223,12 +223,13 @@ impl Conversation {
         Ok(())
     }
 
-    /// Gives the backend a ring, or keeps it for the next one.
-    pub(super) fn start(&mut self, ring: usize, given: Ring) {
+    /// Gives the backend a ring, or keeps it for the next one. `false`: there is nobody, and none can go on with it.
+    pub(super) fn start(&mut self, ring: usize, given: Ring) -> bool {
         if self.link.is_some() || self.shared.terms.survives {
             self.rings[ring] = Some(given);
             self.serve(ring);
         }
+        self.rings[ring].is_some()
     }
 
     /// Does nothing without a ring, or without a backend.

@@ -154,10 +154,10 @@ impl VirtioDevice for VhostUser {
             return Ok(Box::new(Idle(start.queue.state())));
         }
         let started = self.backend.start(start.index.into(), &start, true)?;
-        if !self.backend.is_alive() {
+        Ok(started.unwrap_or_else(|| {
             driver.needs_reset(&GONE);
-        }
-        Ok(started)
+            Box::new(Idle(start.queue.state()))
+        }))
     }
 
     fn reset(&self) {
