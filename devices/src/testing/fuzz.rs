@@ -2,10 +2,12 @@
 //! Bodies of the fuzz targets in `devices/fuzz`: any bytes are a guest's memory, none may panic. Ordinary tests
 //! replay a corpus and seeded random inputs through them on the stable toolchain.
 
+mod hotplug;
 mod pci;
 mod scsi;
 mod vhost_user;
 
+pub use hotplug::{hotplug, hotplug_corpus};
 pub use pci::{pci, pci_corpus};
 pub use scsi::{scsi_corpus, scsi_device};
 pub use vhost_user::{vhost_user, vhost_user_corpus};

@@ -66,3 +66,13 @@ fn vhost_user() {
     };
     replay(how, &fuzz::vhost_user_corpus(), fuzz::vhost_user);
 }
+
+#[test]
+fn hotplug() {
+    let how = Replay {
+        rounds: 200,
+        random_bytes_max: 1200,
+        mutated_bytes: 1200,
+    };
+    replay(how, &fuzz::hotplug_corpus(), fuzz::hotplug);
+}
