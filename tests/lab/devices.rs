@@ -64,7 +64,7 @@ assert got == data, len(got)
 P"#;
 
 /// Waits for a line of the guest's that begins so, and gives what follows.
-fn hear(host: &Host, mark: &str, seconds: u32) -> String {
+pub fn hear(host: &Host, mark: &str, seconds: u32) -> String {
     let script = format!(
         "for i in $(seq {seconds}); do grep -a '^{mark}' /var/t/console.log | tail -1 | grep . && exit 0; sleep 1; done; \
          tail -n 20 /var/t/console.log; cat /var/t/vmm.log; exit 1"
@@ -73,7 +73,7 @@ fn hear(host: &Host, mark: &str, seconds: u32) -> String {
     line.trim().trim_start_matches(mark).trim().to_owned()
 }
 
-fn control(host: &Host, request: &str) -> String {
+pub fn control(host: &Host, request: &str) -> String {
     let command = format!("/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock {request}");
     host.check(&command, SECOND * 60).unwrap()
 }
