@@ -425,7 +425,8 @@ impl Section {
             out.push_str(&value_line(key, value));
         }
         for (key, value) in &self.raw {
-            out.push_str(&format!("{key}: {value}\n"));
+            // A line is a line, wherever the value comes from.
+            out.push_str(&format!("{key}: {}\n", value.replace(['\n', '\r'], " ")));
         }
         for line in &self.unread {
             out.push_str(line);

@@ -66,6 +66,23 @@ fn files_survive_reading_and_writing() {
 }
 
 #[test]
+fn a_value_is_never_a_second_line() {
+    let mut config = GuestConfig::new(GuestKind::Container);
+    let hostile = "/x\nlxc.hook.pre-start: /bin/evil\r\nmemory: 1".to_owned();
+    config
+        .current
+        .raw
+        .push(("lxc.init.cwd".to_owned(), hostile.clone()));
+    config.set("hostname", hostile);
+    let read = GuestConfig::parse(GuestKind::Container, &config.print());
+    assert_eq!(
+        (read.current.raw.len(), read.current.values.len()),
+        (1, 1),
+        "{read:?}"
+    );
+}
+
+#[test]
 fn the_digest_is_sha1_of_the_file() {
     let empty = GuestConfig::new(GuestKind::Vm);
     assert_eq!(empty.digest, "da39a3ee5e6b4b0d3255bfef95601890afd80709");

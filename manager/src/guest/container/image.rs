@@ -133,6 +133,24 @@ pub fn settings(image: &Image, layers: &[PathBuf]) -> Result<Settings, ImageErro
     if !env.is_empty() {
         settings.keys.insert("env".to_owned(), env.join("\0"));
     }
+    for text in run
+        .working_dir
+        .iter()
+        .chain(&run.user)
+        .chain(&run.stop_signal)
+    {
+        // They become lines of a config, which say more than an image may.
+        if text.chars().any(char::is_control) {
+            return Err(ImageError::Invalid(format!(
+                "{text:?} of the image is more than a line"
+            )));
+        }
+    }
+    let several = command.iter().chain(env).any(|text| text.contains('\n'));
+    if several {
+        let note = "line feeds in the image's command or environment became blanks: see the keys entrypoint and env";
+        settings.notes.push(note.to_owned());
+    }
     let mut raw = |key: &str, value: String| settings.raw.push((key.to_owned(), value));
     if let Some(folder) = run.working_dir.as_ref().filter(|folder| !folder.is_empty()) {
         raw("lxc.init.cwd", folder.clone());
@@ -310,6 +328,16 @@ mod tests {
             ]
         );
         assert!(settings.notes[0].contains("/data"));
+        for member in ["WorkingDir", "User", "StopSignal"] {
+            let text = String::from_utf8(text.to_vec()).unwrap();
+            let text = text.replace(
+                &format!("\"{member}\": \""),
+                &format!("\"{member}\": \"/\\nlxc.hook.pre-start: "),
+            );
+            let hostile = Image::parse(Digest::of(b""), None, text.as_bytes()).unwrap();
+            let error = super::settings(&hostile, &[]).unwrap_err().to_string();
+            assert!(error.contains("more than a line"), "{member}: {error}");
+        }
         keys::check(GuestKind::Container, &settings.keys).unwrap();
         assert_eq!(
             value(&image),
