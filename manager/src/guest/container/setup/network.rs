@@ -60,7 +60,8 @@ pub(super) const NETWORKD: Way = Way {
     ],
     write: |root, identity| {
         for (index, card) in identity.cards.iter().enumerate() {
-            let path = format!("etc/systemd/network/{}.network", card.name);
+            // The first file that matches counts, by name; distributions bring some for every card.
+            let path = format!("etc/systemd/network/05-{}.network", card.name);
             write(root, &path, &networkd(card, identity, index == 0), 0o644)?;
         }
         root.link(
