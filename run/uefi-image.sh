@@ -123,7 +123,6 @@ X
     chmod +x "$initrd/init"
     (cd "$initrd" && find . | cpio -o -H newc --quiet | gzip -1) > "$iso/initrd.img"
     cp "$guest/vmlinuz" "$iso/vmlinuz"
-    # The label may be the ISO's or that of its EFI image: kernel and initrd are on the ISO.
     cat > "$work/iso.cfg" <<'X'
 search --no-floppy --label --set=root ATOLL_ISO
 set timeout=0
@@ -133,7 +132,9 @@ menuentry "ISO" {
 }
 X
     make_esp "$iso/efi.img" 8M "$work/iso.cfg"
-    mkdir -p "$iso/EFI"
+    # For GRUB, a disc that it was loaded from is the ISO, not the EFI image in it.
+    mkdir -p "$iso/EFI/debian"
+    cp "$work/iso.cfg" "$iso/EFI/debian/grub.cfg"
     xorriso -as mkisofs -quiet -V ATOLL_ISO -r -o "$work/boot.iso" \
         -e efi.img -no-emul-boot "$iso" 2>/dev/null
     rm -rf "$initrd" "$iso" "$work/iso.cfg"
