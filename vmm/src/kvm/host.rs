@@ -156,9 +156,7 @@ impl Kvm {
                 allowed,
             });
         }
-        let fd = self
-            .fd
-            .create_vm()
+        let fd = uninterrupted(|| self.fd.create_vm())
             .map_err(KvmError::failed("create a virtual machine"))?;
         fd.set_identity_map_address(board.kvm_pages)
             .map_err(KvmError::failed("place the identity map"))?;
@@ -168,6 +166,23 @@ impl Kvm {
             .map_err(KvmError::failed("place the task state segment"))?;
         Ok(VirtualMachine { fd: Arc::new(fd) })
     }
+}
+
+/// Tries at a virtual machine.
+const CREATE_TRIES_MAX: u32 = 100;
+
+/// Makes a virtual machine although signals come: while KVM registers with the process's memory, a pending one, even
+/// one without effect, ends the call with EINTR (Linux `mm/mmap.c`, `mm_take_all_locks`). QEMU tries again, too.
+fn uninterrupted<T>(
+    mut create: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    for _ in 1..CREATE_TRIES_MAX {
+        match create() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            done => return done,
+        }
+    }
+    create()
 }
 
 /// One virtual machine. Clones are the same machine.
@@ -298,5 +313,26 @@ impl VirtualMachine {
                 .set_irqchip(chip)
                 .map_err(KvmError::failed("set an interrupt controller"))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_does_not_keep_a_machine_from_being_made() {
+        let answer = |errors: u32, errno: i32| {
+            let mut tries = 0;
+            let done = uninterrupted(|| {
+                tries += 1;
+                let failed = Err(kvm_ioctls::Error::new(errno));
+                if tries > errors { Ok(()) } else { failed }
+            });
+            (done.is_ok(), tries)
+        };
+        assert_eq!(answer(3, libc::EINTR), (true, 4));
+        assert_eq!(answer(1, libc::ENOMEM), (false, 1));
+        assert_eq!(answer(u32::MAX, libc::EINTR), (false, CREATE_TRIES_MAX));
     }
 }
