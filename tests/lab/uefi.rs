@@ -61,7 +61,7 @@ fn start_host() -> (Host, [TempDir; 2]) {
 #[track_caller]
 fn on_host(host: &Host, command: &str, seconds: u32) -> String {
     let text = host.check(
-        &format!("cd /var/t; export PATH=/var/t:$PATH; {command}"),
+        &format!("set -e; cd /var/t; export PATH=/var/t:$PATH; {command}"),
         SECOND * (seconds + 30),
     );
     text.unwrap().trim().to_owned()
@@ -161,6 +161,42 @@ fn a_raw_disk_boots_to_a_login_and_the_firmware_keeps_its_variables() {
     in_guest(&host, "a", "true", BOOT_SECONDS);
     assert_eq!(variable(&host, "a", "AtollTest", OWN), "6b657074");
     assert_eq!(variable(&host, "a", "BootOrder", GLOBAL), order);
+    in_guest(&host, "a", "systemctl --no-block poweroff; echo going", 60);
+    on_host(&host, "ended a 180", 180);
+}
+
+#[test]
+fn boot_order_and_secure_boot_decide_what_starts() {
+    let (host, _guard) = start_host();
+    let make = "qemu-img create -q -f qcow2 -F raw -b /payload/uefi/disk.raw a.qcow2";
+    on_host(&host, make, 60);
+    let disk =
+        "--disk path=/var/t/a.qcow2,format=qcow2,backing=raw:/payload/uefi/disk.raw,bootindex=1";
+    let disc = "--disk path=/payload/uefi/boot.iso,format=raw,bus=cdrom,bootindex=0";
+    let unsigned = "--disk path=/payload/uefi/unsigned.raw,format=raw,readonly,bootindex=0";
+
+    // The disc comes first, although the disk could boot, too.
+    let start = format!("vm iso OVMF_VARS_4M.fd {disk} {disc}; listen iso");
+    on_host(&host, &start, 60);
+    on_host(&host, "hear iso 300 ISO-READY; ended iso 60", 360);
+
+    // An unsigned loader runs where no keys are, and nowhere else.
+    let start = format!("vm free OVMF_VARS_4M.fd {unsigned}; listen free");
+    on_host(&host, &start, 60);
+    on_host(&host, "hear free 300 UNSIGNED-RAN; ended free 60", 360);
+    let start = format!("vm shut OVMF_VARS_4M.ms.fd {unsigned}; listen shut");
+    on_host(&host, &start, 60);
+    on_host(&host, "hear shut 300 'Access Denied'", 300);
+    on_host(&host, "! grep -a UNSIGNED-RAN shut.console", 30);
+    control(&host, "shut", "shutdown");
+    on_host(&host, "ended shut 60", 60);
+
+    // Debian's own is signed, by way of shim, down to the kernel.
+    on_host(&host, &format!("vm a OVMF_VARS_4M.ms.fd {disk}"), 60);
+    in_guest(&host, "a", "true", BOOT_SECONDS);
+    assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "01");
+    let said = in_guest(&host, "a", "dmesg | grep -i 'secure boot'", 60);
+    assert!(said.contains("Secure boot enabled"), "{said}");
     in_guest(&host, "a", "systemctl --no-block poweroff; echo going", 60);
     on_host(&host, "ended a 180", 180);
 }
