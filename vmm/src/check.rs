@@ -352,6 +352,14 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     if drive && disk.limits != DiskLimits::default() {
         return refuse(format!("cdrom {path}: only disks have limits"));
     }
+    if disk.changes.is_some() && (drive || disk.readonly) {
+        return refuse(format!(
+            "disk {path}: changes are recorded of disks that the guest can write to"
+        ));
+    }
+    if disk.changes.as_ref() == Some(&disk.path) {
+        return refuse(format!("disk {path}: its changes need a file of their own"));
+    }
     if disk.bus == DiskBus::Blk && disk.target.is_some() {
         return refuse(format!(
             "disk {path}: a target number is for bus scsi or cdrom"

@@ -66,10 +66,12 @@ Keys of --disk:
   cache=MODE            writeback (default), none, writethrough, directsync, unsafe
   discard               give space back that the guest discards
   detect-zeroes         writes of nothing but zeroes take no space
+  changes=FILE          changed blocks are recorded there from one run to the next, for incremental backups
+                        (ctl begin-export)
   bytes-per-second=N operations-per-second=N, each also with read- or write- before it, and with
   bytes-burst=N operations-burst=N: rates to which the disk is held";
 
-const DISK_KEYS: &str = "path=, format=, id=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, \
+const DISK_KEYS: &str = "path=, format=, id=, backing=, bus=, target=, readonly, serial=, queues=, bootindex=, cache=, discard, detect-zeroes, changes=, \
     bytes-per-second=, bytes-burst=, operations-per-second=, operations-burst=, read-… and write-… of these";
 
 /// Sub-commands.
@@ -313,6 +315,9 @@ impl FromArgMatches for CtlRequest {
                 ParameterKind::Integer => values.get_one::<u64>(name).map(|one| (*one).into()),
                 ParameterKind::Switch => values.get_one::<bool>(name).map(|one| (*one).into()),
                 ParameterKind::Text => values.get_one::<String>(name).map(|one| one.clone().into()),
+                ParameterKind::Texts => values
+                    .get_many::<String>(name)
+                    .map(|all| all.cloned().collect::<Vec<_>>().into()),
                 ParameterKind::Disk => values.get_one::<DiskSpec>(name).map(spec_value),
                 ParameterKind::Net => values.get_one::<NetSpec>(name).map(spec_value),
             };
@@ -346,6 +351,10 @@ fn option(parameter: &'static Parameter) -> clap::Arg {
             .value_name("true|false")
             .value_parser(clap::value_parser!(bool)),
         ParameterKind::Text => arg.value_name("TEXT"),
+        ParameterKind::Texts => arg
+            .value_name("NAME,…")
+            .value_delimiter(',')
+            .action(clap::ArgAction::Append),
         ParameterKind::Disk => arg.value_name("KEYS").value_parser(disk),
         ParameterKind::Net => arg.value_name("KEYS").value_parser(net),
     }
@@ -535,6 +544,7 @@ fn disk(text: &str) -> Result<DiskSpec, String> {
             ("cache", Some(value)) => spec.cache = cache_mode(value)?,
             ("discard", None) => spec.discard = true,
             ("detect-zeroes", None) => spec.detect_zeroes = true,
+            ("changes", Some(value)) => spec.changes = Some(value.into()),
             ("backing", Some(value)) => {
                 let (format, path) = value.split_once(':').ok_or_else(|| {
                     format!("backing={value}: expected FORMAT:FILE, as in backing=raw:base.img")

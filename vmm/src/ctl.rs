@@ -4,16 +4,16 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm_protocol::api::{
-    AddDisk, AddNet, InsertDisk, Migrate, MigrationInfo, MigrationStage, RemovalStage,
-    RemoveDevice, Request, Snapshot, SnapshotTaken,
+    AddDisk, AddNet, BeginExport, EndExport, Exported, InsertDisk, Migrate, MigrationInfo,
+    MigrationStage, RemovalStage, RemoveDevice, Request, Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::Client;
 use serde::Serialize;
@@ -21,6 +21,7 @@ use serde_json::{Map, Value};
 
 use crate::resources::{CardEnd, image_files};
 use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
+use crate::socket;
 
 /// Most connections for memory.
 const CONNECTIONS_MAX: usize = 15;
@@ -57,6 +58,9 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
             for image in &mut disk.backing {
                 image.path = std::path::absolute(&image.path)?;
             }
+            if let Some(changes) = &mut disk.changes {
+                *changes = std::path::absolute(&changes)?;
+            }
             let files = image_files(disk)?;
             with_files(client, request, &body, &files)
         }
@@ -64,6 +68,24 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
             let body: AddNet = serde_json::from_value(Value::Object(body.clone()))?;
             let files = CardEnd::open(&body.net)?.into_files();
             with_files(client, request, &body, &files)
+        }
+        Request::BeginExport => {
+            let mut body: BeginExport = serde_json::from_value(Value::Object(body.clone()))?;
+            let socket = std::path::absolute(&body.socket)?;
+            body.socket = socket.display().to_string();
+            let exported = begin_export(client, &body);
+            if exported.is_err() {
+                let _ = std::fs::remove_file(&socket);
+            }
+            exported
+        }
+        Request::EndExport => {
+            let body: EndExport = serde_json::from_value(Value::Object(body.clone()))?;
+            let exported: Exported = client.ask(Request::Export)?;
+            let ended: Value = client.ask_with(request, &body)?;
+            // The machine's process cannot reach it.
+            let _ = std::fs::remove_file(&exported.socket);
+            Ok(ended)
         }
         Request::RemoveDevice => {
             let body: RemoveDevice = serde_json::from_value(Value::Object(body.clone()))?;
@@ -88,6 +110,22 @@ fn with_files(
 ) -> anyhow::Result<Value> {
     let descriptors: Vec<_> = files.iter().map(File::as_fd).collect();
     Ok(client.ask_with_files(request, body, &descriptors)?)
+}
+
+/// Makes the socket and the fleeces of an export. The files have no name: their space is free when the export ends.
+fn begin_export(client: &Client, body: &BeginExport) -> anyhow::Result<Value> {
+    let socket = Path::new(&body.socket);
+    socket::remove_stale(socket).with_context(|| format!("socket {}", body.socket))?;
+    let listener = UnixListener::bind(socket).with_context(|| format!("socket {}", body.socket))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    let mut descriptors = vec![OwnedFd::from(listener)];
+    for _ in &body.disks {
+        let fleece = tempfile::tempfile_in(&body.fleece);
+        let fleece = fleece.with_context(|| format!("a fleece in {}", body.fleece))?;
+        descriptors.push(fleece.into());
+    }
+    let descriptors: Vec<_> = descriptors.iter().map(OwnedFd::as_fd).collect();
+    Ok(client.ask_with_files(Request::BeginExport, body, &descriptors)?)
 }
 
 /// Connects to the process that waits for the machine, lets the machine move there, and waits for the end. A

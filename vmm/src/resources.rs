@@ -9,21 +9,27 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use atoll_devices::virtio::net::{HostEnd, STATISTICS, Tap, TapError, VhostNetFiles};
 use atoll_devices::virtio::vhost_user::{BackendOptions, PATIENCE};
+use atoll_disk::changes::{ChangeFile, Found, ImageStamp, Recorder, Tracked};
 use atoll_disk::{
-    Cache, Format, Limit, Limited, Limits, OpenError, OpenOptions, OpenedDisk, Rate, Source,
-    WriterLock,
+    Cache, Format, Freezable, Limit, Limited, Limits, OpenError, OpenOptions, OpenedDisk, Rate,
+    Source, WriterLock,
 };
 use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{
     CacheMode, DiskBus, DiskFormat, DiskLimits, DiskSpec, NetLimits, NetSpec, VhostNet,
 };
+
+/// Unit in which changed blocks are recorded, bytes: what an incremental backup reads at least.
+pub(crate) const CHANGE_BYTES: u32 = 64 << 10;
 
 /// Why a card has no host end.
 #[derive(Debug, thiserror::Error)]
@@ -69,30 +75,99 @@ pub struct Medium {
     pub(crate) backend: Arc<Limited>,
     /// None of a disk that is only read.
     pub(crate) lock: Option<WriterLock>,
+    pub(crate) backup: Backup,
+}
+
+/// What backups ask of a disk.
+pub(crate) struct Backup {
+    pub(crate) freezable: Arc<Freezable>,
+    /// Where the spec wants it.
+    pub(crate) record: Option<Record>,
+}
+
+/// The record of a disk's changes.
+pub(crate) struct Record {
+    pub(crate) recorder: Recorder,
+    image: File,
+}
+
+impl Record {
+    /// Keeps it for the next run. After everything that writes to the disk is gone. Blocks.
+    pub(crate) fn close(self) -> io::Result<()> {
+        // The record may not outlive a crash of the host that the image does not.
+        self.image.sync_all()?;
+        self.recorder.close(ImageStamp::of(&self.image.metadata()?))
+    }
 }
 
 impl Medium {
     /// Opens the images. Makes no thread.
     pub fn open(disk: &DiskSpec) -> Result<Self, OpenError> {
         let files = atoll_disk::files(&source(disk), options(disk))?;
-        Self::new(files, disk)
+        let record = disk.changes.as_deref().map(record_file).transpose()?;
+        Self::new(files, record, disk)
     }
 
     /// Takes images that [`image_files`] has opened elsewhere.
     pub fn take(files: VecDeque<OwnedFd>, disk: &DiskSpec) -> Result<Self, OpenError> {
-        let files = files.into_iter().map(File::from).collect();
+        let mut files: Vec<_> = files.into_iter().map(File::from).collect();
+        let record = disk.changes.as_ref().and_then(|_| files.pop());
         let opened = OpenedDisk::from_files(files, &source(disk), options(disk))?;
-        Self::new(opened, disk)
+        Self::new(opened, record, disk)
     }
 
-    fn new(opened: OpenedDisk, disk: &DiskSpec) -> Result<Self, OpenError> {
+    fn new(opened: OpenedDisk, record: Option<File>, disk: &DiskSpec) -> Result<Self, OpenError> {
         let lock = opened.writer_lock()?;
-        let backend = Limited::new(opened.backend()?, limits(&disk.limits));
+        let image = record.as_ref().map(|_| opened.image()).transpose()?;
+        let tracked = Arc::new(Tracked::new(opened.backend()?));
+        let record = record.zip(image);
+        let record = record.map(|(file, image)| begin_record(file, image, &tracked, disk));
+        let record = record.transpose()?;
+        let freezable = Arc::new(Freezable::new(tracked));
+        let backend = Limited::new(freezable.clone(), limits(&disk.limits));
         Ok(Self {
             backend: Arc::new(backend),
             lock,
+            backup: Backup { freezable, record },
         })
     }
+}
+
+/// Opens the file of a disk's changes.
+fn record_file(path: &Path) -> Result<File, OpenError> {
+    let mut options = File::options();
+    let options = options.read(true).write(true).create(true).truncate(false);
+    options
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| OpenError::Open {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+fn begin_record(
+    file: File,
+    image: File,
+    tracked: &Tracked,
+    disk: &DiskSpec,
+) -> Result<Record, OpenError> {
+    let path = disk.changes.clone().unwrap_or_default();
+    let failed = |source| OpenError::Open { path, source };
+    let begin = || {
+        let stamp = ImageStamp::of(&image.metadata()?);
+        Recorder::open(ChangeFile::new(file), tracked, stamp, CHANGE_BYTES)
+    };
+    let (recorder, found) = begin().map_err(failed)?;
+    let image_path = disk.path.display();
+    match found {
+        Found::Since(_) => tracing::debug!(disk = %image_path, "changes are recorded"),
+        Found::Nothing { reason } => tracing::info!(
+            disk = %image_path,
+            "the next backup reads the whole disk: its record of changes cannot be used: {reason}"
+        ),
+    }
+    Ok(Record { recorder, image })
 }
 
 /// Opens a disk's images for another process, in the order in which it takes them.
@@ -100,7 +175,9 @@ pub fn image_files(disk: &DiskSpec) -> Result<Vec<File>, OpenError> {
     if disk.path.as_os_str().is_empty() {
         return Ok(Vec::new());
     }
-    atoll_disk::unlocked_files(&source(disk), options(disk))
+    let mut files = atoll_disk::unlocked_files(&source(disk), options(disk))?;
+    files.extend(disk.changes.as_deref().map(record_file).transpose()?);
+    Ok(files)
 }
 
 fn source(disk: &DiskSpec) -> Source {

@@ -298,6 +298,17 @@ impl OpenedDisk {
         Ok(Some(lock))
     }
 
+    /// Another handle of the image, for its attributes and to make it durable.
+    pub fn image(&self) -> Result<File, OpenError> {
+        self.image
+            .file
+            .try_clone()
+            .map_err(|source| OpenError::Open {
+                path: self.image.path.clone(),
+                source,
+            })
+    }
+
     /// The backend that serves it. Opens nothing.
     pub fn backend(self) -> Result<Arc<dyn BlockBackend>, OpenError> {
         let options = self.options;

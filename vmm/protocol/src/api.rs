@@ -64,6 +64,13 @@ pub enum Request {
     AddNet,
     /// Ask the guest to let a disk or a network card go; takes [`RemoveDevice`], answered with [`Removal`].
     RemoveDevice,
+    /// Let clients of NBD read disks as they are now, while the guest goes on; takes [`BeginExport`], a listening
+    /// Unix socket and an empty file a disk, answered with [`Exported`].
+    BeginExport,
+    /// How the export is; answered with [`Exported`].
+    Export,
+    /// End it; takes [`EndExport`].
+    EndExport,
 }
 
 /// One row of the control API.
@@ -105,6 +112,8 @@ pub enum ParameterKind {
     Text,
     /// `true` or `false`.
     Switch,
+    /// Several texts; on the command line with commas between them.
+    Texts,
     /// A [`DiskSpec`]; on the command line the keys of `run --disk`.
     Disk,
     /// A [`NetSpec`]; on the command line the keys of `run --net`.
@@ -515,6 +524,60 @@ pub struct MigrationInfo {
     pub downtime_us: u64,
     /// Why it did not happen.
     pub error: Option<String>,
+}
+
+/// Body of `PUT /begin-export`. A listening Unix socket comes as a descriptor, then for each disk an empty file that can
+/// be read and written and that nobody else has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BeginExport {
+    /// Where the socket is: for clients, and for the log.
+    pub socket: String,
+    /// The disks.
+    pub disks: Vec<String>,
+    /// Where the files are: for whoever makes them.
+    pub fleece: String,
+}
+
+/// Answer of the requests about an export. Each disk is an NBD export of its name, read-only; the blocks that changed
+/// are in the metadata context `qemu:dirty-bitmap:changes`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exported {
+    /// Where clients connect.
+    pub socket: String,
+    /// The disks.
+    pub disks: Vec<ExportedDisk>,
+    /// Clients now.
+    pub connection_count: u32,
+    /// For how long the guest stood still, in microseconds.
+    pub held_us: u64,
+}
+
+/// One disk of an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportedDisk {
+    /// Its name.
+    pub id: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The checkpoint since which changes are told; none when all blocks count as changed.
+    pub since: Option<String>,
+    /// Size of the blocks that changed.
+    pub changed_bytes: u64,
+    /// What the guest has overwritten since the export began, as far as it was not zeroes.
+    pub saved_bytes: u64,
+    /// Why it can be read no more, such as a full fleece.
+    pub broken: Option<String>,
+}
+
+/// Body of `PUT /end-export`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndExport {
+    /// A UUID by which the export's moment is known from now on; when absent, the next export tells the changes that
+    /// this one told, too.
+    #[serde(default)]
+    pub checkpoint: Option<String>,
 }
 
 /// Body of every answer whose status is not 200.

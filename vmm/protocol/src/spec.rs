@@ -228,6 +228,10 @@ pub struct DiskSpec {
     /// Writes of nothing but zeroes take no space.
     #[serde(default)]
     pub detect_zeroes: bool,
+    /// File in which changed blocks are recorded from one run to the next, for incremental backups; made when it is
+    /// missing. Nobody else may write to the image while the machine does not run, or the next backup reads all of it.
+    #[serde(default)]
+    pub changes: Option<PathBuf>,
     /// Rates to which the disk is held.
     #[serde(default)]
     pub limits: DiskLimits,

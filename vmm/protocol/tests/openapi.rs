@@ -72,6 +72,7 @@ fn bodies_are_the_parameters() {
             ParameterKind::Integer => "integer",
             ParameterKind::Text => "string",
             ParameterKind::Switch => "boolean",
+            ParameterKind::Texts => "array",
             ParameterKind::Disk | ParameterKind::Net => "object",
         };
         let parameters: BTreeSet<_> = route
@@ -259,6 +260,7 @@ fn schemas_of_devices_that_come_and_go_are_the_types() {
         }],
         serial: Some("s".into()),
         queue_count: Some(1),
+        changes: Some("/c".into()),
         limits,
         boot_index: Some(1),
         ..DiskSpec::raw("/d")
@@ -294,6 +296,34 @@ fn schemas_of_devices_that_come_and_go_are_the_types() {
     for stage in [RemovalStage::Asked, RemovalStage::Gone] {
         check("Removal", Removal { stage });
     }
+}
+
+#[test]
+fn schemas_of_exports_are_the_types() {
+    let begin = BeginExport {
+        socket: "/s".into(),
+        disks: vec!["disk0".into()],
+        fleece: "/f".into(),
+    };
+    check("BeginExport", begin);
+    let disk = ExportedDisk {
+        id: "disk0".into(),
+        size_bytes: 1,
+        since: Some("c".into()),
+        changed_bytes: 1,
+        saved_bytes: 1,
+        broken: Some("b".into()),
+    };
+    check("ExportedDisk", disk.clone());
+    let exported = Exported {
+        socket: "/s".into(),
+        disks: vec![disk],
+        connection_count: 1,
+        held_us: 1,
+    };
+    check("Exported", exported);
+    let checkpoint = Some("c".into());
+    check("EndExport", EndExport { checkpoint });
 }
 
 #[test]

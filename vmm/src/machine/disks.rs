@@ -23,7 +23,7 @@ use super::parts::Parts;
 use crate::api::{self, Answer};
 use crate::check;
 use crate::fw_cfg::BootKind;
-use crate::resources::{Medium, limits};
+use crate::resources::{Backup, Medium, limits};
 
 /// Name of the SCSI host.
 pub(super) const HOST: &str = "scsi";
@@ -35,6 +35,8 @@ pub(super) struct Disk {
     backend: Option<Arc<Limited>>,
     /// Of an image that is open for writing.
     lock: Option<WriterLock>,
+    /// `None` for a drive.
+    backup: Option<Backup>,
     place: Place,
 }
 
@@ -68,6 +70,16 @@ impl Disk {
     /// The lock of its image, if it writes.
     pub(super) fn lock(&self) -> Option<&WriterLock> {
         self.lock.as_ref()
+    }
+
+    /// What backups ask of it; a drive has nothing to back up.
+    pub(super) fn backup(&self) -> Option<&Backup> {
+        self.backup.as_ref()
+    }
+
+    /// The same, to be changed.
+    pub(super) fn backup_mut(&mut self) -> Option<&mut Backup> {
+        self.backup.as_mut()
     }
 
     /// What it has done.
@@ -148,17 +160,14 @@ pub(super) fn plug(
     Ok(name)
 }
 
-/// Forgets a disk, and takes it off the SCSI host if it is there.
-pub(super) fn unplug(parts: &mut Parts, id: &str) {
-    parts.disks.retain(|disk| {
-        if disk.id != id {
-            return true;
-        }
-        if let Place::Scsi { host, number, .. } = &disk.place {
-            host.unplug(*number);
-        }
-        false
-    });
+/// Gives a disk back, and takes it off the SCSI host if it is there.
+pub(super) fn unplug(parts: &mut Parts, id: &str) -> Option<Disk> {
+    let index = parts.disks.iter().position(|disk| disk.id == id)?;
+    let disk = parts.disks.remove(index);
+    if let Place::Scsi { host, number, .. } = &disk.place {
+        host.unplug(*number);
+    }
+    Some(disk)
 }
 
 fn queue_count(spec: &MachineSpec) -> u16 {
@@ -173,7 +182,11 @@ fn function(
     medium: Medium,
 ) -> Result<Disk, BuildError> {
     let id = check::id_of(&disk.id);
-    let Medium { backend, lock } = medium;
+    let Medium {
+        backend,
+        lock,
+        backup,
+    } = medium;
     let device = Arc::new(Blk::new(BlkOptions {
         name: id.to_owned(),
         backend: backend.clone(),
@@ -185,6 +198,7 @@ fn function(
         id: id.to_owned(),
         backend: Some(backend),
         lock,
+        backup: Some(backup),
         place: Place::Blk { function, device },
     })
 }
@@ -204,10 +218,13 @@ fn host(backplane: &mut Backplane, spec: &MachineSpec) -> Result<Arc<Scsi>, Buil
 /// A disk or a drive on the SCSI host. Its driver is told, if it has begun; a driver that begins looks anyway.
 fn unit(host: &Arc<Scsi>, number: u8, disk: &DiskSpec, medium: Option<Medium>) -> Disk {
     let id = check::id_of(&disk.id);
-    let (backend, lock) = medium.map_or((None, None), |medium| (Some(medium.backend), medium.lock));
     let kind = match disk.bus {
         DiskBus::Cdrom => TargetKind::Cdrom,
         DiskBus::Scsi | DiskBus::Blk => TargetKind::Disk,
+    };
+    let (backend, lock, backup) = match medium {
+        Some(medium) => (Some(medium.backend), medium.lock, Some(medium.backup)),
+        None => (None, None, None),
     };
     let target = Arc::new(Target::new(TargetOptions {
         kind,
@@ -221,6 +238,7 @@ fn unit(host: &Arc<Scsi>, number: u8, disk: &DiskSpec, medium: Option<Medium>) -
         id: id.to_owned(),
         backend: backend.filter(|_| kind == TargetKind::Disk),
         lock,
+        backup: backup.filter(|_| kind == TargetKind::Disk),
         place: Place::Scsi {
             host: host.clone(),
             number,
@@ -230,9 +248,18 @@ fn unit(host: &Arc<Scsi>, number: u8, disk: &DiskSpec, medium: Option<Medium>) -
 }
 
 /// The disk that the control API calls `id`.
-fn find<'a>(parts: &'a Parts, id: &str) -> Result<&'a Disk, Answer> {
-    let disk = parts.disks.iter().find(|disk| disk.id == id);
-    disk.ok_or_else(|| {
+pub(super) fn find<'a>(parts: &'a Parts, id: &str) -> Result<&'a Disk, Answer> {
+    index_of(parts, id).map(|index| &parts.disks[index])
+}
+
+/// The same, to be changed.
+pub(super) fn find_mut<'a>(parts: &'a mut Parts, id: &str) -> Result<&'a mut Disk, Answer> {
+    index_of(parts, id).map(|index| &mut parts.disks[index])
+}
+
+fn index_of(parts: &Parts, id: &str) -> Result<usize, Answer> {
+    let index = parts.disks.iter().position(|disk| disk.id == id);
+    index.ok_or_else(|| {
         let known: Vec<_> = parts.disks.iter().map(Disk::id).collect();
         let text = format!("no disk {id}; there are: {}", known.join(" "));
         api::refusal(404, text)

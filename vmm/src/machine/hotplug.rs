@@ -123,6 +123,10 @@ impl Machine {
             let text = format!("{id} stays: the machine boots from it");
             return Err(api::refusal(409, text));
         }
+        if self.is_exported(&id) {
+            let text = format!("{id} is being exported: end-export first");
+            return Err(api::refusal(409, text));
+        }
         let gone = Removal {
             stage: RemovalStage::Gone,
         };
@@ -177,9 +181,12 @@ impl Machine {
             .disks
             .retain(|disk| disk.id.as_deref() != Some(id));
         self.spec.nets.retain(|net| net.id.as_deref() != Some(id));
-        disks::unplug(&mut self.parts, id);
+        let disk = disks::unplug(&mut self.parts, id);
         self.parts.nets.retain(|card| card.function.name() != id);
         self.parts.backplane.remove(id);
+        if let Some(disk) = disk {
+            self.close_record(disk);
+        }
         tracing::info!(name = self.spec.name, id, "device removed");
     }
 

@@ -13,6 +13,7 @@
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
 //! hotplug   devices that come and go
+//! export    disks as they are at one moment, for backups
 //! saved     its state taken out, and put into another one that was just built
 //! snapshot  the same into files, on request
 //! handover  its move to another process
@@ -25,6 +26,7 @@ mod controls;
 mod counters;
 mod devices;
 mod disks;
+mod export;
 mod generation;
 mod handover;
 mod hotplug;
@@ -250,6 +252,9 @@ pub fn run_from(
         machine.drive(&received)
     });
     machine.hold();
+    if !matches!(outcome, Ok(Outcome::Migrated)) {
+        machine.close_records();
+    }
     // A request that came too late is answered by its sender being dropped.
     drop(received);
     drop(server);

@@ -26,6 +26,7 @@ use atoll_vmm_protocol::services::FaultAction;
 use atoll_vmm_protocol::spec::MachineSpec;
 use nix::sys::signal::{SigSet, Signal};
 
+use super::export::Export;
 use super::handover::{Migration, MigrationEvent};
 use super::parts::Parts;
 use super::{Outcome, RunError, controls, counters};
@@ -136,6 +137,7 @@ pub(super) struct Machine {
     /// The way to itself, for threads that it starts.
     pub(super) events: Sender<Event>,
     pub(super) migration: Option<Migration>,
+    pub(super) export: Option<Export>,
     /// What the guest said while it was held for its move.
     pub(super) deferred: Vec<Event>,
 }
@@ -151,6 +153,7 @@ impl Machine {
             started: Instant::now(),
             events: voice.events,
             migration: None,
+            export: None,
             deferred: Vec::new(),
         }
     }
@@ -284,6 +287,9 @@ impl Machine {
             Request::CancelMigration => return Ok(self.cancel_migration()),
             Request::AddDisk => return Ok(answer_of(self.add_disk(asked))),
             Request::AddNet => return Ok(answer_of(self.add_net(asked))),
+            Request::BeginExport => return self.begin_export(asked),
+            Request::Export => return Ok(answer_of(self.exported())),
+            Request::EndExport => return Ok(answer_of(self.end_export(asked))),
             Request::RemoveDevice => return Ok(answer_of(self.remove_device(asked))),
             // What is left is for one of the devices.
             _ => {

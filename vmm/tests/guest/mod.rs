@@ -12,6 +12,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use atoll_vmm::probe::PROBE_ELF;
@@ -23,7 +24,8 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where a machine lives: `kernel`, a disk of 1 MiB, and its sockets `serial` and `api`.
-pub struct Place(TempDir);
+#[derive(Clone)]
+pub struct Place(Arc<TempDir>);
 
 impl Place {
     pub fn new() -> Self {
@@ -31,7 +33,7 @@ impl Place {
         std::fs::write(folder.path().join("kernel"), PROBE_ELF).unwrap();
         let disk = File::create(folder.path().join("disk")).unwrap();
         disk.set_len(1 << 20).unwrap();
-        Self(folder)
+        Self(Arc::new(folder))
     }
 
     /// The same with another machine's disk as it is now.
@@ -128,6 +130,11 @@ impl Guest {
             stream,
             text: String::new(),
         }
+    }
+
+    /// Ends it by a kill, if it has not ended; the folder as it is then.
+    pub fn place_again(self) -> Place {
+        self.place.clone()
     }
 
     /// What it wrote to standard error.

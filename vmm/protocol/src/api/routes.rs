@@ -341,6 +341,54 @@ pub const ROUTES: &[Route] = &[
         ],
         answer: "Removal",
     },
+    Route {
+        request: Request::BeginExport,
+        method: "PUT",
+        path: "/begin-export",
+        summary: "Let backup programs read disks as they are now, over NBD, while the guest goes on",
+        parameters: &[
+            Parameter {
+                name: "socket",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "Unix socket that is created for them, for this user only",
+            },
+            Parameter {
+                name: "disks",
+                kind: ParameterKind::Texts,
+                required: true,
+                summary: "The disks, as info names them: all of one moment",
+            },
+            Parameter {
+                name: "fleece",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "Directory with room for what the guest overwrites meanwhile",
+            },
+        ],
+        answer: "Exported",
+    },
+    Route {
+        request: Request::Export,
+        method: "GET",
+        path: "/export",
+        summary: "What is exported, and how much the guest has overwritten meanwhile",
+        parameters: &[],
+        answer: "Exported",
+    },
+    Route {
+        request: Request::EndExport,
+        method: "PUT",
+        path: "/end-export",
+        summary: "End the export, its socket and its clients",
+        parameters: &[Parameter {
+            name: "checkpoint",
+            kind: ParameterKind::Text,
+            required: false,
+            summary: "A UUID, once the copy is complete and safe: the next export tells the changes since this one",
+        }],
+        answer: "Acted",
+    },
 ];
 
 /// Which disk a request is about.
