@@ -1,27 +1,23 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Devices beside disk and terminal, with the stock Debian cloud kernel: queue pairs in vhost-net, a balloon, an
-//! agent's channel, sockets. A script is the guest's first process, so that nothing else takes the host's time.
+//! Devices beside disk and terminal, with the stock Debian cloud kernel, in two machines one after the other: queue
+//! pairs in vhost-net, a balloon, an agent's channel, Unix sockets; then a directory of the host, beside the kernel's
+//! sockets, of which it only sees that they are there. A script is the guest's first process, so that nothing else
+//! takes the host's time.
 
 use std::time::Duration;
 
-use atoll_tests::lab::Host;
+use atoll_tests::lab::{self, Host};
 
 use crate::payload;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What runs in the guest: each step prints one line that the test waits for.
+/// What both guests do; each step prints one line that the test waits for.
 const IN_GUEST: &str = r#"#!/bin/bash
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys
 exec >/dev/ttyS0 2>&1 </dev/null
-for module in virtio_net virtio_balloon virtio_console vmw_vsock_virtio_transport; do modprobe $module; done
-for i in $(seq 100); do [ -e /sys/class/net/eth0 ] && [ -e /sys/class/virtio-ports/vport*/name ] && break; sleep 0.1; done
-echo "T-QUEUES" $(ls /sys/class/net/eth0/queues)
-ip address add 10.77.0.2/24 dev eth0; ip link set eth0 up
-ping -c 3 -W 10 10.77.0.1 >/dev/null && echo "T-PING"
-echo "T-PORT" $(cat /sys/class/virtio-ports/vport*/name)
-( exec 3<>$(ls /dev/vport*); while read -r line <&3; do echo "pong $line" >&3; done ) &
+for module in virtio_net virtio_balloon virtio_console virtiofs vmw_vsock_virtio_transport; do modprobe $module; done
 cat > /tmp/sockets.pl <<'P'
 use Socket; $| = 1;
 sub address { pack("S S L L x4", 40, 0, $_[1], $_[0]) }
@@ -31,37 +27,81 @@ syswrite($out, "hello from the guest\n"); close $out;
 socket(my $in, 40, SOCK_STREAM, 0); bind($in, address(0xffffffff, 80)); listen($in, 5); print "T-LISTEN\n";
 while (accept(my $one, $in)) { my $b; syswrite($one, $b) while sysread($one, $b, 65536); close $one }
 P
+"#;
+
+/// What the first guest does besides. By its channel it is told to fill memory, and to let it go.
+const IN_FIRST: &str = r#"
+for i in $(seq 100); do [ -e /sys/class/net/eth0 ] && [ -e /sys/class/virtio-ports/vport*/name ] && break; sleep 0.1; done
+echo "T-QUEUES" $(ls /sys/class/net/eth0/queues)
+ip address add 10.77.0.2/24 dev eth0; ip link set eth0 up
+ping -c 3 -W 10 10.77.0.1 >/dev/null && echo "T-PING"
+echo "T-PORT" $(cat /sys/class/virtio-ports/vport*/name)
+mount -t tmpfs -o size=400m none /mnt
+( exec 3<>$(ls /dev/vport*)
+  while read -r line size <&3; do
+    case $line in
+      fill) head -c ${size}M /dev/zero > /mnt/filled || line=failed ;;
+      drop) rm /mnt/filled ;;
+    esac
+    echo "pong $line" >&3
+  done ) &
 perl /tmp/sockets.pl &
 while sleep 2; do echo "T-FREE" $(awk '/MemFree/{print int($2/1024)}' /proc/meminfo); done
 "#;
 
-/// Starts the guest; its serial output goes to `console.log`.
-const START: &str = r#"set -e
-mkdir -p /var/t/sockets /mnt/root; cd /var/t
-cp --sparse=always /payload/guest/disk.raw root.raw
-mount -o loop root.raw /mnt/root; install -m 755 in-guest /mnt/root/in-guest; umount /mnt/root
-socat -u UNIX-LISTEN:sockets/s_5000,mode=666,fork OPEN:from-guest,creat,append >/dev/null 2>&1 &
-setsid /payload/bin/atoll-vmm run --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img \
-  --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/in-guest' --cpus 2 --memory 512 \
-  --disk path=/var/t/root.raw,format=raw --net tap=tap0,queues=2,vhost=on --balloon \
-  --port name=org.qemu.guest_agent.0,socket=/var/t/agent.sock --vsock cid=7,socket=/var/t/sockets/s \
-  --console socket=/var/t/console.sock --api-socket /var/t/api.sock </dev/null >vmm.log 2>&1 &
-for i in $(seq 300); do [ -S console.sock ] && [ -e /sys/class/net/tap0 ] && break; sleep 0.1; done
-ip address replace 10.77.0.1/24 dev tap0 || { cat vmm.log; exit 1; }
-ip link set tap0 up
-socat -u UNIX-CONNECT:console.sock OPEN:console.log,creat,append >/dev/null 2>&1 &
+const IN_SECOND: &str = r#"
+mount -t virtiofs share /mnt && echo "T-SHARED $(cat /mnt/hello)"
+head -c 3000000 /dev/urandom > /mnt/written; mkdir /mnt/a; mv /mnt/written /mnt/a/moved
+echo "T-SUM" $(md5sum < /mnt/a/moved | cut -d' ' -f1)
+while sleep 60; do :; done
 "#;
 
-/// Echoes 1 MiB through the guest's port 80.
-const ECHO: &str = r#"python3 - <<'P'
-import os, socket, threading
-s = socket.socket(socket.AF_UNIX); s.settimeout(60); s.connect("/var/t/sockets/s"); s.sendall(b"CONNECT 80\n")
-answer = s.recv(32); assert answer.startswith(b"OK "), answer
+/// Prepares a guest's disk with its script `in-guest`.
+const PREPARE: &str = r#"set -e
+mkdir -p /var/t/sockets /mnt/root; cd /var/t; rm -f console.log console.sock api.sock
+cp --sparse=always /payload/guest/disk.raw root.raw
+mount -o loop root.raw /mnt/root; install -m 755 in-guest /mnt/root/in-guest; umount /mnt/root
+start() {
+  setsid /payload/bin/atoll-vmm run --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img \
+    --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/in-guest' --cpus 2 \
+    --disk path=/var/t/root.raw,format=raw --console socket=/var/t/console.sock --api-socket /var/t/api.sock \
+    "$@" </dev/null >vmm.log 2>&1 &
+  for i in $(seq 300); do [ -S console.sock ] && break; sleep 0.1; done
+  socat -u UNIX-CONNECT:console.sock OPEN:console.log,creat,append >/dev/null 2>&1 &
+}
+"#;
+
+/// Starts the first; its serial output goes to `console.log`.
+const START_FIRST: &str = r#"
+socat -u UNIX-LISTEN:sockets/s_5000,mode=666,fork OPEN:from-guest,creat,append >/dev/null 2>&1 &
+start --memory 512 --net tap=tap0,queues=2,vhost=on --balloon \
+  --port name=org.qemu.guest_agent.0,socket=/var/t/agent.sock --vsock cid=7,socket=/var/t/sockets/s
+for i in $(seq 300); do [ -e /sys/class/net/tap0 ] && break; sleep 0.1; done
+ip address replace 10.77.0.1/24 dev tap0 || { cat vmm.log; exit 1; }
+ip link set tap0 up
+"#;
+
+const START_SECOND: &str = r#"
+modprobe vhost_vsock
+mkdir -p share; echo hello from the host > share/hello
+setsid /payload/bin/virtiofsd --socket-path=/var/t/fs.sock --shared-dir=/var/t/share --sandbox=chroot \
+  </dev/null >virtiofsd.log 2>&1 &
+for i in $(seq 300); do [ -S fs.sock ] && break; sleep 0.1; done
+start --memory 384M,shared --fs tag=share,socket=/var/t/fs.sock --vsock cid=8,vhost
+"#;
+
+/// Echoes 1 MiB through the guest's port 80, on the connected socket `s`.
+const ECHO: &str = r#"
 data = os.urandom(1 << 20); got = b""
 threading.Thread(target=lambda: (s.sendall(data), s.shutdown(socket.SHUT_WR))).start()
 while part := s.recv(65536): got += part
 assert got == data, len(got)
 P"#;
+
+const BY_UNIX_SOCKET: &str = r#"python3 - <<'P'
+import os, socket, threading
+s = socket.socket(socket.AF_UNIX); s.settimeout(60); s.connect("/var/t/sockets/s"); s.sendall(b"CONNECT 80\n")
+answer = s.recv(32); assert answer.startswith(b"OK "), answer"#;
 
 /// Waits for a line of the guest's that begins so, and gives what follows.
 pub fn hear(host: &Host, mark: &str, seconds: u32) -> String {
@@ -78,6 +118,21 @@ pub fn control(host: &Host, request: &str) -> String {
     host.check(&command, SECOND * 60).unwrap()
 }
 
+fn start(host: &Host, in_guest: &str, start: &str) {
+    let script = format!(
+        "mkdir -p /var/t; cat > /var/t/in-guest <<'END-OF-SCRIPT'\n{IN_GUEST}{in_guest}END-OF-SCRIPT\n{PREPARE}{start}"
+    );
+    host.check(&script, SECOND * 120).unwrap();
+}
+
+/// A number that the control API tells, by its path in jq's words.
+fn number(host: &Host, request: &str, path: &str) -> u64 {
+    let command =
+        format!("/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock {request} | jq '{path}'");
+    let text = host.check(&command, SECOND * 60).unwrap();
+    text.trim().parse().unwrap()
+}
+
 /// Sets the balloon, and waits until the guest has followed.
 fn balloon(host: &Host, target_mib: u64) {
     control(host, &format!("set-balloon --target-mib {target_mib}"));
@@ -88,28 +143,17 @@ fn balloon(host: &Host, target_mib: u64) {
     host.check(&script, SECOND * 120).unwrap();
 }
 
-#[test]
-fn linux_drives_queue_pairs_balloon_channel_and_sockets() {
-    let (hosts, _guard) = payload::start(1);
-    let host = &hosts[0];
+/// Says a line on the agent's channel, and what comes back.
+fn tell(host: &Host, line: &str) -> String {
     let script = format!(
-        "mkdir -p /var/t; cat > /var/t/in-guest <<'END-OF-SCRIPT'\n{IN_GUEST}END-OF-SCRIPT\n{START}"
+        "python3 - <<'P'\nimport socket\ns = socket.socket(socket.AF_UNIX); s.settimeout(200)\n\
+         s.connect('/var/t/agent.sock'); s.sendall(b'{line}\\n'); print(s.makefile().readline())\nP"
     );
-    host.check(&script, SECOND * 120).unwrap();
-    assert_eq!(hear(host, "T-QUEUES", 150), "rx-0 rx-1 tx-0 tx-1");
-    hear(host, "T-PING", 60);
-    // The kernel's own threads move the packets.
-    host.check("ps -e | grep vhost-", SECOND * 30).unwrap();
-    assert_eq!(hear(host, "T-PORT", 30), "org.qemu.guest_agent.0");
-    let said = host.check(
-        "(echo ping; sleep 5) | timeout 30 socat - UNIX-CONNECT:/var/t/agent.sock",
-        SECOND * 60,
-    );
-    assert_eq!(said.unwrap().trim(), "pong ping");
-    hear(host, "T-LISTEN", 60);
-    let heard = host.check("cat /var/t/from-guest", SECOND * 30).unwrap();
-    assert_eq!(heard.trim(), "hello from the guest");
-    host.check(ECHO, SECOND * 90).unwrap();
+    let said = host.check(&script, SECOND * 240).unwrap();
+    said.trim().to_owned()
+}
+
+fn memory_follows_the_balloon(host: &Host) {
     let free = |host: &Host| hear(host, "T-FREE", 30).parse::<u64>().unwrap();
     let before = free(host);
     balloon(host, 256);
@@ -118,5 +162,72 @@ fn linux_drives_queue_pairs_balloon_channel_and_sockets() {
     balloon(host, 512);
     host.check("sleep 3", SECOND * 30).unwrap();
     assert!(free(host) > during + 200);
+}
+
+/// A guest that needs more than its balloon leaves it takes pages back instead of killing a program.
+fn memory_is_taken_back_in_need(host: &Host) {
+    balloon(host, 160);
+    assert_eq!(tell(host, "fill 180"), "pong fill");
+    let actual = number(host, "info", ".balloon.actual_mib");
+    assert!(actual >= 190, "the guest has {actual} MiB");
+    assert_eq!(tell(host, "drop"), "pong drop");
+    balloon(host, 512);
+}
+
+/// What a guest frees, the host has back (free-page reporting), without being asked.
+fn freed_memory_comes_back(host: &Host) {
+    let resident = |host: &Host| number(host, "counters", ".resident_bytes") >> 20;
+    assert_eq!(tell(host, "fill 300"), "pong fill");
+    let filled = resident(host);
+    assert_eq!(tell(host, "drop"), "pong drop");
+    let mut left = filled;
+    for _ in 0..60 {
+        left = resident(host);
+        if left + 200 < filled {
+            break;
+        }
+        host.check("sleep 1", SECOND * 30).unwrap();
+    }
+    println!("resident with 300 MiB in use: {filled} MiB; freed: {left} MiB");
+    assert!(left + 200 < filled, "{left} MiB resident of {filled}");
+}
+
+fn first_machine(host: &Host) {
+    start(host, IN_FIRST, START_FIRST);
+    assert_eq!(hear(host, "T-QUEUES", 150), "rx-0 rx-1 tx-0 tx-1");
+    hear(host, "T-PING", 60);
+    // The kernel's own threads move the packets.
+    host.check("ps -e | grep vhost-", SECOND * 30).unwrap();
+    assert_eq!(hear(host, "T-PORT", 30), "org.qemu.guest_agent.0");
+    hear(host, "T-LISTEN", 60);
+    let heard = host.check("cat /var/t/from-guest", SECOND * 30).unwrap();
+    assert_eq!(heard.trim(), "hello from the guest");
+    let echo = format!("{BY_UNIX_SOCKET}{ECHO}");
+    host.check(&echo, SECOND * 90).unwrap();
+    assert_eq!(tell(host, "ping"), "pong ping");
+    memory_follows_the_balloon(host);
+    freed_memory_comes_back(host);
+    memory_is_taken_back_in_need(host);
     control(host, "shutdown");
+}
+
+fn second_machine(host: &Host) {
+    start(host, IN_SECOND, START_SECOND);
+    assert_eq!(hear(host, "T-SHARED", 150), "hello from the host");
+    let sum = hear(host, "T-SUM", 60);
+    let sum_here = "md5sum < /var/t/share/a/moved | cut -d' ' -f1";
+    let here = host.check(sum_here, SECOND * 30);
+    assert_eq!(here.unwrap().trim(), sum);
+    control(host, "shutdown");
+}
+
+#[test]
+fn linux_drives_queue_pairs_balloon_channel_sockets_and_a_directory() {
+    let (hosts, _guard) = payload::start_with(1, |payload| {
+        let from = lab::virtiofsd()?.join("bin/virtiofsd");
+        std::fs::copy(from, payload.join("bin/virtiofsd"))?;
+        Ok(())
+    });
+    first_machine(&hosts[0]);
+    second_machine(&hosts[0]);
 }

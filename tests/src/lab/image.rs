@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Images that the lab boots from, built by shell recipes and cached by them.
+//! Images that the lab boots from, and a program that it runs, built by shell recipes and cached by them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -29,6 +29,11 @@ pub fn guest_image() -> Result<PathBuf> {
 /// Directory with what boots by UEFI: `disk.raw`, `unsigned.raw`, `boot.iso`, and OVMF's files.
 pub fn uefi_image() -> Result<PathBuf> {
     recipe("run/uefi-image.sh")
+}
+
+/// Directory with `bin/virtiofsd`.
+pub fn virtiofsd() -> Result<PathBuf> {
+    recipe("run/virtiofsd.sh")
 }
 
 fn recipe(script: &str) -> Result<PathBuf> {

@@ -27,7 +27,7 @@ use crate::tree;
 
 pub use agent::Output;
 pub use host::{Forward, Host};
-pub use image::{guest_image, host_image, qemu_image, uefi_image};
+pub use image::{guest_image, host_image, qemu_image, uefi_image, virtiofsd};
 
 /// What a lab should be.
 pub struct Settings<'a> {
