@@ -7,7 +7,7 @@ import { eventually, guestState, openTab, picture, runSteps, taskEnds, terminalT
 
 const { ATOLL_USER, ATOLL_PASSWORD } = process.env;
 const NAME = 'e2e-vm';
-const DISK = 'Disk (virtio) (virtio0)';
+const DISK = 'Disk (SCSI) (scsi0)';
 
 async function signIn({ page }) {
   await page.goto('/');
@@ -22,7 +22,7 @@ async function download(browser) {
   const { page } = browser;
   const server = createServer((request, response) => {
     response.statusCode = request.url === '/small.iso' ? 200 : 404;
-    response.end('not much of an image');
+    response.end('not much of an image'.padEnd(2048));
   });
   await new Promise((done) => server.listen(0, '127.0.0.1', done));
   const url = (file) => `http://127.0.0.1:${server.address().port}/${file}`;
@@ -54,12 +54,16 @@ async function createMachine(browser) {
   });
   await dialog.getByLabel('Name').fill(NAME);
   await next.click();
+  await dialog.getByRole('combobox', { name: /^Firmware/ }).waitFor();
   const kernel = dialog.getByRole('combobox', { name: /^Kernel/ });
   await kernel.click();
   await page.getByRole('option', { name: 'local:snippets/probe' }).click();
   await dialog.getByLabel('Kernel command line').fill('stay');
+  await dialog.getByRole('combobox', { name: /^Firmware/ }).waitFor({ state: 'detached' });
   await next.click();
   await dialog.getByLabel(/^Size/).fill('1');
+  await dialog.getByRole('combobox', { name: /^Format/ }).click();
+  await page.getByRole('option', { name: 'qcow2' }).click();
   await next.click();
   await dialog.getByLabel('Memory (MiB)').fill('128');
   await next.click();
@@ -93,7 +97,41 @@ async function growDisk(browser) {
   await dialog.getByLabel('Add (GiB)').fill('1');
   await dialog.getByRole('button', { name: 'Resize' }).click();
   await taskEnds(page, 60);
-  await page.getByRole('row', { name: /virtio0/ }).getByText(/size=2G/).waitFor();
+  await page.getByRole('row', { name: /scsi0/ }).getByText(/qcow2,.*size=2G/).waitFor();
+}
+
+/** A disc goes into the drive while the machine runs. */
+async function changeDisc(browser) {
+  const { page } = browser;
+  const drive = page.getByRole('row', { name: /^CD-ROM drive \(IDE\) \(ide2\)/ });
+  const choose = async (disc) => {
+    await page.getByRole('button', { name: 'Edit: CD-ROM drive (IDE) (ide2)' }).click();
+    const dialog = page.getByRole('dialog');
+    await dialog.getByRole('combobox', { name: /^Disc/ }).click();
+    await page.getByRole('option', { name: disc }).click();
+    await picture(browser, '24-disc');
+    await dialog.getByRole('button', { name: 'Save' }).click();
+    await dialog.waitFor({ state: 'detached' });
+  };
+  await choose('local:iso/small.iso');
+  await drive.getByText(/^local:iso\/small.iso,media=cdrom/).waitFor();
+  await choose('No disc');
+  await drive.getByText('none,media=cdrom').waitFor();
+  await drive.getByText(/at the next start/).waitFor({ state: 'detached' });
+}
+
+/** The network card is tried first from the next start on. */
+async function orderBoot(browser) {
+  const { page } = browser;
+  await openTab(page, 'Options');
+  await page.getByRole('button', { name: 'Edit: Boot order' }).click();
+  const dialog = page.getByRole('dialog');
+  await dialog.getByRole('button', { name: 'Up: net0' }).click();
+  await dialog.getByRole('checkbox', { name: /ide2/ }).uncheck();
+  await picture(browser, '25-boot-order');
+  await dialog.getByRole('button', { name: 'Save' }).click();
+  await page.getByRole('row', { name: /^Boot order/ }).getByText('order=net0;scsi0 at the next start').waitFor();
+  await openTab(page, 'Hardware');
 }
 
 async function changeAndRevert({ page }) {
@@ -179,6 +217,8 @@ await runSteps([
   ['create a machine', createMachine],
   ['type into its console', typeIntoConsole],
   ['grow its disk', growDisk],
+  ['change its disc', changeDisc],
+  ['order what it boots', orderBoot],
   ['change it and revert that', changeAndRevert],
   ['note something', takeNotes],
   ['take a snapshot', takeSnapshot],

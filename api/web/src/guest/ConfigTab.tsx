@@ -10,10 +10,11 @@ import { useMemo, useState } from 'react';
 import { call, errorText } from '../api/client';
 import { guestPath, refresh, useGuestConfig, useGuestPending } from '../api/queries';
 import { canBeSet, paramOf, useCallSchema, type Params } from '../api/schema';
-import type { Guest } from '../api/types';
+import type { Guest, GuestConfig } from '../api/types';
 import { ErrorNote } from '../app/ErrorPage';
 import { labelOf } from '../forms/labels';
-import { addable, configRows, isVolume, type ConfigRow, type Part } from './keys';
+import { BootDialog } from './BootDialog';
+import { addable, configRows, isBootable, isVolume, type ConfigRow, type Part } from './keys';
 import { KeyDialog } from './KeyDialog';
 import { ResizeDialog } from './ResizeDialog';
 
@@ -101,6 +102,11 @@ function AddMenu({ keys, onAdd }: { keys: string[]; onAdd: (key: string) => void
   );
 }
 
+/** Keys of what the guest could boot from. */
+function rowsOfDevices(config: GuestConfig): string[] {
+  return Object.keys(config).filter(isBootable).sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
+}
+
 export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
   const schema = useCallSchema('PUT', `/nodes/{node}/${guest.type}/{vmid}/config`);
   const config = useGuestConfig(guest);
@@ -142,7 +148,10 @@ export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
           },
         ]}
       />
-      {editing && params && (
+      {editing === 'boot' && params && (
+        <BootDialog guest={guest} devices={rowsOfDevices(config.data ?? {})} value={edited?.pending ?? edited?.value} digest={config.data?.digest} onClose={() => setEditing(null)} />
+      )}
+      {editing && editing !== 'boot' && params && (
         <KeyDialog guest={guest} keyName={editing} params={params} value={edited?.pending ?? edited?.value} digest={config.data?.digest} onClose={() => setEditing(null)} />
       )}
       {resizing && <ResizeDialog guest={guest} disk={resizing} digest={config.data?.digest} onClose={() => setResizing(null)} />}

@@ -15,7 +15,7 @@ import { Field } from '../forms/Field';
 import { labelOf } from '../forms/labels';
 import { checkFields, fieldParam, placeErrors, toParameters, type Values } from '../forms/values';
 import { parse, type Properties } from '../lib/propertyString';
-import { isVolume } from './keys';
+import { isDrive, isVolume } from './keys';
 
 interface KeyDialogProps {
   guest: Guest;
@@ -41,6 +41,12 @@ export function fieldsFor(key: string, param: Param, value: string | undefined):
   if (param.type === 'boolean') return { names: [key], values: { [key]: isTrue(value ?? param.default) ? '1' : '0' } };
   if (typeof param.format !== 'object') return { names: [key], values: { [key]: value ?? '' } };
   const parts = Object.entries(param.format).filter(([, own]) => canBeSet(own)).map(([part]) => part);
+  if (parse(value ?? '', param.default_key)['media'] === 'cdrom' || (value === undefined && isDrive(key))) {
+    // A drive has a disc and nothing else to choose.
+    const { size: _, ...drive } = value === undefined ? { file: 'none', media: 'cdrom' } : parse(value, param.default_key);
+    return { names: [`${key}.file`], values: Object.fromEntries(Object.entries(drive).map(([part, text]) => [`${key}.${part}`, text])) };
+  }
+  if (key === 'efidisk0' && value === undefined) return { names: [`${key}:storage`, `${key}.pre-enrolled-keys`], values: { [`${key}:size`]: '1' } };
   const fresh = value === undefined && isVolume(key);
   const names = parts.filter((part) => !VOLUME_KEYS.has(part) && !(part === 'size' && isVolume(key))).map((part) => `${key}.${part}`);
   if (fresh) return { names: [`${key}:storage`, `${key}:size`, ...names], values: { [`${key}:size`]: '8' } };
@@ -52,6 +58,8 @@ export function fieldsFor(key: string, param: Param, value: string | undefined):
 
 function sourceOf(guest: Guest, name: string): Source | null {
   if (name.endsWith('.bridge')) return 'bridges';
+  if (name.endsWith('.file')) return 'volumes/iso';
+  if (name.endsWith('.cputype')) return 'cpus';
   if (name.endsWith(':storage')) return guest.type === 'lxc' ? 'storages/rootdir' : 'storages/images';
   return name === 'kernel' || name === 'initrd' ? 'volumes/snippets' : null;
 }
@@ -77,7 +85,7 @@ export function KeyDialog({ guest, keyName, params, value, digest, onClose }: Ke
   const sources = useMemo(() => opened.names.map((name) => sourceOf(guest, name)).filter((source) => source !== null), [guest, opened.names]);
   const choices = useChoices(guest.node, sources);
   const save = useSave({ guest, keyName, params, value, digest: opened.digest, onClose });
-  const needed = new Set(opened.names.filter((name) => name.includes(':')));
+  const needed = new Set(opened.names.filter((name) => name.includes(':') || name.endsWith('.file')));
   const wrong = checkFields(params, opened.names, values, needed);
   const refused = save.error instanceof ApiError ? placeErrors(save.error.errors, opened.names) : {};
   const errors = { ...refused, ...(touched ? wrong : {}) };
@@ -86,7 +94,7 @@ export function KeyDialog({ guest, keyName, params, value, digest, onClose }: Ke
     setTouched(true);
     if (Object.keys(wrong).length === 0) save.mutate(values);
   };
-  const file = values[`${keyName}.file`] ?? values[`${keyName}.volume`];
+  const file = opened.names.includes(`${keyName}.file`) ? undefined : (values[`${keyName}.file`] ?? values[`${keyName}.volume`]);
   return (
     <Modal opened onClose={onClose} title={labelOf(keyName)}>
       <form onSubmit={submit} noValidate>
@@ -105,7 +113,7 @@ export function KeyDialog({ guest, keyName, params, value, digest, onClose }: Ke
                 <Field
                   key={name}
                   name={name}
-                  label={opened.names.length === 1 ? labelOf(keyName) : labelOf(name.split(/[.:]/)[1] ?? name)}
+                  label={opened.names.length === 1 && !name.endsWith('.file') ? labelOf(keyName) : labelOf(name.split(/[.:]/)[1] ?? name)}
                   param={own}
                   value={values[name] ?? ''}
                   onChange={(next) => setValues((all) => ({ ...all, [name]: next }))}

@@ -9,7 +9,7 @@ const FAMILY_COUNT = 32;
 export type Part = 'hardware' | 'options';
 
 const HARDWARE =
-  /^(memory|balloon|swap|cores|sockets|vcpus|cpu|cpulimit|cpuunits|bios|machine|scsihw|vga|kernel|initrd|cmdline|rootfs|rng0|efidisk0|tpmstate0|(net|scsi|virtio|sata|ide|mp|dev|serial|hostpci|usb|unused|virtiofs)(\d+|\[n\]))$/;
+  /^(memory|balloon|swap|cores|sockets|vcpus|cpu|cpulimit|cpuunits|bios|machine|scsihw|vga|watchdog|hugepages|kernel|initrd|cmdline|rootfs|rng0|efidisk0|tpmstate0|(net|scsi|virtio|sata|ide|mp|dev|serial|hostpci|usb|unused|virtiofs)(\d+|\[n\]))$/;
 /** Parameters of the config call that are not config keys, and keys that are shown elsewhere. */
 const NOT_KEYS = new Set(['node', 'vmid', 'digest', 'delete', 'revert', 'force', 'skiplock', 'background_delay', 'description', 'lock', 'meta', 'parent', 'snapshot', 'pending', 'current', 'lxc']);
 const ORDER = ['name', 'hostname', 'cores', 'sockets', 'cpu', 'memory', 'balloon', 'swap', 'kernel', 'initrd', 'cmdline', 'rootfs'];
@@ -70,5 +70,15 @@ export function addable(part: Part, params: Params, shown: string[]): string[] {
 
 /** A disk whose size can grow. */
 export function isVolume(key: string): boolean {
-  return /^(rootfs|(mp|scsi|virtio|sata|ide)\d+)$/.test(key);
+  return /^(rootfs|(mp|scsi|virtio)\d+)$/.test(key);
+}
+
+/** A key that holds CD-ROM drives only. */
+export function isDrive(key: string): boolean {
+  return /^(ide|sata)\d+$/.test(key);
+}
+
+/** What a guest can boot from. */
+export function isBootable(key: string): boolean {
+  return /^(scsi|virtio|ide|sata|net)\d+$/.test(key);
 }

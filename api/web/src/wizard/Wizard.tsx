@@ -37,7 +37,7 @@ function StepFields({ step, params, values, errors, choices, onChange }: StepFie
           key={field.name}
           name={field.name}
           label={field.label}
-          param={field.name === 'node' ? { type: 'string' } : (fieldParam(params, field.name) ?? { type: 'string' })}
+          param={field.own ? { type: 'string', enum: [...field.own] } : field.name === 'node' ? { type: 'string' } : (fieldParam(params, field.name) ?? { type: 'string' })}
           value={values[field.name] ?? ''}
           onChange={(value) => onChange(field.name, value)}
           error={errors[field.name]}

@@ -22,7 +22,7 @@ function isOffered(params: Params, name: string): boolean {
 /** Steps as this API offers them: only its fields, and no empty step. */
 function offered(spec: WizardSpec, params: Params) {
   return spec.steps
-    .map((step) => ({ ...step, fields: step.fields.filter((field) => field.name === 'node' || isOffered(params, field.name)) }))
+    .map((step) => ({ ...step, fields: step.fields.filter((field) => field.name === 'node' || field.own || isOffered(params, field.name)) }))
     .filter((step) => step.fields.length > 0);
 }
 

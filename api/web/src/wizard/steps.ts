@@ -12,6 +12,8 @@ export interface FieldSpec {
   suggestions?: readonly string[];
   secret?: boolean;
   lines?: number;
+  /** Words to choose from, of a field that is the wizard's own and no parameter. */
+  own?: readonly string[];
   /** Needed here although the API could do without. */
   needed?: boolean;
   /** Shown only when the other values ask for it. */
@@ -31,8 +33,15 @@ export interface WizardSpec {
   initial: Values;
 }
 
+/** The wizard's own field for what the first disk is on. */
+const BUS = 'bus';
+
 const staticAddress = (key: string) => (values: Values) => (values[key] ?? '').includes('/');
 const hasDisk = (key: string) => (values: Values) => Boolean(values[`${key}:storage`]);
+const isCopied = (key: string) => (values: Values) => Boolean(values[`${key}.import-from`]);
+const bootsFirmware = (values: Values) => !values['kernel'];
+const bootsKernel = (values: Values) => Boolean(values['kernel']);
+const hasVariables = (values: Values) => bootsFirmware(values) && values['bios'] === 'ovmf';
 const hasBridge = (values: Values) => Boolean(values['net0.bridge']);
 
 const CONTAINER: WizardSpec = {
@@ -103,20 +112,25 @@ const MACHINE: WizardSpec = {
     {
       title: 'Boot',
       fields: [
-        { name: 'kernel', label: 'Kernel', source: 'volumes/snippets' },
-        { name: 'initrd', label: 'Initial RAM disk', source: 'volumes/snippets' },
-        { name: 'cmdline', label: 'Kernel command line' },
-        { name: 'bios', label: 'Firmware' },
-        { name: 'ostype', label: 'Operating system' },
+        { name: 'ide2.file', label: 'Disc in the CD-ROM drive', source: 'volumes/iso', needed: true },
+        { name: 'bios', label: 'Firmware', shown: bootsFirmware },
+        { name: 'efidisk0:storage', label: 'Storage of its variables', source: 'storages/images', shown: hasVariables },
+        { name: 'efidisk0.pre-enrolled-keys', label: 'Secure Boot with known keys', shown: hasVariables },
+        { name: 'kernel', label: 'Kernel instead of firmware', source: 'volumes/snippets' },
+        { name: 'initrd', label: 'Initial RAM disk', source: 'volumes/snippets', shown: bootsKernel },
+        { name: 'cmdline', label: 'Kernel command line', shown: bootsKernel },
       ],
     },
     {
       title: 'Disk',
       fields: [
-        { name: 'virtio0:storage', label: 'Storage', source: 'storages/images' },
-        { name: 'virtio0:size', label: 'Size (GiB)', shown: hasDisk('virtio0') },
-        { name: 'virtio0.import-from', label: 'Copy of', source: 'volumes/import', shown: hasDisk('virtio0') },
-        { name: 'virtio0.discard', label: 'Pass on discards', shown: hasDisk('virtio0') },
+        { name: BUS, label: 'Bus', own: ['scsi', 'virtio'], needed: true },
+        { name: 'scsi0:storage', label: 'Storage', source: 'storages/images' },
+        { name: 'scsi0.import-from', label: 'Copy of', source: 'volumes/import', shown: hasDisk('scsi0') },
+        { name: 'scsi0:size', label: 'Size (GiB)', shown: (values) => hasDisk('scsi0')(values) && !isCopied('scsi0')(values) },
+        { name: 'scsi0.format', label: 'Format', shown: hasDisk('scsi0') },
+        { name: 'scsi0.cache', label: 'Cache', shown: hasDisk('scsi0') },
+        { name: 'scsi0.discard', label: 'Pass on discards', shown: hasDisk('scsi0') },
       ],
     },
     {
@@ -124,6 +138,7 @@ const MACHINE: WizardSpec = {
       fields: [
         { name: 'cores', label: 'CPU cores' },
         { name: 'sockets', label: 'CPU sockets' },
+        { name: 'cpu', label: 'CPU type', source: 'cpus' },
         { name: 'memory', label: 'Memory (MiB)' },
       ],
     },
@@ -137,7 +152,18 @@ const MACHINE: WizardSpec = {
       ],
     },
   ],
-  initial: { 'virtio0:size': '8', 'net0.model': 'virtio', cores: '1', memory: '1024', serial0: 'socket' },
+  initial: {
+    'ide2.file': 'none',
+    'ide2.media': 'cdrom',
+    bios: 'ovmf',
+    'efidisk0:size': '1',
+    [BUS]: 'scsi',
+    'scsi0:size': '8',
+    'net0.model': 'virtio',
+    cores: '1',
+    memory: '1024',
+    serial0: 'socket',
+  },
 };
 
 export const WIZARDS = { ct: CONTAINER, vm: MACHINE } as const;
@@ -147,6 +173,11 @@ export function sentValues(spec: WizardSpec, values: Values): Values {
   const fields = spec.steps.flatMap((step) => step.fields);
   const hidden = new Set(fields.filter((field) => field.shown && !field.shown(values)).map((field) => field.name));
   const names = [...new Set([...fields.map((field) => field.name), ...Object.keys(values)])];
-  const sent = names.filter((name) => name !== 'node' && !hidden.has(name) && values[name] !== undefined);
-  return Object.fromEntries(sent.map((name) => [name, values[name] ?? '']));
+  const own = new Set(['node', ...fields.filter((field) => field.own).map((field) => field.name)]);
+  const sent = names.filter((name) => !own.has(name) && !hidden.has(name) && values[name] !== undefined);
+  const disk = (name: string) => (values[BUS] === 'virtio' ? name.replace(/^scsi0/, 'virtio0') : name);
+  const all = Object.fromEntries(sent.map((name) => [disk(name), values[name] ?? '']));
+  // A copy has its source's size, which the API writes as 0.
+  if (isCopied('scsi0')(values)) all[disk('scsi0:size')] = '0';
+  return all;
 }

@@ -1,0 +1,97 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+// The order in which firmware tries a machine's devices: those that are ticked, from the top down.
+import { ActionIcon, Button, Checkbox, Group, Modal, Stack, Text } from '@mantine/core';
+import { IconArrowDown, IconArrowUp } from '@tabler/icons-react';
+import { useMutation } from '@tanstack/react-query';
+import { useState } from 'react';
+
+import { call } from '../api/client';
+import { guestPath, refresh } from '../api/queries';
+import type { Guest } from '../api/types';
+import { ErrorNote } from '../app/ErrorPage';
+import { labelOf } from '../forms/labels';
+import { parse } from '../lib/propertyString';
+
+interface BootDialogProps {
+  guest: Guest;
+  /** Keys of what it could boot from. */
+  devices: string[];
+  value: string | undefined;
+  digest: string | undefined;
+  onClose: () => void;
+}
+
+interface Place {
+  key: string;
+  tried: boolean;
+}
+
+/** The devices in their order, then those that are not tried. Without an order all are tried. Pure. */
+export function places(value: string | undefined, devices: string[]): Place[] {
+  const order = parse(value ?? '')['order'];
+  if (order === undefined) return devices.map((key) => ({ key, tried: true }));
+  const tried = order.split(';').filter((key) => devices.includes(key));
+  return [...tried.map((key) => ({ key, tried: true })), ...devices.filter((key) => !tried.includes(key)).map((key) => ({ key, tried: false }))];
+}
+
+/** The list with the entry at `from` moved to `to`. Pure. */
+export function moved<T>(list: T[], from: number, to: number): T[] {
+  const rest = list.filter((_, index) => index !== from);
+  return [...rest.slice(0, to), ...list.slice(from, from + 1), ...rest.slice(to)];
+}
+
+export function BootDialog({ guest, devices, value, digest, onClose }: BootDialogProps) {
+  const [list, setList] = useState(() => places(value, devices));
+  // The digest of the moment the dialog opened: a poll meanwhile must not hide another editor's change.
+  const [seen] = useState(digest);
+  const save = useMutation({
+    mutationFn: () => {
+      const order = list.filter((place) => place.tried).map((place) => place.key);
+      return call('PUT', `${guestPath(guest)}/config`, { boot: `order=${order.join(';')}`, digest: seen });
+    },
+    onSuccess: onClose,
+    onSettled: refresh,
+  });
+  const arrow = (index: number, to: number, label: string, Icon: typeof IconArrowUp) => (
+    <ActionIcon variant="subtle" color="gray" size="sm" aria-label={`${label}: ${list[index]?.key ?? ''}`} disabled={to < 0 || to >= list.length} onClick={() => setList(moved(list, index, to))}>
+      <Icon size={15} />
+    </ActionIcon>
+  );
+  return (
+    <Modal opened onClose={onClose} title={labelOf('boot')}>
+      <Stack gap="sm">
+        <Text size="sm" c="dimmed">
+          Firmware tries what is ticked, from the top down. It takes effect at the next start.
+        </Text>
+        <Stack gap={4} role="list" aria-label="Devices">
+          {list.map((place, index) => (
+            <Group key={place.key} role="listitem" justify="space-between" wrap="nowrap">
+              <Checkbox
+                size="xs"
+                label={labelOf(place.key)}
+                checked={place.tried}
+                onChange={(event) => {
+                  const tried = event.currentTarget.checked;
+                  setList(list.map((other) => (other === place ? { ...other, tried } : other)));
+                }}
+              />
+              <Group gap={2} wrap="nowrap">
+                {arrow(index, index - 1, 'Up', IconArrowUp)}
+                {arrow(index, index + 1, 'Down', IconArrowDown)}
+              </Group>
+            </Group>
+          ))}
+        </Stack>
+        <ErrorNote error={save.error} />
+        <Group justify="flex-end" gap="xs">
+          <Button variant="default" onClick={onClose}>
+            Cancel
+          </Button>
+          <Button loading={save.isPending} onClick={() => save.mutate()}>
+            Save
+          </Button>
+        </Group>
+      </Stack>
+    </Modal>
+  );
+}
