@@ -423,6 +423,8 @@ mod tests {
             GET /cluster/resources
             GET /cluster/tasks
             GET /nodes
+            GET /nodes/{node}/capabilities/qemu/cpu
+            GET /nodes/{node}/capabilities/qemu/machines
             GET /nodes/{node}/lxc
             GET /nodes/{node}/network
             GET /nodes/{node}/qemu

@@ -9,10 +9,10 @@ import os
 import re
 import time
 
-from pve import DAEMON, LOGIN, Terminal, client, finish, refused, said
+from pve import DAEMON, LOGIN, STATE, Terminal, client, finish, refused, said
 
 VM = 100
-DISK = "local:100/vm-100-disk-0.raw"
+DISK = "local:100/vm-100-disk-1.raw"
 
 
 def until(what, expected, max_s=60):
@@ -32,6 +32,8 @@ def made_and_started(api, node):
         cmdline="stay",
         serial0="socket",
         virtio0="local:1",
+        scsi1="local:1,format=qcow2,iothread=1,ssd=1",
+        ide2="none,media=cdrom",
         net0="virtio,bridge=vmbr0",
     )
     finish(api, upid)
@@ -85,6 +87,22 @@ def changed(api, node):
     said("memory waits for the next start, the disk has grown")
 
 
+def discs(api, node):
+    disc = STATE / "tools.iso"
+    disc.write_bytes(bytes(2048))
+    with disc.open("rb") as file:
+        finish(api, node.storage("local").upload.post(content="iso", filename=file))
+    for value in ["local:iso/tools.iso,media=cdrom", "none,media=cdrom"]:
+        node.qemu(VM).config.put(ide2=value)
+        assert node.qemu(VM).config.get(current=1)["ide2"].startswith(value)
+    rows = {row["key"]: row for row in node.qemu(VM).pending.get()}
+    assert "pending" not in rows["ide2"], rows["ide2"]
+    finish(api, node.storage("local").content("local:iso/tools.iso").delete())
+    error = refused(lambda: node.qemu(VM).config.put(sata0="local:1"), "400")
+    assert "CD-ROM drives only" in error.errors["sata0"], error.errors
+    said("a disc goes in and out while it runs")
+
+
 def measured(node):
     def columns():
         rows = node.qemu(VM).rrddata.get(timeframe="hour")
@@ -106,6 +124,37 @@ def switched_off(api, node):
     said("the power button ends it, and its next start has the new memory")
 
 
+def disks_moved(api, node):
+    config = node.qemu(VM).config.get()
+    former = config["scsi1"].split(",")[0]
+    assert former.endswith(".qcow2"), config
+    finish(api, node.qemu(VM).move_disk.post(disk="scsi1", format="raw", delete=1))
+    moved = node.qemu(VM).config.get()["scsi1"]
+    assert moved.split(",")[0].endswith(".raw") and "iothread=1" in moved, moved
+    volumes = {row["volid"]: row for row in node.storage("local").content.get(content="images")}
+    assert former not in volumes and volumes[moved.split(",")[0]]["size"] == 1 << 30, volumes
+    node.qemu(VM).unlink.put(idlist="scsi1")
+    unused = node.qemu(VM).config.get()["unused0"]
+    assert unused == moved.split(",")[0], unused
+    copied = f"local:0,import-from={unused},format=qcow2"
+    node.qemu(VM).config.put(scsi2=copied)
+    node.qemu(VM).unlink.put(idlist="unused0,scsi2", force=1)
+    left = [row["volid"] for row in node.storage("local").content.get(content="images")]
+    assert left == [DISK], left
+    said("a disk is moved to another format, taken out, copied and freed")
+
+
+def by_firmware(api, node):
+    finish(api, node.qemu.post(vmid=VM + 1, name="uefi", scsi0="local:1", scsihw="virtio-scsi-single"))
+    config = node.qemu(VM + 1).config.get()
+    assert config["bios"] == "ovmf" and config["smbios1"].startswith("uuid="), config
+    finish(api, node.qemu(VM + 1).delete())
+    lines = finish(api, node.qemu.post(vmid=VM + 1, bios="seabios"), expected="WARNINGS: 1")
+    assert any("set 'bios: ovmf'" in line for line in lines), lines
+    finish(api, node.qemu(VM + 1).delete())
+    said("who says nothing gets firmware, who asks for legacy boot is told what to set")
+
+
 def removed(api, node):
     pid = node.qemu(VM).status.current.get().get("pid")
     assert pid is None, pid
@@ -113,7 +162,7 @@ def removed(api, node):
     assert node.storage("local").content.get(content="images") == []
     assert not os.path.exists("/sys/class/net/tap100i0")
     types = [row["type"] for row in node.tasks.get(vmid=VM, limit=100)]
-    expected = {"qmcreate", "qmstart", "vncproxy", "qmpause", "qmresume", "resize", "qmshutdown", "qmstop", "qmdestroy"}
+    expected = {"qmmove", "qmconfig", "qmcreate", "qmstart", "vncproxy", "qmpause", "qmresume", "resize", "qmshutdown", "qmstop", "qmdestroy"}
     assert expected <= set(types), types
     said("nothing is left of it but its tasks")
 
@@ -132,6 +181,9 @@ script = by_token(administrator)
 there = script.nodes(DAEMON["node"])
 paused(script, there)
 changed(script, there)
+discs(script, there)
 measured(there)
 switched_off(script, there)
+disks_moved(script, there)
+by_firmware(script, there)
 removed(script, there)

@@ -5,6 +5,7 @@
 mod access;
 mod agent;
 mod atoll;
+mod capabilities;
 mod cluster;
 mod disks;
 mod guest_actions;
@@ -35,6 +36,7 @@ pub const TABLES: &[&[Route]] = &[
     agent::PLAIN,
     agent::ROUTES,
     atoll::ROUTES,
+    capabilities::ROUTES,
     cluster::ROUTES,
     disks::ROUTES,
     guest_actions::CONTAINERS,
@@ -124,6 +126,8 @@ mod tests {
         POST N/storage/{storage}/download-url
         GET N/network
         GET N/rrddata
+        GET N/capabilities/qemu/cpu
+        GET N/capabilities/qemu/machines
         POST N/termproxy
         GET N/vncwebsocket
         GET POST N/qemu

@@ -131,9 +131,8 @@ impl Guests {
         match kind {
             GuestKind::Vm => {
                 let mut keys = config_keys(&params);
-                let storage = params.get("storage").map(String::as_str);
                 let firmware = &self.site.settings.firmware_dir;
-                let completed = vm::boot::complete(&mut keys, storage, firmware);
+                let completed = vm::boot::complete(&mut keys, firmware);
                 let mut draft = Draft::new(seat.clone(), keys)?;
                 self.tasks.spawn(new, async move |task: TaskContext| {
                     if let Some(said) = completed {

@@ -12,6 +12,16 @@ use crate::id::GuestKind;
 /// First half of generated MAC addresses: the prefix that PVE's datacenter option `mac_prefix` has by default.
 const MAC_PREFIX: &str = "BC:24:11";
 
+/// Value of `vmgenid` that asks for a new one.
+const NEW_GENERATION: &str = "1";
+
+/// Makes the guest another one than it was, for its software to notice.
+pub fn renew_generation(config: &mut GuestConfig) {
+    if config.get("vmgenid").is_some_and(|id| id != "0") {
+        config.set("vmgenid", Uuid::new_v4().to_string());
+    }
+}
+
 /// Adds what is missing; what is there stays.
 pub fn complete(config: &mut GuestConfig) {
     let kind = config.kind;
@@ -24,6 +34,9 @@ pub fn complete(config: &mut GuestConfig) {
         config.set(key, value);
     }
     if kind == GuestKind::Vm {
+        if config.get("vmgenid") == Some(NEW_GENERATION) {
+            config.unset("vmgenid");
+        }
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
         let seconds = seconds.map_or(0, |since| since.as_secs());
         let version = env!("CARGO_PKG_VERSION");
@@ -85,6 +98,14 @@ mod tests {
         assert!(first.get("net0").unwrap().ends_with(",bridge=vmbr0"));
         complete(&mut vm);
         assert_eq!(vm, first);
+        let generation = |config: &GuestConfig| config.get("vmgenid").map(str::to_owned);
+        vm.set("vmgenid", "1");
+        complete(&mut vm);
+        assert!(generation(&vm) != generation(&first) && generation(&vm).is_some());
+        renew_generation(&mut vm);
+        vm.set("vmgenid", "0");
+        renew_generation(&mut vm);
+        assert_eq!(vm.get("vmgenid"), Some("0"));
         let mut container =
             GuestConfig::parse(GuestKind::Container, "net0: name=eth0,bridge=vmbr0\n");
         complete(&mut container);

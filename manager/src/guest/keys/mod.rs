@@ -361,6 +361,11 @@ mod tests {
                 "invalid format - format error\nscsi0.file: invalid format - unable to parse volume ID '/dev/sda'\n\n",
             ),
         );
+    }
+
+    #[test]
+    fn values_of_a_vms_board() {
+        let check = |name, value, expected| check_value(GuestKind::Vm, name, value, expected);
         check(
             "sata1",
             "local:iso/x.iso,media=cdrom",
@@ -375,6 +380,17 @@ mod tests {
             ),
         );
         check("efidisk0", "local:1,efitype=4m", Ok("local:1,efitype=4m"));
+        check(
+            "cpu",
+            "x86-64-v3,flags=+pcid;-aes",
+            Ok("x86-64-v3,flags=+pcid;-aes"),
+        );
+        check(
+            "watchdog",
+            "model=i6300esb,action=reset",
+            Ok("i6300esb,action=reset"),
+        );
+        check("rng0", "source=/dev/urandom", Ok("/dev/urandom"));
         check("machine", "pc-q35-9.0", Ok("pc-q35-9.0"));
         check("vga", "serial0", Ok("serial0"));
         check(

@@ -145,10 +145,9 @@ pub const VM: &[Key] = &[
         Guest(VmConfigOptions),
     ),
     Key::new(
-        Param::new("cpu", CPU, "CPU model."),
+        Param::new("cpu", CPU, "What the guest sees of the CPU; all that the host has when it is not given."),
         Guest(VmConfigCpu),
-    )
-    .no_effect("The guest sees the host's CPU."),
+    ),
     Key::new(
         Param::new("machine", MACHINE, "Board: `q35` or `pc`, with or without a version."),
         Guest(VmConfigHwType),
@@ -160,7 +159,7 @@ pub const VM: &[Key] = &[
     )
     .no_effect(NO_DISPLAY),
     Key::new(
-        Param::new("rng0", Kind::Text { length_max: 128 }, "Random number generator."),
+        Param::new("rng0", RNG, "Random number generator."),
         Guest(VmConfigHwType),
     )
     .no_effect("Every guest has a virtio random number generator."),
@@ -182,6 +181,23 @@ pub const VM: &[Key] = &[
         Guest(VmConfigMemory),
     )
     .no_effect("Nothing takes memory from guests yet, so there are no shares."),
+    Key::new(
+        Param::new(
+            "hugepages",
+            Kind::Choice(&["any", "2", "1024"]),
+            "Memory is huge pages of so many MiB, all taken at the start; `any` is 2.",
+        ),
+        Guest(VmConfigMemory),
+    ),
+    Key::new(
+        Param::new("keephugepages", Kind::Boolean, "Keep the huge pages for the next start.").default("0"),
+        Guest(VmConfigMemory),
+    )
+    .no_effect("The host's huge pages are nobody's in particular (vm.nr_hugepages)."),
+    Key::new(
+        Param::new("watchdog", WATCHDOG, "A timer that the guest has to feed."),
+        Guest(VmConfigHwType),
+    ),
     Key::new(
         Param::new("acpi", Kind::Boolean, "ACPI.").default("1"),
         Guest(VmConfigHwType),
@@ -231,10 +247,14 @@ pub const VM: &[Key] = &[
         Guest(VmConfigHwType),
     ),
     Key::new(
-        Param::new("vmgenid", Kind::Text { length_max: 36 }, "Generation id; 1 makes a new one."),
+        Param::new(
+            "vmgenid",
+            Kind::Format(GENERATION),
+            "By this the guest learns that it became another machine, by a rollback or as a clone: a UUID, 1 makes a \
+             new one, 0 is no such device.",
+        ),
         Guest(VmConfigOptions),
-    )
-    .no_effect("The device is not there yet."),
+    ),
     Key::new(
         Param::new(
             "cpulimit",
@@ -302,8 +322,6 @@ pub const VM: &[Key] = &[
     Key::unavailable("hookscript", 0, "hook scripts are not available yet"),
     Key::unavailable("affinity", 0, "CPU pinning is not available yet"),
     Key::unavailable("vcpus", 0, "CPU hot-plug is not available yet: set `cores`"),
-    Key::unavailable("hugepages", 0, "huge pages are not available yet"),
-    Key::unavailable("keephugepages", 0, "huge pages are not available yet"),
     Key::unavailable("numa[n]", 8, "memory nodes are not available yet"),
     Key::unavailable("hostpci[n]", 16, "PCI passthrough is not available yet"),
     Key::unavailable("usb[n]", 14, "USB is not available yet"),
@@ -311,7 +329,6 @@ pub const VM: &[Key] = &[
     Key::unavailable("parallel[n]", 3, "parallel ports are not available"),
     Key::unavailable("ivshmem", 0, "shared memory between guests is not available yet"),
     Key::unavailable("audio0", 0, "sound is not available yet"),
-    Key::unavailable("watchdog", 0, "the watchdog device is not available yet"),
     Key::unavailable("amd-sev", 0, "encrypted memory is not available yet"),
     Key::unavailable("intel-tdx", 0, "encrypted memory is not available yet"),
     Key::unavailable("spice_enhancements", 0, "there is no display yet; the console is serial"),
@@ -531,6 +548,14 @@ const fn smbios_text(name: &'static str, what: &'static str) -> Param {
     Param::new(name, Kind::Text { length_max: 256 }, what)
 }
 
+const GENERATION: Format = Format {
+    name: "pve-vm-generation-id",
+    check: |text| match text {
+        "0" | "1" => Ok(()),
+        _ => (BOARD_UUID.check)(text),
+    },
+};
+
 const BOARD_UUID: Format = Format {
     name: "pve-smbios-uuid",
     check: |text| match uuid::Uuid::try_parse(text) {
@@ -541,42 +566,121 @@ const BOARD_UUID: Format = Format {
 
 const CPU: Kind = Kind::PropertyString {
     keys: &[
-        Param::new("cputype", Kind::Text { length_max: 64 }, "Model."),
+        Param::new(
+            "cputype",
+            Kind::Format(CPU_MODEL),
+            "Model: `host`, or one that `atoll-vmm cpu-models` lists.",
+        ),
         Param::new(
             "flags",
-            Kind::Text { length_max: 512 },
-            "Flags to add and take away.",
+            Kind::Format(CPU_FLAGS),
+            "Features to add and to take away, divided by semicolons: `+pcid;-aes`.",
         ),
-        Param::new("hidden", Kind::Boolean, "Hide KVM."),
+        Param::new(
+            "hidden",
+            Kind::Boolean,
+            "Do not tell the guest that it runs on KVM.",
+        ),
         Param::new(
             "hv-vendor-id",
             Kind::Text { length_max: 12 },
-            "Hyper-V vendor.",
-        ),
-        Param::new(
-            "level",
-            Kind::Integer {
-                min: 0,
-                max: 1 << 31,
-            },
-            "CPUID level.",
+            "Without effect: there are no Hyper-V features.",
         ),
         Param::new(
             "phys-bits",
-            Kind::Text { length_max: 4 },
-            "Physical address bits.",
+            Kind::Format(PHYS_BITS),
+            "Width of physical addresses in bits, or `host`.",
         ),
         Param::new(
             "guest-phys-bits",
             Kind::Integer { min: 32, max: 64 },
-            "Physical address bits of the guest.",
+            "Without effect: as wide as the CPU's.",
         ),
         Param::new(
             "reported-model",
             Kind::Text { length_max: 64 },
-            "Model that the guest sees.",
+            "Without effect: a model is reported as itself.",
         ),
     ],
     default_key: Some("cputype"),
+    value_key: None,
+};
+
+const CPU_MODEL: Format = Format {
+    name: "pve-vm-cpu-conf",
+    check: |text| {
+        let is_word = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
+        if text.starts_with("custom-") {
+            return Err("custom CPU models are not available yet: use `flags`".to_owned());
+        }
+        match !text.is_empty() && text.len() <= 64 && text.bytes().all(is_word) {
+            true => Ok(()),
+            false => Err(format!("'{text}' is no name of a CPU model")),
+        }
+    },
+};
+
+const CPU_FLAGS: Format = Format {
+    name: "pve-cpu-flags",
+    check: |text| {
+        let is_word = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
+        let is_flag = |flag: &str| {
+            let name = flag.strip_prefix(['+', '-']);
+            name.is_some_and(|name| !name.is_empty() && name.bytes().all(is_word))
+        };
+        match text.split(';').all(is_flag) {
+            true => Ok(()),
+            false => Err(format!("'{text}' is not a list such as +pcid;-aes")),
+        }
+    },
+};
+
+const PHYS_BITS: Format = Format {
+    name: "pve-phys-bits",
+    check: |text| match (text, text.parse::<u8>()) {
+        ("host", _) | (_, Ok(8..=64)) => Ok(()),
+        _ => Err("value must be an integer between 8 and 64 or 'host'".to_owned()),
+    },
+};
+
+const RNG: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new(
+            "source",
+            Kind::Choice(&["/dev/urandom", "/dev/random", "/dev/hwrng"]),
+            "Where it comes from; always getrandom(2) of the host.",
+        )
+        .required(),
+        Param::new(
+            "max_bytes",
+            Kind::Integer {
+                min: 0,
+                max: 1 << 30,
+            },
+            "Most bytes in a period.",
+        ),
+        Param::new(
+            "period",
+            Kind::Integer {
+                min: 0,
+                max: 1 << 30,
+            },
+            "Period in milliseconds.",
+        ),
+    ],
+    default_key: Some("source"),
+    value_key: None,
+};
+
+const WATCHDOG: Kind = Kind::PropertyString {
+    keys: &[
+        Param::new("model", Kind::Choice(&["i6300esb"]), "Kind of timer."),
+        Param::new(
+            "action",
+            Kind::Choice(&["reset", "shutdown", "poweroff", "pause", "none"]),
+            "What happens when it was not fed in time, `reset` when it is not given.",
+        ),
+    ],
+    default_key: Some("model"),
     value_key: None,
 };

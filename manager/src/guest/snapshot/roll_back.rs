@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::guest::config::{ConfigUpdate, Section};
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::{disks, guest, update};
+use crate::guest::{disks, guest, hardware, update};
 use crate::step;
 use crate::task::{TaskContext, TaskStep};
 
@@ -112,6 +112,7 @@ async fn write_config(back: &mut RollBack, _: &TaskContext) -> Result<(), Error>
     update::keep_volumes(config, &applied);
     config.current.raw.clone_from(&back.section.raw);
     config.pending = Default::default();
+    hardware::renew_generation(config);
     config.set("parent", &back.name);
     config.unset("lock");
     // What was unused and is a disk again now is not unused any more.

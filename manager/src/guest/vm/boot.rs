@@ -194,9 +194,9 @@ fn template(wish: &Properties) -> &'static str {
     }
 }
 
-/// Adds what a new guest's keys leave open about how it boots; says what it added. `storage` is for volumes that name
-/// none; without firmware in `firmware_dir` there is nothing to make variables from.
-pub fn complete(keys: &mut Params, storage: Option<&str>, firmware_dir: &Path) -> Option<String> {
+/// Adds what a new guest's keys leave open about how it boots; says what it added. Without a disk, or without firmware
+/// in `firmware_dir`, there is no place for variables, or nothing to make them from.
+pub fn complete(keys: &mut Params, firmware_dir: &Path) -> Option<String> {
     if ["kernel", "bios", VARIABLES]
         .iter()
         .any(|key| keys.contains_key(*key))
@@ -210,7 +210,7 @@ pub fn complete(keys: &mut Params, storage: Option<&str>, firmware_dir: &Path) -
         .filter(|(key, value)| is_disk(key) && !value.contains("media=cdrom"))
         .filter_map(|(_, value)| disks::volume_of(value).split_once(':'));
     let beside = volumes.next().map(|(storage, _)| storage);
-    let beside = beside.or(storage).map(str::to_owned);
+    let beside = beside.map(str::to_owned);
     let beside = beside.filter(|_| firmware_dir.join(TEMPLATE).exists());
     let Some(beside) = beside else {
         return Some("bios: ovmf, since there is no kernel".to_owned());
@@ -258,16 +258,16 @@ mod tests {
         let mut keys = given(&[("ide2", "iso:iso/x.iso,media=cdrom"), ("scsi0", "big:8")]);
         let firmware = tempfile::tempdir().unwrap();
         std::fs::write(firmware.path().join(TEMPLATE), "").unwrap();
-        let complete = |keys: &mut Params, storage| complete(keys, storage, firmware.path());
-        assert!(complete(&mut keys, Some("local")).is_some());
+        let complete = |keys: &mut Params| complete(keys, firmware.path());
+        assert!(complete(&mut keys).is_some());
         assert_eq!(keys["bios"], "ovmf");
         assert_eq!(keys["efidisk0"], "big:1,efitype=4m");
         let mut bare = given(&[]);
-        assert!(complete(&mut bare, None).is_some());
+        assert!(complete(&mut bare).is_some());
         assert_eq!(bare, given(&[("bios", "ovmf")]));
         for said in [("kernel", "local:snippets/k"), ("bios", "seabios")] {
             let mut keys = given(&[said]);
-            assert_eq!(complete(&mut keys, Some("local")), None);
+            assert_eq!(complete(&mut keys), None);
             assert_eq!(keys, given(&[said]));
         }
     }

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod boot;
+pub mod capabilities;
 pub mod cloud_init;
 pub mod create;
 pub mod drives;

@@ -4,8 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use atoll_vmm_protocol::services::{BalloonSpec, GuestServices, PortSpec};
-use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetLimits, NetSpec};
+use atoll_vmm_protocol::cpu::{self, CpuSpec};
+use atoll_vmm_protocol::services::{
+    BalloonSpec, FaultAction, GuestServices, MemoryBacking, PortSpec, WatchdogSpec,
+};
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetLimits, NetSpec, Profile};
 
 use super::{boot, drives};
 use crate::error::Error;
@@ -113,8 +116,28 @@ fn services(config: &GuestConfig, run_folder: &Path) -> Result<GuestServices, Er
             .into_iter()
             .collect(),
         balloon: has_balloon.then(BalloonSpec::default),
+        watchdog: watchdog(config)?,
+        memory_backing: match config.get("hugepages") {
+            None => MemoryBacking::Anonymous,
+            Some("1024") => MemoryBacking::Hugepages1G,
+            Some(_) => MemoryBacking::Hugepages2M,
+        },
         ..GuestServices::default()
     })
+}
+
+fn watchdog(config: &GuestConfig) -> Result<Option<WatchdogSpec>, Error> {
+    let Some(watchdog) = config.properties("watchdog")? else {
+        return Ok(None);
+    };
+    let action = match watchdog.get("action") {
+        Some("shutdown") => FaultAction::Shutdown,
+        Some("poweroff") => FaultAction::Poweroff,
+        Some("pause") => FaultAction::Pause,
+        Some("none") => FaultAction::None,
+        _ => FaultAction::Reset,
+    };
+    Ok(Some(WatchdogSpec { action }))
 }
 
 /// Socket of the guest agent's channel.
@@ -145,19 +168,54 @@ pub fn serial_socket(run_folder: &Path) -> PathBuf {
 /// The whole machine.
 pub fn resolve(id: GuestId, config: &GuestConfig, places: &Places) -> Result<MachineSpec, Error> {
     let way = boot::way(id, config)?;
+    let machine = MachineSpec::new(boot::spec(id, config, places)?);
     let name = config.get("name").map(str::to_owned);
     Ok(MachineSpec {
         name: name.unwrap_or_else(|| format!("VM{id}")),
         cpu_count: u8::try_from(cpu_count(config))
             .map_err(|_| Error::refused(format!("VM {id}: at most 255 CPUs are possible")))?,
+        cpu: cpu(config)?,
         memory_mib: memory_mib(config),
         identity: boot::identity(config)?,
+        generation_id: config
+            .get("vmgenid")
+            .filter(|id| *id != "0")
+            .map(str::to_owned),
         disks: drives::specs(config, places, way)?,
         nets: nets(id, config, way)?,
         serial: ConsoleSpec::Socket(serial_socket(&places.run_folder)),
         services: services(config, &places.run_folder)?,
-        ..MachineSpec::new(boot::spec(id, config, places)?)
+        profile: match is_hidden(config)? {
+            // The other board has no clock but KVM's.
+            true => Profile::Pc,
+            false => machine.profile,
+        },
+        ..machine
     })
+}
+
+/// What the guest sees of the CPU.
+fn cpu(config: &GuestConfig) -> Result<CpuSpec, Error> {
+    let cpu = config.properties("cpu")?.unwrap_or_default();
+    let flags = cpu.get("flags").unwrap_or_default().split(';');
+    Ok(CpuSpec {
+        model: match cpu.get("cputype") {
+            None | Some("max") => cpu::HOST.to_owned(),
+            Some(model) => model.to_owned(),
+        },
+        flags: flags
+            .filter(|flag| !flag.is_empty())
+            .map(str::to_owned)
+            .collect(),
+        hidden: is_hidden(config)?,
+        phys_bits: cpu.number("phys-bits"),
+        models: Vec::new(),
+    })
+}
+
+fn is_hidden(config: &GuestConfig) -> Result<bool, Error> {
+    let cpu = config.properties("cpu")?.unwrap_or_default();
+    Ok(cpu.is_set("hidden"))
 }
 
 fn nets(id: GuestId, config: &GuestConfig, way: boot::Way) -> Result<Vec<NetSpec>, Error> {
@@ -181,7 +239,7 @@ fn nets(id: GuestId, config: &GuestConfig, way: boot::Way) -> Result<Vec<NetSpec
 
 #[cfg(test)]
 mod tests {
-    use atoll_vmm_protocol::spec::{BootSpec, CacheMode, DiskBus, DiskSpec, Profile};
+    use atoll_vmm_protocol::spec::{BootSpec, CacheMode, DiskBus, DiskSpec};
 
     use super::*;
     use crate::id::GuestKind;
@@ -275,6 +333,7 @@ mod tests {
     fn firmware_boots_what_the_order_says() {
         let config = config(
             "bios: ovmf\nmachine: q35\nefidisk0: local:100/vm-100-disk-9.raw,efitype=4m,size=528K\n\
+             vmgenid: 87654321-1234-1234-1234-123456789abc\n\
              smbios1: uuid=12345678-1234-1234-1234-123456789abc\nboot: order=scsi0;ide2;net0\n\
              scsi0: local:100/vm-100-disk-0.raw,cache=none,iothread=1,size=8G\n\
              scsi5: local:100/vm-100-disk-1.raw,ro=1,size=8G\n\
@@ -302,7 +361,29 @@ mod tests {
         assert_eq!(spec.disks[0].cache, CacheMode::None);
         assert_eq!(spec.disks[3].path, Path::new(""), "a drive without a disc");
         assert_eq!(spec.nets[0].boot_index, Some(2));
-        assert!(spec.identity.uuid.is_some());
+        assert!(spec.identity.uuid.is_some() && spec.generation_id.is_some());
+    }
+
+    #[test]
+    fn the_cpu_and_what_else_is_on_the_board() {
+        let config = config(
+            "kernel: local:snippets/k\ncpu: x86-64-v2-AES,flags=+pcid;-aes,phys-bits=39\nhugepages: 2\n\
+             watchdog: i6300esb,action=poweroff\n",
+        );
+        let spec = resolve(id(), &config, &places(&config)).unwrap();
+        let cpu = spec.cpu.to_string();
+        assert_eq!(cpu, "x86-64-v2-AES,+pcid,-aes,phys-bits=39");
+        assert_eq!(spec.services.memory_backing, MemoryBacking::Hugepages2M);
+        let action = spec.services.watchdog.map(|watchdog| watchdog.action);
+        assert_eq!(action, Some(FaultAction::Poweroff));
+        assert_eq!(spec.profile, Profile::Micro);
+        let plain = self::config("kernel: local:snippets/k\ncpu: max,hidden=1\n");
+        let spec = resolve(id(), &plain, &places(&plain)).unwrap();
+        assert_eq!(
+            (spec.cpu.to_string().as_str(), spec.profile),
+            ("host,hidden", Profile::Pc)
+        );
+        assert_eq!(spec.services.watchdog, None);
     }
 
     #[test]
