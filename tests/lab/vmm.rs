@@ -20,19 +20,20 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Triple faults after which a guest has to be up.
 const FAULTS_MAX: u32 = 2;
 
-/// Prepares disks and a tap, and defines `vm`, which starts a guest: `vm CPUS VHOST`.
+/// Prepares disks and a tap, and defines `vm`, which starts a guest: `vm CPUS VHOST`, with the arguments in the file
+/// `more`.
 const PREPARE: &str = r#"set -e
 mkdir -p /var/t; cd /var/t
 cp --sparse=always /payload/guest/disk.raw root.raw
 truncate -s 1G scratch.raw
 cat > vm <<'X'
 #!/bin/bash
-setsid /payload/bin/atoll-vmm run --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img \
-  --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet systemd.default_timeout_start_sec=600' \
-  --cpus "$1" --memory 512 \
-  --disk path=/var/t/root.raw,format=raw --disk path=/var/t/scratch.raw,format=raw \
-  --net tap=tap0,mac=52:54:00:aa:00:01,vhost="$2" --console socket=/var/t/console.sock --api-socket /var/t/api.sock \
-  </dev/null >/var/t/vmm.log 2>&1 &
+machine=(--kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img
+  --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet systemd.default_timeout_start_sec=600'
+  --cpus "$1" --memory 512 $(cat /var/t/more 2>/dev/null)
+  --disk path=/var/t/root.raw,format=raw --disk path=/var/t/scratch.raw,format=raw
+  --net tap=tap0,mac=52:54:00:aa:00:01,vhost="$2" --console socket=/var/t/console.sock)
+setsid /payload/bin/atoll-vmm run "${machine[@]}" --api-socket /var/t/api.sock </dev/null >/var/t/vmm.log 2>&1 &
 echo $! > /var/t/pid
 for i in $(seq 100); do [ -S /var/t/console.sock ] && break; sleep 0.1; done
 [ -S /var/t/console.sock ] || { cat /var/t/vmm.log; exit 1; }
@@ -138,6 +139,38 @@ fn data_survives(host: &Host) {
     );
 }
 
+/// The greatest of the named models that the host can give.
+fn best_model(host: &Host) -> String {
+    let listed = "/payload/bin/atoll-vmm cpu-models --json";
+    let listed = host.check(listed, SECOND * 60).unwrap();
+    let rows: Vec<serde_json::Value> = serde_json::from_str(&listed).unwrap();
+    let name = |row: &serde_json::Value| row["name"].as_str().unwrap().to_owned();
+    let mut fitting = rows.iter().filter(|row| row["fits"] == true).map(name);
+    fitting.rfind(|name| name.starts_with("x86-64")).unwrap()
+}
+
+/// The guest's kernel sees the model that it was given, without what was taken from it.
+fn sees_its_model(host: &Host, model: &str) {
+    println!("the guest's CPU is {model}");
+    let seen = in_guest(host, "grep -m 2 -E '^(model name|flags)' /proc/cpuinfo", 60);
+    assert!(
+        seen.contains(&format!("Atoll virtual CPU {model}\n")),
+        "{seen}"
+    );
+    let flags = format!("{} ", seen.lines().last().unwrap());
+    assert!(
+        flags.contains(" ssse3 ") && !flags.contains(" popcnt "),
+        "{seen}"
+    );
+    let levels = ["x86-64-v3", "x86-64-v4"];
+    assert_eq!(flags.contains(" avx2 "), levels.contains(&model), "{seen}");
+    // What the host's CPU has, and no model names.
+    assert!(
+        !flags.contains(" erms ") && !flags.contains(" smap "),
+        "{seen}"
+    );
+}
+
 fn ping_host(host: &Host) {
     in_guest(
         host,
@@ -163,7 +196,11 @@ fn one_vcpu_boots_to_a_login_with_net_and_data_survives_the_power_button() {
     let (hosts, _guard) = payload::start(1);
     let host = &hosts[0];
     host.check(PREPARE, SECOND * 120).unwrap();
+    let model = best_model(host);
+    let more = format!("echo --cpu {model},-popcnt --generation-id 1 > /var/t/more");
+    host.check(&more, SECOND * 30).unwrap();
     start(host, 1, "off");
+    sees_its_model(host, &model);
     ping_host(host);
     data_survives(host);
     host.check(
