@@ -49,8 +49,8 @@ pub struct Qcow2Backend {
 }
 
 struct Shared {
-    /// Shared by everything that reads and writes; alone for what frees clusters, since imago forbids others to
-    /// hold a mapping then. First in the lock order; imago's own locks follow.
+    /// Shared by everything that reads and writes; alone for what zeroes or frees clusters, since imago forbids others
+    /// to hold a mapping then. First in the lock order; imago's own locks follow.
     image: RwLock<Image>,
     geometry: Arc<SharedGeometry>,
     cache: Cache,
@@ -154,14 +154,15 @@ impl Shared {
             Operation::WriteZeroes { .. } if !self.write_zeroes => {
                 return Err(io::ErrorKind::Unsupported.into());
             }
+            // Alone also where nothing is freed: imago 0.2.6 looks whether the rest of a cluster is zero before it
+            // makes the whole cluster zero, and forgets what another queue wrote to the rest in between.
             Operation::WriteZeroes {
                 length_bytes,
-                space: Space::Free,
-            } => alone().discard_to_zero(at, length_bytes)?,
-            Operation::WriteZeroes {
-                length_bytes,
-                space: Space::Keep,
-            } => image().write_zeroes(at, length_bytes)?,
+                space,
+            } => match space {
+                Space::Free => alone().discard_to_zero(at, length_bytes)?,
+                Space::Keep => alone().write_zeroes(at, length_bytes)?,
+            },
         }
         match self.cache.is_synchronous() {
             true => self.flush(&image()),
