@@ -8,7 +8,8 @@
 /// cluster; of larger clusters no more than this is used for them.
 pub(crate) const HEAD_BYTES: usize = 64 << 10;
 const MAGIC: u32 = 0x5146_49fb;
-/// Fields of version 3 without the optional ones.
+/// Fields of version 2, and of version 3 without the optional ones.
+const V2_BYTES: u32 = 72;
 const V3_BYTES: u32 = 104;
 /// QEMU's own bounds: 32 MiB for the first-level table, 8 MiB for the refcount table.
 const L1_BYTES_MAX: u64 = 32 << 20;
@@ -25,15 +26,16 @@ const INCOMPATIBLE: [(&str, &str); 5] = [
         "has its data in another file",
         "convert it: qemu-img convert -O qcow2",
     ),
-    (
-        "has zstd-compressed clusters",
-        "convert it: qemu-img convert -O qcow2 -o compression_type=zlib",
-    ),
+    ("", ""), // Compression type: looked at by itself.
     (
         "has extended L2 entries",
         "convert it: qemu-img convert -O qcow2",
     ),
 ];
+/// The bit that a compression type other than zlib sets, and the types.
+const COMPRESSION_TYPE_BIT: usize = 3;
+const ZLIB: u8 = 0;
+const ZSTD: u8 = 1;
 
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
@@ -41,8 +43,8 @@ pub enum Qcow2Error {
     /// Not the format that the spec says.
     #[error("is not a qcow2 image: say its real format")]
     Magic,
-    /// A version of the format.
-    #[error("is qcow2 version {0}, expected 3: qemu-img amend -o compat=1.1")]
+    /// A version of the format that nobody has seen.
+    #[error("is qcow2 version {0}, expected 2 or 3")]
     Version(u32),
     /// The file ends within the header, or a field points nowhere.
     #[error("malformed qcow2 header: {what} is {value}, expected {expected}")]
@@ -91,7 +93,16 @@ pub enum Qcow2Error {
 pub(crate) struct Header {
     pub(crate) size_bytes: u64,
     pub(crate) cluster_bytes: u32,
+    /// Version 3: that a cluster is zero can be said without its data.
+    pub(crate) has_zero_clusters: bool,
     pub(crate) backing: Option<Backing>,
+    /// The table of reference counts' blocks.
+    pub(crate) refcount_offset: u64,
+    /// The first-level table.
+    pub(crate) l1_offset: u64,
+    pub(crate) l1_entries: usize,
+    /// Compressed clusters are zstd's, not zlib's.
+    pub(crate) zstd: bool,
 }
 
 /// The file that an image is a difference to.
@@ -142,17 +153,25 @@ fn within(
 }
 
 impl Header {
+    /// Checks the first entry of the table of reference counts. It covers the header itself, so there must be one; imago
+    /// 0.2.6 makes one where it is missing, at the place of the header, and then another one for ever.
+    pub(crate) fn check_refcounts(first_entry: [u8; 8]) -> Result<(), Qcow2Error> {
+        let entry = u64::from_be_bytes(first_entry);
+        let expected = "where the header's own is: qemu-img check -r all";
+        within("first refcount block", entry, entry >> 9 != 0, expected)
+    }
+
     /// Checks the first bytes of an image ([`HEAD_BYTES`], fewer if it is shorter) of `file_bytes`.
     pub(crate) fn parse(head: &[u8], file_bytes: u64) -> Result<Self, Qcow2Error> {
         let fields = Fields(head);
         if fields.u32(0).ok() != Some(MAGIC) {
             return Err(Qcow2Error::Magic);
         }
-        match fields.u32(4)? {
-            3 => {}
-            version => return Err(Qcow2Error::Version(version)),
+        let version = fields.u32(4)?;
+        if !(2..=3).contains(&version) {
+            return Err(Qcow2Error::Version(version));
         }
-        check_features(&fields)?;
+        check_features(&fields, version)?;
         let bits = fields.u32(20)?;
         let sane = (9..=21).contains(&bits);
         within("cluster_bits", bits.into(), sane, "9 to 21")?;
@@ -161,22 +180,36 @@ impl Header {
         let sane = size_bytes > 0 && size_bytes.is_multiple_of(512) && size_bytes < 1 << 56;
         let expected = "a multiple of 512 bytes, less than 64 PiB";
         within("size", size_bytes, sane, expected)?;
-        let order = fields.u32(96)?;
-        within("refcount_order", order.into(), order <= 6, "0 to 6")?;
-        let length = fields.u32(100)?;
-        let sane = length >= V3_BYTES && length.is_multiple_of(8) && length <= cluster_bytes;
-        let expected = "104 or more, within a cluster";
-        within("header_length", length.into(), sane, expected)?;
+        let length = match version {
+            2 => V2_BYTES,
+            _ => check_v3(&fields, cluster_bytes)?,
+        };
         check_tables(&fields, cluster_bytes, size_bytes, file_bytes)?;
         Ok(Self {
+            has_zero_clusters: version == 3,
             size_bytes,
             cluster_bytes,
             backing: backing(&fields, length, cluster_bytes)?,
+            refcount_offset: fields.u64(48)?,
+            l1_offset: fields.u64(40)?,
+            l1_entries: usize::try_from(fields.u32(36)?).expect("64-bit host"),
+            zstd: is_zstd(&fields, length)?,
         })
     }
 }
 
-fn check_features(fields: &Fields<'_>) -> Result<(), Qcow2Error> {
+/// The fields of version 3 that are not features; gives the header's length.
+fn check_v3(fields: &Fields<'_>, cluster_bytes: u32) -> Result<u32, Qcow2Error> {
+    let order = fields.u32(96)?;
+    within("refcount_order", order.into(), order <= 6, "0 to 6")?;
+    let length = fields.u32(100)?;
+    let sane = length >= V3_BYTES && length.is_multiple_of(8) && length <= cluster_bytes;
+    let expected = "104 or more, within a cluster";
+    within("header_length", length.into(), sane, expected)?;
+    Ok(length)
+}
+
+fn check_features(fields: &Fields<'_>, version: u32) -> Result<(), Qcow2Error> {
     let refuse = |what, remedy| Err(Qcow2Error::Feature { what, remedy });
     if fields.u32(32)? != 0 {
         return refuse("is encrypted", "convert it: qemu-img convert");
@@ -185,14 +218,34 @@ fn check_features(fields: &Fields<'_>) -> Result<(), Qcow2Error> {
         let remedy = "delete them (qemu-img snapshot -d), or convert it: qemu-img convert -O qcow2";
         return refuse("has internal snapshots", remedy);
     }
+    if version == 2 {
+        return Ok(()); // It has none.
+    }
     let incompatible = fields.u64(72)?;
+    let refused = incompatible & !(1 << COMPRESSION_TYPE_BIT);
     for (bit, (what, remedy)) in INCOMPATIBLE.into_iter().enumerate() {
-        if incompatible & 1 << bit != 0 {
+        if refused & 1 << bit != 0 {
             return refuse(what, remedy);
         }
     }
     let (what, expected) = ("incompatible_features", "no unknown bit");
-    within(what, incompatible, incompatible == 0, expected)
+    within(what, incompatible, refused == 0, expected)
+}
+
+/// The compression type is an optional field; its bit says that it is there and not zlib.
+fn is_zstd(fields: &Fields<'_>, header_length: u32) -> Result<bool, Qcow2Error> {
+    if header_length == V2_BYTES {
+        return Ok(false);
+    }
+    let kind = match header_length {
+        V3_BYTES => ZLIB,
+        _ => fields.u32(104)?.to_be_bytes()[0],
+    };
+    let bit = fields.u64(72)? & 1 << COMPRESSION_TYPE_BIT != 0;
+    let expected = "0 for zlib without incompatible feature 3, or 1 for zstd with it";
+    let sane = [(ZLIB, false), (ZSTD, true)].contains(&(kind, bit));
+    within("compression_type", kind.into(), sane, expected)?;
+    Ok(bit)
 }
 
 fn check_tables(

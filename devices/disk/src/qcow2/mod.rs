@@ -1,8 +1,9 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A disk in a qcow2 image, version 3: grows with its content, may be a difference to other images.
+//! A disk in a qcow2 image: grows with its content, may be a difference to other images. What is made here is version 3;
+//! older images (version 2) work, too, but have no cheap zeroes.
 //!
 //! The tables are crate `imago`'s work. Ours: what is accepted (`header`), that files behind an image are those
-//! that the spec names and no others, and threads for its blocking calls.
+//! that the spec names and no others, threads for its blocking calls, and clusters that zstd compressed (`zstd`).
 //!
 //! Durability: imago holds changed tables in memory and writes them in an order that never points to what is not
 //! there; a guest's flush writes them all. A process that is killed between leaves at worst clusters that nobody
@@ -14,6 +15,8 @@
 
 mod create;
 mod header;
+mod storage;
+mod zstd;
 
 pub use create::{CreateError, Qcow2Options, ResizeImageError, create, resize};
 pub use header::Qcow2Error;
@@ -30,6 +33,8 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 use vm_memory::VolatileSlice;
 
 use self::header::{Backing, HEAD_BYTES, Header};
+use self::storage::ImageStorage;
+use self::zstd::ZstdImage;
 use crate::alignment::{AlignedBuffer, Alignment};
 use crate::backend::{
     Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, ResizeError, SharedGeometry,
@@ -39,7 +44,7 @@ use crate::open::{Cache, Format, ImageFile, OpenError, OpenOptions};
 use crate::pool::Pooled;
 use crate::segments::Segments;
 
-type Image = FormatAccess<imago::file::File>;
+type Image = FormatAccess<ImageStorage>;
 
 /// An open qcow2 disk.
 pub struct Qcow2Backend {
@@ -55,6 +60,8 @@ struct Shared {
     geometry: Arc<SharedGeometry>,
     cache: Cache,
     write_zeroes: bool,
+    /// Everything that changes the image is alone, since its zstd-compressed clusters are read past imago's locks.
+    changes_alone: bool,
 }
 
 impl Qcow2Backend {
@@ -75,19 +82,21 @@ impl Qcow2Backend {
             false => 512,
         };
         let below = open_chain(&image, &header, backing, direct)?;
-        let image = open_image(image, below, options)?;
+        let image = open_image(image, below, options, &header)?;
         let geometry = Arc::new(SharedGeometry::new(Geometry {
             size_bytes: header.size_bytes,
             read_only: options.read_only,
         }));
         // imago 0.2.6 computes a negative length, and panics, where a part of an image is zeroed that is smaller
         // than one cluster. There the guest writes its zeroes itself.
-        let write_zeroes = header.size_bytes >= header.cluster_bytes.into();
+        let whole_cluster = header.size_bytes >= header.cluster_bytes.into();
+        let write_zeroes = header.has_zero_clusters && whole_cluster;
         let image = Arc::new(Shared {
             image: RwLock::new(image),
             geometry: geometry.clone(),
             cache: options.cache,
             write_zeroes,
+            changes_alone: header.zstd,
         });
         let serving = image.clone();
         let transfer = Box::new(move |request: &Request| serving.transfer(request));
@@ -145,7 +154,10 @@ impl Shared {
             Operation::Write => {
                 let slices = slices(&request.segments);
                 let (vector, _guard) = IoVector::from_volatile_slice(&slices);
-                image().writev(vector, at)?;
+                match self.changes_alone {
+                    true => alone().writev(vector, at)?,
+                    false => image().writev(vector, at)?,
+                }
             }
             // Advice: what the format cannot is left.
             Operation::Discard { length_bytes } => {
@@ -207,21 +219,33 @@ pub fn inspect(file: &File) -> Result<u64, Qcow2Error> {
 }
 
 fn header_of(file: &File, file_bytes: u64) -> Result<Header, Qcow2Error> {
-    // Aligned for a file that is open for direct I/O.
+    // Aligned for a file that is open for direct I/O; and so are the places of tables, but for small clusters.
     let mut head = AlignedBuffer::new(HEAD_BYTES, 4096);
-    let bytes = head.bytes();
+    let count = read_at(file, 0, head.bytes()).map_err(Qcow2Error::Tables)?;
+    let header = Header::parse(&head.bytes()[..count], file_bytes)?;
+    let at = usize::try_from(header.refcount_offset % 4096).expect("below a page");
+    let page = &mut head.bytes()[..4096];
+    page.fill(0);
+    read_at(file, header.refcount_offset - at as u64, page).map_err(Qcow2Error::Tables)?;
+    let entry = page[at..].first_chunk().expect("tables begin at sectors");
+    Header::check_refcounts(*entry)?;
+    Ok(header)
+}
+
+/// Reads up to the end of the buffer or of the file; gives the number of bytes.
+fn read_at(file: &File, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < bytes.len() {
-        match rustix::io::pread(file, &mut bytes[filled..], filled as u64) {
+        match rustix::io::pread(file, &mut bytes[filled..], offset + filled as u64) {
             Ok(0) => break,
             Ok(count) => filled += count,
             Err(rustix::io::Errno::INTR) => {}
             // Direct I/O behind the unaligned end of a file.
             Err(rustix::io::Errno::INVAL) if filled > 0 => break,
-            Err(error) => return Err(Qcow2Error::Tables(error.into())),
+            Err(error) => return Err(error.into()),
         }
     }
-    Header::parse(&bytes[..filled], file_bytes)
+    Ok(filled)
 }
 
 /// The images behind `top`, as one: exactly those that the headers name, each of the format that the spec says.
@@ -232,16 +256,19 @@ fn open_chain(
     direct: bool,
 ) -> Result<Option<Image>, OpenError> {
     let (mut above, mut expected) = (top.path.clone(), header.backing.clone());
+    let mut headers = Vec::new();
     for (image, format) in &backing {
         agree(expected.as_ref(), *format).map_err(|source| OpenError::Qcow2 {
             path: above,
             source,
         })?;
         above = image.path.clone();
-        expected = match format {
+        let header = match format {
             Format::Raw => None,
-            Format::Qcow2 => read_header(image)?.backing,
+            Format::Qcow2 => Some(read_header(image)?),
         };
+        expected = header.as_ref().and_then(|header| header.backing.clone());
+        headers.push(header);
     }
     if let Some(Backing { name, .. }) = expected {
         return Err(OpenError::Qcow2 {
@@ -260,10 +287,10 @@ fn open_chain(
         ..OpenOptions::default()
     };
     let mut below = None;
-    for (image, format) in backing.into_iter().rev() {
-        below = Some(match format {
-            Format::Raw => open_raw(image, direct)?,
-            Format::Qcow2 => open_image(image, below, options)?,
+    for ((image, _), header) in backing.into_iter().zip(headers).rev() {
+        below = Some(match header {
+            None => open_raw(image, direct)?,
+            Some(header) => open_image(image, below, options, &header)?,
         });
     }
     Ok(below)
@@ -282,35 +309,41 @@ fn agree(told: Option<&Backing>, named: Format) -> Result<(), Qcow2Error> {
     }
 }
 
-fn storage(file: File, direct: bool, write: bool) -> io::Result<imago::file::File> {
+fn storage(file: File, direct: bool, write: bool, zstd: bool) -> io::Result<ImageStorage> {
     let options = StorageOpenOptions::new().direct(direct).write(write);
-    imago::file::File::from_open_file(file, options)
+    ImageStorage::new(file, options, zstd)
 }
 
 fn open_image(
     image: ImageFile,
     below: Option<Image>,
     options: OpenOptions,
+    header: &Header,
 ) -> Result<Image, OpenError> {
-    let write = !options.read_only;
-    let opened = storage(image.file, options.cache.is_direct(), write).and_then(|file| {
-        Qcow2::<imago::file::File>::builder(file)
-            .write(write)
-            .backing(below)
-            .data_file(None)
-            .open(DenyImplicitOpenGate::default())
-    });
-    match opened {
-        Ok(qcow2) => Ok(Image::new(qcow2)),
-        Err(error) => Err(OpenError::Qcow2 {
-            path: image.path,
-            source: Qcow2Error::Tables(error),
-        }),
-    }
+    let opened = || -> io::Result<Image> {
+        let (direct, write) = (options.cache.is_direct(), !options.read_only);
+        let again = image.file.try_clone()?;
+        let qcow2 =
+            Qcow2::<ImageStorage>::builder(storage(image.file, direct, write, header.zstd)?)
+                .write(write)
+                .backing(below)
+                .data_file(None)
+                .open(DenyImplicitOpenGate::default())?;
+        if !header.zstd {
+            return Ok(Image::new(qcow2));
+        }
+        let file = storage(again, direct, false, true)?;
+        Ok(Image::new(ZstdImage::new(qcow2, file, header)?))
+    };
+    let path = image.path.clone();
+    opened().map_err(|error| OpenError::Qcow2 {
+        path,
+        source: Qcow2Error::Tables(error),
+    })
 }
 
 fn open_raw(image: ImageFile, direct: bool) -> Result<Image, OpenError> {
-    let opened = storage(image.file, direct, false)
+    let opened = storage(image.file, direct, false, false)
         .and_then(|file| Raw::builder(file).open(DenyImplicitOpenGate::default()));
     match opened {
         Ok(raw) => Ok(Image::new(raw)),
