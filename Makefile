@@ -13,7 +13,7 @@ BINARIES = -p atoll-api -p atoll-vmm -p atoll-container-rt
 WEB = api/web/dist/index.html
 WEB_SOURCES = $(shell git ls-files api/web 2>/dev/null || find api/web -type f -not -path '*/node_modules/*')
 
-.PHONY: help build run stop clean lab lab-stop test lint bench soak
+.PHONY: help build run stop clean lab lab-stop test lint bench fuzz soak
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -52,10 +52,14 @@ test: ## every test; the table goes to target/test/summary.tsv
 	@$(MAKE) --no-print-directory $(WEB)
 	@run/test.sh
 
+fuzz: ## every fuzz target guided by coverage, SECONDS each; the table goes to target/fuzz/summary.tsv
+	@run/deps.sh build
+	@run/fuzz.sh $(or $(SECONDS),60) $(TARGETS)
+
 soak: ## the slow forms: 20 boots with 4 vCPUs in the lab, ten minutes a fuzz target, whole suites
 	@run/deps.sh build run test
 	cargo build --workspace --bins --locked
-	ATOLL_FUZZ_SECONDS=600 cargo nextest run --locked --profile soak -p atoll-devices -p atoll-vmm -E 'test(fuzz) + binary(fuzz)'
+	run/fuzz.sh 600
 	ATOLL_LAB_BOOTS=20 cargo nextest run --locked --profile soak -p atoll-tests --test lab
 	ATOLL_JUDGES=whole cargo nextest run --locked --profile soak -p atoll-container-rt --test judges
 

@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Bodies of the fuzz targets in `vmm/fuzz`: what comes from outside the machine before a guest runs. Ordinary tests
-//! replay a corpus, its mutations and random bytes on the stable toolchain. And the smallest kernel, for tests. Behind
-//! the feature `testing`.
+//! Fuzz targets: what comes from outside the machine before or while a guest runs. Ordinary tests replay a corpus, its
+//! mutations and random bytes; `make fuzz` runs them under libFuzzer (`vmm/fuzz`). And the smallest kernel, for tests.
+//! Behind the feature `testing`.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -10,16 +10,82 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use atoll_devices::memory::Ram;
+use atoll_devices::testing::replay::{Replay, Target};
 use atoll_vmm_protocol::http;
-use atoll_vmm_protocol::spec::{KernelSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{BootSpec, KernelSpec, MachineSpec};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use crate::board::MICRO;
+use crate::board::{Board, MICRO};
 use crate::loader::BootFiles;
 use crate::memory::{self, Backing};
+use crate::migration::{self, Message, pages};
 use crate::probe::PROBE_ELF;
+use crate::saved::MachineState;
 use crate::vcpu::setup::Entry;
-use crate::{api, check};
+use crate::{api, check, fw_cfg, machine, terminal};
+
+/// Every target of this crate.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "kernel",
+        run: kernel,
+        corpus: kernel_corpus,
+        replay: Replay {
+            rounds: 400,
+            random_bytes_max: 4096,
+            // The headers of an ELF file, and of a bzImage.
+            mutated_bytes: 0x268,
+        },
+    },
+    Target {
+        name: "spec",
+        run: spec,
+        corpus: spec_corpus,
+        replay: Replay {
+            rounds: 2000,
+            random_bytes_max: 200,
+            mutated_bytes: 400,
+        },
+    },
+    Target {
+        name: "request",
+        run: request,
+        corpus: request_corpus,
+        replay: MESSAGE,
+    },
+    Target {
+        name: "response",
+        run: response,
+        corpus: response_corpus,
+        replay: MESSAGE,
+    },
+    Target {
+        name: "state",
+        run: state,
+        corpus: state_corpus,
+        replay: Replay {
+            rounds: 300,
+            random_bytes_max: 200,
+            mutated_bytes: 20_000,
+        },
+    },
+    Target {
+        name: "migration",
+        run: migration,
+        corpus: migration_corpus,
+        replay: Replay {
+            rounds: 500,
+            random_bytes_max: 200,
+            mutated_bytes: 400,
+        },
+    },
+];
+
+const MESSAGE: Replay = Replay {
+    rounds: 2000,
+    random_bytes_max: 300,
+    mutated_bytes: 120,
+};
 
 /// Guest RAM of a machine whose kernel is fuzzed.
 const MEMORY_MIB: u64 = 16;
@@ -33,6 +99,13 @@ fn assert_one_line(error: &dyn Error) {
         cause = error.source();
     }
     assert!(!text.contains('\n') && text.len() < 1000, "{text}");
+}
+
+/// The same for an error that repeats a part of the input, as a JSON parser's does: a line as it leaves the program.
+fn assert_told(error: &dyn Error, input: &[u8]) {
+    let text = terminal::one_line(&migration::target::chain(error));
+    assert!(!text.contains(char::is_control), "{text}");
+    assert!(text.len() < 1000 + 10 * input.len(), "{text}");
 }
 
 /// Loads the input as a kernel. Either the guest would start inside its memory, or there is a line that says why not.
@@ -57,9 +130,16 @@ pub fn kernel(input: &[u8]) {
     }
 }
 
-/// A PVH kernel, and a bzImage that is nothing but its header.
+/// A PVH kernel, and a bzImage.
 #[must_use]
 pub fn kernel_corpus() -> Vec<Vec<u8>> {
+    let elf = b"\x7fELF".to_vec();
+    vec![Vec::new(), elf, PROBE_ELF.to_vec(), bzimage()]
+}
+
+/// A bzImage that is nothing but its header: it would be loaded.
+#[must_use]
+pub fn bzimage() -> Vec<u8> {
     let mut image = vec![0_u8; 0x2000];
     // Kernel `Documentation/arch/x86/boot.rst`, "The Real-Mode Kernel Header".
     for (offset, bytes) in [
@@ -79,7 +159,7 @@ pub fn kernel_corpus() -> Vec<Vec<u8>> {
     ] {
         image[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
-    vec![Vec::new(), b"\x7fELF".to_vec(), PROBE_ELF.to_vec(), image]
+    image
 }
 
 /// Reads the input as the bytes of a connection to the control API, up to what its owner would be asked.
@@ -117,27 +197,191 @@ pub fn request_corpus() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Reads the input as a machine's spec, as `--spec FILE` does.
-pub fn spec(input: &[u8]) {
-    match serde_json::from_slice::<MachineSpec>(input) {
-        Ok(spec) => {
-            if let Err(error) = check::spec(&spec) {
-                assert_one_line(&error);
-            }
-        }
+/// Reads the input as an answer of the control API, as its client does.
+pub fn response(input: &[u8]) {
+    match http::read_response(&mut &*input) {
+        Ok(message) => assert!(message.status < 1000 && message.body.len() <= input.len()),
         Err(error) => assert_one_line(&error),
     }
+}
+
+/// Answers that are right, and wrong in one way.
+#[must_use]
+pub fn response_corpus() -> Vec<Vec<u8>> {
+    [
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+        "HTTP/1.1 409 Conflict\r\nContent-Length: 13\r\n\r\n{\"error\":\"x\"}",
+        "HTTP/1.1 099 \r\ncontent-length: 1048577\r\n\r\n",
+        "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ]
+    .map(|text| text.as_bytes().to_vec())
+    .into()
+}
+
+/// Reads the input as a machine's spec, as `--spec FILE` does. From a spec that is right every table is made that
+/// firmware or the guest finds in memory.
+pub fn spec(input: &[u8]) {
+    match serde_json::from_slice::<MachineSpec>(input) {
+        Ok(spec) => match check::spec(&spec) {
+            Ok(()) => tables(&spec),
+            Err(error) => assert_told(&error, input),
+        },
+        Err(error) => assert_told(&error, input),
+    }
+}
+
+/// ACPI and SMBIOS: sums that firmware checks, and lengths.
+fn tables(spec: &MachineSpec) {
+    let board = Board::of(spec.profile);
+    let bytes = spec.memory_mib << 20;
+    let platform = board.platform(spec.cpu_count, &board.windows(bytes, 40), Vec::new());
+    let identity = machine::identity(&spec.identity);
+    let menu_ms = match &spec.boot {
+        BootSpec::Firmware(firmware) => firmware.menu_ms,
+        BootSpec::Kernel(_) => None,
+    };
+    let items = fw_cfg::items(&platform, &board.ram(bytes), &identity, Vec::new(), menu_ms);
+    let smbios = items.file(atoll_firmware::smbios::TABLES_FILE);
+    let smbios = smbios.expect("every machine has these tables");
+    let mut rest = smbios;
+    // System Management BIOS 3.6 §6.1: type, length of the fixed part; then strings up to two zeroes.
+    let mut last = 0;
+    while let Some((&[kind, length], _)) = rest.split_first_chunk() {
+        let strings = &rest[usize::from(length)..];
+        let end = strings.windows(2).position(|pair| pair == [0, 0]);
+        rest = &strings[end.expect("two zeroes end a structure") + 2..];
+        last = kind;
+    }
+    assert!(rest.is_empty() && last == 127, "the end-of-table structure");
+}
+
+/// Reads the input as a machine's state, as a restore and a migration's target do.
+pub fn state(input: &[u8]) {
+    match MachineState::from_json(input) {
+        Ok(state) => {
+            let leaves: usize = state.cpuid().iter().map(Vec::len).sum();
+            assert!(leaves <= input.len());
+            MachineState::from_json(&state.to_json()).expect("as it was written");
+            for vcpu in state.vcpus {
+                let _ = vcpu.into_state(u64::MAX);
+            }
+        }
+        Err(error) => assert_told(&error, input),
+    }
+}
+
+/// A state of a machine with one vCPU, and heads of others.
+#[must_use]
+pub fn state_corpus() -> Vec<Vec<u8>> {
+    let zeroes = |count: usize| "0".repeat(2 * count);
+    let whole = format!(
+        r#"{{"format":"atoll-machine-state","version":1,"program":"0.1.0","machine_version":1,"cpu_count":1,
+        "memory_mib":1,"devices":[{{"name":"a","device":{{"kind":"b","version":1,"state":{{}}}}}}],
+        "chips":["{chip}"],"clock":{{"guest_ns":1,"realtime_ns":2,"tsc_khz":3}},
+        "vcpus":[{{"cpuid":[[0,0,0,1,2,3,4]],"tsc":5,"msrs":[[16,6]],"mp_state":"{mp}","regs":"{regs}",
+        "sregs":"{sregs}","xsave":"{xsave}","xcrs":"{xcrs}","debug_regs":"{debug}","lapic":"{lapic}",
+        "events":"{events}"}}]}}"#,
+        chip = zeroes(size_of::<kvm_bindings::kvm_irqchip>()),
+        mp = zeroes(size_of::<kvm_bindings::kvm_mp_state>()),
+        regs = zeroes(size_of::<kvm_bindings::kvm_regs>()),
+        sregs = zeroes(size_of::<kvm_bindings::kvm_sregs>()),
+        xsave = zeroes(size_of::<kvm_bindings::kvm_xsave>()),
+        xcrs = zeroes(size_of::<kvm_bindings::kvm_xcrs>()),
+        debug = zeroes(size_of::<kvm_bindings::kvm_debugregs>()),
+        lapic = zeroes(size_of::<kvm_bindings::kvm_lapic_state>()),
+        events = zeroes(size_of::<kvm_bindings::kvm_vcpu_events>()),
+    );
+    let newer = r#"{"format":"atoll-machine-state","version":2,"program":"9"}"#;
+    MachineState::from_json(whole.as_bytes()).expect("the corpus reaches far");
+    vec![
+        whole.into_bytes(),
+        newer.as_bytes().to_vec(),
+        b"{}".to_vec(),
+    ]
+}
+
+/// Reads the input as what a migration's source sends on its two kinds of connection: messages, then pages. Nothing
+/// is written outside of RAM.
+pub fn migration(input: &[u8]) {
+    let mut messages = input;
+    loop {
+        match migration::receive(&mut messages) {
+            Ok(Message::Hello(hello)) => {
+                if let Err(error) = hello.check() {
+                    assert_told(&error, input);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => {
+                assert_told(&error, input);
+                break;
+            }
+        }
+    }
+    let ram = memory::allocate(&MICRO, 1, 40, Backing::Anonymous).expect("1 MiB");
+    if let Err(error) = pages::receive(&ram, &mut &*input) {
+        assert_one_line(&error);
+    }
+}
+
+/// Messages of each kind, and pages with a mistake.
+#[must_use]
+pub fn migration_corpus() -> Vec<Vec<u8>> {
+    let [whole, least] = spec_texts();
+    let hello = |spec: &str| {
+        format!(
+            r#"{{"hello":{{"format":"atoll-migration","version":1,"program":"0.1.0","spec":{spec},
+            "machine_version":1,"cpuid":[[0,0,0,1,2,3,4]],"data_connections":2}}}}"#
+        )
+    };
+    let state = String::from_utf8(state_corpus().swap_remove(0)).expect("JSON");
+    let messages = [
+        hello(whole),
+        hello(least),
+        r#""ready""#.to_owned(),
+        r#"{"failed":{"reason":"x"}}"#.to_owned(),
+        format!(r#"{{"state":{state}}}"#),
+    ];
+    let mut all: Vec<Vec<u8>> = messages
+        .iter()
+        .map(|message| {
+            let size = u32::try_from(message.len()).expect("a few KiB");
+            let mut bytes = size.to_le_bytes().to_vec();
+            bytes.extend(message.as_bytes());
+            migration::receive(&mut &*bytes).expect("the corpus reaches far");
+            bytes
+        })
+        .collect();
+    // Headers of pages: address, size, kind; see `pages`.
+    for (address, size, kind) in [
+        (4096_u64, 4096_u32, 0_u32),
+        (0, 8192, 1),
+        (1 << 20, 4096, 1),
+        (0, 0, 2),
+    ] {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(size.to_le_bytes());
+        bytes.extend(kind.to_le_bytes());
+        bytes.resize(bytes.len() + 4096, 7);
+        all.push(bytes);
+    }
+    all
 }
 
 /// A whole spec, and the smallest one.
 #[must_use]
 pub fn spec_corpus() -> Vec<Vec<u8>> {
+    spec_texts().map(|text| text.as_bytes().to_vec()).into()
+}
+
+fn spec_texts() -> [&'static str; 2] {
     let whole = r#"{"name":"a","cpu_count":2,"memory_mib":64,"boot":{"kernel":{"image":"/k","initrd":"/i","cmdline":"x"}},
         "disks":[{"path":"/d","format":"raw","readonly":true,"serial":"s","queue_count":4}],
         "nets":[{"tap":"tap0","mac":"52:54:00:00:00:01","mtu":1500}],
-        "serial":{"socket":"/s"},"console":"pty","rng":false}"#;
+        "serial":{"socket":"/s"},"console":"pty","rng":false,
+        "identity":{"manufacturer":"m","serial":"0","options":["a","b"]}}"#;
     let least = r#"{"name":"","cpu_count":1,"memory_mib":1,"boot":{"kernel":{"image":"k"}}}"#;
-    [whole, least].map(|text| text.as_bytes().to_vec()).into()
+    [whole, least]
 }
 
 /// An ELF file with a PVH note and `code` at 1 MiB, its entry.

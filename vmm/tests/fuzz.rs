@@ -1,36 +1,44 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Every fuzz target of `vmm/fuzz`, replayed.
+//! Every fuzz target of the crate, replayed.
 
-use atoll_devices::testing::replay::{Replay, replay};
-use atoll_vmm::testing;
+use atoll_devices::testing::replay::Target;
+use atoll_vmm::testing::TARGETS;
 
 #[test]
-fn kernel() {
-    let how = Replay {
-        rounds: 400,
-        random_bytes_max: 4096,
-        // The headers of an ELF file, and of a bzImage.
-        mutated_bytes: 0x268,
-    };
-    replay(how, &testing::kernel_corpus(), testing::kernel);
+fn every_target_has_a_test() {
+    let text = include_str!("fuzz.rs");
+    for target in TARGETS {
+        let test = format!("\nfn {}()", target.name);
+        assert!(text.contains(&test), "{}", target.name);
+    }
 }
 
 #[test]
-fn request() {
-    let how = Replay {
-        rounds: 2000,
-        random_bytes_max: 300,
-        mutated_bytes: 120,
-    };
-    replay(how, &testing::request_corpus(), testing::request);
+fn kernel() {
+    Target::replay(TARGETS, "kernel");
 }
 
 #[test]
 fn spec() {
-    let how = Replay {
-        rounds: 2000,
-        random_bytes_max: 200,
-        mutated_bytes: 400,
-    };
-    replay(how, &testing::spec_corpus(), testing::spec);
+    Target::replay(TARGETS, "spec");
+}
+
+#[test]
+fn request() {
+    Target::replay(TARGETS, "request");
+}
+
+#[test]
+fn response() {
+    Target::replay(TARGETS, "response");
+}
+
+#[test]
+fn state() {
+    Target::replay(TARGETS, "state");
+}
+
+#[test]
+fn migration() {
+    Target::replay(TARGETS, "migration");
 }

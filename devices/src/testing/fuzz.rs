@@ -1,38 +1,140 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Bodies of the fuzz targets in `devices/fuzz`: any bytes are a guest's memory, none may panic. Ordinary tests
-//! replay a corpus and seeded random inputs through them on the stable toolchain.
+//! Fuzz targets: any bytes are what a guest, an image or a snapshot brings, and none may panic. Ordinary tests replay
+//! a corpus and seeded random inputs through them; `make fuzz` runs them under libFuzzer (`vmm/fuzz`).
 
+mod any;
 mod hotplug;
 mod pci;
+mod platform;
+mod qcow2;
+mod saved;
 mod scsi;
 mod vhost_user;
 
+pub use any::{device, device_corpus};
 pub use hotplug::{hotplug, hotplug_corpus};
 pub use pci::{pci, pci_corpus};
+pub use platform::{platform, platform_corpus};
+pub use qcow2::{qcow2, qcow2_corpus};
+pub use saved::{saved, saved_corpus};
 pub use scsi::{scsi_corpus, scsi_device};
 pub use vhost_user::{vhost_user, vhost_user_corpus};
 
-use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use atoll_disk::{Geometry, MemoryBackend};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::CountingSink;
-use crate::console::{Console, ConsoleBackend};
+use super::replay::{Replay, Target};
 use crate::memory::{Memory, Ram};
 use crate::pci::Msix;
-use crate::virtio::balloon::{Balloon, BalloonOptions};
 use crate::virtio::blk::request::{Action, Request};
 use crate::virtio::blk::{Blk, BlkOptions};
-use crate::virtio::console::{PortOptions, VirtioConsole};
-use crate::virtio::rng::Rng;
-use crate::virtio::vsock::Vsock;
 use crate::virtio::worker::QueueHandler as _;
-use crate::virtio::{Chain, DeviceInterrupts, DeviceQueue, QueueStart, QueueState, VirtioDevice};
+use crate::virtio::{Chain, DeviceInterrupts, DeviceQueue, QueueState};
+
+/// Every target of this crate.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "queue",
+        run: queue,
+        corpus,
+        replay: QUEUE,
+    },
+    Target {
+        name: "blk_request",
+        run: blk_request,
+        corpus,
+        replay: QUEUE,
+    },
+    Target {
+        name: "blk_device",
+        run: blk_device,
+        corpus,
+        replay: QUEUE,
+    },
+    Target {
+        name: "scsi_device",
+        run: scsi_device,
+        corpus: scsi_corpus,
+        replay: QUEUE,
+    },
+    Target {
+        name: "device",
+        run: device,
+        corpus: device_corpus,
+        replay: QUEUE,
+    },
+    Target {
+        name: "pci",
+        run: pci,
+        corpus: pci_corpus,
+        replay: Replay {
+            rounds: 200,
+            random_bytes_max: 1200,
+            mutated_bytes: 1200,
+        },
+    },
+    Target {
+        name: "platform",
+        run: platform,
+        corpus: platform_corpus,
+        replay: Replay {
+            rounds: 300,
+            random_bytes_max: 600,
+            mutated_bytes: 200,
+        },
+    },
+    Target {
+        name: "saved",
+        run: saved,
+        corpus: saved_corpus,
+        replay: Replay {
+            rounds: 600,
+            random_bytes_max: 60,
+            mutated_bytes: 4000,
+        },
+    },
+    Target {
+        name: "qcow2",
+        run: qcow2,
+        corpus: qcow2_corpus,
+        // Header and tables.
+        replay: Replay {
+            rounds: 300,
+            random_bytes_max: 200,
+            mutated_bytes: 4096,
+        },
+    },
+    Target {
+        name: "hotplug",
+        run: hotplug,
+        corpus: hotplug_corpus,
+        replay: Replay {
+            rounds: 200,
+            random_bytes_max: 1200,
+            mutated_bytes: 1200,
+        },
+    },
+    Target {
+        name: "vhost_user",
+        run: vhost_user,
+        corpus: vhost_user_corpus,
+        replay: Replay {
+            rounds: 200,
+            random_bytes_max: 300,
+            mutated_bytes: 120,
+        },
+    },
+];
+
+const QUEUE: Replay = Replay {
+    rounds: 300,
+    random_bytes_max: 700,
+    // Rings, descriptors and a request's header; then sectors.
+    mutated_bytes: 92,
+};
 
 /// Guest RAM of a fuzzed machine.
 const RAM_BYTES: usize = 0x2_0000;
@@ -164,63 +266,6 @@ pub fn blk_device(input: &[u8]) {
         }
     }
     let _ = handler.drain(&mut queue);
-}
-
-/// Serves the input with a queue of any kind of device, as its transport does, and stops it. Byte 0 chooses the device,
-/// the rest is as for the others.
-pub fn device(input: &[u8]) {
-    let Some((&which, rest)) = input.split_first() else {
-        return;
-    };
-    let Some((_, queue)) = machine(rest) else {
-        return;
-    };
-    let device = any_device(which & 7);
-    let count = device.queue_sizes().len();
-    let index = usize::from(which >> 3) % count;
-    let start = QueueStart {
-        index: u16::try_from(index).expect("a handful of queues"),
-        queue,
-        features: device.features(),
-        doorbell: EventFd::new(EFD_NONBLOCK).unwrap(),
-        counters: Arc::default(),
-    };
-    // A queue that a device does not have without a feature is refused.
-    if let Ok(started) = device.start_queue(start) {
-        started.stop();
-    }
-    device.reset();
-}
-
-fn any_device(which: u8) -> Arc<dyn VirtioDevice> {
-    let port = || Console::open(&ConsoleBackend::Null).unwrap().port();
-    match which {
-        0 | 1 => Arc::new(Rng::new()),
-        2 | 3 => Arc::new(Balloon::new(BalloonOptions {
-            deflate_on_oom: true,
-            reporting: true,
-        })),
-        4 => Arc::new(VirtioConsole::new(port()).unwrap()),
-        5 => Arc::new(sockets()),
-        _ => {
-            let ports = [None, Some("agent")].map(|name| PortOptions {
-                port: port(),
-                name: name.map(str::to_owned),
-            });
-            Arc::new(VirtioConsole::with_ports(ports.into()).unwrap())
-        }
-    }
-}
-
-/// A socket device whose host's programs are nowhere.
-fn sockets() -> Vsock {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let name = format!("atoll-fuzz-{}-{count}", std::process::id());
-    // Abstract: it leaves no file behind.
-    let address = SocketAddr::from_abstract_name(name).unwrap();
-    let listener = UnixListener::bind_addr(&address).unwrap();
-    Vsock::new(3, "/nonexistent/socket".into(), listener).unwrap()
 }
 
 /// Inputs that reach far: well-formed requests, and one mistake each.

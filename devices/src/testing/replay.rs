@@ -2,8 +2,6 @@
 //! Replays a fuzz target on the stable toolchain: its corpus, the corpus's mutations by a seeded generator, and random
 //! bytes. Finds less than a fuzzer that sees which code it reaches, but with every run of the tests.
 
-use std::time::{Duration, Instant};
-
 /// SplitMix64: small, and the same everywhere.
 #[derive(Debug)]
 pub struct Random(pub u64);
@@ -40,21 +38,34 @@ pub struct Replay {
     pub mutated_bytes: usize,
 }
 
+/// A fuzz target: what runs on any bytes, and inputs that reach far. A panic is a finding.
+#[derive(Debug)]
+pub struct Target {
+    /// Its name, for `make fuzz` and for its test.
+    pub name: &'static str,
+    /// Runs on one input.
+    pub run: fn(&[u8]),
+    /// Makes the inputs to begin with.
+    pub corpus: fn() -> Vec<Vec<u8>>,
+    /// How its test replays it.
+    pub replay: Replay,
+}
+
+impl Target {
+    /// Replays the target of that name; for its test.
+    pub fn replay(all: &[Self], name: &str) {
+        let target = all.iter().find(|target| target.name == name).unwrap();
+        replay(target.replay, &(target.corpus)(), target.run);
+    }
+}
+
 /// Bytes that bounds are off by.
 const EDGES: [u8; 8] = [0, 1, 2, 4, 0x10, 0x7f, 0x80, 0xff];
 
-/// Goes on with further seeds for so many seconds; for `make soak`.
-const SECONDS: &str = "ATOLL_FUZZ_SECONDS";
-
 /// Runs `target` on all of it. A panic names its seed on the line before.
-pub fn replay(how: Replay, corpus: &[Vec<u8>], target: impl Fn(&[u8])) {
+fn replay(how: Replay, corpus: &[Vec<u8>], target: impl Fn(&[u8])) {
     corpus.iter().for_each(|input| target(input));
-    let seconds = std::env::var(SECONDS)
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let end = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let goes_on = |seed: &u64| *seed < how.rounds || end.is_some_and(|end| Instant::now() < end);
-    for seed in (0..).take_while(goes_on) {
+    for seed in 0..how.rounds {
         println!("seed {seed}");
         let mut random = Random(seed);
         let size = random.below(how.random_bytes_max);

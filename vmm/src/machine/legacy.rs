@@ -101,7 +101,7 @@ impl Legacy {
 }
 
 /// What SMBIOS tells, from a spec that was checked.
-fn identity(spec: &IdentitySpec) -> smbios::Identity {
+pub(crate) fn identity(spec: &IdentitySpec) -> smbios::Identity {
     let uuid = spec.uuid.as_deref().and_then(|text| check::uuid(text).ok());
     smbios::Identity {
         uuid: uuid.unwrap_or_default(),

@@ -56,6 +56,8 @@ use crate::saved::{MachineState, image};
 use crate::{check, vcpu};
 
 pub use assembly::BuildError;
+#[cfg(feature = "testing")]
+pub(crate) use legacy::identity;
 use opened::Opened;
 use owner::{GuestVoice, Machine, ask_owner, block_ending_signals, end_on_signals};
 pub use saved::{Absence, RestoreError};
