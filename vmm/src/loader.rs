@@ -3,6 +3,8 @@
 //!
 //! Not here: the bytes of what they are told (crate `atoll-firmware`), the registers (`vcpu/setup.rs`).
 
+mod headers;
+
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use atoll_firmware::acpi::{self, Platform};
 use atoll_firmware::boot::{self, Parameters};
 use atoll_firmware::paging;
 use atoll_vmm_protocol::spec::KernelSpec;
+pub use headers::HeaderError;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
@@ -49,13 +52,21 @@ pub enum LoadError {
         /// From the spec.
         path: PathBuf,
     },
-    /// The loader found the image damaged, or too large for the guest's memory.
-    #[error("kernel {path}: does not fit into the guest's memory, or is damaged")]
+    /// The file and its headers, or they and the guest's memory, do not go together.
+    #[error("kernel {path}")]
+    Headers {
+        /// From the spec.
+        path: PathBuf,
+        /// What is wrong.
+        source: HeaderError,
+    },
+    /// The loader found something else damaged.
+    #[error("kernel {path}: damaged: {reason}")]
     Kernel {
         /// From the spec.
         path: PathBuf,
-        /// What the loader said.
-        source: linux_loader::loader::Error,
+        /// What the loader said, whose errors repeat their causes.
+        reason: String,
     },
     /// The image says that it starts where there is no memory.
     #[error("kernel {path}: its entry {address:#x} is not in the guest's memory")]
@@ -191,16 +202,21 @@ impl BootFiles {
         let read = file.read(&mut magic).map_err(unreadable)?;
         file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
         let start = Some(GuestAddress(layout::KERNEL));
-        let damaged = |source| LoadError::Kernel {
+        let damaged = |error: linux_loader::loader::Error| LoadError::Kernel {
+            path: path.clone(),
+            reason: error.to_string(),
+        };
+        let headers = |source| LoadError::Headers {
             path: path.clone(),
             source,
         };
         let image = if read == magic.len() && magic == ELF_MAGIC {
+            headers::check_elf(file, memory).map_err(headers)?;
             pvh_image(
                 &Elf::load(memory, None, file, start).map_err(damaged)?,
                 low_end,
             )
-        } else {
+        } else if headers::check_bzimage(file).map_err(headers)? {
             match BzImage::load(memory, start, file, None) {
                 Ok(loaded) => linux_image(&loaded, low_end),
                 Err(linux_loader::loader::Error::Bzimage(
@@ -210,8 +226,14 @@ impl BootFiles {
                 )) => None,
                 Err(error) => return Err(damaged(error)),
             }
+        } else {
+            None
         };
-        image.ok_or_else(|| LoadError::NoKernel { path: path.clone() })
+        let image = image.ok_or_else(|| LoadError::NoKernel { path: path.clone() })?;
+        // A compressed kernel unpacks itself into more memory than it was loaded to.
+        let (start, bytes) = (layout::KERNEL, image.end.saturating_sub(layout::KERNEL));
+        headers::check_fits(memory, start, bytes).map_err(headers)?;
+        Ok(image)
     }
 
     fn load_initrd(
@@ -266,11 +288,15 @@ fn open(what: &'static str, path: &Path) -> Result<(PathBuf, File), LoadError> {
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(failed)?;
-    if file.metadata().map_err(failed)?.is_dir() {
+    // Looked at before opening: opening a FIFO would wait for its other end.
+    let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+    if kind.is_dir() {
         return Err(failed(io::ErrorKind::IsADirectory.into()));
     }
-    Ok((path.to_owned(), file))
+    if !kind.is_file() {
+        return Err(failed(io::Error::other("is not a file")));
+    }
+    Ok((path.to_owned(), File::open(path).map_err(failed)?))
 }
 
 fn descriptors(table: [u64; 4]) -> Vec<u8> {
@@ -296,7 +322,8 @@ fn linux_image(loaded: &KernelLoaderResult, low_end: u64) -> Option<Image> {
         return None;
     }
     // The kernel unpacks itself where it was loaded or where it prefers to be, whichever is higher.
-    let unpacked = loaded.kernel_load.0.max(header.pref_address) + u64::from(header.init_size);
+    let start = loaded.kernel_load.0.max(header.pref_address);
+    let unpacked = start.saturating_add(header.init_size.into());
     Some(Image {
         entry: Entry::Long {
             address: loaded.kernel_load.0 + ENTRY_64,
