@@ -24,7 +24,7 @@ use atoll_vmm::machine::{
 use atoll_vmm::memory::Backing;
 use atoll_vmm::migration::target;
 use atoll_vmm::sandbox::Confinement;
-use atoll_vmm::terminal::RawTerminal;
+use atoll_vmm::terminal::{RawTerminal, one_line};
 use atoll_vmm::{check, cpu_models, ctl, probe, saved, socket};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("atoll-vmm: {error:#}");
+        eprintln!("atoll-vmm: {}", one_line(&format!("{error:#}")));
         let wrong = error.is::<check::SpecError>() || error.is::<serde_json::Error>();
         ExitCode::from(if wrong { USAGE } else { FAILED })
     })

@@ -34,3 +34,14 @@ impl Drop for RawTerminal {
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
     }
 }
+
+/// A text as one line that does nothing to a terminal: control characters, which a name or a damaged file may bring
+/// into a message, are written as escapes.
+#[must_use]
+pub fn one_line(text: &str) -> String {
+    let escaped = |letter: char| match letter.is_control() {
+        true => letter.escape_default().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
