@@ -82,7 +82,7 @@ impl Ring {
                 .for_each(|offset| start.write32(offset, 0));
             start
         };
-        let ring = Ring {
+        let mut ring = Ring {
             queue,
             size,
             event_index,
@@ -97,6 +97,7 @@ impl Ring {
         };
         let (descriptors, driver, device) = (ring.descriptors.0, ring.available.0, ring.used.0);
         transport.queue_set(queue, u32::from(size), descriptors, driver, device);
+        ring.doorbell = transport.doorbell(queue);
         Ok(ring)
     }
 

@@ -56,6 +56,10 @@ pub struct MsixTransport {
     common: Mmio,
     isr: Mmio,
     config: Option<(Mmio, u32)>,
+    /// Where the first queue is rung, and how far apart others are.
+    notify: (Mmio, u32),
+    /// Known once their queues are set up: there are devices that show no queue but the first to a driver that has not
+    /// said hello.
     doorbells: [Mmio; QUEUE_COUNT_MAX],
     vectors: Vectors,
 }
@@ -87,31 +91,21 @@ impl MsixTransport {
                 _ => {}
             }
         }
-        let (notify, multiplier) = notify?;
+        let notify = notify?;
         let mut transport = MsixTransport {
             device_type,
             common: common?,
             isr: isr?,
             config,
-            doorbells: [notify; QUEUE_COUNT_MAX],
+            notify,
+            doorbells: [notify.0; QUEUE_COUNT_MAX],
             vectors: [None; QUEUE_COUNT_MAX],
         };
         transport.common.write8(common::STATUS, 0);
-        transport.find_doorbells(multiplier);
         if let Some(table) = device.msix() {
             transport.route(table, queue_count);
         }
         Some(transport)
-    }
-
-    fn find_doorbells(&mut self, multiplier: u32) {
-        for (queue, doorbell) in (0..).zip(&mut self.doorbells) {
-            self.common.write16(common::QUEUE_SELECT, queue);
-            if self.common.read16(common::QUEUE_SIZE) > 0 {
-                let offset = self.common.read16(common::QUEUE_NOTIFY_OFFSET);
-                doorbell.0 += u64::from(offset) * u64::from(multiplier);
-            }
-        }
     }
 
     /// Entry 0 stays for configuration changes, which nobody here waits for; queues beyond a small table share its
@@ -140,7 +134,7 @@ impl MsixTransport {
         }
     }
 
-    /// Where queue `index`, below [`QUEUE_COUNT_MAX`], is rung.
+    /// Where queue `index`, below [`QUEUE_COUNT_MAX`], is rung once it is set up.
     pub fn doorbell(&self, index: u16) -> Mmio {
         self.doorbells[usize::from(index)]
     }
@@ -213,6 +207,9 @@ impl Transport for MsixTransport {
         common.write16(common::QUEUE_SIZE, size as u16);
         let vector = self.vectors[usize::from(queue)].map_or(NO_VECTOR, |(entry, _)| entry);
         common.write16(common::QUEUE_VECTOR, vector);
+        let offset = common.read16(common::QUEUE_NOTIFY_OFFSET);
+        let (first, distance) = self.notify;
+        self.doorbells[usize::from(queue)].0 = first.0 + u64::from(offset) * u64::from(distance);
         common.write64(common::QUEUE_DESCRIPTORS, descriptors);
         common.write64(common::QUEUE_DRIVER, driver);
         common.write64(common::QUEUE_DEVICE, device);

@@ -88,17 +88,7 @@ pub fn run(scene: &mut Scene<'_>, text: &str) -> Result<Cost, &'static str> {
     if places.count == 0 {
         return Err("the disk is too small");
     }
-    let mut rings = (0..work.queues)
-        .map(|queue| {
-            let size = (work.depth * CHAIN).next_power_of_two();
-            Ring::new(
-                scene.transport,
-                &mut scene.arena,
-                (queue, size),
-                event_index,
-            )
-        })
-        .collect::<Result<Vec<Ring>, _>>()?;
+    let mut rings = rings(scene, &work, event_index)?;
     let headers: Vec<Mmio> = rings
         .iter()
         .map(|ring| describe(scene, ring, &work))
@@ -139,6 +129,20 @@ pub fn run(scene: &mut Scene<'_>, text: &str) -> Result<Cost, &'static str> {
         }
     }
     Ok(progress.cost(&rings))
+}
+
+fn rings(scene: &mut Scene<'_>, work: &Work, event_index: bool) -> Result<Vec<Ring>, &'static str> {
+    let size = (work.depth * CHAIN).next_power_of_two();
+    (0..work.queues)
+        .map(|queue| {
+            Ring::new(
+                scene.transport,
+                &mut scene.arena,
+                (queue, size),
+                event_index,
+            )
+        })
+        .collect()
 }
 
 /// Room for header and status of one slot, and where in it the status is.
