@@ -49,44 +49,68 @@ pub struct Row {
     note: String,
 }
 
-/// Lets all measure in turns, `turns` times after one that is not counted: it reads programs from disk. A peer that
-/// fails leaves, with its reason in its row.
+/// Measurements of one peer, beside ours of the same turns.
+struct Entry<'a> {
+    peer: Contestant<'a>,
+    pairs: Vec<(f64, f64)>,
+    failures: Vec<anyhow::Error>,
+}
+
+/// A contestant that failed so often leaves.
+const FAILURES_MAX: usize = 2;
+
+/// Lets all measure in turns, `turns` times after one that is not counted: it reads programs from disk. A turn that
+/// fails is left out, and told in the row.
 pub fn compare(
     figure: &Figure,
     turns: usize,
     mut ours: Contestant<'_>,
     peers: Vec<Contestant<'_>>,
 ) -> Vec<Row> {
-    let mut peers: Vec<_> = peers
-        .into_iter()
-        .map(|peer| (peer, Ok(Vec::new())))
-        .collect();
+    let entry = |peer| Entry {
+        peer,
+        pairs: Vec::new(),
+        failures: Vec::new(),
+    };
+    let mut entries: Vec<Entry<'_>> = peers.into_iter().map(entry).collect();
+    let mut our_failures = Vec::new();
     for turn in 0..=turns {
         let our_value = match (ours.take)() {
             Ok(value) => value,
             Err(error) => {
-                let absent =
-                    |(peer, _): &(Contestant<'_>, _)| Row::absent(figure, peer.name, &error);
-                return peers.iter().map(absent).collect();
+                our_failures.push(error.context("ours"));
+                if our_failures.len() >= FAILURES_MAX {
+                    break;
+                }
+                continue;
             }
         };
-        for (peer, pairs) in &mut peers {
-            if let Ok(list) = pairs
-                && turn <= peer.turns_max
-            {
-                match (peer.take)() {
-                    Ok(_) if turn == 0 => {}
-                    Ok(value) => list.push((our_value, value)),
-                    Err(error) => *pairs = Err(error),
-                }
+        for entry in &mut entries {
+            if entry.failures.len() >= FAILURES_MAX || turn > entry.peer.turns_max {
+                continue;
+            }
+            match (entry.peer.take)() {
+                Ok(_) if turn == 0 => {}
+                Ok(value) => entry.pairs.push((our_value, value)),
+                Err(error) => entry.failures.push(error),
             }
         }
     }
-    let row = |(peer, pairs): &(Contestant<'_>, anyhow::Result<Vec<_>>)| match pairs {
-        Ok(pairs) => Row::pairs(figure, peer.name, pairs),
-        Err(error) => Row::absent(figure, peer.name, error),
+    let row = |entry: &Entry<'_>| {
+        let failures: Vec<_> = our_failures.iter().chain(&entry.failures).collect();
+        match (entry.pairs.is_empty(), failures.last()) {
+            (true, Some(error)) => Row::absent(figure, entry.peer.name, error),
+            (_, last) => {
+                let mut row = Row::pairs(figure, entry.peer.name, &entry.pairs);
+                if let Some(error) = last {
+                    let text = format!(", {} turns failed: {error:#}", failures.len());
+                    row.note.push_str(&text.replace(['\n', '\t'], " "));
+                }
+                row
+            }
+        }
     };
-    let rows: Vec<Row> = peers.iter().map(row).collect();
+    let rows: Vec<Row> = entries.iter().map(row).collect();
     for row in &rows {
         // For who waits; the table comes at the end.
         let _ = writeln!(std::io::stderr(), "{}", row.line("").replace('\t', "  "));
@@ -246,6 +270,33 @@ mod tests {
         assert_eq!(
             row.line("pvm"),
             "n\tms\t2.00\tpeer\t2.00\t1.00\t0.50\t3.00\t<= 1.00\tpvm\t3 pairs"
+        );
+    }
+
+    #[test]
+    fn a_turn_that_fails_is_left_out_and_told() {
+        let contestant = |name, mut values: Vec<anyhow::Result<f64>>| Contestant {
+            name,
+            turns_max: usize::MAX,
+            take: Box::new(move || values.remove(0)),
+        };
+        let failed = || Err(anyhow::anyhow!("no"));
+        let rows = compare(
+            &Figure::cost("n", "ms"),
+            2,
+            contestant("ours", vec![Ok(9.0), Ok(1.0), Ok(2.0)]),
+            vec![
+                contestant("a", vec![Ok(9.0), failed(), Ok(4.0)]),
+                contestant("b", vec![failed(), failed()]),
+            ],
+        );
+        let lines: Vec<_> = rows.iter().map(|row| row.line("pvm")).collect();
+        assert_eq!(
+            lines,
+            [
+                "n\tms\t2.00\ta\t4.00\t0.50\t0.50\t0.50\t<= 1.00\tpvm\t1 pairs, 1 turns failed: no",
+                "n\tms\t-\tb\t-\t-\t-\t-\t<= 1.00\tpvm\tnot run: no"
+            ]
         );
     }
 
