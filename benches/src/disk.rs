@@ -21,7 +21,7 @@ const MICROVMS: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR];
 /// With one whose start takes longer than all else together.
 const ALL: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR, QEMU_Q35];
 /// Turns at most: each is up to five guests.
-const TURNS_MAX: usize = 7;
+const TURNS_MAX: usize = 5;
 const IMAGE_BYTES: usize = 256 << 20;
 
 /// A place for images, and how they are opened there.
