@@ -219,39 +219,3 @@ fn changes_bring_a_backup_up_to_date_over_runs_and_a_kill() {
     let guest = start(guest.place_again());
     assert_eq!(begin(&guest)["disks"][0]["since"], Value::Null);
 }
-
-/// A qcow2 image keeps tables in memory until a flush, and the guest makes none.
-#[test]
-fn a_paused_machines_qcow2_image_is_complete() {
-    if !kvm() {
-        return;
-    }
-    let place = Place::new();
-    let create = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2"])
-        .args([place.path("image").as_os_str(), "64M".as_ref()])
-        .status();
-    assert!(create.unwrap().success());
-    let mut arguments = shell("32M", "1");
-    let disk = arguments
-        .iter()
-        .position(|argument| argument.starts_with("path="));
-    arguments[disk.unwrap()] = "path=image,format=qcow2";
-    let mut guest = place.start(&arguments);
-    let mut serial = guest.serial();
-    serial.start_load("");
-    write_on(&mut serial);
-    guest.ctl(&["pause"]).unwrap();
-    std::fs::copy(guest.path("image"), guest.path("image-copy")).unwrap();
-    tool(&guest, "qemu-img", &["check", "-q", "image-copy"]);
-    tool(
-        &guest,
-        "qemu-img",
-        &["convert", "-O", "raw", "image-copy", "raw"],
-    );
-    begin(&guest);
-    let (content, _) = read(&guest);
-    let raw = std::fs::read(guest.path("raw")).unwrap();
-    assert!(raw.iter().any(|byte| *byte != 0), "the guest has written");
-    assert!(raw == content, "the copy lacks what the guest had written");
-}

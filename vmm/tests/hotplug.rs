@@ -13,6 +13,7 @@ mod guest;
 use std::fs::File;
 use std::path::Path;
 
+use atoll_disk::qcow2::{Qcow2Options, create};
 use atoll_vmm_protocol::api::{DeviceInfo, Request};
 use guest::{Guest, Place, Serial, eventually, kvm, shell};
 use serde_json::json;
@@ -103,6 +104,21 @@ fn a_disk_comes_and_goes_again_and_again_on_one_slot() {
             check_disks(&mut serial, 1);
         }
     }
+}
+
+#[test]
+fn a_qcow2_image_comes_and_goes_in_the_sandbox() {
+    if !kvm() {
+        return;
+    }
+    let (guest, mut serial) = start(Place::new(), "micro", "");
+    create(&guest.path("more"), 1 << 20, &Qcow2Options::default()).unwrap();
+    add(&guest, "path=more,format=qcow2").unwrap();
+    serial.wait_for(": now blk");
+    check_disks(&mut serial, 2);
+    let gone = remove(&guest, "disk1", &[]).unwrap();
+    assert_eq!(gone, json!({"stage": "gone"}));
+    check_disks(&mut serial, 1);
 }
 
 #[test]

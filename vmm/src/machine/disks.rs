@@ -266,23 +266,6 @@ fn index_of(parts: &Parts, id: &str) -> Result<usize, Answer> {
     })
 }
 
-/// Makes durable what the guest has written, and what an image's format keeps in memory about it: whoever copies the
-/// image of a held machine finds all of it. Blocks.
-pub(super) fn flush(parts: &Parts) -> Result<(), String> {
-    for disk in &parts.disks {
-        let Some(backend) = disk.backend.clone() else {
-            continue;
-        };
-        if backend.geometry().read_only {
-            continue;
-        }
-        // Opens a queue, which may be an io_uring.
-        let flushed = atoll_thread::in_starter(move || atoll_disk::flush(&backend));
-        flushed.map_err(|error| format!("flush {}: {error}", disk.id))?;
-    }
-    Ok(())
-}
-
 /// Grows a disk and tells the guest.
 pub(super) fn resize(parts: &Parts, body: &ResizeDisk) -> Result<(), Answer> {
     let disk = find(parts, &body.id)?;

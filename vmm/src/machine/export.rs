@@ -215,13 +215,10 @@ impl Machine {
         export.is_some_and(|export| export.disks.iter().any(|disk| disk.id == id))
     }
 
-    /// Completes every image, and keeps every disk's changes for the next run. Of a held machine that will not go on;
-    /// not of one that goes on in another process, whose disks they are.
-    pub(super) fn close_disks(&mut self) {
+    /// Keeps every disk's changes for the next run. Of a held machine that will not go on; not of one that goes on in
+    /// another process, whose record this is no more.
+    pub(super) fn close_records(&mut self) {
         self.export = None;
-        if let Err(text) = disks::flush(&self.parts) {
-            tracing::warn!(name = self.spec.name, "{text}");
-        }
         for disk in std::mem::take(&mut self.parts.disks) {
             self.close_record(disk);
         }

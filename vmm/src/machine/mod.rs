@@ -255,7 +255,7 @@ pub fn run_from(
     });
     machine.hold();
     if !matches!(outcome, Ok(Outcome::Migrated)) {
-        machine.close_disks();
+        machine.close_records();
     }
     // A request that came too late is answered by its sender being dropped.
     drop(received);

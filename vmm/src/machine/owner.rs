@@ -29,7 +29,7 @@ use nix::sys::signal::{SigSet, Signal};
 use super::export::Export;
 use super::handover::{Migration, MigrationEvent};
 use super::parts::Parts;
-use super::{Outcome, RunError, controls, counters, disks};
+use super::{Outcome, RunError, controls, counters};
 use crate::api::{self, Answer, Asked};
 use crate::layout;
 use crate::vcpu::{Report, Vcpu};
@@ -249,11 +249,7 @@ impl Machine {
                 let reason = reason.to_owned();
                 return Ok(Some(Outcome::Crashed { reason }));
             }
-            FaultAction::Pause => {
-                if let Err(text) = self.pause() {
-                    tracing::warn!(name = self.spec.name, "{text}");
-                }
-            }
+            FaultAction::Pause => self.pause(),
         }
         Ok(None)
     }
@@ -268,14 +264,7 @@ impl Machine {
                 let counters = counters::of(&self.parts, self.uptime_ms());
                 return Ok(api::json(200, &counters));
             }
-            Request::Pause => {
-                if let Err(text) = self.pause() {
-                    return Ok(api::refusal(
-                        500,
-                        format!("the machine is paused, but: {text}"),
-                    ));
-                }
-            }
+            Request::Pause => self.pause(),
             Request::Resume => {
                 if let Err(text) = self.take_disks_back() {
                     return Ok(api::refusal(409, text));
@@ -377,14 +366,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Whoever paused it may copy its disks: an error says which of them is not complete.
-    fn pause(&mut self) -> Result<(), String> {
+    fn pause(&mut self) {
         if self.state == MachineState::Running {
             self.hold();
             self.state = MachineState::Paused;
-            disks::flush(&self.parts)?;
         }
-        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), RunError> {

@@ -284,6 +284,7 @@ const STARTER: &[Call] = &[
     call(libc::SYS_eventfd2),
     call(libc::SYS_timerfd_create),
     call(libc::SYS_dup),
+    call(libc::SYS_fstatfs), // Of a qcow2 image that is plugged in: imago asks for the block size.
     call(libc::SYS_io_uring_setup),
     call(libc::SYS_io_uring_register),
     ioctl_types(&[nr(VHOST, 0)]),
