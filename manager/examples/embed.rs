@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use atoll_manager::error::Error;
+use atoll_manager::guest::config::Reach;
 use atoll_manager::guest::{ConfigUpdate, GuestConfig, stored};
 use atoll_manager::id::GuestKind;
 use atoll_manager::task::{NewTask, TaskContext, TaskStep};
@@ -65,7 +66,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .into();
     let none = BTreeSet::new;
     let update = ConfigUpdate::new(GuestKind::Vm, set, none(), none(), None)?;
-    guest.config.apply(&update, false)?;
+    guest.config.apply(&update, Reach::Everything)?;
     guest.save(node.store()).await?;
     println!("guest {id}:\n{}", guest.config.print());
 

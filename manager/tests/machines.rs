@@ -7,6 +7,7 @@ mod world;
 
 use std::collections::BTreeMap;
 
+use atoll_manager::guest::vm::Vm;
 use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::task::Upid;
@@ -65,6 +66,7 @@ fn a_machine_lives_and_leaves_nothing() {
         new_guests_boot_by_firmware(&node, &state, id).await;
         let node = runs(node, &state, id).await;
         changes_its_disc(&node, &state, id).await;
+        devices_come_and_go(&node, id).await;
         ends(&node, &state, id).await;
         node.network().teardown().await.unwrap();
     });
@@ -111,10 +113,61 @@ async fn changes_its_disc(node: &Node, state: &tempfile::TempDir, id: GuestId) {
     assert_eq!((now(&inserted), inserted.pending.len()), (1, 0));
     let ejected = set("ide2", "none,media=cdrom").await.unwrap();
     assert_eq!((now(&ejected), ejected.pending.len()), (1, 0));
-    let new = set("ide0", "none,media=cdrom").await.unwrap();
-    assert_eq!(new.pending, ["ide0"], "a drive is new hardware");
     let missing = set("ide2", "local:iso/y.iso,media=cdrom").await;
     assert!(missing.unwrap_err().to_string().contains("does not exist"));
+}
+
+/// Disks and cards come while the machine runs; what does not go waits, and whoever asked is told.
+async fn devices_come_and_go(node: &Node, id: GuestId) {
+    let seat = node.guests().site().seat(KIND, id);
+    let change = async |set: &[(&str, &str)], delete: &[&str]| {
+        let set = set.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let delete = delete.iter().map(|key| (*key).to_owned()).collect();
+        let update = ConfigUpdate::new(KIND, set.collect(), delete, Default::default(), None);
+        node.guests().update(KIND, id, update.unwrap()).await
+    };
+    let devices = async || {
+        let info = Vm::new(seat.clone()).info().await.unwrap();
+        let ids = info.devices.into_iter().map(|device| device.id);
+        ids.collect::<Vec<_>>()
+    };
+    let new = [
+        ("virtio5", "local:0.0625,format=qcow2"),
+        ("scsi5", "local:0.0625,cache=writethrough"),
+        ("net1", "virtio,bridge=vmbr0"),
+    ];
+    let added = change(&new, &[]).await.unwrap();
+    assert_eq!((added.now.len(), added.pending.len()), (3, 0), "{added:?}");
+    let there = devices().await;
+    let keys = new.map(|(key, _)| key);
+    assert!(
+        keys.iter().all(|key| there.contains(&(*key).to_owned())),
+        "{there:?}"
+    );
+    change(&[("hotplug", "0")], &[]).await.unwrap();
+    let fixed = change(&[("scsi6", "local:0.0625")], &[]).await.unwrap();
+    assert_eq!(fixed.pending, ["scsi6"]);
+    change(&[], &["hotplug", "scsi6"]).await.unwrap();
+
+    // The probe guest may keep what it is asked for.
+    let removed = change(&[], &keys).await;
+    let left = devices().await;
+    let config = seat.config().unwrap();
+    for key in keys {
+        let stays = left.contains(&key.to_owned());
+        assert_eq!(config.get(key).is_some(), stays, "{key}: {removed:?}");
+        assert_eq!(
+            config.pending.delete.contains(key),
+            stays,
+            "{key}: {removed:?}"
+        );
+    }
+    let told = format!("{removed:?}").contains("hotplug problem");
+    assert_eq!(
+        told,
+        keys.iter().any(|key| left.contains(&(*key).to_owned())),
+        "{removed:?}"
+    );
 }
 
 /// It is created, started, paused, and found again by another daemon.

@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Requests that are waited for: reads into memory of ours, for threads that copy, and a flush. Not for virtqueues.
+//! Reads of a disk that are waited for, into memory of ours: for threads that copy, not for virtqueues.
 #![expect(unsafe_code, reason = "requests point at the reader's own buffer")]
 
 use std::io;
@@ -63,37 +63,12 @@ impl BlockingReader {
     }
 
     fn advance(&mut self) -> io::Result<()> {
-        advance(&mut *self.queue, &mut self.done)
-    }
-}
-
-/// Makes durable what the disk has completed: data, and what an image format keeps in memory about it. Called where a
-/// queue may be opened. Blocks.
-pub fn flush(disk: &dyn BlockBackend) -> io::Result<()> {
-    let mut queue = disk.open_queue(1)?;
-    let submitted = queue.submit(Request {
-        token: 0,
-        operation: Operation::Flush,
-        offset_bytes: 0,
-        segments: Segments::new(),
-    });
-    submitted.expect("an empty queue takes a request");
-    let mut done = Vec::with_capacity(1);
-    loop {
-        advance(&mut *queue, &mut done)?;
-        if let Some(completion) = done.pop() {
-            return completion.result;
+        self.queue.kick()?;
+        let event = PollFd::from_borrowed_fd(self.queue.completion_fd(), PollFlags::IN);
+        match poll(&mut [event], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
+        self.queue.complete(&mut self.done)
     }
-}
-
-/// Hands over what was submitted, and waits for something to happen.
-fn advance(queue: &mut dyn BlockQueue, done: &mut Vec<Completion>) -> io::Result<()> {
-    queue.kick()?;
-    let event = PollFd::from_borrowed_fd(queue.completion_fd(), PollFlags::IN);
-    match poll(&mut [event], None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    queue.complete(done)
 }

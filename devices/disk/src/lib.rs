@@ -47,7 +47,6 @@ pub use backend::{
     Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
     ResizeError, SECTOR_BYTES, Space,
 };
-pub use blocking::flush;
 pub use bucket::TokenBucket;
 pub use fault::{Fault, Faulty};
 pub use frozen::{Freezable, Frozen, FrozenReader};

@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aws_lc_rs::digest;
 
+use super::keys::Plug;
 use super::{crypt, keys};
 use crate::error::{Error, MISMATCH, MODIFIED};
 use crate::id::GuestKind;
@@ -83,6 +84,38 @@ pub struct Applied {
     pub now: Vec<(String, Option<String>, Option<String>)>,
     /// Keys that are pending.
     pub pending: Vec<String>,
+    /// Values that waited and will not come: (key, value).
+    pub dropped: Vec<(String, String)>,
+}
+
+/// What of a change reaches a guest at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// It does not run: everything.
+    Everything,
+    /// It runs: what the keys' rows say, and devices that come and go.
+    Live {
+        /// Disks and drives do.
+        disks: bool,
+        /// Network cards do.
+        cards: bool,
+    },
+}
+
+impl Reach {
+    /// A guest that runs, and whose devices stay.
+    pub const FIXED: Self = Self::Live {
+        disks: false,
+        cards: false,
+    };
+
+    fn has(self, plug: Option<Plug>) -> bool {
+        match (self, plug) {
+            (Self::Live { disks, .. }, Some(Plug::Disk)) => disks,
+            (Self::Live { cards, .. }, Some(Plug::Network)) => cards,
+            _ => false,
+        }
+    }
 }
 
 /// One row of the listing of pending changes.
@@ -222,18 +255,18 @@ impl GuestConfig {
         }
     }
 
-    /// Applies an update: at once when the guest does not run or the key allows it, else it is kept as pending.
-    pub fn apply(&mut self, update: &ConfigUpdate, running: bool) -> Result<Applied, Error> {
+    /// Applies an update: at once as far as it reaches the guest, else it is kept as pending.
+    pub fn apply(&mut self, update: &ConfigUpdate, reach: Reach) -> Result<Applied, Error> {
         self.check_digest(update.digest.as_deref())?;
         let mut applied = Applied::default();
         for key in &update.revert {
-            self.pending.drop_key(key);
+            applied.dropped.extend(self.pending.drop_key(key));
         }
         for key in &update.delete {
-            self.change(key, None, running, &mut applied);
+            self.change(key, None, reach, &mut applied);
         }
         for (key, value) in &update.set {
-            self.change(key, Some(value), running, &mut applied);
+            self.change(key, Some(value), reach, &mut applied);
         }
         Ok(applied)
     }
@@ -243,10 +276,10 @@ impl GuestConfig {
         let pending = std::mem::take(&mut self.pending);
         let mut applied = Applied::default();
         for key in &pending.delete {
-            self.change(key, None, false, &mut applied);
+            self.change(key, None, Reach::Everything, &mut applied);
         }
         for (key, value) in &pending.values {
-            self.change(key, Some(value), false, &mut applied);
+            self.change(key, Some(value), Reach::Everything, &mut applied);
         }
         applied
     }
@@ -272,20 +305,62 @@ impl GuestConfig {
         keys.into_iter().map(row).collect()
     }
 
-    fn change(&mut self, key: &str, value: Option<&String>, running: bool, applied: &mut Applied) {
-        self.pending.drop_key(key);
+    /// Makes a change pending that was applied and did not reach the guest after all.
+    pub fn postpone(&mut self, key: &str, applied: &mut Applied) {
+        let Some(at) = applied.now.iter().position(|(name, ..)| name == key) else {
+            return;
+        };
+        let (key, former, value) = applied.now.remove(at);
+        match former {
+            Some(former) => self.set(&key, former),
+            None => drop(self.unset(&key)),
+        }
+        self.wait(&key, value.as_ref(), applied);
+    }
+
+    /// What of a change reaches the guest at once when it runs: of a machine what its `hotplug` says.
+    pub fn reach(&self) -> Reach {
+        if self.kind == GuestKind::Container {
+            return Reach::Live {
+                disks: true,
+                cards: true,
+            };
+        }
+        let list = self.value("hotplug").unwrap_or_default();
+        let has = |plug: Plug| {
+            list == "1" || crate::schema::split_list(list).any(|word| word == plug.as_str())
+        };
+        Reach::Live {
+            disks: has(Plug::Disk),
+            cards: has(Plug::Network),
+        }
+    }
+
+    fn wait(&mut self, key: &str, value: Option<&String>, applied: &mut Applied) {
+        match value {
+            Some(value) => drop(self.pending.values.insert(key.to_owned(), value.clone())),
+            None => drop(self.pending.delete.insert(key.to_owned())),
+        }
+        applied.pending.push(key.to_owned());
+    }
+
+    fn change(&mut self, key: &str, value: Option<&String>, reach: Reach, applied: &mut Applied) {
+        let dropped = self.pending.drop_key(key);
+        applied
+            .dropped
+            .extend(dropped.filter(|(_, waited)| Some(waited) != value));
         let former = self.current.values.get(key).cloned();
         if former.as_ref() == value {
             return;
         }
         let row = keys::find(self.kind, key);
-        let is_live = |row: &keys::Key| row.is_live(former.as_deref(), value.map(String::as_str));
-        if running && !row.is_some_and(is_live) {
-            match value {
-                Some(value) => drop(self.pending.values.insert(key.to_owned(), value.clone())),
-                None => drop(self.pending.delete.insert(key.to_owned())),
-            }
-            applied.pending.push(key.to_owned());
+        let is_new_or_gone = former.is_some() != value.is_some();
+        let is_live = |row: &keys::Key| {
+            (is_new_or_gone && reach.has(row.plug))
+                || row.is_live(former.as_deref(), value.map(String::as_str))
+        };
+        if reach != Reach::Everything && !row.is_some_and(is_live) {
+            self.wait(key, value, applied);
             return;
         }
         match value {
@@ -371,9 +446,10 @@ impl Pending {
         self.values.is_empty() && self.delete.is_empty()
     }
 
-    fn drop_key(&mut self, key: &str) {
-        self.values.remove(key);
+    /// Takes a key's change out; returns the value that waited.
+    fn drop_key(&mut self, key: &str) -> Option<(String, String)> {
         self.delete.remove(key);
+        self.values.remove_entry(key)
     }
 
     fn take(&mut self, line: &str) {

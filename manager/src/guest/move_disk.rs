@@ -5,6 +5,7 @@
 use atoll_disk::Format;
 
 use crate::error::Error;
+use crate::guest::config::Reach;
 use crate::guest::keys::drive::is_cdrom;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
@@ -182,7 +183,7 @@ async fn write_config(moving: &mut Move, _: &TaskContext) -> Result<(), Error> {
         set: [(moving.wish.disk.clone(), value)].into(),
         ..ConfigUpdate::default()
     };
-    let applied = stored.config.apply(&change, false)?;
+    let applied = stored.config.apply(&change, Reach::Everything)?;
     update::keep_volumes(&mut stored.config, &applied);
     stored.save(&moving.seat.site.store).await?;
     moving.written = true;

@@ -66,7 +66,7 @@ async fn grow_volume(resize: &mut Resize, task: &TaskContext) -> Result<(), Erro
     let vm = Vm::new(resize.seat.clone());
     if resize.seat.kind == GuestKind::Vm && vm.process().is_some() {
         // The machine grows its image itself, so that its guest is told.
-        vm::live::resize(&vm, &volume, size_bytes).await?;
+        vm::live::resize(&vm, &resize.disk, size_bytes).await?;
     } else {
         let storage = storage.open(&volume.storage)?;
         storage.resize(&volume.name, size_bytes).await?;

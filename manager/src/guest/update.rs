@@ -2,7 +2,7 @@
 //! Changing a guest's config: new disks are made, disks that go become `unused`, unused ones that go are freed.
 
 use crate::error::Error;
-use crate::guest::config::{Applied, ConfigUpdate, GuestConfig};
+use crate::guest::config::{Applied, ConfigUpdate, GuestConfig, Reach};
 use crate::guest::container::{format, plug};
 use crate::guest::site::Seat;
 use crate::guest::vm::{self, Vm};
@@ -28,28 +28,40 @@ pub async fn update(
     let result = async {
         provide(seat, &stored.config, &mut update, &mut new, task).await?;
         let running = matches!(guest(seat).phase(), Phase::Running { .. });
-        let applied = stored.config.apply(&update, running)?;
+        let reach = match running {
+            true => stored.config.reach(),
+            false => Reach::Everything,
+        };
+        let mut applied = stored.config.apply(&update, reach)?;
+        hardware::complete(&mut stored.config);
+        let mut problems = Vec::new();
+        if running && seat.kind == GuestKind::Vm {
+            let vm = Vm::new(seat.clone());
+            problems = vm::live::apply(&vm, &stored.config, &applied.now).await?;
+            for (key, _) in &problems {
+                stored.config.postpone(key, &mut applied);
+            }
+        }
         let mut freed = keep_volumes(&mut stored.config, &applied);
         if update.frees {
             freed.extend(give_up(&mut stored.config, &applied));
         }
-        hardware::complete(&mut stored.config);
         if running && seat.kind == GuestKind::Container {
             plug::apply(seat, &stored.config, &applied.now).await?;
         }
-        if running && seat.kind == GuestKind::Vm {
-            let vm = Vm::new(seat.clone());
-            vm::live::apply(&vm, &stored.config, &applied.now).await?;
-        }
         stored.save(&seat.site.store).await?;
-        Ok((applied, freed))
+        Ok((applied, freed, problems))
     };
     match result.await {
-        Ok((applied, freed)) => {
+        Ok((applied, freed, problems)) => {
             for volume in freed {
                 disks::free_own(seat, &volume).await?;
             }
-            Ok(applied)
+            match problems.is_empty() {
+                true => Ok(applied),
+                // PVE's form: the change waits, and whoever asked for it is told.
+                false => Err(Error::Invalid(problems)),
+            }
         }
         Err(error) => {
             for volume in new {
@@ -116,16 +128,21 @@ async fn provide(
 /// Keeps the volumes of disks that were taken out as `unused`; returns those of unused keys that were removed.
 pub fn keep_volumes(config: &mut GuestConfig, applied: &Applied) -> Vec<VolumeId> {
     let mut freed = Vec::new();
-    for (key, former, new) in &applied.now {
-        let Some(former) = former
-            .as_deref()
-            .filter(|_| disks::holds_volume(config.kind, key))
-        else {
+    let now = applied.now.iter();
+    let now = now.filter_map(|(key, former, _)| Some((key, former.as_ref()?)));
+    let dropped = applied.dropped.iter().map(|(key, value)| (key, value));
+    for (key, former) in now.chain(dropped) {
+        if !disks::holds_volume(config.kind, key) {
             continue;
-        };
+        }
         let volume = disks::volume_of(former);
         let in_use = |value: &String| disks::volume_of(value) == volume;
-        if new.as_ref().is_some_and(in_use) || config.current.values.values().any(in_use) {
+        let mut values = config
+            .current
+            .values
+            .values()
+            .chain(config.pending.values.values());
+        if values.any(in_use) {
             continue;
         }
         let Ok(id) = volume.parse::<VolumeId>() else {
@@ -177,7 +194,7 @@ mod tests {
             delete: delete.iter().map(|k| (*k).to_owned()).collect(),
             ..ConfigUpdate::default()
         };
-        let applied = config.apply(&update, false).unwrap();
+        let applied = config.apply(&update, Reach::Everything).unwrap();
         keep_volumes(config, &applied)
     }
 
@@ -192,6 +209,17 @@ mod tests {
         let back = [("virtio0", "local:100/vm-100-disk-0.raw,size=1G")];
         assert_eq!(applied(&mut config, &back, &["unused0"]), []);
         assert_eq!(applied(&mut config, &[], &["virtio0"]), []);
+        config
+            .pending
+            .values
+            .insert("scsi1".to_owned(), "local:100/vm-100-disk-1.raw".to_owned());
+        assert_eq!(applied(&mut config, &[], &["scsi1"]), []);
+        let waited = config.get("unused1");
+        assert_eq!(
+            waited,
+            Some("local:100/vm-100-disk-1.raw"),
+            "what waited is kept, too"
+        );
         let freed = applied(&mut config, &[], &["unused0"]);
         assert_eq!(freed[0].to_string(), "local:100/vm-100-disk-0.raw");
     }

@@ -119,7 +119,7 @@ fn values_with_defaults_and_families() {
 fn a_stopped_guest_changes_at_once() {
     let mut config = GuestConfig::parse(GuestKind::Vm, VM);
     let wish = update(&[("cores", "8"), ("onboot", "yes")], &["name"], &[]).unwrap();
-    let applied = config.apply(&wish, false).unwrap();
+    let applied = config.apply(&wish, Reach::Everything).unwrap();
     assert_eq!(applied.pending, [""; 0]);
     assert_eq!(applied.now.len(), 3);
     assert_eq!(
@@ -134,7 +134,7 @@ fn a_stopped_guest_changes_at_once() {
 fn a_running_guest_gets_some_later() {
     let mut config = GuestConfig::parse(GuestKind::Vm, "cores: 2\nname: a\nnet0: virtio\n");
     let wish = update(&[("cores", "4"), ("name", "b")], &["net0"], &[]).unwrap();
-    let applied = config.apply(&wish, true).unwrap();
+    let applied = config.apply(&wish, Reach::FIXED).unwrap();
     assert_eq!(applied.pending, ["net0", "cores"]);
     assert_eq!(config.get("name"), Some("b"));
     assert_eq!(
@@ -146,11 +146,11 @@ fn a_running_guest_gets_some_later() {
     assert!(rows[2].delete);
     let mut reverted = config.clone();
     reverted
-        .apply(&update(&[], &[], &["cores", "net0"]).unwrap(), true)
+        .apply(&update(&[], &[], &["cores", "net0"]).unwrap(), Reach::FIXED)
         .unwrap();
     assert!(reverted.pending.is_empty());
     let mut same = config.clone();
-    same.apply(&update(&[("cores", "2")], &[], &[]).unwrap(), true)
+    same.apply(&update(&[("cores", "2")], &[], &[]).unwrap(), Reach::FIXED)
         .unwrap();
     assert!(!same.pending.values.contains_key("cores"));
     config.apply_pending();
@@ -178,7 +178,7 @@ fn wishes_that_contradict_themselves() {
 fn notes_end_with_a_line_feed_and_stay_one_value_when_pending() {
     let mut config = GuestConfig::new(GuestKind::Vm);
     let wish = update(&[("description", "a\nb: 100%")], &[], &[]).unwrap();
-    config.apply(&wish, true).unwrap();
+    config.apply(&wish, Reach::FIXED).unwrap();
     assert_eq!(config.print(), "#a\n#b%3A 100%25\n");
     assert_eq!(
         GuestConfig::parse(GuestKind::Vm, &config.print()).current,
@@ -242,4 +242,46 @@ proptest! {
         let printed = config.print();
         prop_assert_eq!(GuestConfig::parse(kind, &printed).print(), printed);
     }
+}
+
+#[test]
+fn devices_come_and_go_as_hotplug_says() {
+    let check = |hotplug: &str, expected: &[&str]| {
+        let text = format!("{hotplug}net1: virtio\nscsi0: local:100/vm-100-disk-0.raw\n");
+        let mut config = GuestConfig::parse(GuestKind::Vm, &text);
+        let set = [
+            ("scsi1", "local:100/vm-100-disk-1.raw"),
+            ("net0", "virtio"),
+            ("scsi0", "local:100/vm-100-disk-2.raw"),
+        ];
+        let wish = update(&set, &["net1"], &[]).unwrap();
+        let reach = config.reach();
+        let applied = config.apply(&wish, reach).unwrap();
+        let now: Vec<_> = applied.now.iter().map(|(key, ..)| key.as_str()).collect();
+        assert_eq!(now, expected, "{hotplug}");
+        assert!(
+            applied.pending.contains(&"scsi0".to_owned()),
+            "another disk"
+        );
+    };
+    check("", &["net1", "net0", "scsi1"]);
+    check("hotplug: disk\n", &["scsi1"]);
+    check("hotplug: 0\n", &[]);
+}
+
+#[test]
+fn what_did_not_reach_the_guest_waits() {
+    let mut config = GuestConfig::parse(GuestKind::Vm, "net1: virtio\n");
+    let wish = update(&[("net0", "virtio")], &["net1"], &[]).unwrap();
+    let reach = config.reach();
+    let mut applied = config.apply(&wish, reach).unwrap();
+    for key in ["net0", "net1"] {
+        config.postpone(key, &mut applied);
+    }
+    assert_eq!(
+        (config.get("net0"), config.get("net1")),
+        (None, Some("virtio"))
+    );
+    assert!(applied.now.is_empty() && config.pending.delete.contains("net1"));
+    assert_eq!(config.pending.values["net0"], "virtio");
 }

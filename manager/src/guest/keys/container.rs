@@ -2,7 +2,7 @@
 //! Config keys of containers.
 
 use super::shared::{self, LINK_BRIDGE, NO_RATE, NO_VLAN, absent};
-use super::{Key, Right};
+use super::{Key, Plug, Right};
 use crate::access::Privilege::{
     VmConfigCpu, VmConfigDisk, VmConfigMemory, VmConfigNetwork, VmConfigOptions,
 };
@@ -35,7 +35,7 @@ pub const CONTAINER: &[Key] = &[
         .family(256),
         Right::MountPoint,
     )
-    .plugged()
+    .plug(Plug::Disk)
     .live(&["backup", "replicate", "shared", "size"]),
     Key::new(
         Param::new("dev[n]", DEVICE, "Device of the host that the container may use.").family(256),

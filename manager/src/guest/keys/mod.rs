@@ -30,10 +30,10 @@ pub struct Key {
     pub apply: Apply,
     /// What it does here.
     pub effect: Effect,
-    /// A member can be added to and taken from a running guest at once; its change waits.
-    pub plugged: bool,
     /// Properties whose change alone reaches a running guest at once, whatever `apply` says.
     pub live: &'static [&'static str],
+    /// What kind of device it holds, which may come and go while the guest runs.
+    pub plug: Option<Plug>,
     /// What is wrong with a property string whose members each fit.
     pub rule: fn(&Properties) -> Result<(), String>,
     /// Atoll's own; PVE does not have it.
@@ -69,6 +69,25 @@ pub enum Apply {
     Restart,
 }
 
+/// Kinds of devices that may come and go while a guest runs; the config's key `hotplug` says which of them do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plug {
+    /// Disks and drives.
+    Disk,
+    /// Network cards.
+    Network,
+}
+
+impl Plug {
+    /// PVE's word for it, in `hotplug`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Network => "network",
+        }
+    }
+}
+
 /// What a key does on this board.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
@@ -89,8 +108,8 @@ impl Key {
             right,
             apply: Apply::Restart,
             effect: Effect::Full,
-            plugged: false,
             live: &[],
+            plug: None,
             rule: |_| Ok(()),
             own: false,
         }
@@ -101,13 +120,13 @@ impl Key {
         self
     }
 
-    const fn plugged(mut self) -> Self {
-        self.plugged = true;
+    const fn live(mut self, properties: &'static [&'static str]) -> Self {
+        self.live = properties;
         self
     }
 
-    const fn live(mut self, properties: &'static [&'static str]) -> Self {
-        self.live = properties;
+    const fn plug(mut self, plug: Plug) -> Self {
+        self.plug = Some(plug);
         self
     }
 
@@ -161,7 +180,6 @@ impl Key {
             Some(properties.print(&self.param.kind))
         };
         match (former, value) {
-            (None, Some(_)) | (Some(_), None) => self.plugged,
             (Some(former), Some(value)) if !self.live.is_empty() => {
                 fixed(former).is_some_and(|former| Some(former) == fixed(value))
             }

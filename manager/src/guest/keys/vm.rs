@@ -3,7 +3,7 @@
 
 use super::drive::{DRIVE, DRIVE_LIVE, EFI_DISK, cdrom_only, disk_only, rate};
 use super::shared::{self, LINK_BRIDGE, NO_VLAN, absent};
-use super::{Key, Right};
+use super::{Key, Plug, Right};
 use crate::access::Privilege::{
     VmConfigCdrom, VmConfigCloudinit, VmConfigCpu, VmConfigHwType, VmConfigMemory, VmConfigNetwork,
     VmConfigOptions,
@@ -11,7 +11,7 @@ use crate::access::Privilege::{
 use crate::schema::format::{
     ADDRESS_LIST, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS, VOLUME_ID,
 };
-use crate::schema::{Format, Kind, Param};
+use crate::schema::{Format, Kind, Param, split_list};
 
 use Right::{Drive, Guest};
 
@@ -76,27 +76,33 @@ pub const VM: &[Key] = &[
         Param::new("scsi[n]", DRIVE, "Disk or CD-ROM drive, a target of the virtio SCSI host.").family(31),
         Drive,
     )
-    .live(DRIVE_LIVE),
+    .live(DRIVE_LIVE)
+    .plug(Plug::Disk),
     Key::new(Param::new("virtio[n]", DRIVE, "Disk, a virtio block device.").family(16), Drive)
     .live(DRIVE_LIVE)
+    .plug(Plug::Disk)
     .rule(disk_only),
     Key::new(
         Param::new("ide[n]", DRIVE, "CD-ROM drive. The guest finds it on the virtio SCSI host.").family(4),
         Drive,
     )
     .live(DRIVE_LIVE)
+    .plug(Plug::Disk)
     .rule(cdrom_only),
     Key::new(
         Param::new("sata[n]", DRIVE, "CD-ROM drive. The guest finds it on the virtio SCSI host.").family(6),
         Drive,
     )
     .live(DRIVE_LIVE)
+    .plug(Plug::Disk)
     .rule(cdrom_only),
     Key::new(
         Param::new("efidisk0", EFI_DISK, "The firmware's variables: boot entries, Secure Boot's keys."),
         Drive,
     ),
-    Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork)).live(NET_LIVE),
+    Key::new(Param::new("net[n]", NET, "Network card.").family(32), Guest(VmConfigNetwork))
+        .live(NET_LIVE)
+        .plug(Plug::Network),
     Key::new(
         Param::new(
             "serial[n]",
@@ -219,10 +225,16 @@ pub const VM: &[Key] = &[
     )
     .no_effect(NO_DISPLAY),
     Key::new(
-        Param::new("hotplug", Kind::Text { length_max: 128 }, "What may be changed while it runs."),
+        Param::new(
+            "hotplug",
+            Kind::Format(HOTPLUG),
+            "Devices that come and go while the guest runs: `disk`, `network`, or 0 for none. The others change at the \
+             next start.",
+        )
+        .default("network,disk,usb"),
         Guest(VmConfigOptions),
     )
-    .no_effect("Devices change at the next start."),
+    .now(),
     Key::new(
         Param::new("localtime", Kind::Boolean, "Clock in local time."),
         Guest(VmConfigOptions),
@@ -683,4 +695,15 @@ const WATCHDOG: Kind = Kind::PropertyString {
     ],
     default_key: Some("model"),
     value_key: None,
+};
+
+const HOTPLUG: Format = Format {
+    name: "pve-hotplug-features",
+    check: |text| {
+        let known = ["network", "disk", "usb", "memory", "cpu", "cloudinit"];
+        match matches!(text, "0" | "1") || split_list(text).all(|word| known.contains(&word)) {
+            true => Ok(()),
+            false => Err(format!("'{text}' is not a list of {}", known.join(", "))),
+        }
+    },
 };

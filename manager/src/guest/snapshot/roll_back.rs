@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::{OWN_KEYS, PRESENT_KEYS, find, locked_by};
 use crate::error::Error;
-use crate::guest::config::{ConfigUpdate, Section};
+use crate::guest::config::{ConfigUpdate, Reach, Section};
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
 use crate::guest::{disks, guest, hardware, update};
@@ -108,7 +108,7 @@ async fn write_config(back: &mut RollBack, _: &TaskContext) -> Result<(), Error>
         ..ConfigUpdate::default()
     };
     // A disk that came after the snapshot stays as an unused one.
-    let applied = config.apply(&change, false)?;
+    let applied = config.apply(&change, Reach::Everything)?;
     update::keep_volumes(config, &applied);
     config.current.raw.clone_from(&back.section.raw);
     config.pending = Default::default();

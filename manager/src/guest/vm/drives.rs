@@ -120,7 +120,8 @@ pub fn specs(
     specs.collect()
 }
 
-fn spec(drive: &Drive, places: &Places) -> Result<DiskSpec, Error> {
+/// One disk of the spec; not in the boot order.
+pub fn spec(drive: &Drive, places: &Places) -> Result<DiskSpec, Error> {
     let (key, options) = (&drive.key, &drive.options);
     let path = drive.volume.as_ref().map(|volume| places.find(volume));
     let path = path.transpose()?.unwrap_or_default();
@@ -128,6 +129,7 @@ fn spec(drive: &Drive, places: &Places) -> Result<DiskSpec, Error> {
     let volume: Option<VolumeId> = volume.and_then(|volume| volume.parse().ok());
     let image_format = volume.and_then(|volume| volume.name.image_format());
     let common = DiskSpec {
+        id: Some(key.clone()),
         format: match image_format {
             Some(Format::Qcow2) => DiskFormat::Qcow2,
             _ => DiskFormat::Raw,

@@ -14,12 +14,12 @@ pub mod live;
 pub mod resolve;
 pub mod start;
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use atoll_vmm_protocol::api::{Acted, Info, MachineState, Request};
+use atoll_vmm_protocol::api::{Acted, Added, Info, MachineState, Removal, RemoveDevice, Request};
 use atoll_vmm_protocol::client::{Client, ClientError};
 use atoll_vmm_protocol::spec::MachineSpec;
 use rustix::process::Signal;
@@ -86,6 +86,26 @@ impl Vm {
         Ok(())
     }
 
+    /// Plugs a device in, with the open file that it needs.
+    pub async fn plug(
+        &self,
+        request: Request,
+        body: impl Serialize + Send + 'static,
+        file: Option<OwnedFd>,
+    ) -> Result<(), Error> {
+        let question = move |client: &Client| {
+            let files: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+            client.ask_with_files(request, &body, &files)
+        };
+        let _: Added = self.ask(question).await?;
+        Ok(())
+    }
+
+    /// Asks the guest to let a device go, and waits as long as the body says.
+    pub async fn remove_device(&self, body: RemoveDevice) -> Result<Removal, Error> {
+        self.ask(move |client| client.remove_device(&body)).await
+    }
+
     /// The guest that it is.
     pub fn seat(&self) -> &Seat {
         &self.seat
@@ -115,7 +135,8 @@ impl Vm {
         self.seat.run_folder().join("log")
     }
 
-    fn api_socket(&self) -> PathBuf {
+    /// Its control socket.
+    pub fn api_socket(&self) -> PathBuf {
         self.seat.run_folder().join("api.sock")
     }
 

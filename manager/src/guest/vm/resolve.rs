@@ -56,6 +56,8 @@ pub fn volumes(config: &GuestConfig) -> Result<Vec<String>, Error> {
 /// One network card of a config.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Card {
+    /// Its key.
+    pub key: String,
     /// Name of its tap.
     pub tap: String,
     /// What the tap is connected to.
@@ -75,6 +77,7 @@ pub fn cards(id: GuestId, config: &GuestConfig) -> Result<Vec<Card>, Error> {
         let card = config.properties(key)?.unwrap_or_default();
         let index = key.trim_start_matches("net").parse().unwrap_or_default();
         cards.push(Card {
+            key: key.to_owned(),
             tap: tap_name(id, index),
             attachment: Attachment {
                 bridge: card.get("bridge").map(str::to_owned),
@@ -224,17 +227,25 @@ fn nets(id: GuestId, config: &GuestConfig, way: boot::Way) -> Result<Vec<NetSpec
         boot::Way::Kernel => Vec::new(),
     };
     let place = |key: &str| order.iter().position(|name| name == key);
-    let keys = config.family("net[n]").into_iter().map(|(key, _)| key);
-    let nets = keys.zip(cards(id, config)?).map(|(key, card)| NetSpec {
-        mac: card.mac,
+    let cards = cards(id, config)?;
+    let nets = cards.iter().map(|card| NetSpec {
+        boot_index: place(&card.key).and_then(|place| u16::try_from(place).ok()),
+        ..net(&card.key, card)
+    });
+    Ok(nets.collect())
+}
+
+/// A card of the spec; not in the boot order.
+pub fn net(key: &str, card: &Card) -> NetSpec {
+    NetSpec {
+        id: Some(key.to_owned()),
+        mac: card.mac.clone(),
         mtu: card.attachment.mtu,
         queue_pairs: card.queue_pairs,
         link_down: card.attachment.link_down,
         limits: card.limits,
-        boot_index: place(key).and_then(|place| u16::try_from(place).ok()),
-        ..NetSpec::tap(card.tap)
-    });
-    Ok(nets.collect())
+        ..NetSpec::tap(card.tap.clone())
+    }
 }
 
 #[cfg(test)]

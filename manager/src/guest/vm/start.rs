@@ -9,6 +9,7 @@ use rustix::process::Signal;
 
 use crate::error::Error;
 use crate::exec::Program;
+use crate::guest::site::Seat;
 use crate::guest::vm::resolve::{self, Places};
 use crate::guest::vm::{Vm, boot, cloud_init};
 use crate::guest::{Guest, disks, start};
@@ -45,17 +46,17 @@ fn vm(start: &Start) -> Vm {
 }
 
 /// Where things are, volumes left out.
-fn places(start: &Start) -> Places {
+pub fn places(seat: &Seat) -> Places {
     Places {
-        run_folder: start.seat.run_folder(),
-        firmware: start.seat.site.settings.firmware_dir.clone(),
+        run_folder: seat.run_folder(),
+        firmware: seat.site.settings.firmware_dir.clone(),
         ..Places::default()
     }
 }
 
 async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     let config = start.config()?;
-    let mut places = places(start);
+    let mut places = places(&start.seat);
     for volume in resolve::volumes(config)? {
         let id: VolumeId = volume.parse().map_err(|e| Error::refused(format!("{e}")))?;
         places
@@ -100,7 +101,7 @@ async fn make_variables(start: &mut Start, task: &TaskContext) -> Result<(), Err
         return Ok(());
     }
     task.warn("no efidisk0: boot entries that the guest makes are lost when it stops");
-    boot::write_temporary(&start.seat, &places(start)).await
+    boot::write_temporary(&start.seat, &places(&start.seat)).await
 }
 
 async fn remove_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
