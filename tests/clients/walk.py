@@ -112,7 +112,9 @@ def schema(node):
 
 
 def machine(api, node):
-    finish(api, node.qemu.post(vmid=VM, name="probe", memory=128, cores=1, serial0="socket"))
+    created = node.qemu.post(vmid=VM, name="probe", memory=128, cores=1, serial0="socket", bios="seabios")
+    warned = finish(api, created, expected=None)
+    assert "legacy BIOS" in " ".join(warned) and warned[-1] == "TASK WARNINGS: 1", warned
     assert api.cluster.nextid.get() != VM
     error = refused(lambda: api.cluster.nextid.get(vmid=VM), "400")
     assert f"VM {VM} already exists" in error.errors["vmid"], error.errors
@@ -124,9 +126,9 @@ def machine(api, node):
     finish(api, node.qemu(VM).config.post(description="by the walk"))
     assert node.qemu(VM).config.get()["description"].strip() == "by the walk"
     lines = finish(api, node.qemu(VM).status.start.post(), expected=None)
-    assert lines[-1].startswith("TASK ERROR") and "kernel" in lines[-1], lines
+    assert lines[-1].startswith("TASK ERROR") and "bios: ovmf" in lines[-1], lines
     assert node.qemu(VM).status.current.get()["status"] == "stopped"
-    said("a VM: created, changed, a stale digest refused, a start without kernel told why")
+    said("a VM: created, changed, a stale digest refused, a start by a BIOS told why")
 
 
 def container(api, node):

@@ -523,7 +523,7 @@ fn a_kernel_larger_than_memory_is_refused() {
     };
     let (status, said) = guest.ended();
     assert!(
-        said.contains("does not fit into the guest's memory"),
+        said.contains("which do not fit into the guest's memory"),
         "{said}"
     );
     assert_eq!(status.code(), Some(1));
