@@ -260,7 +260,7 @@ pub enum DiskFormat {
     /// The guest's sectors, byte for byte.
     #[default]
     Raw,
-    /// QEMU's copy-on-write format, version 3.
+    /// QEMU's copy-on-write format, version 2 or 3.
     Qcow2,
 }
 
