@@ -12,6 +12,10 @@ use crate::kvm::cpuid;
 /// Width of physical addresses of every model but `host`: what QEMU's models have, and most CPUs.
 const PHYS_BITS: u8 = 40;
 
+/// Leaf 1, ECX: a hypervisor is present; the local APIC timer takes a time stamp. What `KVM_GET_SUPPORTED_CPUID` leaves to
+/// whoever calls it (`Documentation/virt/kvm/api.rst`, errata).
+const UNLISTED: u32 = 1 << 31 | 1 << 24;
+
 /// What this host's CPU and KVM can give a guest.
 #[derive(Debug, Clone)]
 pub struct HostCpu {
@@ -36,17 +40,21 @@ impl HostCpu {
         let mut features = features.with_msr(MSR_ARCH_CAPABILITIES, extras.arch_capabilities);
         // KVM makes these itself, and old ones do not list them.
         features.insert(Feature::known("hypervisor"));
-        match extras.tsc_deadline {
+        let timer = ["tsc", "apic"].map(Feature::known);
+        match extras.tsc_deadline && timer.iter().all(|part| features.has(*part)) {
             true => features.insert(Feature::known("tsc-deadline")),
             false => features.remove(Feature::known("tsc-deadline")),
         }
-        Self {
-            entries: entries.to_vec(),
-            features,
+        let mut entries = entries.to_vec();
+        for entry in entries.iter_mut().filter(|entry| entry.function == 0x1) {
+            let told = features.leaf(0x1, 0, ECX) & UNLISTED;
+            entry.ecx = (entry.ecx & !UNLISTED) | told;
         }
+        Self { entries, features }
     }
 
-    /// As KVM lists it.
+    /// As KVM lists it, with what it makes and does not list: without the bit of a hypervisor, Linux would look for no
+    /// clock of KVM's.
     #[must_use]
     pub fn entries(&self) -> &[kvm_cpuid_entry2] {
         &self.entries

@@ -465,3 +465,22 @@ proptest! {
         }
     }
 }
+
+/// KVM lists neither on hardware; a Linux that sees no hypervisor looks for no clock of KVM's, and waits for ticks of a
+/// timer that the board has not.
+#[test]
+fn what_kvm_makes_and_does_not_list_is_told() {
+    let tsc_and_apic = 1 << 4 | 1 << 9;
+    let bare = [indexed(0x1, 0, 0, 0, 0, tsc_and_apic)];
+    let ecx = |tsc_deadline| {
+        let extras = HostExtras {
+            tsc_deadline,
+            ..HostExtras::default()
+        };
+        let host = HostCpu::new(&bare, extras);
+        let cpu = resolve(&CpuSpec::default(), &host, 1 << 30).unwrap();
+        value(&cpu.cpuid, 0x1, 0, ECX)
+    };
+    assert_eq!(ecx(false), 1 << 31);
+    assert_eq!(ecx(true), 1 << 31 | 1 << 24);
+}
