@@ -29,7 +29,10 @@ use imago::format::PreallocateMode;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, StorageExt,
+    StorageOpenOptions,
+};
 use vm_memory::VolatileSlice;
 
 use self::header::{Backing, HEAD_BYTES, Header};
@@ -60,6 +63,7 @@ struct Shared {
     geometry: Arc<SharedGeometry>,
     cache: Cache,
     write_zeroes: bool,
+    cluster_bytes: u64,
     /// Everything that changes the image is alone, since its zstd-compressed clusters are read past imago's locks.
     changes_alone: bool,
 }
@@ -96,6 +100,7 @@ impl Qcow2Backend {
             geometry: geometry.clone(),
             cache: options.cache,
             write_zeroes,
+            cluster_bytes: header.cluster_bytes.into(),
             changes_alone: header.zstd,
         });
         let serving = image.clone();
@@ -161,7 +166,9 @@ impl Shared {
             }
             // Advice: what the format cannot is left.
             Operation::Discard { length_bytes } => {
-                let _ = alone().discard_to_any(at, length_bytes);
+                let mut image = alone();
+                self.empty(&image, at, length_bytes);
+                let _ = image.discard_to_any(at, length_bytes);
             }
             Operation::WriteZeroes { .. } if !self.write_zeroes => {
                 return Err(io::ErrorKind::Unsupported.into());
@@ -172,13 +179,46 @@ impl Shared {
                 length_bytes,
                 space,
             } => match space {
-                Space::Free => alone().discard_to_zero(at, length_bytes)?,
+                Space::Free => {
+                    let mut image = alone();
+                    self.empty(&image, at, length_bytes);
+                    image.discard_to_zero(at, length_bytes)?;
+                }
                 Space::Keep => alone().write_zeroes(at, length_bytes)?,
             },
         }
         match self.cache.is_synchronous() {
             true => self.flush(&image()),
             false => Ok(()),
+        }
+    }
+
+    /// Gives the file's space back under whole clusters that are about to be freed: imago only marks them free, for
+    /// data that comes later. Before they are, since then they may be anybody's; a crash in between leaves zeroes, which
+    /// is what was asked for, or as good as anything. The caller is alone, so nobody writes there.
+    fn empty(&self, image: &Image, offset_bytes: u64, length_bytes: u64) {
+        let mut at = offset_bytes.next_multiple_of(self.cluster_bytes);
+        let end = offset_bytes + length_bytes;
+        let end = end - end % self.cluster_bytes;
+        while at < end {
+            let Ok((mapping, length)) = image.get_mapping(at, end - at) else {
+                return;
+            };
+            // What may be written in place is this image's, and nobody else refers to it.
+            if let Mapping::Raw {
+                storage,
+                offset,
+                writable: true,
+                ..
+            } = mapping
+            {
+                // A file system that cannot do this keeps the space.
+                let _ = storage.discard(offset, length);
+            }
+            if length == 0 {
+                return;
+            }
+            at += length;
         }
     }
 

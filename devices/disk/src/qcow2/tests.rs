@@ -226,6 +226,62 @@ fn backing_files_are_those_that_are_named() {
     assert!(error.to_string().contains("middle.qcow2"), "{error}");
 }
 
+/// What is discarded, or zeroed and freed, takes no space in the file; its neighbours keep theirs.
+#[test]
+fn freed_clusters_leave_the_file() {
+    use std::os::unix::fs::MetadataExt;
+    const CLUSTER: u64 = 64 << 10;
+    let (_directory, path) = new_image(4 << 20);
+    let clusters = || {
+        let file = File::open(&path).unwrap();
+        file.sync_all().unwrap(); // Space is counted when it is.
+        file.metadata().unwrap().blocks() * 512 / CLUSTER
+    };
+    let options = OpenOptions {
+        discard: true,
+        ..OpenOptions::default()
+    };
+    let disk = open(&source(&path, &[]), options).unwrap();
+    write(&*disk, 0, &[7; 1 << 20]).unwrap();
+    act(&*disk, 0, Operation::Flush).unwrap();
+    let full = clusters();
+    // A half, four whole, a half.
+    let length_bytes = 5 * CLUSTER;
+    act(&*disk, CLUSTER / 2, Operation::Discard { length_bytes }).unwrap();
+    let discarded = clusters();
+    assert!(discarded + 4 <= full, "{discarded} clusters of {full}");
+    let zero = Operation::WriteZeroes {
+        length_bytes: 4 * CLUSTER,
+        space: Space::Free,
+    };
+    act(&*disk, 8 * CLUSTER, zero).unwrap();
+    let zeroed = clusters();
+    assert!(zeroed + 4 <= discarded, "{zeroed} clusters of {discarded}");
+    // What was freed is used again.
+    write(&*disk, 2 << 20, &[9; 512 << 10]).unwrap();
+    drop(disk);
+    check_image(&path, false);
+    let disk = open(&source(&path, &[]), options).unwrap();
+    let mut buffer = vec![0; 512];
+    for (cluster, byte) in [
+        (6, 7),
+        (7, 7),
+        (8, 0),
+        (11, 0),
+        (12, 7),
+        (15, 7),
+        (32, 9),
+        (39, 9),
+    ] {
+        for offset in [cluster * CLUSTER, (cluster + 1) * CLUSTER - 512] {
+            read(&*disk, offset, &mut buffer).unwrap();
+            assert_eq!(buffer, [byte; 512], "cluster {cluster}");
+        }
+    }
+    read(&*disk, CLUSTER / 2 - 512, &mut buffer).unwrap();
+    assert_eq!(buffer, [7; 512]);
+}
+
 #[test]
 fn images_grow_and_stay_sound() {
     let (_directory, path) = new_image(1 << 20);
