@@ -422,6 +422,8 @@ fn event(driver: &mut Driver, happens: impl FnOnce()) -> (u32, u8, u32) {
     assert_eq!(driver.wait_used(1).1, 16);
     let bytes = driver.get(DATA_IN, 16);
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    // What Linux takes for the unit's number.
+    assert_eq!((bytes[4], &bytes[6..8]), (1, &[0, 0][..]));
     (word(0), bytes[5], word(12))
 }
 

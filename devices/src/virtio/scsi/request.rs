@@ -44,9 +44,10 @@ impl Address {
         }
     }
 
-    /// Unit 0 of a target in the eight bytes of the address.
+    /// Unit 0 of a target in the eight bytes of the address, by the method for peripheral devices: Linux takes the third
+    /// and fourth byte of an event for the unit's number, whatever the method (`virtscsi_handle_transport_reset`).
     pub(super) fn bytes(target: u8) -> [u8; 8] {
-        [1, target, 0x40, 0, 0, 0, 0, 0]
+        [1, target, 0, 0, 0, 0, 0, 0]
     }
 }
 
