@@ -238,6 +238,11 @@ impl Unit<'_> {
     }
 }
 
+/// Media events of GET EVENT STATUS. MMC-5 §6.6.
+pub(super) const EJECT_REQUEST: u8 = 1;
+pub(super) const NEW_MEDIUM: u8 = 2;
+pub(super) const MEDIUM_REMOVED: u8 = 3;
+
 /// MMC-5 §6.6: the media class, if it was asked for.
 pub(super) fn event_status(classes: u8, event: u8, has_medium: bool, tray_open: bool) -> Vec<u8> {
     const MEDIA: u8 = 1 << 4;

@@ -60,7 +60,7 @@ struct State {
     /// The guest has locked the tray.
     locked: bool,
     tray_open: bool,
-    /// Of GET EVENT STATUS: what happened last and was not asked for.
+    /// Of GET EVENT STATUS: what happened last and was not asked for; 0 is nothing.
     event: u8,
 }
 
@@ -79,7 +79,9 @@ pub struct TargetState {
 #[derive(Debug, thiserror::Error)]
 pub enum EjectError {
     /// The tray is locked.
-    #[error("the guest has locked the tray: unmount the disc there, or force it")]
+    #[error(
+        "the guest has locked the tray and is asked to open it: try again once it has, or force it"
+    )]
     Locked,
     /// Only a drive ejects.
     #[error("a disk cannot be ejected, only the medium of a cdrom")]
@@ -184,12 +186,16 @@ impl Target {
         state.attend(Sense::RESET);
     }
 
-    /// Takes the medium out of a drive; `force` also when the guest has locked it in.
+    /// Takes the medium out of a drive; `force` also when the guest has locked it in. Else a guest that has is asked
+    /// for it, as by the drive's button: it hears so when it next asks what happened.
     pub fn eject(&self, force: bool) -> Result<(), EjectError> {
         let mut state = self.lock();
         match self.kind {
             TargetKind::Disk => Err(EjectError::NotADrive),
-            TargetKind::Cdrom if state.locked && !force => Err(EjectError::Locked),
+            TargetKind::Cdrom if state.locked && !force => {
+                state.event = pages::EJECT_REQUEST;
+                Err(EjectError::Locked)
+            }
             TargetKind::Cdrom => {
                 state.take_out();
                 Ok(())
@@ -204,7 +210,7 @@ impl Target {
         state.medium = Some(medium);
         state.generation += 1;
         state.tray_open = false;
-        state.event = 2;
+        state.event = pages::NEW_MEDIUM;
         state.attend(Sense::MEDIUM_CHANGED);
         Ok(())
     }
@@ -293,7 +299,7 @@ impl State {
         self.generation += 1;
         self.locked = false;
         self.tray_open = true;
-        self.event = 3;
+        self.event = pages::MEDIUM_REMOVED;
     }
 
     fn shape(&self, kind: TargetKind) -> Option<Medium> {

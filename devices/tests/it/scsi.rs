@@ -396,12 +396,14 @@ fn a_drive_ejects_and_takes_another_disc() {
     run(&mut driver, 2, &[0x1e, 0, 0, 0, 1, 0], &[], 0).good();
     let eject = [0x1b, 0, 0, 0, 2, 0];
     assert_eq!(run(&mut driver, 2, &eject, &[], 0).failed(), (5, 0x53, 2));
-    assert!(
-        scsi.eject(&drive, false)
-            .unwrap_err()
-            .to_string()
-            .contains("locked")
-    );
+    for _ in 0..2 {
+        let refused = scsi.eject(&drive, false).unwrap_err();
+        assert!(refused.to_string().contains("locked"), "{refused}");
+    }
+    assert_eq!(event(&mut driver), [1, 2], "the button");
+    assert_eq!(event(&mut driver), [0, 2]);
+    scsi.insert(&drive, memory(false), false).unwrap_err();
+    assert_eq!(event(&mut driver), [1, 2], "the button");
     run(&mut driver, 2, &[0x1e, 0, 0, 0, 0, 0], &[], 0).good();
     run(&mut driver, 2, &eject, &[], 0).good();
     driver.wait_until("every queue to let the disc go", |_| {

@@ -404,7 +404,7 @@ const FORCE: Parameter = Parameter {
     name: "force",
     kind: ParameterKind::Switch,
     required: false,
-    summary: "Also when the guest has locked the tray",
+    summary: "Also when the guest has locked the tray; else it is asked to open it",
 };
 
 const fn limit(name: &'static str, summary: &'static str) -> Parameter {
