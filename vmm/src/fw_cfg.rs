@@ -93,6 +93,16 @@ pub fn items(
     items
 }
 
+/// Value of IA32_FEATURE_CONTROL that allows VMX and cannot be changed any more until a reset: bits 0 and 2 (SDM vol. 4,
+/// table 2-2).
+const FEATURE_CONTROL_VMX: u64 = 1 | 1 << 2;
+
+/// Has firmware write it on every vCPU (OVMF `PlatformPei/FeatureControl.c`), as a PC's firmware does: a guest's own
+/// hypervisor may look only whether it is there. Linux writes it itself where nobody did.
+pub fn switch_vmx_on(items: &mut FwCfgItems) {
+    items.add("etc/msr_feature_control", FEATURE_CONTROL_VMX.to_le_bytes());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

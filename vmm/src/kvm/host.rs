@@ -118,6 +118,7 @@ impl Kvm {
         let extras = HostExtras {
             arch_capabilities: self.feature_msr(MSR_ARCH_CAPABILITIES),
             tsc_deadline: self.fd.check_extension(Cap::TscDeadlineTimer),
+            nested_state: self.fd.check_extension(Cap::NestedState),
         };
         let cpu = HostCpu::new(listed.as_slice(), extras);
         Ok(self.cpu.get_or_init(|| cpu))

@@ -36,6 +36,7 @@ use crate::board::Board;
 use crate::check;
 use crate::flash::FlashError;
 use crate::fw_cfg::BootEntry;
+use crate::kvm::cpu::features::{Feature, FeatureSet};
 use crate::kvm::cpu::{CpuError, GuestCpu};
 use crate::kvm::doorbells::Doorbells;
 use crate::kvm::routes::Routes;
@@ -131,6 +132,8 @@ pub(super) struct Assembly<'a> {
     acpi_devices: Vec<AcpiDevice>,
     event_count: usize,
     pub(super) boot_order: Vec<BootEntry>,
+    /// The guest sees VMX, which its firmware has to switch on.
+    pub(super) vmx: bool,
     ports: Vec<BusRange>,
     mapped: Vec<BusRange>,
     states: Vec<(String, Arc<dyn DeviceState>)>,
@@ -166,7 +169,6 @@ pub(super) fn build(
     let machine = opened.kvm.create(board, spec.cpu_count)?;
     machine.set_memory(&memory)?;
     machine.create_interrupt_controllers()?;
-    let windows = board.windows(spec.memory_mib << 20, cpus.address_bits());
     let places = saved.as_ref().map(|(state, _)| state.slots.clone());
     let places = places.unwrap_or_default();
     let mut assembly = Assembly::new(
@@ -175,7 +177,7 @@ pub(super) fn build(
         voice,
         &machine,
         memory.clone(),
-        windows,
+        &cpus,
         places,
     )?;
     let hotplug = assembly.hotplug()?;
@@ -187,7 +189,7 @@ pub(super) fn build(
     let platform = assembly.platform();
     let vcpus = start_vcpus(&machine, &cpus, &spec.boot, &buses, voice)?;
     let kvm = &assembly.opened.kvm;
-    let pristine = Pristine::of(kvm, &machine, &vcpus, legacy.as_ref())?;
+    let pristine = Pristine::of(kvm, &machine, &vcpus, &cpus.features(), legacy.as_ref())?;
     let had = saved
         .as_ref()
         .and_then(|(state, _)| state.boot_disk.clone());
@@ -261,6 +263,11 @@ impl Cpus {
         }
     }
 
+    /// What every one has.
+    fn features(&self) -> FeatureSet {
+        FeatureSet::of_cpuid(self.cpuid.first().map_or(&[], Vec::as_slice))
+    }
+
     /// Width of a guest-physical address.
     fn address_bits(&self) -> u8 {
         cpuid::address_bits(self.cpuid.first().map_or(&[], Vec::as_slice))
@@ -310,10 +317,11 @@ impl<'a> Assembly<'a> {
         voice: &'a GuestVoice,
         machine: &VirtualMachine,
         memory: Arc<Ram>,
-        windows: Vec<Window>,
+        cpus: &Cpus,
         places: BTreeMap<String, usize>,
     ) -> Result<Self, BuildError> {
         let board = Board::of(spec.profile);
+        let windows = board.windows(spec.memory_mib << 20, cpus.address_bits());
         let routes = Routes::new(machine.clone())?;
         let doorbells = Arc::new(Doorbells(machine.clone()));
         let (pci, pm) = root(board, &windows, doorbells, &routes, voice);
@@ -333,6 +341,7 @@ impl<'a> Assembly<'a> {
             acpi_devices: Vec::new(),
             event_count: 0,
             boot_order: Vec::new(),
+            vmx: cpus.features().has(Feature::known("vmx")),
             routes,
             ports: Vec::new(),
             mapped: Vec::new(),

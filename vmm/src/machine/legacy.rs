@@ -174,6 +174,9 @@ fn firmware(
     if let Some(device) = &assembly.generation {
         generation::tell_firmware(device, &mut items);
     }
+    if assembly.vmx {
+        fw_cfg::switch_vmx_on(&mut items);
+    }
     let fw_cfg = Arc::new(FwCfg::new(items, assembly.memory.clone()));
     assembly.port("fw_cfg", FwCfg::PORT, FwCfg::SIZE, fw_cfg.clone());
     Ok(Firmware {

@@ -24,14 +24,15 @@ use super::backplane::Backplane;
 use super::disks::Disk;
 use super::legacy::Legacy;
 use crate::board::Board;
-use crate::kvm::cpu::GuestCpu;
 use crate::kvm::cpu::compare::feature_msrs;
+use crate::kvm::cpu::features::FeatureSet;
+use crate::kvm::cpu::{GuestCpu, runs_guests};
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::layout;
 use crate::loader::BootFiles;
 use crate::saved::image::Touched;
 use crate::vcpu::Vcpu;
-use crate::vcpu::state::{Tsc, VcpuState};
+use crate::vcpu::state::{Scope, Tsc, VcpuState};
 
 /// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
 pub(super) struct Parts {
@@ -83,7 +84,7 @@ pub(super) struct Card {
 
 /// State at power-on of what KVM keeps.
 pub(super) struct Pristine {
-    pub(super) msr_indices: Arc<[u32]>,
+    pub(super) scope: Arc<Scope>,
     vcpus: Vec<Arc<VcpuState>>,
     irqchips: Vec<kvm_irqchip>,
     /// The interval timer, where there is one.
@@ -96,14 +97,18 @@ impl Pristine {
         kvm: &Kvm,
         machine: &VirtualMachine,
         vcpus: &[Vcpu],
+        features: &FeatureSet,
         legacy: Option<&Legacy>,
     ) -> Result<Self, KvmError> {
-        let msr_indices: Arc<[u32]> = kvm.msr_indices()?.into();
-        let save = |vcpu: &Vcpu| vcpu.save(&msr_indices).map(Arc::new);
+        let scope = Arc::new(Scope {
+            msr_indices: kvm.msr_indices()?,
+            nested: runs_guests(features),
+        });
+        let save = |vcpu: &Vcpu| vcpu.save(&scope).map(Arc::new);
         Ok(Self {
             vcpus: vcpus.iter().map(save).collect::<Result<_, _>>()?,
             irqchips: machine.irqchips()?,
-            msr_indices,
+            scope,
             timer: legacy.map(|_| machine.timer()).transpose()?,
         })
     }

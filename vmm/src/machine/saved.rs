@@ -105,7 +105,7 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
     let vcpus = parts
         .vcpus
         .iter()
-        .map(|vcpu| vcpu.save(&parts.pristine.msr_indices))
+        .map(|vcpu| vcpu.save(&parts.pristine.scope))
         .collect::<Result<Vec<_>, _>>()?;
     let chips = parts.machine.irqchips()?;
     Ok(MachineState {

@@ -2,11 +2,17 @@
 //! The saved form of a vCPU. Structures of the kernel's interface are its bytes; what a reader may want to see
 //! (MSRs, CPUID, the time stamp counter) are numbers.
 
+use std::fmt;
+
+use atoll_devices::state::hex;
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_nested_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use zerocopy::IntoBytes;
 
 use super::Raw;
 use crate::kvm::cpu::compare::feature_msrs;
@@ -29,6 +35,49 @@ pub struct VcpuSaved {
     debug_regs: Raw<kvm_debugregs>,
     lapic: Box<Raw<kvm_lapic_state>>,
     events: Raw<kvm_vcpu_events>,
+    /// Absent where the guest can run no guests, and in states of programs that did not save it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    nested: Option<Nested>,
+}
+
+/// What a vCPU's own guests are doing: KVM's header, and as much behind it as that says (`api.rst` §4.114).
+struct Nested(Box<KvmNestedStateBuffer>);
+
+impl fmt::Debug for Nested {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Nested({} bytes)", self.0.size)
+    }
+}
+
+impl Serialize for Nested {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let size = usize::try_from(self.0.size).unwrap_or(usize::MAX);
+        let bytes = self.0.as_bytes();
+        hex::serialize(bytes.get(..size).unwrap_or(bytes), serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Nested {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = hex::deserialize(deserializer)?;
+        let mut state = Box::new(KvmNestedStateBuffer::empty());
+        let whole = state.as_mut_bytes();
+        let sizes = size_of::<kvm_nested_state>()..=whole.len();
+        if !sizes.contains(&bytes.len()) {
+            let count = bytes.len();
+            let wanted = format!("expected {} to {}", sizes.start(), sizes.end());
+            return Err(D::Error::custom(format!("{count} bytes, {wanted}")));
+        }
+        whole[..bytes.len()].copy_from_slice(&bytes);
+        match usize::try_from(state.size) == Ok(bytes.len()) {
+            true => Ok(Self(state)),
+            false => Err(D::Error::custom(format!(
+                "{} bytes, not {}",
+                bytes.len(),
+                state.size
+            ))),
+        }
+    }
 }
 
 /// Function, index, flags, EAX, EBX, ECX, EDX of each leaf of CPUID.
@@ -83,6 +132,7 @@ impl VcpuSaved {
             debug_regs: Raw(state.debug_regs),
             lapic: Box::new(Raw(state.lapic)),
             events: Raw(state.events),
+            nested: state.nested.map(Nested),
         }
     }
 
@@ -124,6 +174,38 @@ impl VcpuSaved {
             debug_regs: self.debug_regs.0,
             lapic: self.lapic.0,
             events: self.events.0,
+            nested: self.nested.map(|nested| nested.0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Header of a state, the bytes behind it, and what it says of its size.
+    fn written(bytes: usize, size: u32) -> String {
+        let mut state = vec![0x5a; bytes];
+        if let Some(field) = state.get_mut(4..8) {
+            field.copy_from_slice(&size.to_le_bytes());
+        }
+        format!("\"{}\"", hex::encode(&state))
+    }
+
+    #[test]
+    fn nested_state_is_as_long_as_it_says() {
+        for size in [128, 4224, 8320] {
+            let text = written(usize::try_from(size).unwrap(), size);
+            let state: Nested = serde_json::from_str(&text).unwrap();
+            assert_eq!(serde_json::to_string(&state).unwrap(), text);
+        }
+        let refused = |bytes, size| {
+            let error = serde_json::from_str::<Nested>(&written(bytes, size)).unwrap_err();
+            error.to_string()
+        };
+        assert_eq!(refused(127, 127), "127 bytes, expected 128 to 8320");
+        assert_eq!(refused(8321, 8321), "8321 bytes, expected 128 to 8320");
+        assert_eq!(refused(200, u32::MAX), "200 bytes, not 4294967295");
+        assert_eq!(refused(200, 199), "200 bytes, not 199");
     }
 }

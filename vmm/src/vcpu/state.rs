@@ -7,11 +7,17 @@
 //! first, since reading it lets KVM finish what an INIT or SIPI began; pending events last. Put back: system
 //! registers before MSRs (the APIC base is in both), MSRs with the deadline timer last (its write arms a timer
 //! by the time stamp counter), events at the end.
+//!
+//! **A guest that runs guests.** Its vCPU may be in one of them: all registers are that guest's then, and what it goes
+//! back to is in the nested state. Put back: MSRs that VMX operation fixes first (a feature control of 0, as at power-on,
+//! also ends that operation, without which a reset's system registers would be refused; SDM vol. 3C §24.8), system
+//! registers (EFER.SVME), the nested state, then everything else, which is the inner guest's.
 
 #![expect(unsafe_code, reason = "KVM_SET_XSAVE reads as many bytes as KVM says")]
 
 use std::io;
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -25,6 +31,19 @@ use crate::kvm::KvmError;
 const MSR_TSC: u32 = 0x10;
 /// Deadline of the local APIC timer.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// IA32_FEATURE_CONTROL, and those that say what VMX can do (SDM vol. 4, table 2-2; vol. 3D appendix A).
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
+const MSRS_VMX: std::ops::RangeInclusive<u32> = 0x480..=0x491;
+
+/// What belongs to the state of a machine's vCPUs, beside what every vCPU has.
+#[derive(Debug)]
+pub struct Scope {
+    /// MSRs that KVM lists.
+    pub msr_indices: Vec<u32>,
+    /// The guest sees VMX or SVM.
+    pub nested: bool,
+}
 
 /// A vCPU at rest.
 pub struct VcpuState {
@@ -40,6 +59,8 @@ pub struct VcpuState {
     pub(crate) lapic: kvm_lapic_state,
     pub(crate) msrs: Vec<kvm_msr_entry>,
     pub(crate) events: kvm_vcpu_events,
+    /// Absent where the guest can run no guests, and in states of programs that did not save it.
+    pub(crate) nested: Option<Box<KvmNestedStateBuffer>>,
 }
 
 /// What happens to the time stamp counter when a state is put back.
@@ -52,7 +73,7 @@ pub enum Tsc {
 }
 
 /// Takes the state out. The vCPU must not be running, and must have finished its last exit.
-pub fn save(fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, KvmError> {
+pub fn save(fd: &VcpuFd, scope: &Scope) -> Result<VcpuState, KvmError> {
     let failed = KvmError::failed;
     Ok(VcpuState {
         tsc: read_msrs(fd, &[MSR_TSC])?.first().map_or(0, |msr| msr.data),
@@ -66,12 +87,24 @@ pub fn save(fd: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, KvmError> {
             .get_debug_regs()
             .map_err(failed("read debug registers"))?,
         lapic: fd.get_lapic().map_err(failed("read a local APIC"))?,
-        msrs: read_msrs(fd, msr_indices)?
+        msrs: read_msrs(fd, &scope.msr_indices)?
             .into_iter()
             .filter(|msr| msr.index != MSR_TSC)
             .collect(),
+        nested: match scope.nested {
+            true => Some(nested(fd)?),
+            false => None,
+        },
         events: fd.get_vcpu_events().map_err(failed("read events"))?,
     })
+}
+
+fn nested(fd: &VcpuFd) -> Result<Box<KvmNestedStateBuffer>, KvmError> {
+    let mut state = Box::new(KvmNestedStateBuffer::empty());
+    match fd.nested_state(&mut state) {
+        Ok(_) => Ok(state),
+        Err(error) => Err(KvmError::failed("read the state of nested guests")(error)),
+    }
 }
 
 /// Puts a state back into a vCPU with the same CPUID.
@@ -79,8 +112,16 @@ pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<(), KvmError>
     let failed = KvmError::failed;
     fd.set_mp_state(state.mp_state)
         .map_err(failed("set a run state"))?;
-    fd.set_regs(&state.regs).map_err(failed("set registers"))?;
+    let fixed =
+        |msr: &&kvm_msr_entry| msr.index == MSR_FEATURE_CONTROL || MSRS_VMX.contains(&msr.index);
+    let fixed: Vec<kvm_msr_entry> = state.msrs.iter().filter(fixed).copied().collect();
+    restore_msrs(fd, &fixed)?;
     fd.set_sregs(&state.sregs).map_err(failed("set segments"))?;
+    if let Some(nested) = &state.nested {
+        fd.set_nested_state(nested)
+            .map_err(failed("set the state of nested guests"))?;
+    }
+    fd.set_regs(&state.regs).map_err(failed("set registers"))?;
     // SAFETY: the kernel reads the 4096 bytes of kvm_xsave. It reads more only for features that a process
     // must ask for by arch_prctl(2) (AMX), which this one does not.
     unsafe { fd.set_xsave(&state.xsave) }.map_err(failed("set XSAVE state"))?;
@@ -148,4 +189,110 @@ fn restore_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
         rest = rest.get(count + 1..).unwrap_or_default();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+
+    use super::*;
+    use crate::board::MICRO;
+    use crate::kvm::cpuid::{Place, for_vcpu};
+    use crate::kvm::{Kvm, VirtualMachine};
+    use crate::vcpu::setup;
+
+    /// A vCPU of the host's own kind, and what belongs to its state.
+    fn vcpu() -> Option<(VirtualMachine, VcpuFd, Scope)> {
+        let kvm = match Kvm::open() {
+            Ok(kvm) => kvm,
+            Err(error) => {
+                println!("ATOLL-SKIP: {error}");
+                return None;
+            }
+        };
+        let machine = kvm.create(&MICRO, 1).unwrap();
+        machine.create_interrupt_controllers().unwrap();
+        let fd = machine.fd().create_vcpu(0).unwrap();
+        let cpuid = for_vcpu(kvm.cpu().unwrap().entries(), Place { id: 0, count: 1 });
+        setup::common(&fd, &cpuid, &[]).unwrap();
+        setup::as_firmware_leaves_it(&fd).unwrap();
+        let scope = Scope {
+            msr_indices: kvm.msr_indices().unwrap(),
+            nested: kvm.cpu().unwrap().runs_guests(),
+        };
+        Some((machine, fd, scope))
+    }
+
+    #[test]
+    fn a_state_that_is_put_into_another_vcpu_is_the_same() {
+        let (Some((_one, first, scope)), Some((_other, second, _))) = (vcpu(), vcpu()) else {
+            return;
+        };
+        // Something of every kind that is not as at power-on.
+        setup::entry(
+            &first,
+            setup::Entry::Long {
+                address: 0x1234_5000,
+            },
+        )
+        .unwrap();
+        let mut state = save(&first, &scope).unwrap();
+        state.mp_state.mp_state = KVM_MP_STATE_RUNNABLE;
+        (state.regs.rax, state.regs.r15) = (0x1111_2222_3333_4444, u64::MAX);
+        state.debug_regs.db[0] = 0x4000;
+        state.sregs.cr2 = 0x5000;
+        state.xsave.region[40] = 0x0bad_cafe;
+        for msr in &mut state.msrs {
+            // SYSENTER_EIP, PAT, KERNEL_GS_BASE, deadline.
+            match msr.index {
+                0x176 | 0xc000_0102 => msr.data = 0x7fff_1234,
+                0x277 => msr.data = 0x0007_0406_0007_0401,
+                _ => {}
+            }
+        }
+        restore(&first, &state, Tsc::Keep).unwrap();
+        let before = save(&first, &scope).unwrap();
+        restore(&second, &before, Tsc::Set).unwrap();
+        let after = save(&second, &scope).unwrap();
+        let again = save(&first, &scope).unwrap();
+        assert_eq!(before.regs, after.regs);
+        assert_eq!(
+            (before.regs.rax, before.regs.r15),
+            (state.regs.rax, u64::MAX)
+        );
+        assert_eq!(before.sregs, after.sregs);
+        assert_eq!(before.debug_regs, after.debug_regs);
+        assert_eq!(before.debug_regs.db[0], 0x4000);
+        assert_eq!(before.mp_state, after.mp_state);
+        assert_eq!(before.lapic, after.lapic);
+        assert_eq!(before.xsave.region, after.xsave.region);
+        assert_eq!(before.xcrs.xcrs[0], after.xcrs.xcrs[0]);
+        assert!(after.tsc >= before.tsc, "it goes on");
+        assert_eq!(before.msrs.len(), after.msrs.len());
+        for ((before, after), again) in before.msrs.iter().zip(&after.msrs).zip(&again.msrs) {
+            // Those that count by themselves are another matter.
+            let moves = before.data != again.data;
+            assert!(moves || before == after, "MSR {:#x}", before.index);
+        }
+    }
+
+    #[test]
+    fn a_refused_msr_is_an_error_with_its_number() {
+        let Some((_machine, fd, scope)) = vcpu() else {
+            return;
+        };
+        let mut state = save(&fd, &scope).unwrap();
+        let unknown = kvm_msr_entry {
+            index: 0x7fff_fff0,
+            data: 1,
+            ..Default::default()
+        };
+        state.msrs.insert(state.msrs.len() / 2, unknown);
+        let error = restore(&fd, &state, Tsc::Keep).unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert_eq!(cause, "MSR 0x7ffffff0 was refused");
+        // One that KVM does not write, with the value that it has, is none.
+        state.msrs.retain(|msr| msr.index != unknown.index);
+        restore(&fd, &state, Tsc::Keep).unwrap();
+    }
 }

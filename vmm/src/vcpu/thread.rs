@@ -34,7 +34,7 @@ use atoll_thread::Kind;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::setup::{self, Entry};
-use super::state::{self, Tsc, VcpuState};
+use super::state::{self, Scope, Tsc, VcpuState};
 use crate::kvm::KvmError;
 
 /// What a vCPU reports to its owner.
@@ -79,7 +79,7 @@ pub struct Exits {
 enum Command {
     Run,
     Hold(SyncSender<()>),
-    Save(Arc<[u32]>, SyncSender<Result<VcpuState, KvmError>>),
+    Save(Arc<Scope>, SyncSender<Result<VcpuState, KvmError>>),
     Restore(Arc<VcpuState>, Tsc, SyncSender<Result<(), KvmError>>),
     Enter(Entry, SyncSender<Result<(), KvmError>>),
     End,
@@ -177,9 +177,9 @@ impl Vcpu {
     }
 
     /// The state of a held vCPU.
-    pub fn save(&self, msr_indices: &Arc<[u32]>) -> Result<VcpuState, KvmError> {
+    pub fn save(&self, scope: &Arc<Scope>) -> Result<VcpuState, KvmError> {
         let (answer, saved) = sync_channel(1);
-        self.send(Command::Save(msr_indices.clone(), answer));
+        self.send(Command::Save(scope.clone(), answer));
         saved.recv().unwrap_or_else(|_| Err(ended()))
     }
 
@@ -313,8 +313,8 @@ impl Body {
                     self.excuse();
                     let _ = answer.send(());
                 }
-                Some(Command::Save(indices, answer)) => {
-                    let _ = answer.send(state::save(&self.fd, &indices));
+                Some(Command::Save(scope, answer)) => {
+                    let _ = answer.send(state::save(&self.fd, &scope));
                 }
                 Some(Command::Restore(state, tsc, answer)) => {
                     let restored = state::restore(&self.fd, &state, tsc);

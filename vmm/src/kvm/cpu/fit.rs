@@ -16,6 +16,15 @@ const PHYS_BITS: u8 = 40;
 /// whoever calls it (`Documentation/virt/kvm/api.rst`, errata).
 const UNLISTED: u32 = 1 << 31 | 1 << 24;
 
+/// What a guest needs that runs guests, on Intel and on AMD.
+const NESTED: [&str; 2] = ["vmx", "svm"];
+
+/// Whether a guest with these features can run guests.
+#[must_use]
+pub fn runs_guests(features: &FeatureSet) -> bool {
+    NESTED.iter().any(|one| features.has(Feature::known(one)))
+}
+
 /// What this host's CPU and KVM can give a guest.
 #[derive(Debug, Clone)]
 pub struct HostCpu {
@@ -30,6 +39,9 @@ pub struct HostExtras {
     pub arch_capabilities: u64,
     /// Local APIC timers can be set by time stamp counter.
     pub tsc_deadline: bool,
+    /// What a guest's own guests are doing can be saved. Where it cannot (before Linux 4.20 on Intel, 5.8 on AMD), no
+    /// guest is given the means to run any: its snapshot would be a ruin.
+    pub nested_state: bool,
 }
 
 impl HostCpu {
@@ -50,6 +62,13 @@ impl HostCpu {
             let told = features.leaf(0x1, 0, ECX) & UNLISTED;
             entry.ecx = (entry.ecx & !UNLISTED) | told;
         }
+        if !extras.nested_state {
+            let all = features;
+            NESTED
+                .iter()
+                .for_each(|one| features.remove(Feature::known(one)));
+            leaves::clear(&mut entries, &all.without(&features));
+        }
         Self { entries, features }
     }
 
@@ -64,6 +83,12 @@ impl HostCpu {
     #[must_use]
     pub fn features(&self) -> &FeatureSet {
         &self.features
+    }
+
+    /// Whether a guest that has all of it can run guests.
+    #[must_use]
+    pub fn runs_guests(&self) -> bool {
+        runs_guests(&self.features)
     }
 
     /// Vendor as leaf 0 has it.

@@ -86,8 +86,22 @@ fn masked(features: &FeatureSet, host: &HostCpu) -> Vec<kvm_cpuid_entry2> {
     if gone.is_empty() {
         return entries;
     }
+    clear(&mut entries, &gone);
     let aliases = gone.leaf(0x1, 0, EDX) & AMD_ALIASES;
     for entry in &mut entries {
+        if entry.function == 0x8000_0001 && host.vendor() == Vendor::Amd {
+            entry.edx &= !aliases;
+        }
+    }
+    let area = xsave::leaves(features, host.entries());
+    entries.retain(|entry| entry.function != xsave::LEAF);
+    entries.extend(area);
+    entries
+}
+
+/// Takes the bits of features out of a table.
+pub(super) fn clear(entries: &mut [kvm_cpuid_entry2], gone: &FeatureSet) {
+    for entry in entries {
         for row in REGISTERS {
             if let Location::Cpuid(leaf, index, at) = row.location
                 && (leaf, index) == (entry.function, entry.index)
@@ -102,14 +116,7 @@ fn masked(features: &FeatureSet, host: &HostCpu) -> Vec<kvm_cpuid_entry2> {
                 *register &= !bits;
             }
         }
-        if entry.function == 0x8000_0001 && host.vendor() == Vendor::Amd {
-            entry.edx &= !aliases;
-        }
     }
-    let area = xsave::leaves(features, host.entries());
-    entries.retain(|entry| entry.function != xsave::LEAF);
-    entries.extend(area);
-    entries
 }
 
 /// A table from nothing.

@@ -20,7 +20,7 @@ mod leaves;
 mod tests;
 mod xsave;
 
-pub use fit::{CpuError, GuestCpu, HostCpu, HostExtras, best_level, lacks, resolve};
+pub use fit::{CpuError, GuestCpu, HostCpu, HostExtras, best_level, lacks, resolve, runs_guests};
 
 /// Vendors, as far as their CPUID differs. Hygon's is AMD's, all others' Intel's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -68,6 +68,7 @@ fn host(vendor: &str, features: &FeatureSet, phys_bits: u32, pkru_at: u32) -> Ho
     let extras = HostExtras {
         arch_capabilities: features.register(Location::Msr(MSR_ARCH_CAPABILITIES)),
         tsc_deadline: true,
+        nested_state: true,
     };
     HostCpu::new(&entries, extras)
 }
@@ -464,6 +465,31 @@ proptest! {
             compare::check(&cpu.cpuid, &cpu.msrs, &host).unwrap();
         }
     }
+}
+
+/// A guest that could run guests, and would be saved without them.
+#[test]
+fn nested_virtualization_is_not_given_where_it_cannot_be_saved() {
+    let [vmx, svm] = [5, 2].map(|bit| 1 << bit);
+    let listed = [
+        indexed(0x1, 0, 0, 0, vmx, 0),
+        indexed(0x8000_0001, 0, 0, 0, svm, 0),
+        indexed(0x8000_000a, 0, 1, 8, 0, 1),
+    ];
+    let seen = |nested_state| {
+        let extras = HostExtras {
+            nested_state,
+            ..HostExtras::default()
+        };
+        let host = HostCpu::new(&listed, extras);
+        let cpu = resolve(&CpuSpec::default(), &host, 1 << 30).unwrap();
+        let of = |leaf, register| value(&cpu.cpuid, leaf, 0, register);
+        let more = resolve(&spec("host,+svm"), &host, 1 << 30).is_ok();
+        let seen = [of(1, ECX) & vmx, of(0x8000_0001, ECX), of(0x8000_000a, EDX)];
+        (seen, more)
+    };
+    assert_eq!(seen(true), ([vmx, svm, 1], true));
+    assert_eq!(seen(false), ([0, 0, 0], false));
 }
 
 /// KVM lists neither on hardware; a Linux that sees no hypervisor looks for no clock of KVM's, and waits for ticks of a
