@@ -41,6 +41,9 @@ const BOOT_TARGET_MAX: u8 = 31;
 const SERIAL_BYTES_MAX: usize = 20;
 /// Bytes of an interface's name (`IFNAMSIZ`, less its zero).
 const TAP_BYTES_MAX: usize = 15;
+/// Most memory: what addresses of 52 bits reach, the widest that there are (SDM vol. 3A §4.1.4). No host has that much;
+/// it keeps sums of sizes and addresses within 64 bits.
+const MEMORY_MIB_MAX: u64 = 1 << (52 - 20);
 /// Smallest and largest MTU of an Ethernet card that virtio-net allows. VIRTIO 1.2 §5.1.4.1.
 const MTU_MIN: u16 = 68;
 
@@ -140,7 +143,7 @@ pub fn shape(spec: &MachineSpec) -> Result<(), SpecError> {
             spec.memory_mib
         ));
     }
-    if spec.memory_mib > u64::MAX >> 20 {
+    if spec.memory_mib > MEMORY_MIB_MAX {
         return refuse(format!("{} MiB of memory are too much", spec.memory_mib));
     }
     let on_scsi = spec.disks.iter().filter(|disk| disk.bus != DiskBus::Blk);
@@ -243,6 +246,10 @@ fn firmware(firmware: &FirmwareSpec) -> Result<(), SpecError> {
             ));
         }
         is_file(what, path)?;
+        // Opening a FIFO would wait for its other end.
+        if fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo()) {
+            return refuse(format!("{what} {}: is not a file", path.display()));
+        }
     }
     if needs_management_mode(&firmware.code) {
         return refuse(format!(
@@ -515,6 +522,16 @@ mod tests {
         let machine = serde_json::from_value(value).unwrap();
         let answer = spec(&machine).map_or_else(|error| error.0, |()| "ok".to_owned());
         assert_eq!(answer, expected);
+    }
+
+    /// Their bytes, or where they would end behind the hole, are no number of 64 bits.
+    #[test]
+    fn sizes_that_wrap_are_refused() {
+        for mib in [MEMORY_MIB_MAX + 1, u64::MAX >> 20, 1 << 44, u64::MAX] {
+            let expected = format!("{mib} MiB of memory are too much");
+            check(|m| m["memory_mib"] = mib.into(), &expected);
+        }
+        check(|m| m["memory_mib"] = MEMORY_MIB_MAX.into(), "ok");
     }
 
     #[test]

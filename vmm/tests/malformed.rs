@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Kernels and images that are not what they should be: `atoll-vmm run` ends with one line that names the file and what
-//! is wrong with it, and nothing was started.
+//! Kernels, firmware, images and saved machines that are not what they should be: `atoll-vmm run` ends with one line that
+//! names the file and what is wrong with it, and the exit code for it (1: a file; 2: the arguments), and nothing was
+//! started.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
@@ -37,7 +38,11 @@ impl Case {
     #[track_caller]
     fn line(&self, arguments: &[&str]) -> String {
         let output = Command::new(env!("CARGO_BIN_EXE_atoll-vmm"))
-            .args(["run", "--console", "null", "--memory", MEMORY])
+            .arg("run")
+            .args(match arguments {
+                ["--restore", ..] => &[][..],
+                _ => &["--console", "null", "--memory", MEMORY],
+            })
             .args(arguments)
             .current_dir(self.folder.path())
             .output()
@@ -47,8 +52,34 @@ impl Case {
         let [line] = lines[..] else {
             panic!("{arguments:?}: not one line: {said}");
         };
-        assert!(matches!(output.status.code(), Some(1 | 2)), "{line}");
+        // What is told of the spec, before anything is opened, is the arguments' fault.
+        let code = output.status.code();
+        assert!(matches!(code, Some(1 | 2)), "{code:?}: {line}");
         line.to_owned()
+    }
+
+    #[track_caller]
+    fn firmware(&self, keys: &str, expected: &str) {
+        let line = self.line(&["--firmware", keys]);
+        if no_kvm(&line) {
+            return;
+        }
+        assert_eq!(line, format!("atoll-vmm: firmware {expected}"));
+    }
+
+    /// Restores from the folder `saved`, whose state has these bytes.
+    #[track_caller]
+    fn saved(&self, state: &[u8], expected: &str) {
+        self.write("saved/state.json", state);
+        let line = self.line(&["--restore", "saved"]);
+        if no_kvm(&line) {
+            return;
+        }
+        let rest = line.strip_prefix("atoll-vmm: ");
+        assert!(
+            rest.is_some_and(|rest| rest.starts_with(expected)),
+            "{line}"
+        );
     }
 
     #[track_caller]
@@ -327,4 +358,171 @@ fn chains_that_do_not_fit() {
         "path=top,format=qcow2,backing=qcow2:base",
         "disk base is in use: another machine or qemu-img has it open; end that first, or make both read-only",
     );
+}
+
+#[test]
+fn firmware_that_is_none() {
+    let case = Case::new();
+    let fifo = case.path("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    case.write("code", &[0; 4096]);
+    case.write("vars", &[0; 4096]);
+    case.write("none", b"");
+    case.write("odd", &[0; 4097]);
+    std::fs::File::create(case.path("huge"))
+        .unwrap()
+        .set_len(16 << 20)
+        .unwrap();
+    let size = |what: &str, path: &str, bytes: u64| {
+        format!(
+            "{what} {path}: {bytes} bytes: a flash image is a multiple of 4096 bytes, and both together have at most \
+             16777216"
+        )
+    };
+    for (code, vars, expected) in [
+        (
+            "absent",
+            "vars",
+            "code absent: No such file or directory (os error 2)".to_owned(),
+        ),
+        (
+            "code",
+            "absent",
+            "variables absent: No such file or directory (os error 2)".to_owned(),
+        ),
+        (".", "vars", "code .: is a directory".to_owned()),
+        ("fifo", "vars", "code fifo: is not a file".to_owned()),
+        ("code", "fifo", "variables fifo: is not a file".to_owned()),
+        ("none", "vars", size("code", "none", 0)),
+        ("odd", "vars", size("code", "odd", 4097)),
+        ("code", "none", size("variables", "none", 0)),
+        ("code", "odd", size("variables", "odd", 4097)),
+        ("huge", "vars", size("code", "huge", 16 << 20)),
+    ] {
+        case.firmware(&format!("code={code},vars={vars}"), &expected);
+    }
+    let vars = std::fs::File::open(case.path("vars")).unwrap();
+    rustix::fs::flock(&vars, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    case.firmware(
+        "code=code,vars=vars",
+        "variables vars: another machine uses this file; each needs its own copy",
+    );
+}
+
+#[test]
+fn saved_machines_that_are_damaged() {
+    let case = Case::new();
+    let line = case.line(&["--restore", "saved"]);
+    assert!(no_kvm(&line) || line.contains("saved/spec.json"), "{line}");
+    std::fs::create_dir(case.path("saved")).unwrap();
+    case.write("saved/spec.json", b"{\"name\": 1}");
+    case.saved(
+        b"",
+        "spec saved/spec.json: invalid type: integer `1`, expected a string",
+    );
+    let spec = serde_json::json!({
+        "name": "a", "cpu_count": 1, "memory_mib": 8,
+        "boot": {"kernel": {"image": case.path("good")}}, "rng": false,
+    });
+    case.write("saved/spec.json", spec.to_string().as_bytes());
+    case.saved(b"", "saved/memory: No such file");
+    std::fs::remove_file(case.path("saved/state.json")).unwrap();
+    let line = case.line(&["--restore", "saved"]);
+    assert!(
+        no_kvm(&line) || line.contains("saved/state.json: No such file"),
+        "{line}"
+    );
+    case.write("saved/memory", &[0; 4096]);
+    for (bytes, expected) in [
+        ("", "machine state: damaged: EOF"),
+        ("[1]", "machine state: damaged: invalid type"),
+        (
+            "{}",
+            "machine state: the format is \"\", expected \"atoll-machine-state\"",
+        ),
+    ] {
+        case.saved(bytes.as_bytes(), expected);
+    }
+    fields_that_are_wrong(&case);
+}
+
+fn fields_that_are_wrong(case: &Case) {
+    // The state of a machine with one vCPU, as the fuzz target `state` begins with.
+    let whole = atoll_vmm::testing::state_corpus().swap_remove(0);
+    let text = String::from_utf8(whole).unwrap();
+    let half = &text.as_bytes()[..text.len() / 2];
+    case.saved(half, "machine state: damaged: EOF");
+    for (from, to, expected) in [
+        (
+            "\"version\":1,\"program\"",
+            "\"version\":7,\"program\"",
+            "machine state: version 7, written by",
+        ),
+        (
+            "\"machine_version\":1",
+            "\"machine_version\":7",
+            "the state is of machine version 7",
+        ),
+        (
+            "\"cpu_count\":1",
+            "\"cpu_count\":3",
+            "the state has 3 vCPUs, the spec 1",
+        ),
+        (
+            "\"memory_mib\":1",
+            "\"memory_mib\":9",
+            "the state has 9 MiB of memory, the spec 8",
+        ),
+        (
+            "\"mp_state\":\"",
+            "\"mp_state\":\"00",
+            "machine state: damaged: ",
+        ),
+        (
+            "\"mp_state\":\"",
+            "\"nested\":\"00\",\"mp_state\":\"",
+            "machine state: damaged: 1 bytes, expected 128",
+        ),
+        (
+            "\"memory_mib\":1",
+            "\"memory_mib\":8",
+            "this host's CPU is not the guest's",
+        ),
+    ] {
+        assert!(text.contains(from), "{from}");
+        case.saved(text.replace(from, to).as_bytes(), expected);
+    }
+}
+
+/// A state that this host could go on with, but for its memory.
+#[test]
+fn saved_memory_of_another_size() {
+    let case = Case::new();
+    std::fs::create_dir(case.path("saved")).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/0.1.0-micro.json");
+    let golden: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+    let mut state = golden["state"].clone();
+    let Ok(kvm) = atoll_vmm::kvm::Kvm::open() else {
+        return;
+    };
+    let leaves = atoll_vmm::saved::leaves(kvm.cpu().unwrap().entries());
+    for vcpu in state["vcpus"].as_array_mut().unwrap() {
+        vcpu["cpuid"] = serde_json::json!(leaves);
+        vcpu["msrs"] = serde_json::json!([]);
+    }
+    for name in ["kernel", "disk", "other"] {
+        case.write(name, &[0; 1 << 20]);
+    }
+    case.write("saved/spec.json", golden["spec"].to_string().as_bytes());
+    for bytes in [0, 4096, (8 << 20) - 1, (8 << 20) + 1] {
+        let memory = std::fs::File::create(case.path("saved/memory")).unwrap();
+        memory.set_len(bytes).unwrap();
+        let expected = format!("the memory file has {bytes} bytes, the machine 8388608");
+        let state = state.to_string();
+        case.write("saved/state.json", state.as_bytes());
+        let line = case.line(&["--restore", "saved"]);
+        assert!(no_kvm(&line) || line.contains(&expected), "{line}");
+    }
 }

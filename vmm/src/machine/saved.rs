@@ -170,13 +170,7 @@ pub(super) fn restore(
 ) -> Result<(), RestoreError> {
     let built = parts.states();
     let entries = entries_of(&built, &state.devices)?;
-    let (was, now) = (state.clock.tsc_khz, parts.pristine.tsc_khz());
-    if was != 0 && now != 0 && was.abs_diff(now) > now / TSC_TOLERANCE {
-        return Err(RestoreError::Cpu(Unlike::TscSpeed {
-            guest: was,
-            host: now,
-        }));
-    }
+    same_speed(state.clock.tsc_khz, parts.pristine.tsc_khz())?;
     let away_ns = match absence {
         Absence::Unseen => 0,
         Absence::Passed => realtime_ns()
@@ -211,6 +205,14 @@ pub(super) fn restore(
     Ok(())
 }
 
+/// Whether a time stamp counter goes on at the guest's speed, in kHz; 0 is a KVM that does not say.
+fn same_speed(guest: u32, host: u32) -> Result<(), Unlike> {
+    match guest != 0 && host != 0 && guest.abs_diff(host) > host / TSC_TOLERANCE {
+        true => Err(Unlike::TscSpeed { guest, host }),
+        false => Ok(()),
+    }
+}
+
 /// The saved state of each device that was built, by its name: what was plugged in comes in another order here.
 fn entries_of(
     built: &[(&str, &dyn DeviceState)],
@@ -236,4 +238,26 @@ fn entries_of(
 fn realtime_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_of_another_speed_is_refused() {
+        let host = 2_000_000;
+        for (guest, same) in [
+            (0, true),
+            (host, true),
+            (host + 500, true),
+            (host - 500, true),
+            (host + 501, false),
+            (host - 501, false),
+            (u32::MAX, false),
+        ] {
+            assert_eq!(same_speed(guest, host).is_ok(), same, "{guest}");
+        }
+        same_speed(host, 0).unwrap();
+    }
 }

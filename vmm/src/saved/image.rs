@@ -215,6 +215,32 @@ mod tests {
         );
     }
 
+    /// Two slots, the second in the file behind the first.
+    #[test]
+    fn memory_around_the_hole_comes_back() {
+        let mib = (MICRO.ram(u64::MAX >> 8)[0].1 >> 20) + 2;
+        let ram = allocate(&MICRO, mib, 40, Backing::Anonymous).unwrap();
+        let ranges = MICRO.ram(mib << 20);
+        let [(_, low), (high, size)] = ranges[..] else {
+            panic!("one hole: {ranges:?}");
+        };
+        let places = [0, low - 8, high, high + size - 8];
+        for (value, place) in (1_u64..).zip(places) {
+            ram.write_obj(value, GuestAddress(place)).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        let written = write(&ram, Touched::open().as_ref(), &file).unwrap();
+        assert_eq!(written, 4 * 4096);
+        let again = allocate(&MICRO, mib, 40, Backing::Anonymous).unwrap();
+        read(&again, &file).unwrap();
+        for copy in [again, map(&MICRO, mib, &file).unwrap()] {
+            for (value, place) in (1_u64..).zip(places) {
+                assert_eq!(copy.read_obj::<u64>(GuestAddress(place)).unwrap(), value);
+            }
+            assert!(copy.read_obj::<u8>(GuestAddress(low)).is_err(), "the hole");
+        }
+    }
+
     #[test]
     fn runs_are_the_pages_with_something_in_them() {
         let mut bytes = vec![0; 6 * PAGE_BYTES];
