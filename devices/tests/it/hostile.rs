@@ -66,6 +66,21 @@ const ATTACKS: &[Attack] = &[
     ("an indirect table outside RAM", |driver, queue| {
         raw(driver, queue, &[(RAM_BYTES, 32, INDIRECT, 0)]);
     }),
+    ("an indirect table of 65536", |driver, queue| {
+        driver.put_descriptor(DATA, 0, (DATA, 16, 0, 0));
+        raw(driver, queue, &[(DATA, 16 * 0x1_0000, INDIRECT, 0)]);
+    }),
+    (
+        "an indirect table that is a loop, and a next",
+        |driver, queue| {
+            driver.put_descriptor(DATA, 0, (DATA, 16, NEXT, 0));
+            raw(
+                driver,
+                queue,
+                &[(DATA, 16, INDIRECT | NEXT, 1), (DATA, 16, 0, 0)],
+            );
+        },
+    ),
     ("an indirect loop of 65535", |driver, queue| {
         driver.put_descriptor(DATA, 0, (DATA, 16, NEXT, 0));
         raw(driver, queue, &[(DATA, 16 * 0xffff, INDIRECT, 0)]);

@@ -10,11 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use atoll_devices::counters::CounterList;
 use atoll_devices::state::{DeviceState, Saved, StateError};
 use atoll_devices::testing::{Driver, Segment};
+use atoll_devices::virtio::rng::Rng;
 use atoll_devices::virtio::{QueueStart, StartError, StartedQueue, VirtioDevice};
 
 use crate::blk::{device, memory_disk};
 
-/// Family, pitfall, and `file::test` for each test that plays it; files are in this folder, or `vmm/tests`.
+/// Family, pitfall, and `file::test` for each test that plays it. Files are in this folder, in `vmm/tests`, or named by
+/// their path from the repository's root.
 const PITFALLS: &[(&str, &str, &[&str])] = &[
     (
         "rings",
@@ -23,9 +25,11 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "rings",
-        "address plus size that overflows or leaves RAM",
+        "address plus size that overflows or leaves RAM, rings and tables at its ends",
         &[
             "bounds.rs::every_range_around_the_edges_of_ram",
+            "bounds.rs::rings_around_the_edges_of_ram",
+            "bounds.rs::indirect_tables_around_the_edges_of_ram",
             "hostile.rs::blk_withstands",
         ],
     ),
@@ -39,8 +43,13 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "rings",
-        "chains without an end, indirect tables of every wrong form",
-        &["hostile.rs::blk_withstands", "fuzz.rs::queue"],
+        "chains without an end or of 4 GiB, links and indirect tables of every wrong form",
+        &[
+            "hostile.rs::blk_withstands",
+            "bounds.rs::every_head_and_every_link",
+            "bounds.rs::a_chain_of_4_gib_less_one_byte",
+            "fuzz.rs::queue",
+        ],
     ),
     (
         "rings",
@@ -50,26 +59,37 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     (
         "rings",
         "a chain that claims more memory than there is",
-        &["rng.rs::a_huge_claim_is_bounded"],
+        &[
+            "rng.rs::a_huge_claim_is_bounded",
+            "balloon.rs::too_many_page_numbers",
+            "vsock.rs::packets_of_impossible_size",
+            "net.rs::impossible_packets",
+        ],
     ),
     (
         "rings",
         "a request that fails in its middle is done twice, or leaves stale data",
         &[
             "blk.rs::read_only_and_failing_disks",
+            "bounds.rs::every_part_of_scattered_buffers",
             "hostile.rs::a_good_request_then_a_malformed_chain",
         ],
     ),
     (
         "rings",
         "queue and vector numbers out of range",
-        &["transport.rs::vectors_out_of_range_read_back_as_none"],
+        &[
+            "transport.rs::vectors_out_of_range_read_back_as_none",
+            "transport.rs::queue_registers_only_between_features_and_driver_ok",
+            "devices/src/pci/msix.rs::strange_accesses_do_nothing",
+        ],
     ),
     (
         "rings",
         "accesses of odd sizes",
         &[
             "transport.rs::accesses_of_every_size_everywhere",
+            "bounds.rs::every_access_by_the_configuration_window",
             "fuzz.rs::pci",
         ],
     ),
@@ -134,6 +154,28 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "stop",
+        "a vCPU that accesses a device, and a reset, a pause or an unplugging, wait for each other",
+        &["pitfalls.rs::accesses_while_the_machine_is_reset_paused_and_unplugged"],
+    ),
+    (
+        "stop",
+        "a pause waits for a disk that makes its requests wait, or tears what is under way",
+        &[
+            "blk.rs::limited_disks_pause_at_once",
+            "scsi.rs::pause_and_reset_lose_nothing",
+            "snapshot.rs::memory_is_the_same_page_by_page",
+        ],
+    ),
+    (
+        "stop",
+        "late completions lose their interrupt, since vCPUs were saved before devices",
+        &[
+            "snapshot.rs::a_guest_at_work_goes_on_in_one_copy_after_another",
+            "migration.rs::a_guest_at_work_moves_there_and_back",
+        ],
+    ),
+    (
+        "stop",
         "vCPUs that never ran hold up a stop",
         &[
             "machine.rs::shutdown_ends_the_process_from_any_state",
@@ -150,13 +192,86 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "state",
+        "a queue that waits for its doorbell, or an interrupt under way, when it is saved",
+        &["state.rs::a_device_goes_on_in_a_copy"],
+    ),
+    (
+        "state",
         "vCPU and interrupt controllers after a reset",
         &["machine.rs::a_reset_machine_boots_again"],
+    ),
+    (
+        "state",
+        "registers or MSRs that are left out, or put back in an order that loses them",
+        &[
+            "vmm/src/vcpu/state.rs::a_state_that_is_put_into_another_vcpu_is_the_same",
+            "golden.rs::machines_of_every_release_go_on",
+        ],
+    ),
+    (
+        "state",
+        "an MSR that is refused goes unnoticed",
+        &["vmm/src/vcpu/state.rs::a_refused_msr_is_an_error_with_its_number"],
+    ),
+    (
+        "state",
+        "guests of the guest are lost",
+        &[
+            "vmm/src/kvm/cpu/tests.rs::nested_virtualization_is_not_given_where_it_cannot_be_saved",
+            "vmm/src/saved/vcpu.rs::nested_state_is_as_long_as_it_says",
+        ],
+    ),
+    (
+        "state",
+        "a part of memory is taken for another where RAM has more than one slot",
+        &["vmm/src/saved/image.rs::memory_around_the_hole_comes_back"],
+    ),
+    (
+        "state",
+        "sizes of memory that wrap as bytes",
+        &[
+            "vmm/src/check.rs::sizes_that_wrap_are_refused",
+            "machine.rs::more_memory_than_the_host_has_is_refused",
+        ],
+    ),
+    (
+        "state",
+        "a state of an older or a newer program",
+        &[
+            "golden.rs::machines_of_every_release_go_on",
+            "vmm/src/saved/mod.rs::the_head_is_looked_at_first",
+        ],
+    ),
+    (
+        "state",
+        "a device is seen before it is there, or after it is gone",
+        &[
+            "hotplug.rs::nothing_answers_in_the_place_of_what_is_gone",
+            "hotplug.rs::a_function_comes_is_asked_for_and_goes_again_and_again",
+        ],
     ),
     (
         "time",
         "a guest notices a pause as a lockup",
         &["machine.rs::a_paused_guest_does_nothing_until_it_is_resumed"],
+    ),
+    (
+        "time",
+        "clocks jump in a copy, or stand still over a move",
+        &[
+            "snapshot.rs::clocks_of_a_restored_guest_go_on_where_they_stopped",
+            "migration.rs::clocks_of_a_moved_guest_count_the_time_of_its_move",
+        ],
+    ),
+    (
+        "time",
+        "a copy has the random numbers of its original",
+        &["snapshot.rs::a_copy_learns_that_it_is_one"],
+    ),
+    (
+        "time",
+        "time stamp counters of another speed",
+        &["vmm/src/machine/saved.rs::a_counter_of_another_speed_is_refused"],
     ),
     (
         "filters",
@@ -172,9 +287,9 @@ fn every_pitfall_is_played_by_a_test() {
         assert!(!tests.is_empty(), "{family}: {pitfall}");
         for test in *tests {
             let (file, name) = test.split_once("::").unwrap();
-            let found = ["tests/it", "../vmm/tests"].iter().any(|folder| {
-                std::fs::read_to_string(here.join(folder).join(file))
-                    .is_ok_and(|text| text.contains(&format!("\nfn {name}()")))
+            let found = ["tests/it", "../vmm/tests", ".."].iter().any(|folder| {
+                let text = std::fs::read_to_string(here.join(folder).join(file));
+                text.is_ok_and(|text| text.contains(&format!("fn {name}()")))
             });
             assert!(found, "{family}, {pitfall}: there is no {test}");
         }
@@ -265,7 +380,7 @@ impl VirtioDevice for Unlucky {
             let source = io::Error::other("no thread left");
             return Err(StartError { index: 0, source });
         }
-        atoll_devices::virtio::rng::Rng::new().start_queue(start)
+        Rng::new().start_queue(start)
     }
 
     fn counters(&self) -> CounterList {
@@ -284,4 +399,58 @@ fn a_queue_that_cannot_start_breaks_the_device_until_a_reset() {
     driver.add(0, &[Segment::writable(DATA, 32)]);
     driver.kick(0);
     assert_eq!(driver.wait_used(0).1, 32);
+}
+
+/// Three locks meet here: the bus's, the device's and its MSI-X table's. Whoever takes two in another order than the rest
+/// waits for ever, sooner or later.
+#[test]
+fn accesses_while_the_machine_is_reset_paused_and_unplugged() {
+    const ROUNDS: usize = 300;
+    let driver = Driver::new(Arc::new(Rng::new()));
+    let msix = driver.capability(0x11).unwrap();
+    // A vCPU that sets the device up again and again, and one that moves its BAR and masks its vectors.
+    let sets_up = |driver: &Driver| {
+        driver.negotiate(1 << 32);
+        driver.write(0x1c, &1u16.to_le_bytes());
+        driver.set_status(15);
+        driver.kick(0);
+        driver.reset();
+    };
+    let moves = |driver: &Driver| {
+        driver.config_write(0x10, &0xc004_0000_u32.to_le_bytes());
+        driver.config_write(msix + 2, &0xc000_u16.to_le_bytes());
+        driver.config_write(0x10, &0xc000_0000_u32.to_le_bytes());
+        driver.config_write(msix + 2, &0x8000_u16.to_le_bytes());
+    };
+    let acts: [&(dyn Fn(&Driver) + Sync); 2] = [&sets_up, &moves];
+    let (driver, ends) = (&driver, &AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        for act in acts {
+            let vcpu = move || {
+                while !ends.load(Ordering::Relaxed) {
+                    act(driver);
+                }
+            };
+            let thread = std::thread::Builder::new();
+            thread.spawn_scoped(scope, vcpu).unwrap();
+        }
+        for round in 0..ROUNDS {
+            match round % 5 {
+                0 => driver.device.reset(),
+                1 => driver.bus.reset(),
+                2 => driver.config_write(4, &6u16.to_le_bytes()),
+                3 => drop(driver.bus.save()),
+                _ => {
+                    driver.device.pause();
+                    driver.device.save();
+                    driver.device.resume().unwrap();
+                }
+            }
+        }
+        driver.bus.hide(1);
+        driver.device.retire();
+        assert!(driver.bus.remove(1));
+        ends.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(driver.config_read::<4>(0), [0xff; 4]);
 }

@@ -93,6 +93,13 @@ fn queue_registers_only_between_features_and_driver_ok() {
     assert_eq!(driver.read::<2>(0x18), [0, 0]);
     driver.write(0x18, &8u16.to_le_bytes());
     assert_eq!(driver.status(), 15);
+    // Nor has it a vector, and no queue of a number that no device has.
+    for queue in [7, 0x8000, u16::MAX] {
+        driver.write(0x16, &queue.to_le_bytes());
+        driver.write(0x1a, &0u16.to_le_bytes());
+        assert_eq!(driver.read::<8>(0x18), [0; 8], "{queue}");
+    }
+    assert_eq!(driver.status(), 15);
 }
 
 #[test]
