@@ -1,6 +1,11 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The command line of `atoll-vmm`: its arguments, and how they become a spec. Not here: what a machine is.
 
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "comments on arguments are help texts, where brackets are what may be left out"
+)]
+
 mod services;
 
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 //! Console, VIRTIO 1.2 §5.3. One port is two queues: one brings what was typed, one takes output.
 //!
 //! With more than a plain console, the device has the feature MULTIPORT: queues 0 and 1 are port 0, 2 and 3 the
-//! control queues ([`control`]), 4 and 5 port 1, and so on. A named port is how a guest agent talks to the host.
+//! control queues (`control`), 4 and 5 port 1, and so on. A named port is how a guest agent talks to the host.
 
 mod control;
 

@@ -143,7 +143,7 @@ impl Tap {
     }
 
     /// Attaches `count` queues to the interface `name`, which is made when it does not exist. What comes to the
-    /// interface is spread over the queues that are attached ([`Tap::set_attached`]).
+    /// interface is spread over the queues that are attached.
     pub fn open_queues(name: &str, count: u16) -> Result<Vec<Self>, TapError> {
         if count == 1 {
             return Ok(vec![Self::open(name)?]);

@@ -2,7 +2,7 @@
 //! Names of CPU features, and where each is a bit: one table, [`REGISTERS`].
 //!
 //! Names are QEMU's; those of `/proc/cpuinfo` differ in dashes, dots and underscores only, which do not count, or are
-//! in [`OTHER_NAMES`]. Bits without a name are known to no model, but are not lost: a set is all bits of the
+//! in `OTHER_NAMES`. Bits without a name are known to no model, but are not lost: a set is all bits of the
 //! registers.
 //!
 //! Sources: Intel SDM vol. 2A, CPUID, tables 3-8 and following; SDM vol. 4, table 2-2 (IA32_ARCH_CAPABILITIES); AMD APM
@@ -198,7 +198,7 @@ const OTHER_NAMES: &[(&str, &str)] = &[
     ("nrips", "nrip-save"),
 ];
 
-/// One named feature: a row of the [`INDEX`].
+/// One named feature: a row of the `INDEX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Feature(usize);
 
