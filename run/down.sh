@@ -17,7 +17,7 @@ fi
 
 if [ -n "$pid" ]; then
     echo "atoll: ending the guests and the node"
-    "${BIN:?the directory with atoll}/atoll" node stop-all --wait
+    "${BIN:?the directory with atoll}/atoll" node stop-all --timeout 60 --wait
     kill -TERM "$pid"
     for tries in $(seq 150); do
         [ -d "/proc/$pid" ] || break

@@ -438,8 +438,22 @@ mod tests {
             GET /storage
             GET /version
             POST /access/ticket
-            POST /access/vncticket"#]]
+            POST /access/vncticket
+            POST /nodes/{node}/startall
+            POST /nodes/{node}/stopall"#]]
         .assert_eq(&open.join("\n"));
+    }
+
+    #[tokio::test]
+    async fn all_guests_are_switched_only_by_who_may() {
+        let state = tempfile::tempdir().unwrap();
+        let daemon = daemon(state.path()).await;
+        for path in ["/nodes/{node}/startall", "/nodes/{node}/stopall"] {
+            let route = TABLES.iter().copied().flatten().find(|r| r.path == path);
+            let (status, body) = ask(&daemon, route.unwrap(), Some("nobody@pve")).await;
+            assert_eq!(status, 403, "{body}");
+            assert!(body.contains("(/, VM.PowerMgmt)"), "{body}");
+        }
     }
 
     #[tokio::test]

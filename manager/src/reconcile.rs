@@ -10,13 +10,14 @@
 //! was killed has lost nothing. Not here: starting what a user asked for, which is a task.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::GuestSummary;
 use crate::error::Error;
+use crate::guest::bulk::StartAll;
 use crate::guest::container::Container;
 use crate::guest::container::restart::{self, Row, Verdict};
 use crate::guest::hold::Hold;
@@ -26,6 +27,7 @@ use crate::guest::{Action, Guests, Phase, disks, guest};
 use crate::id::{GuestId, GuestKind};
 use crate::network::Network;
 use crate::storage::name::VolumeId;
+use crate::task;
 
 /// Time between two looks.
 const TICK: Duration = Duration::from_secs(2);
@@ -72,6 +74,13 @@ pub struct View {
     pub held: bool,
 }
 
+impl View {
+    fn is_startable(&self) -> bool {
+        let is_down = !matches!(self.phase, Phase::Running { .. });
+        is_down && self.configured && self.lock.is_none()
+    }
+}
+
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remedy {
@@ -79,6 +88,8 @@ pub enum Remedy {
     CleanUp(GuestKind, GuestId),
     /// Start it.
     Start(GuestKind, GuestId),
+    /// Start every guest that is to start with the node, in order.
+    StartAll,
     /// Remove a guest whose creation was cut short by the end of the daemon.
     Discard(GuestKind, GuestId),
     /// Let a guest go on that a daemon was holding when it ended.
@@ -104,11 +115,17 @@ pub fn decide(world: &World) -> Vec<Remedy> {
         } else if world.first && view.held {
             remedies.push(Remedy::LetGo(kind, id));
         }
-        let is_down = !matches!(view.phase, Phase::Running { .. });
-        let wanted = view.rebooted || (world.host_started && view.onboot);
-        if is_down && wanted && view.configured && view.lock.is_none() {
+        if view.is_startable() && view.rebooted {
             remedies.push(Remedy::Start(kind, id));
         }
+    }
+    if world.host_started
+        && world
+            .guests
+            .iter()
+            .any(|view| view.is_startable() && view.onboot)
+    {
+        remedies.push(Remedy::StartAll);
     }
     remedies
 }
@@ -164,13 +181,14 @@ impl Reconciler {
                 return tracing::warn!(error = error.chain(), "cannot look at the guests");
             }
         };
-        for remedy in decide(&world) {
+        let remedies = decide(&world);
+        for remedy in remedies.iter().copied() {
             if let Err(error) = self.apply(remedy).await {
                 tracing::warn!(?remedy, error = error.chain(), "a remedy failed");
             }
         }
-        if world.first {
-            self.remember_boot();
+        if world.first && !remedies.contains(&Remedy::StartAll) {
+            remember_boot(&self.boot_file());
         }
         self.first = false;
     }
@@ -228,7 +246,10 @@ impl Reconciler {
         | Remedy::Start(kind, id)
         | Remedy::Discard(kind, id)
         | Remedy::LetGo(kind, id)
-        | Remedy::Abandon(kind, id)) = remedy;
+        | Remedy::Abandon(kind, id)) = remedy
+        else {
+            return self.start_all();
+        };
         let seat = self.guests.site().seat(kind, id);
         if let Remedy::Start(..) = remedy {
             let upid = self.guests.act(kind, id, Action::Start, USER)?;
@@ -261,13 +282,27 @@ impl Reconciler {
         self.guests.site().settings.run_dir().join("boot-id")
     }
 
-    fn remember_boot(&self) {
-        let folder = self.guests.site().settings.run_dir();
-        let written = std::fs::create_dir_all(folder)
-            .and_then(|()| std::fs::write(self.boot_file(), boot_id().unwrap_or_default()));
-        if let Err(error) = written {
-            tracing::warn!(%error, "cannot note the host's start: guests with 'onboot' may be started again");
-        }
+    /// The host's start is noted when all have started: a daemon that is killed meanwhile begins again.
+    fn start_all(&self) -> Result<(), Error> {
+        let upid = self.guests.start_all(StartAll::default(), USER)?;
+        tracing::info!(%upid, "the host has started, and guests start with it");
+        let (tasks, file) = (self.guests.tasks().clone(), self.boot_file());
+        tokio::spawn(async move {
+            let ended = tasks.wait(&upid).await;
+            if ended.is_ok_and(|status| status != task::UNEXPECTED) {
+                remember_boot(&file);
+            }
+        });
+        Ok(())
+    }
+}
+
+fn remember_boot(file: &Path) {
+    let folder = file.parent().unwrap_or(file);
+    let written = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(file, boot_id().unwrap_or_default()));
+    if let Err(error) = written {
+        tracing::warn!(%error, "cannot note the host's start: guests with 'onboot' may be started again");
     }
 }
 
@@ -390,14 +425,14 @@ mod tests {
             lock: Some("backup".to_owned()),
             ..onboot.clone()
         };
-        let start = Remedy::Start(GuestKind::Vm, onboot.id);
-        let world = |host_started| World {
-            guests: vec![onboot.clone(), locked.clone()],
+        let world = |guest: &View, host_started| World {
+            guests: vec![guest.clone()],
             host_started,
             first: true,
         };
-        check(&world(true), &[start]);
-        check(&world(false), &[]);
+        check(&world(&onboot, true), &[Remedy::StartAll]);
+        check(&world(&onboot, false), &[]);
+        check(&world(&locked, true), &[]);
     }
 
     #[test]

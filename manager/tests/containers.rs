@@ -10,9 +10,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use atoll_manager::guest::bulk::{StartAll, StopAll};
 use atoll_manager::guest::{Action, Ask, ConfigUpdate};
 use atoll_manager::id::{GuestId, GuestKind};
-use atoll_manager::task::Upid;
+use atoll_manager::task::{TaskFilter, TaskRecord, Upid};
 use atoll_manager::{Node, Settings};
 use tokio_util::sync::CancellationToken;
 
@@ -58,22 +59,42 @@ impl Ground {
     }
 
     async fn create(&self, net: &str) {
-        let params = [
-            ("vmid", self.id.to_string().as_str()),
-            ("ostemplate", "local:vztmpl/busybox.tar.gz"),
-            ("rootfs", "local:0.0625"),
+        let keys = [
             ("mp0", "local:0.0625,mp=/srv"),
             ("hostname", "box"),
-            ("memory", "128"),
             ("password", "secret"),
             ("net0", net),
-        ]
-        .map(|(key, value)| (key.to_owned(), value.to_owned()));
-        let created =
-            self.node
-                .guests()
-                .create(GuestKind::Container, self.id, BTreeMap::from(params), USER);
+        ];
+        self.create_with(self.id, &keys).await;
+    }
+
+    async fn create_with(&self, id: GuestId, keys: &[(&str, &str)]) {
+        let number = id.to_string();
+        let always = [
+            ("vmid", number.as_str()),
+            ("ostemplate", "local:vztmpl/busybox.tar.gz"),
+            ("rootfs", "local:0.0625"),
+            ("memory", "128"),
+        ];
+        let params = always.iter().chain(keys);
+        let params = params.map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let guests = self.node.guests();
+        let created = guests.create(GuestKind::Container, id, params.collect(), USER);
         assert_eq!(self.done(created).await, "OK");
+    }
+
+    /// What tasks of that type wrote, the last first.
+    fn logs_of(&self, kind: &str) -> Vec<Vec<String>> {
+        let filter = TaskFilter {
+            kind: Some(kind.to_owned()),
+            ..TaskFilter::default()
+        };
+        let (records, _) = self.node.tasks().list(&filter);
+        let log = |record: &TaskRecord| {
+            let page = self.node.tasks().log(&record.upid, 0, 0).unwrap();
+            page.lines.into_iter().map(|(_, line)| line).collect()
+        };
+        records.iter().map(log).collect()
     }
 
     async fn pid(&self) -> Option<u32> {
@@ -337,4 +358,63 @@ fn dhcp_gives_addresses_and_the_reconciler_notices_ends() {
             ground.node.network().teardown().await.unwrap();
         },
     );
+}
+
+/// The host has started: guests with `onboot` start, the first place first. They stop the other way around.
+#[test]
+fn guests_start_and_stop_with_the_node_in_their_order() {
+    const NAME: &str = "guests_start_and_stop_with_the_node_in_their_order";
+    world::isolated(NAME, async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        let second = ground.id;
+        let [first, third]: [GuestId; 2] =
+            world::more_numbers().map(|number| number.try_into().unwrap());
+        let with_node = [("onboot", "1"), ("startup", "order=2,down=20")];
+        ground.create_with(second, &with_node).await;
+        let before = [("onboot", "1"), ("startup", "order=1,up=1,down=30")];
+        ground.create_with(first, &before).await;
+        ground.create_with(third, &[]).await;
+
+        let (stop, node) = (CancellationToken::new(), ground.node.clone());
+        let reconciler = tokio::spawn({
+            let stop = stop.clone();
+            async move { node.run(stop).await }
+        });
+        let noted = ground.state.path().join("run/boot-id");
+        world::until("the start of all", || noted.exists());
+        let logs = ground.logs_of("startall");
+        let expected = [
+            format!("Starting CT {first}"),
+            "Waiting for 1 seconds (startup delay)".to_owned(),
+            format!("Starting CT {second}"),
+            "TASK OK".to_owned(),
+        ];
+        assert_eq!(logs, [expected]);
+        assert!(ground.running().await);
+        stop.cancel();
+        reconciler.await.unwrap().unwrap();
+
+        let stopped = ground.node.guests().stop_all(StopAll::default(), USER);
+        assert_eq!(ground.done(stopped).await, "OK");
+        let expected = [
+            format!("Stopping CT {second} (timeout = 20 seconds)"),
+            format!("Stopping CT {first} (timeout = 30 seconds)"),
+            "TASK OK".to_owned(),
+        ];
+        assert_eq!(ground.logs_of("stopall"), [expected]);
+        assert!(!ground.node.guests().any_running().unwrap());
+
+        let wish = StartAll {
+            only: Some(vec![third]),
+            force: true,
+        };
+        let started = ground.node.guests().start_all(wish, USER);
+        assert_eq!(ground.done(started).await, "OK");
+        assert!(ground.node.guests().any_running().unwrap() && !ground.running().await);
+        let stopped = ground.node.guests().stop_all(StopAll::default(), USER);
+        assert_eq!(ground.done(stopped).await, "OK");
+        ground.node.network().teardown().await.unwrap();
+    });
 }

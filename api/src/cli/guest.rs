@@ -216,13 +216,24 @@ pub enum NodeCommand {
         /// Its name; the one that answers when not given.
         node: Option<String>,
     },
-    /// Shut down all guests of a node, and stop those that take too long.
+    /// Start the guests of a node that have onboot, in the order of their key `startup`.
+    StartAll {
+        /// Its name; the one that answers when not given.
+        node: Option<String>,
+        /// Follow the task to its end.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Shut down all guests of a node, the last to start first, and stop those that take too long.
     StopAll {
         /// Its name; the one that answers when not given.
         node: Option<String>,
         /// Follow the task to its end.
         #[arg(long)]
         wait: bool,
+        /// Seconds that each guest has, unless its key `startup` says otherwise.
+        #[arg(long, default_value_t = 180)]
+        timeout: u16,
     },
 }
 
@@ -247,13 +258,41 @@ pub async fn run_node(
             let path = format!("/nodes/{}/status", named(node).await?);
             show(&client.call(Method::Get, &path, NO_PARAMS).await?, output)
         }
-        NodeCommand::StopAll { node, wait } => {
-            let path = format!("/nodes/{}/stopall", named(node).await?);
-            let data = client.call(Method::Post, &path, NO_PARAMS).await?;
-            match task::of(&data) {
-                Some(upid) if wait => task::follow(client, upid).await,
-                _ => show(&data, output),
-            }
+        NodeCommand::StartAll { node, wait } => {
+            all(client, &named(node).await?, "startall", &[], wait, output).await
         }
+        NodeCommand::StopAll {
+            node,
+            wait,
+            timeout,
+        } => {
+            let timeout = [("timeout", timeout.to_string())];
+            all(
+                client,
+                &named(node).await?,
+                "stopall",
+                &timeout,
+                wait,
+                output,
+            )
+            .await
+        }
+    }
+}
+
+/// A task over all guests of a node.
+async fn all(
+    client: &Client,
+    node: &str,
+    what: &str,
+    params: &[(&str, String)],
+    wait: bool,
+    output: Output,
+) -> Result<(), CliError> {
+    let path = format!("/nodes/{node}/{what}");
+    let data = client.call(Method::Post, &path, params).await?;
+    match task::of(&data) {
+        Some(upid) if wait => task::follow(client, upid).await,
+        _ => show(&data, output),
     }
 }

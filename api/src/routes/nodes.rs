@@ -1,10 +1,16 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Nodes: which there are, how each is, its network interfaces.
 
+use std::time::Duration;
+
 use atoll_manager::access::{Check, Privilege};
+use atoll_manager::error::Error;
+use atoll_manager::guest::Ask;
+use atoll_manager::guest::bulk::{StartAll, StopAll};
 use atoll_manager::host::{HostStatus, Memory};
+use atoll_manager::id::GuestId;
 use atoll_manager::network::interfaces;
-use atoll_manager::schema::{Kind, Param};
+use atoll_manager::schema::{Kind, Param, format};
 use serde_json::{Value, json};
 
 use super::{bit, object, serve};
@@ -16,6 +22,17 @@ pub const AUDITS: Check = Check::All {
     path: "/nodes/{node}",
     privileges: &[Privilege::SysAudit],
 };
+
+const VMS: Param = Param::new(
+    "vms",
+    Kind::Format(format::VMID_LIST),
+    "Only these guests, divided by commas. Needs VM.PowerMgmt on each, or on / for all.",
+);
+const WORKERS: Param = Param::new(
+    "max-workers",
+    Kind::Integer { min: 1, max: 64 },
+    "Accepted for PVE's clients: the node's own bound on tasks holds.",
+);
 
 pub const ROUTES: &[Route] = &[
     Route::get("/nodes", "List the nodes of the cluster.", serve!(list))
@@ -51,28 +68,40 @@ pub const ROUTES: &[Route] = &[
     .returns(Returns::Object(&["version", "release", "repoid"]))
     .check(Check::AnyUser),
     Route::post(
+        "/nodes/{node}/startall",
+        "Start the guests of a node that have onboot, in their order.",
+        serve!(start_all),
+    )
+    .params(&[
+        VMS,
+        WORKERS,
+        Param::new("force", Kind::Boolean, "Also those without onboot.").default("0"),
+    ])
+    .returns(Returns::Upid)
+    .check(Check::AnyUser),
+    Route::post(
         "/nodes/{node}/stopall",
-        "Shut down all guests of a node, by force those that do not obey.",
+        "Shut down the guests of a node, the last to start first.",
         serve!(stop_all),
     )
     .params(&[
+        VMS,
+        WORKERS,
         Param::new(
             "force-stop",
             Kind::Boolean,
-            "Accepted for PVE's clients: who does not obey is stopped.",
+            "Stop who has not shut down in time.",
         )
         .default("1"),
         Param::new(
             "timeout",
             Kind::Integer { min: 0, max: 7200 },
-            "Accepted for PVE's clients: each guest has a minute.",
-        ),
+            "Seconds that each guest has, unless its key `startup` says otherwise.",
+        )
+        .default("180"),
     ])
     .returns(Returns::Upid)
-    .check(Check::All {
-        path: "/vms",
-        privileges: &[Privilege::VmPowerMgmt],
-    }),
+    .check(Check::AnyUser),
     Route::get(
         "/nodes/{node}/network",
         "List the network interfaces of a node.",
@@ -109,12 +138,51 @@ async fn version(call: Call) -> Result<Answer, Refusal> {
     super::atoll::version(call).await
 }
 
+/// The guests that the call names, or none for all of them. Refused when the caller may not switch each.
+fn named(call: &Call) -> Result<Option<Vec<GuestId>>, Refusal> {
+    const ALL: Check = switches("/");
+    const ONE: Check = switches("/vms/{vmid}");
+    if call.values.text("vms").is_none() {
+        call.caller().check(&ALL, &|_| None)?;
+        return Ok(None);
+    }
+    let mut ids = Vec::new();
+    for number in call.values.list("vms") {
+        call.caller().check(&ONE, &|_| Some(&number))?;
+        let id = number.parse::<GuestId>();
+        ids.push(id.map_err(|e| Error::invalid("vms", e.to_string()))?);
+    }
+    Ok(Some(ids))
+}
+
+const fn switches(path: &'static str) -> Check {
+    Check::All {
+        path,
+        privileges: &[Privilege::VmPowerMgmt],
+    }
+}
+
+async fn start_all(call: Call) -> Result<Answer, Refusal> {
+    let wish = StartAll {
+        only: named(&call)?,
+        force: call.values.flag("force"),
+    };
+    let user = call.caller().identity();
+    let upid = call.daemon.node.guests().start_all(wish, user)?;
+    Ok(Answer::Data(json!(upid.to_string())))
+}
+
 async fn stop_all(call: Call) -> Result<Answer, Refusal> {
-    let upid = call
-        .daemon
-        .node
-        .guests()
-        .stop_all(call.caller().identity())?;
+    let timeout = call.values.number("timeout");
+    let wish = StopAll {
+        only: named(&call)?,
+        ask: Ask {
+            timeout: timeout.map_or(Ask::default().timeout, Duration::from_secs),
+            force: call.values.flag_if_given("force-stop").unwrap_or(true),
+        },
+    };
+    let user = call.caller().identity();
+    let upid = call.daemon.node.guests().stop_all(wish, user)?;
     Ok(Answer::Data(json!(upid.to_string())))
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::Error;
 use crate::guest::GuestConfig;
+use crate::guest::bulk::Order;
 use crate::guest::container::bundle;
 use crate::guest::vm::{drives, resolve};
 use crate::id::{GuestId, GuestKind, parse_config_key};
@@ -42,6 +43,8 @@ pub struct GuestSummary {
     pub disk_bytes: u64,
     /// It starts with the node.
     pub onboot: bool,
+    /// When it starts and stops with the node.
+    pub startup: Order,
     /// When its config was written last.
     pub revision: Revision,
 }
@@ -93,6 +96,7 @@ impl GuestSummary {
             swap_bytes: swap_mib << 20,
             disk_bytes: size.unwrap_or(0),
             onboot: config.is_set("onboot"),
+            startup: Order::of(config),
             revision,
         }
     }

@@ -3,12 +3,12 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use atoll_vmm_protocol::api::Request;
 
 use crate::cluster::{Cluster, GuestSummary, Inventory};
 use crate::error::Error;
+use crate::guest::bulk::{self, StartAll, StopAll};
 use crate::guest::clone::{self, Cloning, Wish};
 use crate::guest::config::{Applied, ConfigUpdate};
 use crate::guest::create::{Draft, Params};
@@ -53,8 +53,6 @@ const CREATION_ONLY: &[&str] = &[
 const NOT_YET: &[&str] = &["archive", "restore", "live-restore", "pool", "ha-managed"];
 /// Size of a container's root disk when none is given, in GiB: PVE's default.
 const ROOT_GIB: u32 = 4;
-/// Time that each guest has when all are stopped.
-const STOP_ALL_MAX: Duration = Duration::from_secs(60);
 
 /// What can be done with a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +104,11 @@ impl Guests {
             running: Arc::default(),
             listed: Arc::default(),
         }
+    }
+
+    /// The tasks that their work is done as.
+    pub fn tasks(&self) -> &Tasks {
+        &self.tasks
     }
 
     /// What they stand on.
@@ -451,33 +454,23 @@ impl Guests {
             .spawn(new, async move |_| template::convert(&seat).await)
     }
 
-    /// Shuts down every guest of this node, by force those that do not obey: task `stopall`.
-    pub fn stop_all(&self, user: impl ToString) -> Result<Upid, Error> {
-        let site = self.site.clone();
-        self.tasks.spawn(
-            NewTask::new("stopall", "", user),
-            async move |task: TaskContext| {
-                let ask = Ask {
-                    timeout: STOP_ALL_MAX,
-                    force: true,
-                };
-                let mut stops = tokio::task::JoinSet::new();
-                for (kind, id) in site.guests()? {
-                    let seat = site.seat(kind, id);
-                    if matches!(guest(&seat).phase(), Phase::Running { .. }) {
-                        task.log(&format!("stopping {}", seat.title()));
-                        let task = task.clone();
-                        stops.spawn(async move {
-                            if let Err(error) = shutdown(&seat, ask, &task).await {
-                                task.warn(&format!("{}: {}", seat.title(), error.chain()));
-                            }
-                        });
-                    }
-                }
-                while stops.join_next().await.is_some() {}
-                Ok(())
-            },
-        )
+    /// Starts guests of this node in their order: task `startall`, and one for each.
+    pub fn start_all(&self, wish: StartAll, user: impl ToString) -> Result<Upid, Error> {
+        let (guests, user) = (self.clone(), user.to_string());
+        // It takes no worker: it waits for tasks that need one.
+        let new = NewTask::new("startall", "", &user).free();
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            bulk::start_all(&guests, &wish, &user, &task).await
+        })
+    }
+
+    /// Shuts guests of this node down, the last to start first: task `stopall`, and one for each.
+    pub fn stop_all(&self, wish: StopAll, user: impl ToString) -> Result<Upid, Error> {
+        let (guests, user) = (self.clone(), user.to_string());
+        let new = NewTask::new("stopall", "", &user).free();
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            bulk::stop_all(&guests, &wish, &user, &task).await
+        })
     }
 
     /// One guest.

@@ -10,6 +10,7 @@
 //! The API calls [`Guests`]; nothing outside of this module knows how a guest is run.
 
 pub mod agent;
+pub mod bulk;
 pub mod cgroup;
 pub mod clone;
 pub mod config;

@@ -85,14 +85,26 @@ pub fn guest_number() -> u32 {
     std::env::var(INSIDE).unwrap().parse().unwrap()
 }
 
+/// Two more numbers, for tests with several guests.
+pub fn more_numbers() -> [u32; 2] {
+    further(guest_number())
+}
+
+/// Below all first numbers, so that each has a range of user ids.
+fn further(number: u32) -> [u32; 2] {
+    [number / 2, number / 4]
+}
+
 /// Removes the control groups that a failed test has left.
 fn remove_groups(number: u32) {
-    let find = ["/sys/fs/cgroup", "-depth", "-type", "d", "-path"];
-    let pattern = format!("*/atoll/?[tm]-{number}*");
-    let _ = Command::new("find")
-        .args(find)
-        .args([&pattern, "-exec", "rmdir", "{}", ";"])
-        .output();
+    for number in further(number).into_iter().chain([number]) {
+        let find = ["/sys/fs/cgroup", "-depth", "-type", "d", "-path"];
+        let pattern = format!("*/atoll/?[tm]-{number}*");
+        let _ = Command::new("find")
+            .args(find)
+            .args([&pattern, "-exec", "rmdir", "{}", ";"])
+            .output();
+    }
 }
 
 /// Runs a host program and returns its output.

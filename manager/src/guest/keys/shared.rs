@@ -34,7 +34,7 @@ pub const STARTUP: Key = Key::new(
     Param::new("startup", ORDER, "Order of starts and stops with the node."),
     System(VmConfigOptions),
 )
-.no_effect("Guests start in the order of their numbers.");
+.now();
 
 pub const PROTECTION: Key = Key::new(
     Param::new(
