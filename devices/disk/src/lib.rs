@@ -25,6 +25,8 @@ mod blocking;
 mod bucket;
 pub mod changes;
 pub mod conformance;
+#[cfg(test)]
+mod dice;
 mod fault;
 mod frozen;
 mod immediate;

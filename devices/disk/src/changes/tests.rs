@@ -10,38 +10,13 @@ use std::sync::Arc;
 use super::file::{ChangeFile, ImageStamp, Medium};
 use super::{BlockSet, ChangeMap, CheckpointId, Found, Recorder, Tracked};
 use crate::backend::{BlockBackend, BlockQueue, Geometry, Operation, Request};
+use crate::dice::{Dice, seed};
 use crate::{MemoryBackend, Segments, conformance};
 
 const SECTOR: u64 = 512;
 /// Smaller than the disk's last block is wide: the end cuts a block.
 const SIZE_BYTES: u64 = SECTOR * 1001;
 const BLOCK_BYTES: u32 = 2048;
-
-/// xorshift64*: numbers that a seed repeats.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) % below
-    }
-}
-
-/// A new seed each run, unless one is given to repeat a failure.
-fn seed() -> u64 {
-    let given = std::env::var("ATOLL_SEED").ok();
-    let seed = given.map_or_else(
-        || {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            u64::try_from(now.unwrap().as_nanos() & u128::from(u64::MAX)).unwrap() | 1
-        },
-        |text| text.parse().unwrap(),
-    );
-    eprintln!("ATOLL_SEED={seed}");
-    seed
-}
 
 /// What a host's crash leaves of a file: everything synced, and any sectors of what was written since.
 #[derive(Default)]
