@@ -110,9 +110,15 @@ impl AlignedBuffer {
 
     /// The buffer as a list of ranges; it must outlive whatever the list is used for.
     pub(crate) fn segments(&self) -> Segments {
+        self.first(self.layout.size())
+    }
+
+    /// The same of its first `length` bytes.
+    pub(crate) fn first(&self, length: usize) -> Segments {
+        assert!(length <= self.layout.size(), "a part of the buffer");
         let mut segments = Segments::new();
         // SAFETY: the caller keeps the buffer until the request has completed, and borrows `bytes` before or after.
-        unsafe { segments.push(self.start.as_ptr(), self.layout.size()) };
+        unsafe { segments.push(self.start.as_ptr(), length) };
         segments
     }
 }

@@ -13,7 +13,8 @@
 //! 1. [`Limited`]: a guest is charged for what it asked for, before anything is optimized away.
 //! 2. whatever records changes ([`changes::Tracked`]), keeps what was there before ([`Freezable`]) or injects faults
 //!    ([`Faulty`]): it sees requests as the guest made them.
-//! 3. [`DetectZeroes`]: rewrites requests for the image alone.
+//! 3. [`Switchable`]: what is above stays when a [`Mirror`] takes the disk's place.
+//! 4. [`DetectZeroes`]: rewrites requests for the image alone.
 //!
 //! Engines: a raw disk is served by io_uring where the process may use it, else by a few threads; qcow2 always
 //! by threads. A backend knows sectors and host memory, nothing of virtio, guests or image names. Offsets come
@@ -34,12 +35,14 @@ mod layer;
 mod limits;
 mod lock;
 mod memory;
+mod mirror;
 pub mod nbd;
 mod open;
 mod pool;
 pub mod qcow2;
 mod raw;
 mod segments;
+mod switchable;
 mod transfer;
 mod uring;
 mod zeroes;
@@ -56,10 +59,12 @@ pub use layer::{Layer, QueueLayer};
 pub use limits::{Limit, Limited, Limits, Rate};
 pub use lock::WriterLock;
 pub use memory::MemoryBackend;
+pub use mirror::{Mirror, MirrorError, MirrorOptions, MirrorProgress, SettleError};
 pub use open::{
     Cache, Engine, Format, OpenError, OpenOptions, OpenedDisk, Source, files, open, unlocked_files,
 };
 pub use raw::RawBackend;
 pub use segments::Segments;
+pub use switchable::{MisfitError, Switchable};
 pub use transfer::transfer;
 pub use zeroes::DetectZeroes;

@@ -57,6 +57,8 @@ pub struct Limits {
 struct Buckets {
     /// In the order total, read, write; bytes, then operations.
     all: [[Option<TokenBucket>; 2]; 3],
+    /// Bytes of writes, for who copies the disk meanwhile.
+    ceiling: Option<TokenBucket>,
 }
 
 impl Buckets {
@@ -68,7 +70,12 @@ impl Buckets {
         let pair = |limit: Limit| [bucket(limit.bytes), bucket(limit.operations)];
         Self {
             all: [pair(limits.total), pair(limits.read), pair(limits.write)],
+            ceiling: None,
         }
+    }
+
+    fn are_empty(&self) -> bool {
+        self.all.iter().flatten().all(Option::is_none) && self.ceiling.is_none()
     }
 
     /// Takes what the request needs; or says how long to wait.
@@ -85,8 +92,15 @@ impl Buckets {
                 wait = wait.max(bucket.wait(now));
             }
         }
+        let mut ceiling = self.ceiling.as_mut().filter(|_| direction == 2);
+        if let Some(ceiling) = &mut ceiling {
+            wait = wait.max(ceiling.wait(now));
+        }
         if !wait.is_zero() {
             return Err(wait);
+        }
+        if let Some(ceiling) = ceiling {
+            ceiling.take(bytes);
         }
         for at in [0, direction] {
             for (bucket, amount) in self.all[at].iter_mut().zip([bytes, 1]) {
@@ -125,8 +139,24 @@ impl Limited {
     /// Other limits from now on, with full bursts. What is being held back follows them within half a second.
     pub fn set(&self, limits: Limits) {
         let buckets = Buckets::new(limits, Instant::now());
-        *self.shared.lock() = buckets;
-        let active = limits != Limits::default();
+        self.change(|now| {
+            now.all = buckets.all;
+        });
+    }
+
+    /// Holds writes to a rate beside the limits, which stay what they are: for who copies a disk that is written faster
+    /// than it can be copied. `None` ends it.
+    pub fn slow_writes(&self, bytes_per_second: Option<u64>) {
+        let now = Instant::now();
+        let ceiling = bytes_per_second.map(|rate| TokenBucket::new(rate, 0, now));
+        self.change(|now| now.ceiling = ceiling);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Buckets)) {
+        let mut buckets = self.shared.lock();
+        change(&mut buckets);
+        let active = !buckets.are_empty();
+        // Within the lock: the last change is the one that counts.
         self.shared.active.store(active, Ordering::Release);
     }
 }

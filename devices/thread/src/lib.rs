@@ -45,6 +45,8 @@ pub enum Kind {
     Migration,
     /// Serves frozen disks to clients of a Unix socket.
     Export,
+    /// Copies a running disk to another one.
+    Mirror,
     /// Talks to another process that serves a device: by its connection, and by a new one when it has ended.
     Backend,
 }
@@ -64,6 +66,7 @@ impl Kind {
         Self::Vsock,
         Self::Migration,
         Self::Export,
+        Self::Mirror,
         Self::Backend,
     ];
 }

@@ -77,6 +77,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Vsock => &[COMMON, WAIT, CHANNELS, VSOCK],
         Kind::Migration => &[COMMON, FILES, CHANNELS, MIGRATION],
         Kind::Export => &[COMMON, WAIT, FILES, CHANNELS, DISK],
+        Kind::Mirror => &[COMMON, WAIT, FILES, DISK],
         Kind::Backend => &[COMMON, WAIT, CHANNELS, VSOCK, BACKEND],
     }
 }
@@ -300,6 +301,7 @@ pub(super) const LATE: &[Kind] = &[
     Kind::Vsock,
     Kind::Migration,
     Kind::Export,
+    Kind::Mirror,
     Kind::Backend,
 ];
 

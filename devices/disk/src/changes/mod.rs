@@ -113,17 +113,34 @@ impl Layer for Tracked {
     fn over(&self, inner: Box<dyn BlockQueue>, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         Ok(Box::new(TrackedQueue {
             inner,
-            watchers: self.watchers.clone(),
-            changing: HashMap::with_capacity(depth.into()),
+            changing: Changing {
+                watchers: self.watchers.clone(),
+                ranges: HashMap::with_capacity(depth.into()),
+            },
         }))
     }
 }
 
+/// Fields are dropped in their order: the queue waits for what is in flight, then that is marked.
 struct TrackedQueue {
     inner: Box<dyn BlockQueue>,
+    changing: Changing,
+}
+
+/// The requests in flight that change something.
+struct Changing {
     watchers: Arc<Watchers>,
-    /// Ranges of the requests in flight that change something, by token. As many as the queue is deep.
-    changing: HashMap<u64, Range<u64>>,
+    /// Their ranges, by token. As many as the queue is deep.
+    ranges: HashMap<u64, Range<u64>>,
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        // Requests whose completion nobody has taken, as when an engine fails, have ended too.
+        for range in self.ranges.values() {
+            self.watchers.mark(range);
+        }
+    }
 }
 
 impl QueueLayer for TrackedQueue {
@@ -139,11 +156,11 @@ impl QueueLayer for TrackedQueue {
         let Some(range) = request.changed_range() else {
             return self.inner.submit(request);
         };
-        let watched = self.watchers.mark(&range);
+        let watched = self.changing.watchers.mark(&range);
         let token = request.token;
         self.inner.submit(request)?;
         if watched {
-            self.changing.insert(token, range);
+            self.changing.ranges.insert(token, range);
         }
         Ok(())
     }
@@ -153,8 +170,8 @@ impl QueueLayer for TrackedQueue {
         self.inner.complete(done)?;
         for completion in &done[first_new..] {
             // Also after an error: some of it may have been written.
-            if let Some(range) = self.changing.remove(&completion.token) {
-                self.watchers.mark(&range);
+            if let Some(range) = self.changing.ranges.remove(&completion.token) {
+                self.changing.watchers.mark(&range);
             }
         }
         Ok(())
