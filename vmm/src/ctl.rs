@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm_protocol::api::{
-    AddDisk, AddNet, BeginExport, EndExport, Exported, InsertDisk, Migrate, MigrationInfo,
-    MigrationStage, RemovalStage, RemoveDevice, Request, Snapshot, SnapshotTaken,
+    AddDisk, AddNet, BeginExport, BeginMirror, EndExport, Exported, InsertDisk, Migrate,
+    MigrationInfo, MigrationStage, RemovalStage, RemoveDevice, Request, Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::Client;
+use atoll_vmm_protocol::spec::DiskSpec;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -50,18 +51,8 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
         }
         Request::AddDisk => {
             let mut body: AddDisk = serde_json::from_value(Value::Object(body.clone()))?;
-            let disk = &mut body.disk;
-            if !disk.path.as_os_str().is_empty() {
-                // The machine's process is elsewhere, and so is whoever restores it.
-                disk.path = std::path::absolute(&disk.path)?;
-            }
-            for image in &mut disk.backing {
-                image.path = std::path::absolute(&image.path)?;
-            }
-            if let Some(changes) = &mut disk.changes {
-                *changes = std::path::absolute(&changes)?;
-            }
-            let files = image_files(disk)?;
+            make_absolute(&mut body.disk)?;
+            let files = image_files(&body.disk)?;
             with_files(client, request, &body, &files)
         }
         Request::AddNet => {
@@ -87,6 +78,12 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
             let _ = std::fs::remove_file(&exported.socket);
             Ok(ended)
         }
+        Request::BeginMirror => {
+            let mut body: BeginMirror = serde_json::from_value(Value::Object(body.clone()))?;
+            make_absolute(&mut body.to)?;
+            let files = image_files(&body.to)?;
+            with_files(client, request, &body, &files)
+        }
         Request::RemoveDevice => {
             let body: RemoveDevice = serde_json::from_value(Value::Object(body.clone()))?;
             let removal = client.remove_device(&body)?;
@@ -100,6 +97,20 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
         _ if request.route().parameters.is_empty() => Ok(client.ask(request)?),
         _ => Ok(client.ask_with(request, body)?),
     }
+}
+
+/// The machine's process is elsewhere, and so is whoever restores it.
+fn make_absolute(disk: &mut DiskSpec) -> io::Result<()> {
+    if !disk.path.as_os_str().is_empty() {
+        disk.path = std::path::absolute(&disk.path)?;
+    }
+    for image in &mut disk.backing {
+        image.path = std::path::absolute(&image.path)?;
+    }
+    if let Some(changes) = &mut disk.changes {
+        *changes = std::path::absolute(&changes)?;
+    }
+    Ok(())
 }
 
 fn with_files(

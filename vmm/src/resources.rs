@@ -20,8 +20,8 @@ use atoll_devices::virtio::net::{HostEnd, STATISTICS, Tap, TapError, VhostNetFil
 use atoll_devices::virtio::vhost_user::{BackendOptions, PATIENCE};
 use atoll_disk::changes::{ChangeFile, Found, ImageStamp, Recorder, Tracked};
 use atoll_disk::{
-    Cache, Format, Freezable, Limit, Limited, Limits, OpenError, OpenOptions, OpenedDisk, Rate,
-    Source, WriterLock,
+    BlockBackend, Cache, Format, Freezable, Limit, Limited, Limits, OpenError, OpenOptions,
+    OpenedDisk, Rate, Source, Switchable, WriterLock,
 };
 use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{
@@ -78,9 +78,11 @@ pub struct Medium {
     pub(crate) backup: Backup,
 }
 
-/// What backups ask of a disk.
+/// What backups and mirrors ask of a disk.
 pub(crate) struct Backup {
     pub(crate) freezable: Arc<Freezable>,
+    pub(crate) tracked: Arc<Tracked>,
+    pub(crate) switchable: Arc<Switchable>,
     /// Where the spec wants it.
     pub(crate) record: Option<Record>,
 }
@@ -89,6 +91,48 @@ pub(crate) struct Backup {
 pub(crate) struct Record {
     pub(crate) recorder: Recorder,
     image: File,
+}
+
+/// Another place for a disk that is in use: its image, open and locked.
+pub(crate) struct Replacement {
+    pub(crate) backend: Arc<dyn BlockBackend>,
+    pub(crate) lock: Option<WriterLock>,
+    /// For the record of changes.
+    pub(crate) image: Option<File>,
+}
+
+impl Replacement {
+    /// Takes images that [`image_files`] has opened elsewhere.
+    pub(crate) fn take(files: VecDeque<OwnedFd>, disk: &DiskSpec) -> Result<Self, OpenError> {
+        let files = files.into_iter().map(File::from).collect();
+        let opened = OpenedDisk::from_files(files, &source(disk), options(disk))?;
+        Ok(Self {
+            lock: opened.writer_lock()?,
+            image: Some(opened.image()?),
+            backend: opened.backend()?,
+        })
+    }
+}
+
+impl Backup {
+    /// `next` is the disk's place from now on; the former one is returned. The caller holds the disk's queues, and
+    /// promises that both hold the same.
+    pub(crate) fn exchange(
+        &mut self,
+        lock: &mut Option<WriterLock>,
+        next: Replacement,
+    ) -> Replacement {
+        // What has changed since a backup has, wherever it is stored.
+        let image = match (&mut self.record, next.image) {
+            (Some(record), Some(image)) => Some(std::mem::replace(&mut record.image, image)),
+            _ => None,
+        };
+        Replacement {
+            backend: self.switchable.switch_to(next.backend),
+            lock: std::mem::replace(lock, next.lock),
+            image,
+        }
+    }
 }
 
 impl Record {
@@ -119,16 +163,22 @@ impl Medium {
     fn new(opened: OpenedDisk, record: Option<File>, disk: &DiskSpec) -> Result<Self, OpenError> {
         let lock = opened.writer_lock()?;
         let image = record.as_ref().map(|_| opened.image()).transpose()?;
-        let tracked = Arc::new(Tracked::new(opened.backend()?));
+        let switchable = Arc::new(Switchable::new(opened.backend()?));
+        let tracked = Arc::new(Tracked::new(switchable.clone()));
         let record = record.zip(image);
         let record = record.map(|(file, image)| begin_record(file, image, &tracked, disk));
         let record = record.transpose()?;
-        let freezable = Arc::new(Freezable::new(tracked));
+        let freezable = Arc::new(Freezable::new(tracked.clone()));
         let backend = Limited::new(freezable.clone(), limits(&disk.limits));
         Ok(Self {
             backend: Arc::new(backend),
             lock,
-            backup: Backup { freezable, record },
+            backup: Backup {
+                freezable,
+                tracked,
+                switchable,
+                record,
+            },
         })
     }
 }

@@ -71,6 +71,15 @@ pub enum Request {
     Export,
     /// End it; takes [`EndExport`].
     EndExport,
+    /// Copy a disk to another place while the guest goes on; takes [`BeginMirror`] and the target's open images,
+    /// answered with [`MirrorInfo`].
+    BeginMirror,
+    /// How the mirrors are; answered with [`Mirrors`].
+    Mirrors,
+    /// Let the target take the disk's place; takes [`CompleteMirror`], answered with [`MirrorInfo`].
+    CompleteMirror,
+    /// Leave the disk where it is; takes [`CancelMirror`].
+    CancelMirror,
 }
 
 /// One row of the control API.
@@ -578,6 +587,85 @@ pub struct EndExport {
     /// this one told, too.
     #[serde(default)]
     pub checkpoint: Option<String>,
+}
+
+/// Body of `PUT /begin-mirror`. The target's images come as descriptors, in the order of its spec.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BeginMirror {
+    /// The disk.
+    pub id: String,
+    /// Where it is to be: an image that is as large or larger, whose content is lost. Path, format, backing images and
+    /// cache; the rest is the disk's own.
+    pub to: DiskSpec,
+    /// Most that is copied in a second; without limit when absent.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+}
+
+/// Body of `PUT /complete-mirror`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CompleteMirror {
+    /// The disk.
+    pub id: String,
+    /// How long the guest may stand still for the rest, in milliseconds; 1000 when absent.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
+}
+
+/// Body of `PUT /cancel-mirror`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CancelMirror {
+    /// The disk.
+    pub id: String,
+}
+
+/// Answer of `GET /mirrors`: of each disk its mirror, or how its last one ended.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Mirrors {
+    /// In the order in which they began.
+    pub mirrors: Vec<MirrorInfo>,
+}
+
+/// Where a mirror is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MirrorStage {
+    /// Much is left to copy.
+    Copying,
+    /// Little is left: `complete-mirror` makes the guest wait for a moment only.
+    Ready,
+    /// The disk is at the target. While the machine has been paused since, `cancel-mirror` takes that back.
+    Switched,
+    /// The disk is where it was.
+    Failed,
+}
+
+/// How a mirror is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorInfo {
+    /// The disk.
+    pub id: String,
+    /// The target.
+    pub path: PathBuf,
+    /// Where it is.
+    pub stage: MirrorStage,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Copied so far; more than the size, when the guest writes meanwhile.
+    pub copied_bytes: u64,
+    /// What is left to copy now.
+    pub left_bytes: u64,
+    /// Copied in a second, as measured last.
+    pub bytes_per_second: u64,
+    /// What the guest may write in a second, while it writes faster than can be copied.
+    pub slowed_to_bytes_per_second: Option<u64>,
+    /// For how long the guest stood still, in microseconds: at the beginning, or, once it has switched, for that.
+    pub held_us: u64,
+    /// Why it failed.
+    pub error: Option<String>,
 }
 
 /// Body of every answer whose status is not 200.

@@ -244,14 +244,14 @@ fn schemas_of_disks_are_the_types() {
     check("SetDiskLimits", SetDiskLimits { id, limits });
 }
 
-#[test]
-fn schemas_of_devices_that_come_and_go_are_the_types() {
+/// A disk whose every field is set.
+fn disk() -> DiskSpec {
     let mut limits = DiskLimits::default();
     limits
         .fields()
         .into_iter()
         .for_each(|(_, value)| *value = Some(1));
-    let disk = DiskSpec {
+    DiskSpec {
         id: Some("disk1".into()),
         target: Some(1),
         backing: vec![BackingSpec {
@@ -264,8 +264,12 @@ fn schemas_of_devices_that_come_and_go_are_the_types() {
         limits,
         boot_index: Some(1),
         ..DiskSpec::raw("/d")
-    };
-    check("AddDisk", AddDisk { disk });
+    }
+}
+
+#[test]
+fn schemas_of_devices_that_come_and_go_are_the_types() {
+    check("AddDisk", AddDisk { disk: disk() });
     let net = NetSpec {
         id: Some("net1".into()),
         mac: Some("52:54:00:12:34:56".into()),
@@ -324,6 +328,45 @@ fn schemas_of_exports_are_the_types() {
     check("Exported", exported);
     let checkpoint = Some("c".into());
     check("EndExport", EndExport { checkpoint });
+}
+
+#[test]
+fn schemas_of_mirrors_are_the_types() {
+    let begin = BeginMirror {
+        id: "disk0".into(),
+        to: disk(),
+        bytes_per_second: Some(1),
+    };
+    check("BeginMirror", begin);
+    let (id, downtime_limit_ms) = ("disk0".into(), Some(1));
+    let complete = CompleteMirror {
+        id,
+        downtime_limit_ms,
+    };
+    check("CompleteMirror", complete);
+    check("CancelMirror", CancelMirror { id: "disk0".into() });
+    for stage in [
+        MirrorStage::Copying,
+        MirrorStage::Ready,
+        MirrorStage::Switched,
+        MirrorStage::Failed,
+    ] {
+        let mirror = MirrorInfo {
+            id: "disk0".into(),
+            path: "/p".into(),
+            stage,
+            size_bytes: 1,
+            copied_bytes: 1,
+            left_bytes: 1,
+            bytes_per_second: 1,
+            slowed_to_bytes_per_second: Some(1),
+            held_us: 1,
+            error: Some("e".into()),
+        };
+        check("MirrorInfo", mirror.clone());
+        let mirrors = vec![mirror];
+        check("Mirrors", Mirrors { mirrors });
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ use super::parts::Parts;
 use crate::api::{self, Answer};
 use crate::check;
 use crate::fw_cfg::BootKind;
-use crate::resources::{Backup, Medium, limits};
+use crate::resources::{Backup, Medium, Replacement, limits};
 
 /// Name of the SCSI host.
 pub(super) const HOST: &str = "scsi";
@@ -80,6 +80,35 @@ impl Disk {
     /// The same, to be changed.
     pub(super) fn backup_mut(&mut self) -> Option<&mut Backup> {
         self.backup.as_mut()
+    }
+
+    /// What holds it to its rates; a drive has none.
+    pub(super) fn limited(&self) -> Option<&Arc<Limited>> {
+        self.backend.as_ref()
+    }
+
+    /// Stores it elsewhere from now on; the former place is returned. See [`Backup::exchange`].
+    pub(super) fn exchange(&mut self, next: Replacement) -> Option<Replacement> {
+        let backup = self.backup.as_mut()?;
+        Some(backup.exchange(&mut self.lock, next))
+    }
+
+    /// Its size; 0 for a drive.
+    pub(super) fn size_bytes(&self) -> u64 {
+        let backend = self.backend.as_ref();
+        backend.map_or(0, |backend| backend.geometry().size_bytes)
+    }
+
+    /// Tells the guest that it has another size.
+    pub(super) fn tell_size(&self) {
+        match &self.place {
+            Place::Blk { device, .. } => device.resized(),
+            Place::Scsi {
+                host,
+                number,
+                target,
+            } => host.resized(*number, target),
+        }
     }
 
     /// What it has done.
@@ -278,14 +307,7 @@ pub(super) fn resize(parts: &Parts, body: &ResizeDisk) -> Result<(), Answer> {
         let failed = matches!(error, ResizeError::Io(_));
         api::refusal(if failed { 500 } else { 409 }, text)
     })?;
-    match &disk.place {
-        Place::Blk { device, .. } => device.resized(),
-        Place::Scsi {
-            host,
-            number,
-            target,
-        } => host.resized(*number, target),
-    }
+    disk.tell_size();
     Ok(())
 }
 

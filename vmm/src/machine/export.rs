@@ -219,6 +219,7 @@ impl Machine {
     /// another process, whose record this is no more.
     pub(super) fn close_records(&mut self) {
         self.export = None;
+        self.mirrors.clear();
         for disk in std::mem::take(&mut self.parts.disks) {
             self.close_record(disk);
         }

@@ -181,6 +181,7 @@ impl Machine {
             .disks
             .retain(|disk| disk.id.as_deref() != Some(id));
         self.spec.nets.retain(|net| net.id.as_deref() != Some(id));
+        self.forget_mirror(id);
         let disk = disks::unplug(&mut self.parts, id);
         self.parts.nets.retain(|card| card.function.name() != id);
         self.parts.backplane.remove(id);

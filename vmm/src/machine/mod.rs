@@ -31,6 +31,7 @@ mod generation;
 mod handover;
 mod hotplug;
 mod legacy;
+mod mirror;
 mod opened;
 mod owner;
 mod parts;

@@ -28,6 +28,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use super::export::Export;
 use super::handover::{Migration, MigrationEvent};
+use super::mirror::Mirroring;
 use super::parts::Parts;
 use super::{Outcome, RunError, controls, counters};
 use crate::api::{self, Answer, Asked};
@@ -138,6 +139,7 @@ pub(super) struct Machine {
     pub(super) events: Sender<Event>,
     pub(super) migration: Option<Migration>,
     pub(super) export: Option<Export>,
+    pub(super) mirrors: Vec<Mirroring>,
     /// What the guest said while it was held for its move.
     pub(super) deferred: Vec<Event>,
 }
@@ -154,6 +156,7 @@ impl Machine {
             events: voice.events,
             migration: None,
             export: None,
+            mirrors: Vec::new(),
             deferred: Vec::new(),
         }
     }
@@ -258,6 +261,9 @@ impl Machine {
         if let Some(refused) = self.refuse_while_moving(asked.request) {
             return Ok(refused);
         }
+        if let Some(refused) = self.refuse_while_mirroring(&asked) {
+            return Ok(refused);
+        }
         match asked.request {
             Request::Info => return Ok(api::json(200, &self.info())),
             Request::Counters => {
@@ -290,6 +296,10 @@ impl Machine {
             Request::BeginExport => return self.begin_export(asked),
             Request::Export => return Ok(answer_of(self.exported())),
             Request::EndExport => return Ok(answer_of(self.end_export(asked))),
+            Request::BeginMirror => return self.begin_mirror(asked),
+            Request::Mirrors => return Ok(api::json(200, &self.mirrors_told())),
+            Request::CompleteMirror => return self.complete_mirror(asked),
+            Request::CancelMirror => return Ok(answer_of(self.cancel_mirror(asked))),
             Request::RemoveDevice => return Ok(answer_of(self.remove_device(asked))),
             // What is left is for one of the devices.
             _ => {
@@ -375,6 +385,7 @@ impl Machine {
 
     fn resume(&mut self) -> Result<(), RunError> {
         if self.state == MachineState::Paused {
+            self.settle_mirrors();
             self.release()?;
             self.state = MachineState::Running;
         }

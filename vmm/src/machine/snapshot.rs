@@ -54,6 +54,7 @@ impl Machine {
         if was_running {
             self.hold();
         }
+        self.settle_mirrors();
         let written = self.write_snapshot(&files);
         if was_running {
             self.release()?;

@@ -389,6 +389,60 @@ pub const ROUTES: &[Route] = &[
         }],
         answer: "Acted",
     },
+    Route {
+        request: Request::BeginMirror,
+        method: "PUT",
+        path: "/begin-mirror",
+        summary: "Copy a disk to another place while the guest goes on, and keep the copy up to date",
+        parameters: &[
+            DISK_ID,
+            Parameter {
+                name: "to",
+                kind: ParameterKind::Disk,
+                required: true,
+                summary: "Where it is to be: path, format, backing and cache as run --disk takes them; the image exists",
+            },
+            Parameter {
+                name: "bytes_per_second",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "Most that is copied in a second; without limit when absent",
+            },
+        ],
+        answer: "MirrorInfo",
+    },
+    Route {
+        request: Request::Mirrors,
+        method: "GET",
+        path: "/mirrors",
+        summary: "How far the copies of disks are, or how they ended",
+        parameters: &[],
+        answer: "Mirrors",
+    },
+    Route {
+        request: Request::CompleteMirror,
+        method: "PUT",
+        path: "/complete-mirror",
+        summary: "Store the disk at the target from now on, once little is left to copy",
+        parameters: &[
+            DISK_ID,
+            Parameter {
+                name: "downtime_limit_ms",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "How long the guest may stand still; 1000 when absent",
+            },
+        ],
+        answer: "MirrorInfo",
+    },
+    Route {
+        request: Request::CancelMirror,
+        method: "PUT",
+        path: "/cancel-mirror",
+        summary: "Leave the disk where it is, also after the switch of a machine that has been paused since",
+        parameters: &[DISK_ID],
+        answer: "Acted",
+    },
 ];
 
 /// Which disk a request is about.
