@@ -151,6 +151,9 @@ impl<M: Medium> ChangeFile<M> {
         let words = bits.chunks_exact(8);
         let words = words.map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")));
         let set = BlockSet::from_words(size_bytes, header.block_bytes.get(), words.collect());
+        if set.exceeds_its_disk() {
+            return Ok(Content::Useless("its bits are damaged"));
+        }
         Ok(Content::Changes(CheckpointId(header.checkpoint), set))
     }
 

@@ -30,7 +30,7 @@ impl BlockSet {
         }
     }
 
-    /// All blocks.
+    /// The set of all blocks of a disk of that size, the last of which its end may cut off. Panics as [`BlockSet::new`] does.
     pub fn all(size_bytes: u64, block_bytes: u32) -> Self {
         let mut all = Self::new(size_bytes, block_bytes);
         all.insert(&(0..size_bytes));
@@ -48,6 +48,13 @@ impl BlockSet {
             Self::new(size_bytes, block_bytes).words.len()
         );
         set
+    }
+
+    /// Whether the words have bits of blocks beyond the disk's end: those of a file may.
+    pub(super) fn exceeds_its_disk(&self) -> bool {
+        let all = Self::all(self.size_bytes, self.block_bytes);
+        let mut words = self.words.iter().zip(&all.words);
+        words.any(|(word, whole)| word & !whole != 0)
     }
 
     pub(super) fn words(&self) -> &[u64] {
