@@ -183,6 +183,13 @@ fn elf_files_that_are_damaged() {
         &unfit(1 << 40, 0x10_0000),
     );
     let bytes = u64::from_le_bytes(PROBE_ELF[load + 40..][..8].try_into().unwrap());
+    // Boot parameters would be written over it.
+    case.kernel(
+        &elf(&[(load + 24, &[0, 0x70, 0, 0, 0, 0, 0, 0])]),
+        &format!(
+            "loads {bytes} bytes at 0x7000: the first MiB is for boot parameters, link it above"
+        ),
+    );
     case.kernel(
         &elf(&[(load + 24, &[0, 0, 0, 0, 0, 1, 0, 0])]),
         &unfit(bytes, 1 << 40),

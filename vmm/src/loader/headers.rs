@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use atoll_devices::memory::Ram;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use crate::layout;
+
 /// Bytes of an ELF file's header, and of one of its program headers. System V ABI, "ELF Header" (64-bit).
 const ELF_BYTES: usize = 64;
 const PROGRAM_BYTES: usize = 56;
@@ -40,6 +42,16 @@ pub enum HeaderError {
         /// Where the last part would end.
         end: u64,
         /// The file's size.
+        bytes: u64,
+    },
+    /// A part lies where the boot parameters go.
+    #[error(
+        "loads {bytes} bytes at {address:#x}: the first MiB is for boot parameters, link it above"
+    )]
+    Low {
+        /// Where, guest-physical.
+        address: u64,
+        /// How much.
         bytes: u64,
     },
     /// A part does not fit.
@@ -99,7 +111,11 @@ pub(super) fn check_elf(file: &File, memory: &Ram) -> Result<(), HeaderError> {
         if end > bytes {
             return Err(HeaderError::Cut { end, bytes });
         }
-        check_fits(memory, address, in_file.max(in_memory))?;
+        let bytes = in_file.max(in_memory);
+        if address < layout::KERNEL && bytes > 0 {
+            return Err(HeaderError::Low { address, bytes });
+        }
+        check_fits(memory, address, bytes)?;
     }
     Ok(())
 }
