@@ -70,7 +70,7 @@ pub struct FirmwareFiles {
     pub log: Option<File>,
 }
 
-/// Images in the guest's address space.
+/// Images in the guest's address space, as memory of this process that KVM reads for as long as the machine exists.
 pub struct FirmwareImages {
     /// Kept for as long as the machine: KVM reads it.
     pub code: Arc<GuestRegionMmap>,
@@ -112,6 +112,12 @@ impl FirmwareFiles {
             vars_file,
             log,
         })
+    }
+
+    /// Bytes of code and of variables.
+    #[must_use]
+    pub fn sizes(&self) -> (u64, u64) {
+        (self.code.len() as u64, self.vars.len() as u64)
     }
 
     /// Maps the images and gives the guest the code; the variables' slot is the caller's, by [`FlashSlot`].

@@ -8,14 +8,18 @@ use std::error::Error;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 
 use atoll_devices::memory::Ram;
 use atoll_devices::testing::replay::{Replay, Target};
 use atoll_vmm_protocol::http;
-use atoll_vmm_protocol::spec::{BootSpec, KernelSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{BootSpec, FirmwareSpec, KernelSpec, MachineSpec};
+use clap::Parser;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::board::{Board, MICRO};
+use crate::cli::{Cli, Command};
+use crate::flash::FirmwareFiles;
 use crate::loader::BootFiles;
 use crate::memory::{self, Backing};
 use crate::migration::{self, Message, pages};
@@ -35,6 +39,36 @@ pub const TARGETS: &[Target] = &[
             random_bytes_max: 4096,
             // The headers of an ELF file, and of a bzImage.
             mutated_bytes: 0x268,
+        },
+    },
+    Target {
+        name: "initrd",
+        run: initrd,
+        corpus: initrd_corpus,
+        replay: Replay {
+            rounds: 300,
+            random_bytes_max: 24,
+            mutated_bytes: 24,
+        },
+    },
+    Target {
+        name: "flash",
+        run: flash,
+        corpus: flash_corpus,
+        replay: Replay {
+            rounds: 300,
+            random_bytes_max: 16,
+            mutated_bytes: 16,
+        },
+    },
+    Target {
+        name: "arguments",
+        run: arguments,
+        corpus: arguments_corpus,
+        replay: Replay {
+            rounds: 1000,
+            random_bytes_max: 100,
+            mutated_bytes: 120,
         },
     },
     Target {
@@ -110,24 +144,202 @@ fn assert_told(error: &dyn Error, input: &[u8]) {
 
 /// Loads the input as a kernel. Either the guest would start inside its memory, or there is a line that says why not.
 pub fn kernel(input: &[u8]) {
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let file = rustix::fs::memfd_create("kernel", flags).expect("a memfd");
-    let mut file = File::from(file);
-    file.write_all(input).expect("memory for the kernel");
+    let (kernel, image) = scratch(input, input.len() as u64);
     let boot = KernelSpec {
-        image: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
+        image,
         initrd: None,
         cmdline: "console=ttyS0".to_owned(),
     };
-    let mut files = BootFiles::open(&boot).expect("it was just made");
-    let platform = MICRO.platform(1, &MICRO.windows(MEMORY_MIB << 20, 40), Vec::new());
-    let ram: Ram = memory::allocate(&MICRO, MEMORY_MIB, 40, Backing::Anonymous).expect("16 MiB");
-    match files.load(&ram, MEMORY_MIB << 20, &MICRO, &platform) {
+    load(&boot, MEMORY_MIB);
+    drop(kernel);
+}
+
+/// A file in memory with these bytes at its beginning, and a path to it for as long as it is open.
+fn scratch(bytes: &[u8], size_bytes: u64) -> (File, PathBuf) {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = rustix::fs::memfd_create("scratch", flags).expect("a memfd");
+    let mut file = File::from(file);
+    file.write_all(bytes).expect("memory for the file");
+    file.set_len(size_bytes).expect("a hole of any size");
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    (file, path.into())
+}
+
+/// Loads what the spec names into a guest of that memory, and looks at where it would begin.
+fn load(boot: &KernelSpec, memory_mib: u64) {
+    let mut files = BootFiles::open(boot).expect("it was just made");
+    let bytes = memory_mib << 20;
+    let platform = MICRO.platform(1, &MICRO.windows(bytes, 40), Vec::new());
+    let ram: Ram = memory::allocate(&MICRO, memory_mib, 40, Backing::Anonymous).expect("a few MiB");
+    match files.load(&ram, bytes, &MICRO, &platform) {
         Ok(Entry::Pvh { address } | Entry::Long { address }) => {
             assert!(ram.address_in_range(GuestAddress(address)), "{address:#x}");
         }
         Err(error) => assert_one_line(&error),
     }
+}
+
+/// Sizes of all that is loaded. Byte 0: the kernel (bit 0: a bzImage); byte 1: MiB of memory; two bytes: length of the
+/// command line; eight: size of the initial RAM disk, a hole; then, four each: a bzImage's preferred address, its size
+/// when unpacked, and the highest address of an initial RAM disk.
+pub fn initrd(input: &[u8]) {
+    let mut bytes = [0; 24];
+    let count = input.len().min(bytes.len());
+    bytes[..count].copy_from_slice(&input[..count]);
+    let number = |at: usize, size: usize| {
+        let mut number = [0; 8];
+        number[..size].copy_from_slice(&bytes[at..at + size]);
+        u64::from_le_bytes(number)
+    };
+    let mut kernel = match bytes[0] & 1 {
+        0 => pvh_elf(&[0xf4]),
+        _ => bzimage(),
+    };
+    if bytes[0] & 1 != 0 {
+        // Offsets of these fields: see `bzimage`.
+        for (from, to) in [(12, 0x258), (16, 0x260), (20, 0x22c)] {
+            kernel[to..to + 4].copy_from_slice(&bytes[from..from + 4]);
+        }
+    }
+    let (kernel_file, image) = scratch(&kernel, kernel.len() as u64);
+    let memory_mib = 1 + number(1, 1);
+    // No file is larger than an offset.
+    let (initrd_file, initrd) = scratch(&[], number(4, 8) >> 1);
+    let boot = KernelSpec {
+        image,
+        initrd: Some(initrd),
+        cmdline: "x".repeat(usize::try_from(number(2, 2)).expect("16 bits")),
+    };
+    load(&boot, memory_mib);
+    drop((kernel_file, initrd_file));
+}
+
+/// What fits, and what misses by a little.
+#[must_use]
+pub fn initrd_corpus() -> Vec<Vec<u8>> {
+    let input = |kernel: u8, mib: u8, cmdline: u16, initrd: u64, fields: [u32; 3]| {
+        let mut bytes = vec![kernel, mib - 1];
+        bytes.extend(cmdline.to_le_bytes());
+        bytes.extend((initrd << 1).to_le_bytes());
+        fields
+            .iter()
+            .for_each(|field| bytes.extend(field.to_le_bytes()));
+        bytes
+    };
+    let usual = [0x10_0000, 0x20_0000, 0x7fff_ffff];
+    let mut all = Vec::new();
+    for kernel in [0, 1] {
+        for (mib, initrd) in [
+            (1, 0),
+            (8, 1),
+            (8, 4 << 20),
+            (8, 8 << 20),
+            (16, 13 << 20),
+            (8, u64::MAX >> 1),
+        ] {
+            for cmdline in [0, 2047, 2048, 0xffff] {
+                all.push(input(kernel, mib, cmdline, initrd, usual));
+            }
+        }
+    }
+    for fields in [[0, 0, 0], [u32::MAX; 3], [0x10_0000, 0x20_0000, 0x40_0000]] {
+        all.push(input(1, 16, 10, 1 << 20, fields));
+    }
+    all
+}
+
+/// Opens files of these sizes as firmware's code and variables, four bytes each; a last byte is the code's first.
+pub fn flash(input: &[u8]) {
+    let mut bytes = [0; 9];
+    let count = input.len().min(bytes.len());
+    bytes[..count].copy_from_slice(&input[..count]);
+    let [code, vars] = [0, 4].map(|at| {
+        let size = bytes[at..at + 4].try_into().expect("four bytes");
+        u64::from(u32::from_le_bytes(size))
+    });
+    let (code_file, code_path) = scratch(&bytes[8..], code);
+    let (vars_file, vars_path) = scratch(&[], vars);
+    let spec = FirmwareSpec {
+        code: code_path,
+        vars: vars_path,
+        menu_ms: None,
+        log: None,
+    };
+    match FirmwareFiles::open(&spec) {
+        Ok(files) => {
+            assert_eq!(files.sizes(), (code, vars));
+            assert!(code + vars <= 16 << 20 && (code | vars) % 4096 == 0 && code * vars > 0);
+        }
+        Err(error) => assert_one_line(&error),
+    }
+    drop((code_file, vars_file));
+}
+
+/// Sizes at their bounds.
+#[must_use]
+pub fn flash_corpus() -> Vec<Vec<u8>> {
+    const LARGEST: u32 = 16 << 20;
+    let sizes = [
+        (0x1000, 0x1000),
+        (LARGEST - 0x1000, 0x1000),
+        (LARGEST, 0x1000),
+        (0, 0x1000),
+        (0x1000, 0),
+        (0xfff, 0x1000),
+        (u32::MAX, u32::MAX),
+    ];
+    let bytes = |(code, vars): (u32, u32)| [code.to_le_bytes(), vars.to_le_bytes()].concat();
+    sizes.map(bytes).into()
+}
+
+/// Reads lines as the arguments of `run`, and checks the spec that they make. It comes back from its file as it is.
+pub fn arguments(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    let words = ["atoll-vmm", "run"].into_iter().chain(text.lines());
+    // A word with a zero in it reaches no program.
+    let Ok(cli) = Cli::try_parse_from(words.map(|word| word.replace('\0', ""))) else {
+        return;
+    };
+    let Command::Run(arguments) = cli.command else {
+        return;
+    };
+    let spec = arguments.to_spec();
+    if let Err(error) = check::shape(&spec) {
+        assert_told(&error, input);
+    }
+    let file = serde_json::to_string(&spec).expect("text");
+    assert_eq!(
+        serde_json::from_str::<MachineSpec>(&file).expect("its own"),
+        spec
+    );
+}
+
+/// Every argument with keys, right and wrong.
+#[must_use]
+pub fn arguments_corpus() -> Vec<Vec<u8>> {
+    let with = |rest: &str| format!("--kernel\nk\n{rest}").into_bytes();
+    let words = [
+        "--cpus\n255\n--memory\n16777215T",
+        "--memory\n2G,hugepages=1G",
+        "--cpu\nx86-64-v3,+pcid,-avx2,hidden,phys-bits=46",
+        "--cpu\nhost,flags=+aes;-pcid",
+        "--disk\npath=d,format=raw,id=a,serial=s,queues=4,readonly,discard,cache=none",
+        "--disk\npath=d,format=qcow2,backing=raw:b,bus=scsi,target=255,bootindex=65535,read-bytes-per-second=1",
+        "--disk\nbus=cdrom\n--disk\npath=,format=raw",
+        "--disk\n=,=,,path\n",
+        "--net\ntap=t0,mac=52:54:00:12:34:56,mtu=65535,queues=64,vhost=off,rate=17179869183G,link=down",
+        "--net\nvhost-user=s,reconnect,id=n",
+        "--console\nsocket=s\n--virtio-console\npty",
+        "--port\nname=a,socket=p\n--balloon\ntarget=1,deflate-on-oom=off\n--vsock\ncid=3,socket=v",
+        "--fs\ntag=t,socket=s\n--vhost-user\nsocket=s,type=blk,queues=2,config=60\n--memory\n64,shared",
+        "--watchdog\naction=reset\n--panic\naction=none\n--generation-id\nx",
+        "--name\n\n--cmdline\n\u{1}",
+    ];
+    let mut all: Vec<Vec<u8>> = words.map(with).into();
+    all.push(b"--firmware\nvars=v,code=c,menu=65535,log=l".to_vec());
+    all.push(b"--spec\ns".to_vec());
+    all.push(b"--restore\nd\n--spec\ns".to_vec());
+    all
 }
 
 /// A PVH kernel, and a bzImage.

@@ -19,6 +19,21 @@ fn kernel() {
 }
 
 #[test]
+fn initrd() {
+    Target::replay(TARGETS, "initrd");
+}
+
+#[test]
+fn flash() {
+    Target::replay(TARGETS, "flash");
+}
+
+#[test]
+fn arguments() {
+    Target::replay(TARGETS, "arguments");
+}
+
+#[test]
 fn spec() {
     Target::replay(TARGETS, "spec");
 }

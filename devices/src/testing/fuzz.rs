@@ -3,6 +3,7 @@
 //! a corpus and seeded random inputs through them; `make fuzz` runs them under libFuzzer (`vmm/fuzz`).
 
 mod any;
+mod disk;
 mod hotplug;
 mod pci;
 mod platform;
@@ -12,6 +13,7 @@ mod scsi;
 mod vhost_user;
 
 pub use any::{device, device_corpus};
+pub use disk::{changes, changes_corpus, nbd, nbd_corpus};
 pub use hotplug::{hotplug, hotplug_corpus};
 pub use pci::{pci, pci_corpus};
 pub use platform::{platform, platform_corpus};
@@ -105,6 +107,27 @@ pub const TARGETS: &[Target] = &[
             rounds: 300,
             random_bytes_max: 200,
             mutated_bytes: 4096,
+        },
+    },
+    Target {
+        name: "nbd",
+        run: nbd,
+        corpus: nbd_corpus,
+        replay: Replay {
+            rounds: 400,
+            random_bytes_max: 300,
+            mutated_bytes: 200,
+        },
+    },
+    Target {
+        name: "changes",
+        run: changes,
+        corpus: changes_corpus,
+        // The header; its bits begin a page behind it.
+        replay: Replay {
+            rounds: 1000,
+            random_bytes_max: 200,
+            mutated_bytes: 80,
         },
     },
     Target {

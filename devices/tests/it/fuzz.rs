@@ -59,6 +59,16 @@ fn qcow2() {
 }
 
 #[test]
+fn nbd() {
+    Target::replay(TARGETS, "nbd");
+}
+
+#[test]
+fn changes() {
+    Target::replay(TARGETS, "changes");
+}
+
+#[test]
 fn vhost_user() {
     Target::replay(TARGETS, "vhost_user");
 }

@@ -49,8 +49,10 @@ pub enum NbdError {
     Connection(#[from] io::Error),
 }
 
-/// Serves one client until it leaves; `reader` opens a reader of the export that it chooses. Blocks.
-pub(crate) fn converse(
+/// Serves one client until it leaves, from the first byte of the negotiation on; `reader` opens a reader of the export
+/// that it chooses. Blocks for as long as the client is silent. For whoever has a listener of his own; [`NbdServer`]
+/// calls it on a thread a connection.
+pub fn converse(
     stream: &mut (impl io::Read + io::Write),
     exports: &[Export],
     reader: impl FnOnce(&Export) -> io::Result<FrozenReader>,
