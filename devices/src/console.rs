@@ -77,7 +77,8 @@ struct Buffers {
     closing: bool,
 }
 
-/// The device's side of a console.
+/// The device's side of a console: bytes of the guest go in by [`ConsolePort::write`], bytes for it come out of a bounded
+/// buffer. No call blocks.
 pub struct ConsolePort {
     /// Leaf lock, held for copies only.
     buffers: Mutex<Buffers>,
@@ -231,7 +232,7 @@ impl Console {
         })
     }
 
-    /// For the device.
+    /// The device's side of it; every call gives the same one.
     pub fn port(&self) -> Arc<ConsolePort> {
         self.port.clone()
     }

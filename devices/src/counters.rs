@@ -10,12 +10,12 @@ use atoll_disk::Operation;
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `amount`.
+    /// Adds `amount`, wrapping at 2^64. Any thread, no lock.
     pub fn add(&self, amount: u64) {
         self.0.fetch_add(amount, Ordering::Relaxed);
     }
 
-    /// The total so far.
+    /// The total so far. Numbers of different counters are not of the same instant.
     pub fn value(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }

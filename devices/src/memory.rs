@@ -97,7 +97,8 @@ impl NewBitmap for DirtyLog {
     }
 }
 
-/// The log of one region.
+/// The log of one region's written pages, a bit a page of 4 KiB; writers of other processes and the kernel mark it by
+/// [`mark`].
 pub fn log(region: &GuestRegionMmap<DirtyLog>) -> &DirtyLog {
     let mapping: &MmapRegion<DirtyLog> = region;
     mapping.bitmap()

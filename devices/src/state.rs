@@ -100,7 +100,8 @@ impl StateError {
 }
 
 impl Saved {
-    /// Wraps a state.
+    /// Wraps a state with its kind and version, for whoever writes it. The state's type has string keys only, so that it
+    /// always has a text.
     pub fn of<S: SavedState>(state: &S) -> Self {
         Self {
             kind: S::KIND.to_owned(),

@@ -50,7 +50,8 @@ fn e820_entry(range: &MemoryRange) -> Vec<u8> {
     entry
 }
 
-/// Everything that either protocol hands over.
+/// Everything that either boot protocol hands over: Linux's zero page (kernel `Documentation/arch/x86/boot.rst`) or PVH's
+/// start_info (Xen `docs/misc/pvh.pandoc`). Addresses are guest-physical.
 #[derive(Debug, Clone, Copy)]
 pub struct Parameters<'a> {
     /// RAM and reserved ranges, ascending, at most [`E820_ENTRIES_MAX`].

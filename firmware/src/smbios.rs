@@ -22,7 +22,7 @@ const HANDLE_PROCESSOR: u16 = 0x400;
 const HANDLE_CHASSIS: u16 = 0x300;
 const HANDLE_MEMORY: u16 = 0x1000;
 
-/// What the tables say.
+/// What the tables say of the machine (System Management BIOS 3.6 §7.2): empty texts are left out.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Identity {
     /// The system's UUID, as text orders its bytes.

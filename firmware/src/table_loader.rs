@@ -50,7 +50,8 @@ const RSDP_CHECKSUM: (u32, u32) = (8, 20);
 const RSDP_XSDT: u32 = 24;
 const RSDP_EXTENDED_CHECKSUM: (u32, u32) = (32, 36);
 
-/// The three files.
+/// The three fw_cfg files by which firmware places ACPI tables itself: tables, RSDP, and the script of allocations,
+/// pointers and checksums.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableFiles {
     /// Content of [`RSDP_FILE`].

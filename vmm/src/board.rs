@@ -19,7 +19,7 @@ use atoll_vmm_protocol::spec::Profile;
 
 use crate::layout;
 
-/// One board.
+/// One board: its address map and which parts it has. A constant; what is in it is migration ABI (`layout.rs`).
 #[derive(Debug)]
 pub struct Board {
     /// Its name in the spec.

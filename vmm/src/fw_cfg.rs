@@ -50,7 +50,8 @@ impl BootEntry {
     }
 }
 
-/// All items.
+/// All items of a machine, before the first instruction. `ram` is base and bytes of each range; `menu_ms` shows firmware's
+/// boot menu for that long.
 #[must_use]
 pub fn items(
     platform: &Platform,

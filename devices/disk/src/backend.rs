@@ -11,7 +11,8 @@ use crate::Segments;
 /// Smallest unit of addressing; every backend's size is a multiple of it. VIRTIO 1.2 §5.2.4.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// Shape of a disk.
+/// Shape of a disk, as its guest sees it: whole sectors of [`SECTOR_BYTES`]. Changes
+/// by a resize only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Size in bytes, a multiple of 512.
@@ -141,7 +142,8 @@ pub trait BlockQueue: Send {
     fn in_flight(&self) -> usize;
 }
 
-/// One request.
+/// One request of a queue's owner, who keeps its memory until the completion of `token` was taken. Offsets and lengths
+/// are the guest's: a backend refuses what is not on the disk, it does not panic.
 #[derive(Debug)]
 pub struct Request {
     /// The caller's key, returned with the completion; the queue does not look at it.
@@ -186,7 +188,8 @@ pub enum Space {
     Free,
 }
 
-/// A finished request.
+/// A finished request. Each submitted one has exactly one, in any order; an error says what the host said, and how much of
+/// a write has reached the disk then is not known.
 #[derive(Debug)]
 pub struct Completion {
     /// The request's token.

@@ -17,7 +17,7 @@ pub struct Faulty<B> {
 }
 
 impl<B: BlockBackend> Faulty<B> {
-    /// Decorates a backend.
+    /// Decorates a backend; `fault` is asked for each request.
     pub fn new(inner: B, fault: Arc<Fault>) -> Self {
         Self { inner, fault }
     }

@@ -32,7 +32,7 @@ const READ_BYTES_MAX: usize = 1 << 20;
 /// What [`Freezable`] and its queues share: the frozen disk, while there is one. A leaf lock, read by each request.
 type Slot = RwLock<Option<Arc<Frozen>>>;
 
-/// A disk that can be frozen.
+/// A disk that can be frozen: [`Freezable::freeze`] keeps a moment's content for readers, while the guest goes on writing.
 pub struct Freezable {
     inner: Arc<dyn BlockBackend>,
     frozen: Arc<Slot>,

@@ -121,14 +121,14 @@ struct Shared {
     buckets: Mutex<Buckets>,
 }
 
-/// See the module.
+/// A disk that is no faster than its [`Limits`]: requests above them wait in their queue, none is refused. See the module.
 pub struct Limited {
     inner: Arc<dyn BlockBackend>,
     shared: Arc<Shared>,
 }
 
 impl Limited {
-    /// Decorates a disk.
+    /// Decorates a disk with limits, which [`Limited::set`] changes while it runs.
     pub fn new(inner: Arc<dyn BlockBackend>, limits: Limits) -> Self {
         let shared = Arc::default();
         let limited = Self { inner, shared };

@@ -18,7 +18,7 @@ pub struct MemoryBackend {
 }
 
 impl MemoryBackend {
-    /// A disk of zeroes.
+    /// A disk of zeroes in the process's memory, for tests and fuzzers.
     pub fn new(geometry: Geometry) -> Self {
         let size = usize::try_from(geometry.size_bytes).expect("a disk in RAM fits in RAM");
         Self {

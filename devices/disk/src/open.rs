@@ -55,7 +55,7 @@ pub enum Cache {
 }
 
 impl Cache {
-    /// Whether it bypasses the page cache.
+    /// Whether data bypasses the host's page cache (`O_DIRECT`), so that buffers and offsets have the file's alignment.
     pub fn is_direct(self) -> bool {
         matches!(self, Self::None | Self::Directsync)
     }

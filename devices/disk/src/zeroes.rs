@@ -11,7 +11,8 @@ use crate::layer::{Layer, QueueLayer};
 /// Longest write that is looked at: as long as one zeroing request may be.
 const LENGTH_BYTES_MAX: u64 = crate::zeroing::LENGTH_BYTES_MAX;
 
-/// See the module.
+/// A disk that zeroes instead of writing zeroes, so that its image stays small. Decides by the data of each write. See the
+/// module.
 pub struct DetectZeroes {
     inner: Arc<dyn BlockBackend>,
     rule: Rule,

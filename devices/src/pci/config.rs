@@ -176,7 +176,7 @@ impl ConfigSpace {
         }
     }
 
-    /// A guest's write, through the mask.
+    /// A guest's write of any size at any offset, through the mask of writable bits; what lies behind the end is dropped.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         for (index, byte) in (usize::from(offset)..).zip(data) {
             let Some(mask) = self.writable.get(index).copied() else {

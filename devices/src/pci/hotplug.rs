@@ -57,7 +57,8 @@ struct Registers {
     released: u32,
 }
 
-/// The registers.
+/// The registers by which ACPI's methods learn which slot came or is to go (`firmware/src/acpi/hotplug.rs`), and what the
+/// VMM asks for. Called by vCPUs on the port bus and by the machine's owner.
 pub struct PciHotplug {
     bus: Arc<PciBus>,
     event: Arc<dyn IrqLine>,

@@ -90,7 +90,7 @@ impl Msix {
         }
     }
 
-    /// Number of vectors.
+    /// Number of vectors, 1 to 2048 (PCI 3.0 §6.8.2); fixed for the life of the function.
     pub fn vector_count(&self) -> u16 {
         self.sink.vector_count()
     }
@@ -194,7 +194,7 @@ impl Msix {
         }
     }
 
-    /// The table and what is pending.
+    /// The table and what is pending. The machine is held: a vector that is signalled meanwhile may be missing.
     pub fn save(&self) -> MsixState {
         let table = self.lock();
         let vector = |(entry, state): (&Entry, &AtomicU8)| VectorState {

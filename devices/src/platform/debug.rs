@@ -17,7 +17,8 @@ const PRESENT: u8 = 0xe9;
 /// Bytes that are kept of one machine's life.
 const BYTES_MAX: usize = 4 << 20;
 
-/// The port.
+/// The port at which OVMF logs (`DebugLib`, port 0x402): the first 4 MiB go to a file, and a read says that somebody
+/// listens. A vCPU waits for the host's file system.
 pub struct DebugPort {
     /// The file and what may still be written to it. Leaf lock.
     log: Mutex<(File, usize)>,

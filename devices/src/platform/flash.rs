@@ -49,7 +49,8 @@ pub trait FlashWindow: Send + Sync {
     fn show(&self, array: bool) -> io::Result<()>;
 }
 
-/// The device.
+/// A CFI flash chip of firmware's variables. Reads come from a memory slot while the array is shown; a write is in the
+/// file before the vCPU goes on, hence blocks for that long.
 pub struct Flash {
     array: Arc<GuestRegionMmap>,
     file: File,

@@ -59,7 +59,8 @@ const CHUNK_BYTES: usize = 4096;
 /// Is told the whole of a file that firmware has written to.
 pub type Listener = Arc<dyn Fn(&[u8]) + Send + Sync>;
 
-/// Items of a machine.
+/// Items of a machine, by number or by name, as QEMU's `docs/specs/fw_cfg.rst` has them. Put together by the VMM before
+/// the machine starts; they do not change afterwards.
 #[derive(Default, Clone)]
 pub struct FwCfgItems {
     numbered: BTreeMap<u16, Vec<u8>>,
@@ -90,7 +91,7 @@ impl FwCfgItems {
         self.listeners.insert(name.to_owned(), listener);
     }
 
-    /// Content of a file.
+    /// Content of the file with that name in the directory; `None` where there is none.
     #[must_use]
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         self.files.get(name).map(Vec::as_slice)
@@ -129,7 +130,8 @@ impl FwCfgItems {
     }
 }
 
-/// The device.
+/// The device: a selector and a data port, and DMA (`docs/specs/fw_cfg.rst`). Called by vCPUs; an access touches guest RAM
+/// only where a DMA descriptor says so, and one that cannot be obeyed gets its error bit.
 pub struct FwCfg {
     items: BTreeMap<u16, Vec<u8>>,
     listeners: BTreeMap<u16, Listener>,

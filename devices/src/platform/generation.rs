@@ -20,7 +20,8 @@ use crate::memory::Memory;
 use crate::rate_limited::{RateLimit, warn_limited};
 use crate::state::{DeviceState, Saved, SavedState, StateError};
 
-/// The device.
+/// 16 bytes in guest memory that change whenever the guest is a copy of another one (Microsoft's "Virtual Machine
+/// Generation ID"), and the event that tells of it. The VMM changes it after a restore, before vCPUs run.
 pub struct GenerationId {
     memory: Memory,
     event: Arc<dyn IrqLine>,

@@ -38,7 +38,8 @@ const EVENT_COUNT: u8 = 64;
 /// Bytes of the registers that exist.
 const REGISTER_BYTES: usize = 0x30;
 
-/// The registers.
+/// ACPI's fixed registers: PM1 event and control blocks, PM timer, GPE0 (ACPI 6.5 §4.8). Called by vCPUs on the port bus,
+/// and by the VMM for its power button and events; raises the SCI.
 pub struct AcpiPm {
     control: Arc<dyn MachineControl>,
     sci: Arc<dyn IrqLine>,

@@ -23,7 +23,7 @@ const BAR_BYTES: u64 = 4096;
 const PANICKED: u8 = 1;
 const CRASH_LOADED: u8 = 2;
 
-/// What a guest says.
+/// What a guest says of itself (QEMU `docs/specs/pvpanic.rst`): a bit each, of which unknown ones are ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PanicEvent {
     /// The kernel panicked.
@@ -32,7 +32,7 @@ pub enum PanicEvent {
     CrashLoaded,
 }
 
-/// See the module.
+/// The function: a byte in its BAR that a guest's kernel writes when it crashes, and reads to know which events there are.
 pub struct PanicDevice {
     report: Box<dyn Fn(PanicEvent) + Send + Sync>,
     limit: RateLimit,

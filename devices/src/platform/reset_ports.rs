@@ -56,7 +56,7 @@ impl BusDevice for KeyboardReset {
     }
 }
 
-/// Port 0x92.
+/// Port 0x92: fast reset, and the A20 gate, which is always open here.
 pub struct SystemControl {
     control: Arc<dyn MachineControl>,
     value: AtomicU8,

@@ -43,7 +43,8 @@ const MEMORY_ABOVE_16_MIB: usize = 0x34;
 const MEMORY_ABOVE_4_GIB: usize = 0x5b;
 const SECONDS_A_DAY: i64 = 86_400;
 
-/// Clock and memory.
+/// The CMOS clock, which shows the host's time in UTC, and its 128 bytes of memory (MC146818). It has no
+/// interrupt.
 pub struct Rtc {
     /// Leaf lock.
     state: Mutex<State>,

@@ -91,7 +91,7 @@ impl Serial {
         *uart = Uart::new(Wire(irq), output);
     }
 
-    /// Bytes out and in.
+    /// Bytes out and in since the machine was built; a reset of the machine does not clear them.
     pub fn counters(&self) -> CounterList {
         vec![
             ("bytes_written", self.written.value()),

@@ -126,7 +126,7 @@ impl Watchdog {
         })
     }
 
-    /// Stops the time, with the machine.
+    /// Stops the time, with the machine: a guest that cannot run is not late. What is left is kept for [`Watchdog::resume`].
     pub fn pause(&self) {
         let mut state = self.shared.lock();
         if let Some(deadline) = state.deadline.take() {
@@ -136,7 +136,7 @@ impl Watchdog {
         }
     }
 
-    /// Lets it go on.
+    /// Lets the time go on with what was left at the pause.
     pub fn resume(&self) {
         let mut state = self.shared.lock();
         if let Some(left) = state.registers.left_ns.take() {

@@ -31,7 +31,7 @@ pub enum TargetKind {
     Cdrom,
 }
 
-/// What a unit is made of.
+/// What a unit is made of: its medium, what it says that it is, and what it may be asked for.
 pub struct TargetOptions {
     /// Its kind.
     pub kind: TargetKind,
@@ -88,7 +88,8 @@ pub enum EjectError {
     NotADrive,
 }
 
-/// What a command amounts to.
+/// What a command amounts to: an answer that is complete, or work for the unit's backend. Decided without touching the
+/// medium.
 #[derive(Debug)]
 pub enum Act {
     /// It is done; this goes to the guest, as much as fits.
@@ -124,7 +125,7 @@ fn answer(data: Vec<u8>, allocation: usize) -> Act {
 const DONE: Act = Act::Answer(Vec::new());
 
 impl Target {
-    /// A unit.
+    /// A unit as after power-on: its medium in, the tray closed and not locked, nothing to tell.
     pub fn new(options: TargetOptions) -> Self {
         Self {
             kind: options.kind,
@@ -147,7 +148,7 @@ impl Target {
         self.kind
     }
 
-    /// What it has done.
+    /// What it has done since it was made, for metrics.
     pub fn counters(&self) -> &Arc<DiskCounters> {
         &self.counters
     }

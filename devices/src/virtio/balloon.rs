@@ -57,7 +57,8 @@ struct Shared {
     features: AtomicU64,
 }
 
-/// The device.
+/// The memory balloon, VIRTIO 1.2 §5.5: the host says a target, the guest gives pages until it is reached. Its queues'
+/// threads discard pages; nothing waits for the guest.
 pub struct Balloon {
     options: BalloonOptions,
     shared: Arc<Shared>,
@@ -86,7 +87,7 @@ impl Balloon {
         }
     }
 
-    /// What the host wants, in bytes.
+    /// What the host wants the guest to have given, in bytes; the guest may be on its way there, or refuse.
     pub fn target(&self) -> u64 {
         u64::from(self.shared.target_pages.load(Ordering::Acquire)) * PAGE_BYTES
     }

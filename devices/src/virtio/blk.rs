@@ -56,7 +56,8 @@ pub struct BlkOptions {
     pub queue_count: u16,
 }
 
-/// The disk.
+/// The virtio disk, VIRTIO 1.2 §5.2: one thread a queue, which parses requests and gives them to its own [`BlockQueue`]
+/// of the backend.
 pub struct Blk {
     name: String,
     backend: Arc<dyn BlockBackend>,
@@ -67,7 +68,7 @@ pub struct Blk {
 }
 
 impl Blk {
-    /// A disk on `options.backend`.
+    /// A disk on `options.backend`. Opens nothing: each queue opens its own when the driver starts it.
     pub fn new(options: BlkOptions) -> Self {
         let mut serial = [0; SERIAL_BYTES];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {

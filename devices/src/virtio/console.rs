@@ -53,7 +53,7 @@ struct Port {
     typed: Arc<EventFd>,
 }
 
-/// The console device.
+/// The virtio console, VIRTIO 1.2 §5.3: port 0 is a console, others are named channels (`org.qemu.guest_agent.0`).
 pub struct VirtioConsole {
     ports: Vec<Port>,
     /// For a device that is more than one plain console.

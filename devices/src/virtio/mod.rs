@@ -81,7 +81,8 @@ pub struct StartError {
     pub source: std::io::Error,
 }
 
-/// A queue that is being served.
+/// A queue that is being served, by a thread of this process, the kernel or another process. Dropping it without
+/// [`StartedQueue::stop`] may lose where its rings stood.
 pub trait StartedQueue: Send {
     /// Stops serving, completes what is in flight, and returns where the rings stand. Blocks until done; after
     /// it, no host pointer into guest memory is left.

@@ -140,7 +140,8 @@ impl DeviceInterrupts {
     }
 }
 
-/// The interrupt of one queue.
+/// The interrupt of one queue: the vector that the driver chose, or the function's own cause. Clones are the same; signalling
+/// takes no lock and does not block.
 #[derive(Clone)]
 pub struct QueueInterrupt {
     device: DeviceInterrupts,

@@ -110,17 +110,18 @@ impl Chain {
         self.head
     }
 
-    /// What the device reads.
+    /// What the device reads: the chain's first part (VIRTIO 1.2 §2.7.4.2), all of it in RAM. Panics before the first
+    /// [`DeviceQueue::pop`].
     pub fn readable(&self) -> GuestBuffers<'_> {
         self.buffers(&self.readable)
     }
 
-    /// What the device writes.
+    /// What the device writes: the chain's second part, all of it in RAM. Panics before the first [`DeviceQueue::pop`].
     pub fn writable(&self) -> GuestBuffers<'_> {
         self.buffers(&self.writable)
     }
 
-    /// A form error of this chain.
+    /// An error that says that this chain has not the form that the device needs; it breaks the device.
     pub fn malformed(&self, what: &'static str) -> QueueError {
         QueueError::Form {
             head: self.head,
@@ -431,7 +432,8 @@ impl DeviceQueue {
         &self.counters
     }
 
-    /// Where the rings stand.
+    /// Where the rings stand now, chains that were popped and not pushed counted as gone. For a pause, after everything popped
+    /// was pushed or given back.
     pub fn state(&self) -> QueueState {
         self.queue.state()
     }

@@ -19,7 +19,7 @@ const QUEUE_SIZE: u16 = 64;
 /// Bytes that one chain gets at most, whatever it claims: bounds the work a chain can cause.
 const CHAIN_BYTES_MAX: usize = 4096;
 
-/// The entropy source.
+/// The entropy source, VIRTIO 1.2 §5.4: fills what the driver offers from getrandom(2), at most 4 KiB a chain.
 #[derive(Debug, Default)]
 pub struct Rng {
     bytes: Arc<Counter>,

@@ -65,7 +65,7 @@ pub struct ScsiOptions {
     pub targets: BTreeMap<u8, Arc<Target>>,
 }
 
-/// The controller.
+/// The SCSI host, VIRTIO 1.2 §5.6: one channel, a unit a target, a thread a request queue.
 pub struct Scsi {
     name: String,
     queue_count: u16,

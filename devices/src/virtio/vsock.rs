@@ -78,7 +78,7 @@ enum Host {
     Kernel(Arc<Kernel>),
 }
 
-/// The device.
+/// The socket device, VIRTIO 1.2 §5.10, whose host end are Unix sockets: one poll for all connections.
 pub struct Vsock {
     cid: u64,
     host: Host,

@@ -26,7 +26,8 @@ const LEVEL_CORE: u32 = 2 << 8;
 /// Width of physical addresses when the CPU does not say it.
 const ADDRESS_BITS: u8 = 36;
 
-/// Entries for one vCPU.
+/// The table of one vCPU: that of the machine's CPU with what depends on the vCPU's place, APIC ids and topology (SDM
+/// vol. 2A, CPUID leaves 1, 4 and 0xb; APM vol. 3 appendix E).
 #[must_use]
 pub fn for_vcpu(cpu: &[kvm_cpuid_entry2], place: Place) -> Vec<kvm_cpuid_entry2> {
     cpu.iter().map(|entry| adjusted(*entry, place)).collect()

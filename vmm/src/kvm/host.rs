@@ -82,7 +82,7 @@ impl KvmError {
     }
 }
 
-/// The host's KVM.
+/// The host's KVM, open and known to have all that a machine needs. Machines that were made of it do not need it any more.
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
     /// Asked for once: KVM reads every leaf from the CPU, and in a host that is itself a guest each is an exit.
@@ -279,7 +279,7 @@ impl VirtualMachine {
             .map_err(KvmError::failed("read the interval timer"))
     }
 
-    /// Puts it back.
+    /// Puts the interval timer's state back. The vCPUs are held.
     pub fn set_timer(&self, state: &kvm_pit_state2) -> Result<(), KvmError> {
         self.fd
             .set_pit2(state)
@@ -307,7 +307,7 @@ impl VirtualMachine {
         .collect()
     }
 
-    /// Puts it back.
+    /// Puts their state back. The vCPUs are held.
     pub fn set_irqchips(&self, chips: &[kvm_irqchip]) -> Result<(), KvmError> {
         chips.iter().try_for_each(|chip| {
             self.fd

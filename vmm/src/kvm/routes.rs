@@ -115,7 +115,7 @@ fn apply(machine: &VirtualMachine, table: &Table) -> io::Result<()> {
     Ok(machine.fd().set_gsi_routing(&routing)?)
 }
 
-/// One edge-triggered wire.
+/// One edge-triggered wire of the I/O APIC, by an eventfd that KVM turns into an interrupt (irqfd). Raising it never blocks.
 pub struct Pin {
     event: EventFd,
 }
@@ -129,7 +129,7 @@ impl IrqLine for Pin {
     }
 }
 
-/// One level-triggered wire.
+/// One level-triggered wire of the I/O APIC (KVM_IRQ_LINE), which stays asserted until it is lowered.
 pub struct LevelPin {
     machine: VirtualMachine,
     gsi: u32,

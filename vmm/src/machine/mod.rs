@@ -145,7 +145,7 @@ pub enum Signals {
     ShutDown,
 }
 
-/// How a machine ended.
+/// How a machine ended, for the exit code. A failure of the host is an error instead.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest turned itself off.
@@ -203,7 +203,7 @@ pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, Run
     run_from(spec, options, Start::PowerOn)
 }
 
-/// The same from another beginning.
+/// Runs a machine from another beginning than power-on; otherwise as [`run_machine`]. Blocks until the machine ends.
 pub fn run_from(
     spec: &MachineSpec,
     options: &Options,

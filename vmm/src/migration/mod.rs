@@ -180,7 +180,7 @@ impl MigrationError {
     }
 }
 
-/// Sends one message.
+/// Sends one message: its length in four bytes, then JSON. Blocks until the other side has room for it.
 pub fn send(stream: &mut impl Write, message: &Message) -> io::Result<()> {
     let body = serde_json::to_vec(message).expect("messages have string keys only");
     let size = u32::try_from(body.len()).map_err(io::Error::other)?;
@@ -189,7 +189,7 @@ pub fn send(stream: &mut impl Write, message: &Message) -> io::Result<()> {
     stream.write_all(&bytes)
 }
 
-/// Receives one message.
+/// Receives one message, of bounded length. Blocks until it is there; an error after that leaves the connection of no use.
 pub fn receive(stream: &mut impl Read) -> io::Result<Message> {
     let mut size = [0; 4];
     stream.read_exact(&mut size)?;

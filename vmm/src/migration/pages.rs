@@ -64,7 +64,7 @@ pub struct Stripe {
     pub count: usize,
 }
 
-/// What a round is about.
+/// What a round of sending is about: which pages, and whether those that are zero are left out.
 pub struct Round<'a> {
     /// Where pages are.
     pub ram: &'a Ram,

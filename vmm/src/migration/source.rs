@@ -35,7 +35,7 @@ const OPEN: u8 = 0;
 const COMMITTED: u8 = 1;
 const CANCELLED: u8 = 2;
 
-/// What is asked of a migration.
+/// What is asked of a migration: where to, over how many connections, how long the guest may stand still.
 pub struct Plan {
     /// Messages.
     pub control: UnixStream,

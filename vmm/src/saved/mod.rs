@@ -130,7 +130,7 @@ pub struct ClockState {
 }
 
 impl MachineState {
-    /// As it is written.
+    /// The state as it is written: one line of JSON, which every later version reads.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("saved types have string keys only")

@@ -18,7 +18,7 @@ use super::Raw;
 use crate::kvm::cpu::compare::feature_msrs;
 use crate::vcpu::state::VcpuState;
 
-/// One vCPU at rest.
+/// One vCPU at rest, as it is written. Fields that came later are optional; none is ever left out again.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuSaved {
     /// Function, index, flags, EAX, EBX, ECX, EDX of each leaf.

@@ -45,7 +45,8 @@ pub struct Scope {
     pub nested: bool,
 }
 
-/// A vCPU at rest.
+/// A vCPU at rest: everything that KVM has of it, in KVM's own structures. Live form; [`crate::saved::VcpuSaved`] is the
+/// written one.
 pub struct VcpuState {
     pub(crate) tsc: u64,
     /// Ticks a millisecond; 0 when KVM does not say. Not put back either.

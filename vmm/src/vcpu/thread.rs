@@ -90,7 +90,8 @@ enum Command {
 const RESET_CS: u16 = 0xf000;
 const RESET_RIP: u64 = 0xfff0;
 
-/// The owner's end of a vCPU.
+/// The owner's end of a vCPU. Its calls send a command to the vCPU's thread and, where they have an answer, wait for it.
+/// Dropping it ends the thread.
 pub struct Vcpu {
     commands: Sender<Command>,
     immediate_exit: ImmediateExit,
@@ -162,7 +163,7 @@ impl Vcpu {
         })
     }
 
-    /// Lets the guest go on.
+    /// Lets the guest go on. Returns at once.
     pub fn run(&self) {
         self.send(Command::Run);
     }
@@ -176,7 +177,7 @@ impl Vcpu {
         held
     }
 
-    /// The state of a held vCPU.
+    /// The state of a held vCPU. Waits for its thread; an error if KVM refuses, or the thread has ended.
     pub fn save(&self, scope: &Arc<Scope>) -> Result<VcpuState, KvmError> {
         let (answer, saved) = sync_channel(1);
         self.send(Command::Save(scope.clone(), answer));

@@ -63,7 +63,7 @@ impl ChangeMap {
         self.read(|word| word.swap(0, Ordering::AcqRel))
     }
 
-    /// The marks, which stay.
+    /// The marks now, which stay. For a look at what would be copied; whoever copies calls [`ChangeMap::take`].
     pub fn look(&self) -> BlockSet {
         self.read(|word| word.load(Ordering::Acquire))
     }

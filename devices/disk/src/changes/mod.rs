@@ -86,7 +86,8 @@ impl Tracked {
         map
     }
 
-    /// Marks it no more.
+    /// Marks it no more. Requests in flight may mark it until they end; the caller drops it afterwards. An unknown map is
+    /// no error.
     pub fn unwatch(&self, map: &Arc<ChangeMap>) {
         self.watchers
             .change(|maps| maps.retain(|watching| !Arc::ptr_eq(watching, map)));

@@ -28,7 +28,7 @@ pub enum Status {
     Unsupported = 2,
 }
 
-/// What the driver wants.
+/// What the driver wants, in bytes and checked against the form of a request, not against the disk's size (the backend's).
 #[derive(Clone, Copy)]
 pub enum Action<'a> {
     /// Disk to `data`.
@@ -63,7 +63,7 @@ pub enum Action<'a> {
     Refuse(Status),
 }
 
-/// A parsed request.
+/// A request parsed once from its chain; nothing of its header is read again.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
     /// Guest-physical address of the status byte.

@@ -92,7 +92,8 @@ pub enum TapError {
     },
 }
 
-/// An attached tap. Non-blocking.
+/// One queue of a tap interface, attached (kernel `Documentation/networking/tuntap.rst`). Non-blocking; packets have the
+/// header of VIRTIO 1.2 §5.1.6. The interface outlives it unless this made it.
 #[derive(Debug)]
 pub struct Tap {
     file: File,

@@ -157,7 +157,8 @@ impl Shared {
 
 pub(super) type Job = Box<dyn FnOnce(&mut Conversation) + Send>;
 
-/// The other process.
+/// The other process of a vhost-user device, over its socket (QEMU `docs/interop/vhost-user.rst`). Questions wait for an
+/// answer at most as long as its patience; a process that is gone is looked for again, where that was asked for.
 pub struct Backend {
     shared: Arc<Shared>,
     patience: Duration,

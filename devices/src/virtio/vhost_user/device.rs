@@ -22,7 +22,7 @@ pub const TAG_BYTES_MAX: usize = 36;
 /// Where a disk tells its number of queues, §5.2.4.
 const BLK_QUEUE_COUNT: usize = 34;
 
-/// The device.
+/// A virtio device whose queues another process serves: this one has its registers, and tells of rings and memory.
 pub struct VhostUser {
     kind: DeviceKind,
     queue_count: u16,

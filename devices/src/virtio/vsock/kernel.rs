@@ -23,7 +23,7 @@ use crate::virtio::{QueueStart, StartError, StartedQueue};
 /// Sequenced packets, `VIRTIO_VSOCK_F_SEQPACKET`, §5.10.3.
 const F_SEQPACKET: u64 = 1 << 1;
 
-/// `/dev/vhost-vsock` for one guest.
+/// `/dev/vhost-vsock` for one guest, which has its address from the moment it was opened until it is closed.
 pub struct VhostVsockFile(File);
 
 impl VhostVsockFile {

@@ -328,7 +328,7 @@ impl FeatureSet {
     /// Of nothing.
     pub const EMPTY: Self = Self([0; REGISTERS.len()]);
 
-    /// What CPUID says.
+    /// What a table of CPUID says: the bits of every register that is known to have features, the rest left out.
     #[must_use]
     pub fn of_cpuid(entries: &[kvm_cpuid_entry2]) -> Self {
         let mut set = Self::EMPTY;
