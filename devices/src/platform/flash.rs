@@ -240,8 +240,9 @@ impl BusDevice for Flash {
                 if let Some(byte) = usize::try_from(offset & 0xff)
                     .ok()
                     .and_then(|at| IDENTIFIER.get(at))
+                    && let Some(first) = data.first_mut()
                 {
-                    data[0] = *byte;
+                    *first = *byte;
                 }
             }
             _ => data.fill(state.status),

@@ -61,8 +61,10 @@ impl PciDevice for PanicDevice {
     /// Which events it knows.
     fn bar_read(&self, _bar: usize, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        if offset == 0 {
-            data[0] = PANICKED | CRASH_LOADED;
+        if offset == 0
+            && let Some(first) = data.first_mut()
+        {
+            *first = PANICKED | CRASH_LOADED;
         }
     }
 

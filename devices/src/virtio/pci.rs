@@ -531,7 +531,11 @@ impl PciDevice for VirtioPci {
             COMMON..ISR => {
                 self.common_read(usize::try_from(offset).expect("below 4096"), data);
             }
-            ISR => data[0] = self.interrupts.take_isr(),
+            ISR => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.interrupts.take_isr();
+                }
+            }
             DEVICE..DOORBELLS => self.device.config_read(offset - DEVICE, data),
             MSIX_TABLE..MSIX_PENDING => self.msix.table_read(offset - MSIX_TABLE, data),
             MSIX_PENDING..BAR_BYTES => self.msix.pending_read(offset - MSIX_PENDING, data),

@@ -196,5 +196,7 @@ pub fn pci_corpus() -> Vec<Vec<u8>> {
         enable(1).into_iter().chain(queue).collect(),
         [ecam(1, 0), ecam(2, 8), ecam(3, 0x40), enable(2)].concat(),
         everything.collect(),
+        // Found by the fuzzer: a read of the ISR byte that is of no bytes.
+        [enable(1), vec![2 | 6 << 3, 0, 0x10, 0, 0, 0, 0]].concat(),
     ]
 }

@@ -276,13 +276,17 @@ pub fn platform_corpus() -> Vec<Vec<u8>> {
         &[0x20, 0xd0, 0x70, 0x50],
         &[0xe8, 1, 7, 8, 0xd0, 0xff],
         &[0x90, 0x00, 0x99],
+        &[0x90],
     ] {
         let steps = commands.iter().flat_map(|command| {
             let mut data = [0; 8];
             data[0] = *command;
             access(byte, 9, data)
         });
-        all.push(std::iter::once(1).chain(steps).collect());
+        let mut input: Vec<u8> = std::iter::once(1).chain(steps).collect();
+        // Found by the fuzzer: a read of no bytes, of the identifier.
+        input.extend(access(6 << 2, 0, [0; 8]));
+        all.push(input);
     }
     for kind in 2..KINDS {
         let steps = (0..=255_u8).step_by(2).flat_map(|offset| {
