@@ -3,8 +3,10 @@
 
 #![expect(unsafe_code, reason = "KVM is told raw host addresses of guest memory")]
 
+use std::any::Any;
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use atoll_devices::memory::Ram;
 use kvm_bindings::{
@@ -165,7 +167,9 @@ impl Kvm {
         let task_state = usize::try_from(board.kvm_pages + 0x1000).expect("below 4 GiB");
         fd.set_tss_address(task_state)
             .map_err(KvmError::failed("place the task state segment"))?;
-        Ok(VirtualMachine { fd: Arc::new(fd) })
+        let slots = Mutex::default();
+        let machine = Arc::new(Machine { fd, slots });
+        Ok(VirtualMachine { machine })
     }
 }
 
@@ -189,19 +193,39 @@ fn uninterrupted<T>(
 /// One virtual machine. Clones are the same machine.
 #[derive(Clone)]
 pub struct VirtualMachine {
-    fd: Arc<VmFd>,
+    machine: Arc<Machine>,
+}
+
+struct Machine {
+    fd: VmFd,
+    /// What memory slots point to, by their number: mapped for as long as the guest can reach it. Whoever has vCPUs drops
+    /// them before the machine. A leaf lock, held for no call of KVM's.
+    slots: Mutex<BTreeMap<u32, Arc<dyn Any + Send + Sync>>>,
+}
+
+impl Machine {
+    fn keep(&self, slot: u32, memory: Arc<dyn Any + Send + Sync>) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.insert(slot, memory);
+    }
+
+    fn let_go(&self, slot: u32) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.remove(&slot);
+    }
 }
 
 impl VirtualMachine {
     /// The kernel's interface to it.
     #[must_use]
     pub fn fd(&self) -> &VmFd {
-        &self.fd
+        &self.machine.fd
     }
 
     /// Gives the machine a PC's interrupt controllers: two PICs, an I/O APIC, and a local APIC for every vCPU.
     pub fn create_interrupt_controllers(&self) -> Result<(), KvmError> {
-        self.fd
+        self.machine
+            .fd
             .create_irq_chip()
             .map_err(KvmError::failed("create the interrupt controllers"))
     }
@@ -225,18 +249,19 @@ impl VirtualMachine {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
             };
+            self.machine.keep(slot.slot, memory.clone());
             // SAFETY: the range is one mapping of this process, `region` says its length, and the mapping
-            // outlives the machine: `memory` is kept by the machine's owner, beside this descriptor, and
-            // dropped after the vCPUs have ended.
-            unsafe { self.fd.set_user_memory_region(slot) }
+            // outlives the machine, which keeps it beside its descriptor.
+            unsafe { self.machine.fd.set_user_memory_region(slot) }
                 .map_err(KvmError::failed("give the guest its memory"))?;
         }
         Ok(())
     }
 
     /// Makes a region readable for the guest, which sees its own address; writes to it exit as memory accesses.
-    /// The caller keeps the region for as long as the slot or the machine.
+    /// The machine keeps the region for as long as the slot.
     pub fn set_rom(&self, slot: u32, region: &Arc<GuestRegionMmap>) -> Result<(), KvmError> {
+        self.machine.keep(slot, region.clone());
         let slot = kvm_userspace_memory_region {
             slot,
             flags: KVM_MEM_READONLY,
@@ -244,9 +269,9 @@ impl VirtualMachine {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the range is one mapping of this process, `region` says its length, and the caller keeps it for
-        // as long as the guest can reach it.
-        unsafe { self.fd.set_user_memory_region(slot) }
+        // SAFETY: the range is one mapping of this process, `region` says its length, and the machine keeps it until
+        // the slot is taken away.
+        unsafe { self.machine.fd.set_user_memory_region(slot) }
             .map_err(KvmError::failed("give the guest its firmware"))
     }
 
@@ -257,8 +282,10 @@ impl VirtualMachine {
             ..Default::default()
         };
         // SAFETY: a slot of no bytes maps nothing.
-        unsafe { self.fd.set_user_memory_region(slot) }
-            .map_err(KvmError::failed("take a memory slot away"))
+        unsafe { self.machine.fd.set_user_memory_region(slot) }
+            .map_err(KvmError::failed("take a memory slot away"))?;
+        self.machine.let_go(slot.slot);
+        Ok(())
     }
 
     /// Gives the machine a PC's interval timer (i8254), with its speaker port.
@@ -267,21 +294,24 @@ impl VirtualMachine {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
         };
-        self.fd
+        self.machine
+            .fd
             .create_pit2(config)
             .map_err(KvmError::failed("create the interval timer"))
     }
 
     /// State of the interval timer, if the machine has one.
     pub fn timer(&self) -> Result<kvm_pit_state2, KvmError> {
-        self.fd
+        self.machine
+            .fd
             .get_pit2()
             .map_err(KvmError::failed("read the interval timer"))
     }
 
     /// Puts the interval timer's state back. The vCPUs are held.
     pub fn set_timer(&self, state: &kvm_pit_state2) -> Result<(), KvmError> {
-        self.fd
+        self.machine
+            .fd
             .set_pit2(state)
             .map_err(KvmError::failed("set the interval timer"))
     }
@@ -299,7 +329,8 @@ impl VirtualMachine {
                 chip_id,
                 ..Default::default()
             };
-            self.fd
+            self.machine
+                .fd
                 .get_irqchip(&mut chip)
                 .map_err(KvmError::failed("read an interrupt controller"))?;
             Ok(chip)
@@ -310,7 +341,8 @@ impl VirtualMachine {
     /// Puts their state back. The vCPUs are held.
     pub fn set_irqchips(&self, chips: &[kvm_irqchip]) -> Result<(), KvmError> {
         chips.iter().try_for_each(|chip| {
-            self.fd
+            self.machine
+                .fd
                 .set_irqchip(chip)
                 .map_err(KvmError::failed("set an interrupt controller"))
         })

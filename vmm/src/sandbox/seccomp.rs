@@ -20,6 +20,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch, apply_filter,
 };
+use vmm_sys_util::signal::register_signal_handler;
 
 use super::filters::{self, Call, When};
 use super::{DENIED_EXIT_CODE, SandboxError, Seccomp, names};
@@ -121,18 +122,8 @@ fn add(rules: &mut BTreeMap<i64, Vec<SeccompRule>>, call: &Call) {
 
 /// Installs the handler of SIGSYS, which the kernel sends instead of carrying out a denied call.
 fn name_denied_calls() -> io::Result<()> {
-    let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = denied;
-    // SAFETY: all zeroes is a valid sigaction: no flags, an empty mask, no restorer.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = handler as libc::sighandler_t;
-    action.sa_flags = libc::SA_SIGINFO;
-    // SAFETY: `action` is initialized; the handler takes three arguments, as SA_SIGINFO says, and calls only what
-    // is safe in a handler.
-    let result = unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    // It calls only what is safe in a handler.
+    Ok(register_signal_handler(libc::SIGSYS, denied)?)
 }
 
 /// Says which thread made which call, and ends the process. Allocates nothing and takes no lock.

@@ -19,7 +19,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "a byte of the page that KVM shares with this process, and signals to a thread"
+    reason = "a byte of the page that KVM shares with this process, and the clock of a thread"
 )]
 
 use std::io;
@@ -32,6 +32,7 @@ use std::thread::JoinHandle;
 use atoll_devices::bus::Bus;
 use atoll_thread::Kind;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 use super::setup::{self, Entry};
 use super::state::{self, Scope, Tsc, VcpuState};
@@ -230,8 +231,8 @@ impl Vcpu {
     fn kick(&self) {
         let Some(thread) = &self.thread else { return };
         self.immediate_exit.set(1);
-        // SAFETY: the thread has not been joined, so its id is valid; the signal has a handler.
-        unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+        // A thread that has ended needs no signal.
+        let _ = thread.kill(kick_signal());
     }
 }
 
@@ -259,19 +260,9 @@ fn kick_signal() -> libc::c_int {
 
 /// Installs the handler; once a process, before the first vCPU starts.
 pub fn handle_kicks() -> io::Result<()> {
-    extern "C" fn ignore(_: libc::c_int) {}
-    let handler: extern "C" fn(libc::c_int) = ignore;
-    // SAFETY: all zeroes is a valid sigaction: no flags, an empty mask, no restorer.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = handler as libc::sighandler_t;
-    // SAFETY: `action` is initialized, and the handler is async-signal-safe, as it does nothing. SA_RESTART is
-    // not set, so that KVM_RUN returns.
-    let result = unsafe { libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    // Without SA_RESTART, so that KVM_RUN returns.
+    Ok(register_signal_handler(kick_signal(), ignore)?)
 }
 
 /// What the thread owns.
