@@ -1,8 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Virtio devices, VIRTIO 1.2 (the clause numbers in this crate are of that version).
 //!
-//! [`VirtioPci`] is the transport: registers, status machine, MSI-X. A device implements [`VirtioDevice`]. Each
-//! enabled queue runs on its own named thread ([`worker`]), woken by its doorbell; handlers see a
+//! [`VirtioPci`] is the transport: registers, status machine, MSI-X. A device implements [`VirtioDevice`]. An
+//! enabled queue runs on a named thread ([`worker`]), its own or its device's, woken by its doorbell; handlers see a
 //! [`DeviceQueue`] and checked [`Chain`]s.
 //!
 //! Pause, reset, snapshot and migration are all the same act: stop every queue, keep or drop what `stop`
