@@ -89,8 +89,17 @@ pub fn run(scene: &mut Scene<'_>, text: &str) -> Result<Cost, &'static str> {
         (0..back).for_each(|_| progress.finish());
         on_their_way -= back;
         if back == 0 {
-            let awaited = if work.echo { RECEIVE } else { TRANSMIT };
-            scene.rest(&rings[awaited..=awaited]);
+            let awaited = match (work.echo, free.is_empty()) {
+                (true, false) => RECEIVE..=RECEIVE,
+                // Every ping may have been answered, and yet no more can be sent before chains come back: a device
+                // may show a batch of them late.
+                (true, true) => RECEIVE..=TRANSMIT,
+                (false, _) => TRANSMIT..=TRANSMIT,
+            };
+            scene.rest(&rings[awaited]);
+            if work.echo {
+                rings[TRANSMIT].ignore();
+            }
         }
     }
     Ok(progress.cost(&rings))
