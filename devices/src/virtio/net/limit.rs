@@ -36,11 +36,11 @@ impl Limit {
     }
 
     /// How long the next packet has to wait, if it has to.
-    pub(super) fn wait(&self, now: Instant) -> Option<Duration> {
+    pub(super) fn wait(&self) -> Option<Duration> {
         if !self.limited.load(Ordering::Acquire) {
             return None;
         }
-        let wait = self.lock().as_mut()?.wait(now);
+        let wait = self.lock().as_mut()?.wait(Instant::now());
         (!wait.is_zero()).then_some(wait)
     }
 

@@ -5,7 +5,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use vmm_sys_util::epoll::EventSet;
 
@@ -133,7 +132,7 @@ impl QueueHandler for Receive {
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
         queue.disable_doorbell()?;
         for _ in 0..queue.size() {
-            if let Some(wait) = self.shared.receive_limit.wait(Instant::now()) {
+            if let Some(wait) = self.shared.receive_limit.wait() {
                 queue.signal()?;
                 return Ok(Progress::After(wait));
             }

@@ -4,7 +4,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use vmm_sys_util::epoll::EventSet;
 
@@ -43,7 +42,7 @@ impl QueueHandler for Transmit {
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
         queue.disable_doorbell()?;
         for _ in 0..queue.size() {
-            if let Some(wait) = self.shared.send_limit.wait(Instant::now()) {
+            if let Some(wait) = self.shared.send_limit.wait() {
                 queue.signal()?;
                 return Ok(Progress::After(wait));
             }
