@@ -5,11 +5,15 @@
 //! that one side leaves to the other cross the boundary as they are.
 //!
 //! ```text
-//!            ┌ receive 0 ◄── tap queue 0 ┐                 threads of ours (`receive`, `transmit`), or
+//!            ┌ receive 0 ◄── tap queue 0 ┐                 a thread of ours a pair (`receive`, `transmit`), or
 //!   driver ──┤ transmit 0 ──► tap queue 0 ├── interface     the kernel's where there is vhost-net (`kernel`);
 //!            │ … one pair a vCPU …       ┘                 or a process with rings for a wire (`vhost_user`)
-//!            └ control ──► filter, number of pairs, offloads, announcement (`control`)
+//!            └ control ──► filter, number of pairs, offloads, announcement (`control`, on the first pair's thread)
 //! ```
+//! **One thread for both directions of a pair.** What the guest sends is often answered before it has all been sent: one
+//! thread sends the whole batch, then takes all the answers and interrupts once, where two would wake each other, and
+//! the guest, every few packets.
+//!
 //! **Steering.** Which pair a packet from the host takes is the tap's choice: that on which the guest last sent for its
 //! flow (automatic receive steering, §5.1.6.5.5). VIRTIO_NET_F_RSS, by which a driver says it with a hash and a table,
 //! is not offered: a tap takes that as a BPF program whose map changes with each command, so that the VMM would keep
@@ -54,9 +58,10 @@ pub use self::tap::{HEADER_BYTES, Tap, TapError};
 pub(super) use self::wire::BACKEND_FEATURES;
 pub use self::wire::HostEnd;
 use super::vhost_user::Event;
+use super::worker::{QueueHandler, QueueThread};
 use super::{
     Act, Chain, DeviceInterrupts, QueueStart, StartError, StartedQueue, VirtioDevice, bits,
-    device_id, worker,
+    device_id,
 };
 use crate::counters::{Counter, CounterList};
 use crate::state::{DeviceState, Saved, SavedState, StateError, same};
@@ -192,6 +197,8 @@ pub struct Net {
     /// The kernel must not write guest memory: it tells nobody which pages.
     writes_are_logged: AtomicBool,
     driver: Arc<Driver>,
+    /// One a pair, for queues that neither the kernel nor another process serves.
+    threads: Vec<QueueThread>,
 }
 
 impl Net {
@@ -228,7 +235,9 @@ impl Net {
             counters: Counters::default(),
         };
         shared.set_active_pairs(1)?;
+        let thread = |pair| QueueThread::new(Kind::Net, format!("{}-pair{pair}", options.name));
         Ok(Self {
+            threads: (0..shared.wire.pair_count()).map(thread).collect(),
             name: options.name,
             mac: Mutex::new(options.mac),
             mtu: options.mtu,
@@ -373,8 +382,7 @@ impl VirtioDevice for Net {
         let shared = self.shared.clone();
         if index == self.control_queue(start.features) {
             let chain = Chain::new();
-            let name = format!("{}-ctl", self.name);
-            return worker::spawn(Kind::Net, &name, start, Box::new(Control { shared, chain }));
+            return self.threads[0].serve(start, Box::new(Control { shared, chain }));
         }
         if index == 0 {
             self.start(start.features)
@@ -400,24 +408,14 @@ impl VirtioDevice for Net {
         {
             return pairs[pair].start(usize::from(index % 2), &start, &tap, &shared);
         }
-        if index.is_multiple_of(2) {
+        let handler: Box<dyn QueueHandler> = if index.is_multiple_of(2) {
             let merge = start.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-            let handler = Receive::new(tap, shared, merge);
-            worker::spawn(
-                Kind::Net,
-                &format!("{}-rx{pair}", self.name),
-                start,
-                Box::new(handler),
-            )
+            Box::new(Receive::new(tap, shared, merge))
         } else {
             let handler = Transmit::new(tap, shared);
-            worker::spawn(
-                Kind::Net,
-                &format!("{}-tx{pair}", self.name),
-                start,
-                Box::new(handler),
-            )
-        }
+            Box::new(handler.map_err(|source| StartError { index, source })?)
+        };
+        self.threads[pair].serve(start, handler)
     }
 
     fn reset(&self) {

@@ -33,7 +33,7 @@ pub enum Kind {
     Vcpu,
     /// Serves a queue whose requests read and write files or block devices.
     Disk,
-    /// Serves a queue whose requests read and write a tap.
+    /// Serves the queues of a network card: reads and writes a tap.
     Net,
     /// Serves a queue that needs the host for memory and wake-ups only: entropy, balloon, console.
     Queue,

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
@@ -275,6 +276,13 @@ impl Tap {
     /// Reads one packet with its header.
     pub(super) fn read(&self, packet: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(packet)
+    }
+
+    /// Whether a write would go, after one that would not. If not, the descriptor becomes writable when one would.
+    pub(super) fn takes_more(&self) -> bool {
+        let mut event = [PollFd::new(&self.file, PollFlags::OUT)];
+        // When it cannot be asked, the next write tells.
+        poll(&mut event, Some(&Timespec::default())).map_or(true, |count| count > 0)
     }
 
     /// Writes one packet of our own with its header.

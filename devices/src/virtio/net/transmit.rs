@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! One queue from the guest to the tap: each chain is a packet, written from guest pages as it is.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -18,25 +19,29 @@ const FRAME_BYTES_MIN: u64 = 14;
 pub(super) struct Transmit {
     tap: Arc<Tap>,
     shared: Arc<Shared>,
+    /// A copy of the tap's descriptor, which wakes us when a full tap takes more. The receiving queue of the same thread
+    /// sleeps on the other one.
+    room: File,
     chain: Chain,
     /// For the rare packet in too many pieces.
     packet: Vec<u8>,
 }
 
 impl Transmit {
-    pub(super) fn new(tap: Arc<Tap>, shared: Arc<Shared>) -> Self {
-        Self {
+    pub(super) fn new(tap: Arc<Tap>, shared: Arc<Shared>) -> io::Result<Self> {
+        Ok(Self {
+            room: tap.file().try_clone()?,
             tap,
             shared,
             chain: Chain::new(),
             packet: vec![0; PACKET_BYTES_MAX],
-        }
+        })
     }
 }
 
 impl QueueHandler for Transmit {
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.tap.as_raw_fd(), EventSet::OUT)]
+        vec![(self.room.as_raw_fd(), EventSet::OUT)]
     }
 
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
@@ -69,7 +74,8 @@ impl QueueHandler for Transmit {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     queue.undo_pop(1);
                     queue.signal()?;
-                    return Ok(Progress::Sleep); // Until the tap takes more.
+                    // Room that came between the write and now was no edge: the kernel did not know yet that we wait.
+                    return Ok(Progress::again_if(self.tap.takes_more()));
                 }
                 // A header that the kernel refuses, an interface that is down: as on a wire, nobody answers.
                 Err(_) => counters.dropped.add(1),
