@@ -15,6 +15,7 @@ mod fuzz;
 mod hostile;
 mod hotplug;
 mod net;
+mod net_flow;
 mod pci;
 mod pitfalls;
 mod rng;

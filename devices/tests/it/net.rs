@@ -121,7 +121,7 @@ impl Rig {
         }
     }
 
-    fn buffer(&self, head: u16, size: u32, written: u32) -> Vec<u8> {
+    pub fn buffer(&self, head: u16, size: u32, written: u32) -> Vec<u8> {
         let at = self.driver.rings[0].descriptors + u64::from(head) * 16;
         let address = u64::from_le_bytes(self.driver.get(at, 8).try_into().unwrap());
         assert!(written <= size);
@@ -130,12 +130,12 @@ impl Rig {
 }
 
 /// Packets that the card has lost, or was told not to want.
-fn dropped(net: &Net) -> u64 {
+pub fn dropped(net: &Net) -> u64 {
     let counters = net.counters();
     counters.iter().find(|row| row.0 == "dropped").unwrap().1
 }
 
-fn buffer(index: u64, size: u32) -> Segment {
+pub fn buffer(index: u64, size: u32) -> Segment {
     Segment::writable(DATA + index * 0x1_0000, size)
 }
 

@@ -1,9 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! A tap interface with virtio headers. Linux, `Documentation/networking/tuntap.rst` and `linux/if_tun.h`.
-#![expect(unsafe_code, reason = "tun ioctls, and writev from guest pages")]
+#![expect(
+    unsafe_code,
+    reason = "tun ioctls, writev from guest pages and readv to them"
+)]
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +25,12 @@ use crate::virtio::GuestBuffers;
 pub const HEADER_BYTES: usize = 12;
 /// Pieces of a packet that are written without a copy: a header, and 17 pages of data in either half.
 const PIECES_MAX: usize = 36;
+/// Pieces of guest memory that a packet is read into: 64 KiB in buffers of 1500 bytes, and some that cross regions.
+const ROOM_PIECES_MAX: usize = 60;
+const NO_PIECE: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
@@ -105,6 +115,52 @@ pub struct Tap {
     /// No tap at all, see [`Tap::stand_in`].
     #[cfg(feature = "testing")]
     stands_in: bool,
+}
+
+/// Where the next packet goes: some bytes of ours first, then pieces of guest memory, one after the other.
+pub(super) struct Room<'a> {
+    /// With a place for what does not fit.
+    pieces: [libc::iovec; ROOM_PIECES_MAX + 2],
+    count: usize,
+    bytes: u64,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> Room<'a> {
+    /// For the first bytes of the packet.
+    pub(super) fn new(head: &'a mut [u8]) -> Self {
+        let mut room = Self {
+            pieces: [NO_PIECE; ROOM_PIECES_MAX + 2],
+            count: 0,
+            bytes: 0,
+            memory: PhantomData,
+        };
+        room.push(head.as_mut_ptr(), head.len());
+        room
+    }
+
+    /// For those that follow. Not all of it is taken when it is in very many pieces, and then nothing after it.
+    pub(super) fn add(&mut self, buffers: GuestBuffers<'a>) {
+        buffers.each_host_range(|start, size| {
+            if self.count <= ROOM_PIECES_MAX {
+                self.push(start, size);
+            }
+        });
+    }
+
+    /// How large a packet it is for.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn push(&mut self, start: *mut u8, size: usize) {
+        self.pieces[self.count] = libc::iovec {
+            iov_base: start.cast(),
+            iov_len: size,
+        };
+        self.count += 1;
+        self.bytes += size as u64;
+    }
 }
 
 /// `struct ifreq` with a flags member.
@@ -273,9 +329,15 @@ impl Tap {
         check(result)
     }
 
-    /// Reads one packet with its header.
-    pub(super) fn read(&self, packet: &mut [u8]) -> io::Result<usize> {
-        (&self.file).read(packet)
+    /// Reads one packet with its header into `room`, and what does not fit there into `spill`; returns its size.
+    pub(super) fn read(&self, mut room: Room<'_>, spill: &mut [u8]) -> io::Result<usize> {
+        room.push(spill.as_mut_ptr(), spill.len());
+        let count = i32::try_from(room.count).expect("at most 62");
+        // SAFETY: the first `count` pieces name mapped memory that the borrows in `room`, and `spill`, keep: bytes of
+        // ours that nobody else uses, and guest RAM, which may change at any time and which nobody here has
+        // references to.
+        let size = unsafe { libc::readv(self.file.as_raw_fd(), room.pieces.as_ptr(), count) };
+        usize::try_from(size).map_err(|_| io::Error::last_os_error())
     }
 
     /// Whether a write would go, after one that would not. If not, the descriptor becomes writable when one would.
@@ -292,10 +354,7 @@ impl Tap {
 
     /// Writes one packet with its header, from guest pages; through `spare` when it is in very many pieces.
     pub(super) fn write(&self, data: GuestBuffers<'_>, spare: &mut [u8]) -> io::Result<()> {
-        let mut pieces = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: 0,
-        }; PIECES_MAX];
+        let mut pieces = [NO_PIECE; PIECES_MAX];
         let mut count = 0;
         data.each_host_range(|start, size| {
             if let Some(piece) = pieces.get_mut(count) {
