@@ -3,11 +3,10 @@
 
 use std::path::Path;
 
-use atoll_tests::lab;
-use tempfile::TempDir;
+use atoll_tests::lab::{self, Scratch};
 
 /// Hosts with the payload, in temporary directories that go with the returned guards.
-pub fn start(host_count: u8) -> (Vec<lab::Host>, [TempDir; 2]) {
+pub fn start(host_count: u8) -> (Vec<lab::Host>, [Scratch; 2]) {
     start_with(host_count, |_| Ok(()))
 }
 
@@ -15,19 +14,21 @@ pub fn start(host_count: u8) -> (Vec<lab::Host>, [TempDir; 2]) {
 pub fn start_with(
     host_count: u8,
     add: impl FnOnce(&Path) -> anyhow::Result<()>,
-) -> (Vec<lab::Host>, [TempDir; 2]) {
+) -> (Vec<lab::Host>, [Scratch; 2]) {
     // On the images' file system, so that the guest's disk is linked and not copied.
     let images = lab::guest_image().unwrap();
-    let payload = tempfile::tempdir_in(images.parent().unwrap()).unwrap();
-    lab::fill_payload(payload.path()).unwrap();
-    add(payload.path()).unwrap();
-    let work = tempfile::tempdir().unwrap();
+    let around = Scratch::new_in(images.parent().unwrap()).unwrap();
+    let payload = around.path().join("payload");
+    std::fs::create_dir(&payload).unwrap();
+    lab::fill_payload(&payload).unwrap();
+    add(&payload).unwrap();
+    let work = Scratch::new_in(&std::env::temp_dir()).unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count,
-        payload: Some(payload.path()),
+        payload: Some(&payload),
         directory: work.path().to_owned(),
         api: None,
     })
     .unwrap();
-    (hosts, [payload, work])
+    (hosts, [around, work])
 }

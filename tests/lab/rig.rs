@@ -7,7 +7,7 @@ use atoll_tests::lab;
 
 #[test]
 fn host_resumes_with_kvm_and_payload() {
-    let work = tempfile::tempdir().unwrap();
+    let work = lab::Scratch::new_in(&std::env::temp_dir()).unwrap();
     let payload = tempfile::tempdir().unwrap();
     std::fs::write(payload.path().join("hello"), "from the outside").unwrap();
     let hosts = lab::start(&lab::Settings {

@@ -4,8 +4,7 @@
 
 use std::time::Duration;
 
-use atoll_tests::lab::{self, Host};
-use tempfile::TempDir;
+use atoll_tests::lab::{self, Host, Scratch};
 
 use crate::payload;
 
@@ -51,7 +50,7 @@ for i in $(seq $2); do [ -e /var/t/$1.exit ] && break; sleep 1; done
 X
 chmod +x vm listen hear ended"#;
 
-fn start_host() -> (Host, [TempDir; 2]) {
+fn start_host() -> (Host, [Scratch; 2]) {
     let (mut hosts, guard) = payload::start_with(1, lab::add_uefi);
     let host = hosts.remove(0);
     host.check(PREPARE, SECOND * 60).unwrap();

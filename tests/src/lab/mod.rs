@@ -15,6 +15,7 @@ mod agent;
 mod host;
 mod image;
 mod qemu;
+mod scratch;
 mod template;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -28,6 +29,7 @@ use crate::tree;
 pub use agent::Output;
 pub use host::{Forward, Host};
 pub use image::{guest_image, host_image, qemu_image, uefi_image, virtiofsd};
+pub use scratch::Scratch;
 
 /// What a lab should be.
 pub struct Settings<'a> {
