@@ -19,6 +19,7 @@ use crate::check;
 use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
 use crate::memory::{Backing, allocate};
+use crate::sandbox;
 use crate::saved::{MachineState, entries};
 
 /// How long a source that is there may be silent between two messages, a whole pass over RAM included.
@@ -80,6 +81,8 @@ pub fn accept(
     backing: Backing,
 ) -> Result<Arrived, MigrationError> {
     let broken = MigrationError::connection;
+    // The threads that receive memory are the process's first.
+    sandbox::keep_one_heap();
     let (control, _) = listener.accept().map_err(broken("wait for a source"))?;
     let mut control = Handover(control);
     let arrived = take(listener, &mut control, own_spec, backing);

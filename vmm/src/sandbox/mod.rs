@@ -21,6 +21,8 @@ mod jail;
 mod names;
 mod seccomp;
 
+pub(crate) use seccomp::keep_one_heap;
+
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;

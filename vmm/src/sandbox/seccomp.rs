@@ -39,19 +39,21 @@ pub(super) fn arm(mode: Seccomp, log: RawFd) -> Result<(), SandboxError> {
         return Ok(());
     }
     LOG.store(log, Ordering::Relaxed);
-    #[cfg(target_env = "gnu")]
     keep_one_heap();
     let _ = MODE.set(mode);
     name_denied_calls().map_err(SandboxError::Handler)?;
     atoll_thread::confine(enter).map_err(SandboxError::Starter)
 }
 
-/// Of all threads. Otherwise the C library, before it makes one more, opens a file in /sys to count CPUs. Threads
-/// that serve a guest allocate rarely, and one heap is less memory.
-#[cfg(target_env = "gnu")]
-fn keep_one_heap() {
+/// Of all threads. Otherwise the C library opens files: in /sys to count CPUs before it makes one more heap, in /proc
+/// before it gives memory of a second one back. Threads that serve a guest allocate rarely, and one heap is less
+/// memory. Heaps that exist stay, so this comes before any thread of a process that will have filters.
+pub(crate) fn keep_one_heap() {
+    #[cfg(target_env = "gnu")]
     // SAFETY: sets a number, before there are other threads.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
 }
 
 /// Whether [`arm`] was called, with filters.
