@@ -20,12 +20,13 @@ use atoll_vmm_protocol::spec::DiskSpec;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::relay::{self, Address, Protection, Relay};
 use crate::resources::{CardEnd, image_files};
 use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
 use crate::socket;
 
 /// Most connections for memory.
-const CONNECTIONS_MAX: usize = 15;
+const CONNECTIONS_MAX: usize = 64;
 /// How often a migration is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
 /// How long a machine's RAM may take to be written.
@@ -147,11 +148,17 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         (1..=CONNECTIONS_MAX).contains(&count),
         "{count} connections: 1 to {CONNECTIONS_MAX}"
     );
-    let connect = |_| UnixStream::connect(&body.to);
-    let sockets = (0..=count).map(connect).collect::<io::Result<Vec<_>>>();
-    let sockets = sockets.with_context(|| format!("connect to {}", body.to))?;
+    let (relay, sockets) = connect(body, count)?;
     let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
-    let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, body, &descriptors)?;
+    // What is for the network stays here.
+    let asked = Migrate {
+        to: body.to.clone(),
+        connections: body.connections,
+        downtime_limit_ms: body.downtime_limit_ms,
+        relayed: relay.as_ref().map(|_| true).or(body.relayed),
+        ..Migrate::default()
+    };
+    let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, &asked, &descriptors)?;
     // The machine has its own handles: the end of its connections must be the end of all.
     drop(sockets);
     while matches!(
@@ -164,10 +171,57 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
     if info.stage == MigrationStage::Completed {
         // A process that has ended already needs not be told.
         let _ = client.act(Request::Shutdown);
+        relay.into_iter().for_each(Relay::finish);
         return Ok(info);
     }
-    let error = info.error.unwrap_or_default();
-    anyhow::bail!("the machine stays: {error}");
+    let mut error = info.error.clone().unwrap_or_default();
+    if let Some(trouble) = relay.as_ref().and_then(Relay::trouble) {
+        error = format!("{error} ({}: {trouble})", body.to);
+    }
+    let taken = match (info.stage, &relay) {
+        (MigrationStage::InDoubt, Some(relay)) => relay.was_taken(),
+        (MigrationStage::InDoubt, None) => None,
+        _ => Some(false),
+    };
+    match taken {
+        Some(true) => {
+            client.act(Request::Shutdown)?;
+            Ok(MigrationInfo {
+                stage: MigrationStage::Completed,
+                error: None,
+                ..info
+            })
+        }
+        Some(false) => {
+            if info.stage == MigrationStage::InDoubt {
+                client.act(Request::Resume)?;
+            }
+            anyhow::bail!("the machine stays: {error}")
+        }
+        None => anyhow::bail!(
+            "{error}, and nobody answers at {}: the machine is paused here; say `ctl shutdown` if it runs there, `ctl \
+             resume` if it does not",
+            body.to
+        ),
+    }
+}
+
+/// The machine's ends of all connections, that for messages first, and what carries their bytes if they go over a
+/// network.
+fn connect(body: &Migrate, count: usize) -> anyhow::Result<(Option<Relay>, Vec<UnixStream>)> {
+    if let Some(address) = Address::parse(&body.to)? {
+        let files = [&body.tls_ca, &body.tls_cert, &body.tls_key].map(Clone::clone);
+        let insecure = body.insecure.unwrap_or(false);
+        let protection = Protection::of(files, insecure, &address)?;
+        let silence = relay::silence_limit(body.silence_limit_ms)?;
+        let name = body.tls_name.as_deref();
+        let (relay, ends) = Relay::open(address, &protection, name, silence, count)?;
+        return Ok((Some(relay), ends));
+    }
+    let connect = |_| UnixStream::connect(&body.to);
+    let sockets = (0..=count).map(connect).collect::<io::Result<Vec<_>>>();
+    let sockets = sockets.with_context(|| format!("connect to {}", body.to))?;
+    Ok((None, sockets))
 }
 
 /// Makes `directory` and lets the machine write itself into it. Leaves nothing there when that fails.

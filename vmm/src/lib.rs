@@ -11,7 +11,7 @@
 //!                              ├─► flash, fw_cfg   firmware, what it is told
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
 //!                              ├─► saved     a machine at rest: snapshots
-//!                              ├─► migration  a machine's move to another process
+//!                              ├─► migration  a machine's move to another process (relay: over a network)
 //!                              ├─► vcpu      threads vcpu0, vcpu1, …
 //!                              ├─► sandbox   what the process may still do, once everything is open
 //!                              └─► api       control API, thread api
@@ -35,6 +35,7 @@ pub mod memory;
 pub mod migration;
 pub mod power;
 pub mod probe;
+pub mod relay;
 pub mod resources;
 pub mod sandbox;
 pub mod saved;

@@ -13,16 +13,19 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm::cli::{
-    Cli, Command, CtlArguments, CtlRequest, HostArguments, ReceiveArguments, RunArguments,
+    Cli, Command, CtlArguments, CtlRequest, HostArguments, NetworkArguments, ReceiveArguments,
+    RelayArguments, RunArguments,
 };
 use atoll_vmm::machine::{
     self, Absence, Options, Outcome, SavedMemory, SavedStart, Signals, Start,
 };
 use atoll_vmm::memory::Backing;
-use atoll_vmm::migration::target;
+use atoll_vmm::migration::target::{self, Door};
+use atoll_vmm::relay::{self, Address, Protection, RelayError};
 use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::{RawTerminal, one_line};
 use atoll_vmm::{check, cpu_models, ctl, probe, saved, socket};
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Ctl(arguments) => control(&arguments),
         Command::CpuModels(arguments) => cpu_models::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
+        Command::Relay(arguments) => relay(&arguments),
     };
     done.unwrap_or_else(|error| {
         eprintln!("atoll-vmm: {}", one_line(&format!("{error:#}")));
@@ -109,13 +113,14 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
 fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
     let log = log_to(arguments.host.log_file.as_deref())?;
     let own_spec = arguments.spec.as_deref().map(read_spec).transpose()?;
-    let listener = socket::listen(&arguments.socket)
-        .with_context(|| format!("socket {}", arguments.socket.display()))?;
+    let door = open_door(arguments)?;
     write_pid(&arguments.host)?;
-    let arrived = target::accept(&listener, own_spec, Backing::default());
-    drop(listener);
-    // One machine, one socket: nobody else is to connect.
-    let _ = std::fs::remove_file(&arguments.socket);
+    let arrived = target::accept(&door, own_spec, Backing::default());
+    drop(door);
+    if let Some(socket) = &arguments.socket {
+        // One machine, one socket: nobody else is to connect.
+        let _ = std::fs::remove_file(socket);
+    }
     let target::Arrived {
         spec,
         state,
@@ -135,6 +140,45 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
         source.fail(&format!("{error:#}"));
     }
     outcome
+}
+
+/// Listens for a source.
+fn open_door(arguments: &ReceiveArguments) -> anyhow::Result<Door> {
+    if let Some(listen) = &arguments.listen {
+        let (address, ..) = protection(listen, &arguments.network)?;
+        let (served, place) = relay::start(&address, &arguments.for_relay(listen))?;
+        tracing::info!(at = place, "waits for a machine");
+        return Ok(Door::Network(served));
+    }
+    let path = arguments.socket.as_deref().unwrap_or(Path::new(""));
+    let listener = socket::listen(path);
+    let listener = listener.with_context(|| format!("socket {}", path.display()))?;
+    Ok(Door::Here(listener))
+}
+
+/// What the arguments about the network amount to.
+fn protection(
+    listen: &str,
+    network: &NetworkArguments,
+) -> Result<(Address, Protection, Duration), RelayError> {
+    let address = Address::parse(listen)?;
+    let address = address.ok_or_else(|| RelayError::Address(listen.to_owned()))?;
+    let files = [&network.tls_ca, &network.tls_cert, &network.tls_key].map(Clone::clone);
+    let protection = Protection::of(files, network.insecure, &address)?;
+    let silence = relay::silence_limit(network.silence_limit_ms)?;
+    Ok((address, protection, silence))
+}
+
+/// The process beside `receive` that talks to the network.
+fn relay(arguments: &RelayArguments) -> anyhow::Result<ExitCode> {
+    let log = log_to(arguments.host.log_file.as_deref())?;
+    let (_, protection, silence) = protection(&arguments.listen, &arguments.network)?;
+    let confinement = Confinement {
+        log,
+        ..arguments.host.to_confinement()
+    };
+    relay::run(&protection, silence, &confinement)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn write_pid(host: &HostArguments) -> anyhow::Result<()> {

@@ -17,13 +17,8 @@ use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, Request};
-use guest::{Guest, Place, eventually, kvm, shell};
-
-fn number(variable: &str, otherwise: u64) -> u64 {
-    let asked = std::env::var(variable).ok();
-    asked.map_or(otherwise, |text| text.parse().unwrap())
-}
+use atoll_vmm_protocol::api::{Migrate, MigrationInfo, Request};
+use guest::{Guest, Place, Random, eventually, kvm, number, runs, shell, works};
 
 /// A process that waits for `source`'s machine, in a folder with the same disk.
 fn target_for(source: &Guest) -> Guest {
@@ -133,44 +128,6 @@ fn clocks_of_a_moved_guest_count_the_time_of_its_move() {
     guest.ended();
 }
 
-/// xorshift64*: enough to choose a moment.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
-    }
-}
-
-/// Whether the machine's process is there and says that its guest runs.
-fn runs(guest: &Guest) -> bool {
-    let info = guest.client().with_timeout(Duration::from_secs(5)).info();
-    info.is_ok_and(|info| info.state == MachineState::Running)
-}
-
-/// Waits until the guest works on; false when its process ends instead.
-fn works(guest: &mut Guest) -> bool {
-    let deadline = Instant::now() + guest::PATIENCE;
-    while !runs(guest) {
-        if guest.process.try_wait().unwrap().is_some() {
-            return false;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "neither runs nor ends: {}",
-            guest.said()
-        );
-        sleep(Duration::from_millis(5));
-    }
-    let mut serial = guest.serial();
-    let done = serial.load_beyond(0);
-    serial.load_beyond(done);
-    true
-}
-
 #[derive(Debug, Clone, Copy)]
 enum Disturbance {
     KillSource,
@@ -180,7 +137,7 @@ enum Disturbance {
 
 /// One migration that is disturbed at a random moment.
 fn disturbed(seed: u64) {
-    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut random = Random::of(seed);
     let disturbance = [
         Disturbance::KillSource,
         Disturbance::KillTarget,
@@ -308,9 +265,7 @@ fn who_cannot_move_is_told_why() {
     assert!(paused.contains("the machine does not run"), "{paused}");
     let body = Migrate {
         to,
-        connections: None,
-        downtime_limit_ms: None,
-        relayed: None,
+        ..Migrate::default()
     };
     source.client().act(Request::Resume).unwrap();
     let client = source.client();

@@ -49,6 +49,8 @@ pub enum Kind {
     Mirror,
     /// Talks to another process that serves a device: by its connection, and by a new one when it has ended.
     Backend,
+    /// Carries a migration between a network and another process. Not in the process of a machine.
+    Relay,
 }
 
 impl Kind {
@@ -68,6 +70,7 @@ impl Kind {
         Self::Export,
         Self::Mirror,
         Self::Backend,
+        Self::Relay,
     ];
 }
 

@@ -482,7 +482,7 @@ pub struct SnapshotTaken {
 }
 
 /// Body of [`Request::Migrate`]; its connections come as descriptors, that for messages first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Migrate {
     /// Where the other process listens: for whoever connects, and for the log.
@@ -496,6 +496,25 @@ pub struct Migrate {
     /// Whether the end of a connection may be something else than the end of the other process.
     #[serde(default)]
     pub relayed: Option<bool>,
+    /// PEM file of the authorities that sign the other side's certificate. As all that follows: for whoever connects,
+    /// over a network; the machine needs none of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_ca: Option<PathBuf>,
+    /// PEM file of this side's certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file of its key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+    /// Whom the other side's certificate is for, if not the host that is connected to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_name: Option<String>,
+    /// Whether memory may go over the network without TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub insecure: Option<bool>,
+    /// For how long nothing may be heard, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silence_limit_ms: Option<u64>,
 }
 
 /// Where a move to another process is.

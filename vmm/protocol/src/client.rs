@@ -207,8 +207,7 @@ impl Client {
             .set_read_timeout(timeout)
             .and_then(|()| stream.set_write_timeout(timeout))
             .and_then(|()| {
-                let stream = &stream;
-                let mut sending = Sending { stream, files };
+                let mut sending = Sending::new(&stream, files);
                 http::write_request(&mut sending, route.method, route.path, body)
             })
             .map_err(|error| failed(error.into()))?;

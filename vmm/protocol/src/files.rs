@@ -67,9 +67,17 @@ impl Read for Receiving<'_> {
 }
 
 /// The client's end of a connection: the descriptors go with the first bytes that are written.
-pub(crate) struct Sending<'a> {
-    pub(crate) stream: &'a UnixStream,
-    pub(crate) files: &'a [BorrowedFd<'a>],
+pub struct Sending<'a> {
+    stream: &'a UnixStream,
+    files: &'a [BorrowedFd<'a>],
+}
+
+impl<'a> Sending<'a> {
+    /// On a connection.
+    #[must_use]
+    pub fn new(stream: &'a UnixStream, files: &'a [BorrowedFd<'a>]) -> Self {
+        Self { stream, files }
+    }
 }
 
 impl Write for Sending<'_> {

@@ -376,6 +376,12 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         connections: Some(1),
         downtime_limit_ms: Some(1),
         relayed: Some(true),
+        tls_ca: Some("a".into()),
+        tls_cert: Some("c".into()),
+        tls_key: Some("k".into()),
+        tls_name: Some("n".into()),
+        insecure: Some(true),
+        silence_limit_ms: Some(1),
     };
     check("Migrate", migrate);
     let info = MigrationInfo {

@@ -15,12 +15,13 @@
 //! read Commit. In between the source waits for Taken. If the connection ends without it, the target has ended
 //! before it ran, since it sends Taken first: the source goes on. That holds where the end of a connection is the
 //! end of the process at its other side, as on a Unix socket. Through a tunnel (`relayed`) it does not: then the
-//! source stays paused, says "in doubt", and whoever knows what became of the target says `resume` or `shutdown`.
+//! source stays paused, says "in doubt", and whoever knows what became of the target says `resume` or `shutdown`. Over
+//! a network that is [`crate::relay`], which asks the other side.
 //!
 //! Messages are JSON behind a length, pages are binary ([`pages`]). Both sides know the version of the other before
 //! anything else; unknown fields are ignored, so that the protocol only grows.
 //!
-//! Not here: what the owner of the machine does meanwhile (`machine::handover`), encryption (`ctl`).
+//! Not here: what the owner of the machine does meanwhile (`machine::handover`), networks and encryption (`relay`).
 
 pub mod pages;
 pub mod source;

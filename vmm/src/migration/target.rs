@@ -2,9 +2,11 @@
 //! The target's side, up to the point where there is a machine: waits for a source, takes RAM and state.
 //!
 //! Runs before the process is confined and before anything of the host is opened, since disks and taps are the
-//! source's until it has been held. Its threads have ended by then.
+//! source's until it has been held. Its threads have ended by then. From a network a machine comes through the
+//! process of [`crate::relay`].
 
-use std::io::BufReader;
+use std::io::{self, BufReader};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +21,7 @@ use crate::check;
 use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
 use crate::memory::{Backing, allocate};
+use crate::relay::Served;
 use crate::sandbox;
 use crate::saved::{MachineState, entries};
 
@@ -58,6 +61,8 @@ impl Handover {
         }
         // A source that is gone needs not know.
         let _ = send(&mut self.0, &Message::Taken);
+        // For every handle of it: whoever carries it is to know that this was all.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
         Ok(())
     }
 
@@ -74,18 +79,45 @@ impl Handover {
     }
 }
 
+/// Where a source's connections come from.
+#[derive(Debug)]
+pub enum Door {
+    /// This host.
+    Here(UnixListener),
+    /// The network.
+    Network(Served),
+}
+
+impl Door {
+    fn next(&self) -> io::Result<UnixStream> {
+        match self {
+            Self::Here(listener) => listener.accept().map(|(stream, _)| stream),
+            Self::Network(served) => served.next(),
+        }
+    }
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Here(listener) => listener.as_fd(),
+            Self::Network(served) => served.as_fd(),
+        }
+    }
+}
+
 /// Waits for a source and takes its machine. `own_spec` replaces the source's, which names the source's files.
 pub fn accept(
-    listener: &UnixListener,
+    door: &Door,
     own_spec: Option<MachineSpec>,
     backing: Backing,
 ) -> Result<Arrived, MigrationError> {
     let broken = MigrationError::connection;
     // The threads that receive memory are the process's first.
     sandbox::keep_one_heap();
-    let (control, _) = listener.accept().map_err(broken("wait for a source"))?;
+    let control = door.next().map_err(broken("wait for a source"))?;
     let mut control = Handover(control);
-    let arrived = take(listener, &mut control, own_spec, backing);
+    let arrived = take(door, &mut control, own_spec, backing);
     if let Err(error) = &arrived {
         control.fail(&chain(error));
     }
@@ -99,7 +131,7 @@ pub fn accept(
 }
 
 fn take(
-    listener: &UnixListener,
+    door: &Door,
     control: &mut Handover,
     own_spec: Option<MachineSpec>,
     backing: Backing,
@@ -117,7 +149,7 @@ fn take(
     let memory = Arc::new(prepare(&hello, &spec, backing)?);
     send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
     let receivers = (0..hello.data_connections).map(|index| {
-        let stream = next(listener)?;
+        let stream = next(door)?;
         let memory = memory.clone();
         let body =
             move || pages::receive(&memory, &mut BufReader::with_capacity(BUFFER_BYTES, stream));
@@ -139,19 +171,16 @@ fn take(
 }
 
 /// The next data connection.
-fn next(listener: &UnixListener) -> Result<UnixStream, MigrationError> {
+fn next(door: &Door) -> Result<UnixStream, MigrationError> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let broken = MigrationError::connection;
     let patience = Timespec::try_from(CONNECT_PATIENCE).expect("a minute");
-    let mut event = [PollFd::new(listener, PollFlags::IN)];
+    let mut event = [PollFd::new(door, PollFlags::IN)];
     match poll(&mut event, Some(&patience)) {
         Ok(1..) => {}
         _ => return Err(MigrationError::Unexpected("the data connections")),
     }
-    let (stream, _) = listener
-        .accept()
-        .map_err(broken("take a data connection"))?;
-    Ok(stream)
+    door.next().map_err(broken("take a data connection"))
 }
 
 /// What can be told before anything is sent: whether this host can have the machine. Its RAM, if so.

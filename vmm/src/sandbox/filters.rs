@@ -79,6 +79,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Export => &[COMMON, WAIT, FILES, CHANNELS, DISK],
         Kind::Mirror => &[COMMON, WAIT, FILES, DISK],
         Kind::Backend => &[COMMON, WAIT, CHANNELS, VSOCK, BACKEND],
+        Kind::Relay => &[COMMON, WAIT, CHANNELS, RELAY],
     }
 }
 
@@ -252,6 +253,9 @@ const VSOCK: &[Call] = &[
 /// The backend's own way to speak first.
 const BACKEND: &[Call] = &[call(libc::SYS_socketpair)];
 
+/// A local connection for each one of the network. (Nothing but a name: `BACKEND` has the same.)
+const RELAY: &[Call] = BACKEND;
+
 /// The log of written pages, on and off.
 const MIGRATION: &[Call] = &[ioctl(&[
     nr(KVM, 0x42), // KVM_GET_DIRTY_LOG
@@ -303,6 +307,7 @@ pub(super) const LATE: &[Kind] = &[
     Kind::Export,
     Kind::Mirror,
     Kind::Backend,
+    Kind::Relay,
 ];
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use atoll_vmm::probe::PROBE_ELF;
+use atoll_vmm_protocol::api::MachineState;
 use atoll_vmm_protocol::client::Client;
 use tempfile::TempDir;
 
@@ -276,4 +277,53 @@ pub fn link_directory(from: &Path, to: &Path) {
         let entry = entry.unwrap();
         std::fs::hard_link(entry.path(), to.join(entry.file_name())).unwrap();
     }
+}
+
+/// A number that the environment gives.
+pub fn number(variable: &str, otherwise: u64) -> u64 {
+    let asked = std::env::var(variable).ok();
+    asked.map_or(otherwise, |text| text.parse().unwrap())
+}
+
+/// xorshift64*: enough to choose a moment.
+pub struct Random(u64);
+
+impl Random {
+    /// Of a seed, which may be any number.
+    pub fn of(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
+    }
+}
+
+/// Whether the machine's process is there and says that its guest runs.
+pub fn runs(guest: &Guest) -> bool {
+    let info = guest.client().with_timeout(Duration::from_secs(5)).info();
+    info.is_ok_and(|info| info.state == MachineState::Running)
+}
+
+/// Waits until the guest works on; false when its process ends instead.
+pub fn works(guest: &mut Guest) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while !runs(guest) {
+        if guest.process.try_wait().unwrap().is_some() {
+            return false;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "neither runs nor ends: {}",
+            guest.said()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut serial = guest.serial();
+    let done = serial.load_beyond(0);
+    serial.load_beyond(done);
+    true
 }

@@ -1,0 +1,200 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The source's side: `ctl migrate` connects, hands the machine local connections, and carries their bytes with one
+//! thread each.
+
+use std::io;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use atoll_thread::Kind;
+
+use super::session::Session;
+use super::tls::Client;
+use super::wire::{self, Connection, Plainly, Side, carry};
+use super::{
+    Address, GREETING_PATIENCE, Journey, Preface, Protection, RelayError, Role, VERDICT_BYTES,
+    Verdict, milliseconds,
+};
+use crate::migration::{Message, send};
+
+/// How often a target is asked what became of the machine.
+const INQUIRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long the target may take to part in order from a source whose machine it has; nothing hangs on it.
+const FINISH_PATIENCE: Duration = Duration::from_secs(5);
+/// See [`FINISH_PATIENCE`].
+const FINISH_POLL: Duration = Duration::from_millis(5);
+
+/// The connections of one machine's move.
+pub struct Relay {
+    address: Address,
+    client: Client,
+    journey: Journey,
+    silence: Duration,
+    threads: Vec<JoinHandle<()>>,
+    /// Why the first connection ended that did not end in order.
+    trouble: Arc<OnceLock<String>>,
+}
+
+impl Relay {
+    /// Connects for messages and `data` times for pages. `name` is what the target's certificate is for, unless that
+    /// is the host of the address. Returns the machine's ends, that for messages first.
+    pub fn open(
+        address: Address,
+        protection: &Protection,
+        name: Option<&str>,
+        silence: Duration,
+        data: usize,
+    ) -> Result<(Self, Vec<UnixStream>), RelayError> {
+        let client = Client::new(protection, name.unwrap_or(&address.host))?;
+        let mut relay = Self {
+            address,
+            client,
+            journey: *uuid::Uuid::new_v4().as_bytes(),
+            silence,
+            threads: Vec::new(),
+            trouble: Arc::default(),
+        };
+        let mut ends = vec![relay.extend(Role::Control)?];
+        for _ in 0..data {
+            ends.push(relay.extend(Role::Data)?);
+        }
+        Ok((relay, ends))
+    }
+
+    /// One more connection, and the machine's end of it.
+    fn extend(&mut self, role: Role) -> Result<UnixStream, RelayError> {
+        let (socket, session, verdict) = self.greet(role)?;
+        let Verdict::Welcome(silence_ms) = verdict else {
+            return Err(self.refused("another machine is on its way there"));
+        };
+        let connection = Connection {
+            socket,
+            session,
+            silence: self.silence,
+            silence_there: Duration::from_millis(silence_ms.into()),
+        };
+        let host = |what| move |source| RelayError::Host { what, source };
+        let (inner, outer) = UnixStream::pair().map_err(host("make a pair of sockets"))?;
+        let trouble = self.trouble.clone();
+        let body = move || {
+            let carried = match role {
+                Role::Control => carry(connection, &inner, &mut Control),
+                _ => carry(connection, &inner, &mut Plainly),
+            };
+            if let Err(error) = carried {
+                // Only the first one tells; then the machine is told, by the end of its connection.
+                let _ = trouble.set(error.to_string());
+            }
+            drop(inner);
+        };
+        let thread = atoll_thread::spawn(Kind::Relay, "relay", body);
+        self.threads.push(thread.map_err(host("start a thread"))?);
+        Ok(outer)
+    }
+
+    /// Connects, agrees on TLS, says what it is for, and is answered.
+    fn greet(&self, role: Role) -> Result<(TcpStream, Session, Verdict), RelayError> {
+        let deadline = Instant::now() + GREETING_PATIENCE;
+        let socket = self.connect(deadline)?;
+        let mut session = self.client.session()?;
+        let preface = Preface {
+            role,
+            journey: self.journey,
+            silence_ms: milliseconds(self.silence),
+        };
+        let mut greet = || {
+            socket.set_nodelay(true)?;
+            socket.set_nonblocking(true)?;
+            session.say(&socket, &preface.to_bytes(), deadline)?;
+            let mut verdict = [0; VERDICT_BYTES];
+            session.hear(&socket, &mut verdict, deadline)?;
+            Ok(verdict)
+        };
+        let verdict = greet().map_err(self.failed("greet"))?;
+        let verdict = Verdict::of_bytes(verdict).ok_or_else(|| {
+            self.refused("no atoll-vmm receive answers there, or only one side uses TLS")
+        })?;
+        Ok((socket, session, verdict))
+    }
+
+    fn connect(&self, deadline: Instant) -> Result<TcpStream, RelayError> {
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        for place in self.address.resolve("connect to")? {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match TcpStream::connect_timeout(&place, left.max(Duration::from_millis(1))) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(self.failed("connect to")(last))
+    }
+
+    fn failed(&self, what: &'static str) -> impl FnOnce(io::Error) -> RelayError {
+        let address = self.address.to_string();
+        move |source| RelayError::Network {
+            what,
+            address,
+            source,
+        }
+    }
+
+    fn refused(&self, reason: &'static str) -> RelayError {
+        let address = self.address.to_string();
+        RelayError::Refused { address, reason }
+    }
+
+    /// Why a connection over the network ended, if one did not end in order.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.get().map(String::as_str)
+    }
+
+    /// Asks the target's relay whether the target has the machine; `None` when nobody could tell for as long as a
+    /// silence may last, twice.
+    #[must_use]
+    pub fn was_taken(&self) -> Option<bool> {
+        let deadline = Instant::now() + self.silence * 2;
+        loop {
+            match self.greet(Role::Inquiry) {
+                Ok((_, _, Verdict::Taken)) => return Some(true),
+                Ok((_, _, Verdict::NotTaken)) => return Some(false),
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, "no answer about the machine"),
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(INQUIRY_PAUSE);
+        }
+    }
+
+    /// Waits a moment until everything has been carried, after the machine has closed its ends.
+    pub fn finish(self) {
+        let deadline = Instant::now() + FINISH_PATIENCE;
+        while !self.threads.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
+            std::thread::sleep(FINISH_POLL);
+        }
+    }
+}
+
+/// The source's end of the connection for messages.
+struct Control;
+
+impl Side for Control {
+    fn leaves(&mut self, _: &[u8]) {}
+
+    fn last(&mut self) -> u32 {
+        wire::END
+    }
+
+    fn gone(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let reason = "the target ended before it took the machine".to_owned();
+        let written = send(&mut bytes, &Message::Failed { reason });
+        written.expect("a short message");
+        bytes
+    }
+}
