@@ -36,9 +36,11 @@ struct Finished {
     event: OwnedFd,
 }
 
+/// What the threads of one pool share. A pool that is about to end and the next one of the same disk have nothing in
+/// common: the one's end must not end the other.
 struct Shared {
     geometry: Arc<SharedGeometry>,
-    transfer: Box<Transfer>,
+    transfer: Arc<Transfer>,
     // Jobs, and whether the threads are to end. Leaf lock, held to push or to take.
     jobs: Mutex<(VecDeque<Job>, bool)>,
     wake: Condvar,
@@ -52,21 +54,17 @@ struct Pool {
 
 /// Opens queues, and starts the threads with the first: a disk is opened before its process may have threads.
 pub(crate) struct Pooled {
-    shared: Arc<Shared>,
+    geometry: Arc<SharedGeometry>,
+    transfer: Arc<Transfer>,
     // The pool that open queues keep alive. Taken alone, on the control path.
     pool: Mutex<Weak<Pool>>,
 }
 
 impl Pooled {
-    pub(crate) fn new(geometry: Arc<SharedGeometry>, transfer: Box<Transfer>) -> Self {
-        let shared = Arc::new(Shared {
+    pub(crate) fn new(geometry: Arc<SharedGeometry>, transfer: Arc<Transfer>) -> Self {
+        Self {
             geometry,
             transfer,
-            jobs: Mutex::default(),
-            wake: Condvar::new(),
-        });
-        Self {
-            shared,
             pool: Mutex::default(),
         }
     }
@@ -75,7 +73,7 @@ impl Pooled {
         let mut current = locked(&self.pool);
         let pool = match current.upgrade() {
             Some(pool) => pool,
-            None => Pool::start(&self.shared)?,
+            None => Pool::start(self.geometry.clone(), self.transfer.clone())?,
         };
         *current = Arc::downgrade(&pool);
         Ok(PoolQueue {
@@ -92,14 +90,19 @@ impl Pooled {
 }
 
 impl Pool {
-    fn start(shared: &Arc<Shared>) -> io::Result<Arc<Self>> {
-        locked(&shared.jobs).1 = false;
+    fn start(geometry: Arc<SharedGeometry>, transfer: Arc<Transfer>) -> io::Result<Arc<Self>> {
+        let shared = Shared {
+            geometry,
+            transfer,
+            jobs: Mutex::default(),
+            wake: Condvar::new(),
+        };
         let mut pool = Self {
-            shared: shared.clone(),
+            shared: Arc::new(shared),
             threads: Vec::new(),
         };
         for _ in 0..THREADS {
-            let shared = shared.clone();
+            let shared = pool.shared.clone();
             let thread = atoll_thread::spawn(Kind::Disk, "disk-io", move || shared.serve())?;
             pool.threads.push(thread);
         }
@@ -218,5 +221,48 @@ impl Drop for PoolQueue {
                 panic!("the disk's threads do not give back their requests: {waited:?}, {taken:?}");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+    use crate::backend::{Geometry, Operation};
+    use crate::segments::Segments;
+
+    /// The last queue of a disk ends while another thread opens the next first one.
+    #[test]
+    fn a_pool_that_ends_does_not_stop_the_next_one() {
+        let geometry = Geometry {
+            size_bytes: 512,
+            read_only: false,
+        };
+        let geometry = Arc::new(SharedGeometry::new(geometry));
+        let pooled = Pooled::new(geometry, Arc::new(|_: &Request| Ok(())));
+        let now = Barrier::new(2);
+        let round = |queue: &mut Option<PoolQueue>| {
+            now.wait();
+            *queue = None;
+            let queue = queue.insert(pooled.queue(1).unwrap());
+            let request = Request {
+                token: 0,
+                operation: Operation::Flush,
+                offset_bytes: 0,
+                segments: Segments::new(),
+            };
+            queue.submit(request).map_err(|_| "full").unwrap();
+            // Dropping it in the next round waits for the request.
+            queue.kick().unwrap();
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let mut queue = None;
+                    (0..2000).for_each(|_| round(&mut queue));
+                });
+            }
+        });
     }
 }

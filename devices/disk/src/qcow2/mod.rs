@@ -104,7 +104,7 @@ impl Qcow2Backend {
             changes_alone: header.zstd,
         });
         let serving = image.clone();
-        let transfer = Box::new(move |request: &Request| serving.transfer(request));
+        let transfer = Arc::new(move |request: &Request| serving.transfer(request));
         Ok(Self {
             image,
             pool: Pooled::new(geometry, transfer),
