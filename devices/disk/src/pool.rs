@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
@@ -23,6 +24,8 @@ const THREADS: usize = 4;
 
 /// Carries out one request that fits the disk, on any thread.
 pub(crate) type Transfer = dyn Fn(&Request) -> io::Result<()> + Send + Sync;
+/// Called by the last of the threads, when no queue is open any more.
+pub(crate) type Rest = dyn Fn() + Send + Sync;
 
 struct Job {
     request: Request,
@@ -41,6 +44,9 @@ struct Finished {
 struct Shared {
     geometry: Arc<SharedGeometry>,
     transfer: Arc<Transfer>,
+    rest: Arc<Rest>,
+    /// Threads that have not come to their end.
+    serving: AtomicUsize,
     // Jobs, and whether the threads are to end. Leaf lock, held to push or to take.
     jobs: Mutex<(VecDeque<Job>, bool)>,
     wake: Condvar,
@@ -56,15 +62,21 @@ struct Pool {
 pub(crate) struct Pooled {
     geometry: Arc<SharedGeometry>,
     transfer: Arc<Transfer>,
+    rest: Arc<Rest>,
     // The pool that open queues keep alive. Taken alone, on the control path.
     pool: Mutex<Weak<Pool>>,
 }
 
 impl Pooled {
-    pub(crate) fn new(geometry: Arc<SharedGeometry>, transfer: Arc<Transfer>) -> Self {
+    pub(crate) fn new(
+        geometry: Arc<SharedGeometry>,
+        transfer: Arc<Transfer>,
+        rest: Arc<Rest>,
+    ) -> Self {
         Self {
             geometry,
             transfer,
+            rest,
             pool: Mutex::default(),
         }
     }
@@ -73,7 +85,7 @@ impl Pooled {
         let mut current = locked(&self.pool);
         let pool = match current.upgrade() {
             Some(pool) => pool,
-            None => Pool::start(self.geometry.clone(), self.transfer.clone())?,
+            None => Pool::start(self.shared())?,
         };
         *current = Arc::downgrade(&pool);
         Ok(PoolQueue {
@@ -89,20 +101,28 @@ impl Pooled {
     }
 }
 
-impl Pool {
-    fn start(geometry: Arc<SharedGeometry>, transfer: Arc<Transfer>) -> io::Result<Arc<Self>> {
-        let shared = Shared {
-            geometry,
-            transfer,
+impl Pooled {
+    fn shared(&self) -> Shared {
+        Shared {
+            geometry: self.geometry.clone(),
+            transfer: self.transfer.clone(),
+            rest: self.rest.clone(),
+            serving: AtomicUsize::new(0),
             jobs: Mutex::default(),
             wake: Condvar::new(),
-        };
+        }
+    }
+}
+
+impl Pool {
+    fn start(shared: Shared) -> io::Result<Arc<Self>> {
         let mut pool = Self {
             shared: Arc::new(shared),
             threads: Vec::new(),
         };
         for _ in 0..THREADS {
             let shared = pool.shared.clone();
+            shared.serving.fetch_add(1, Ordering::Relaxed);
             let thread = atoll_thread::spawn(Kind::Disk, "disk-io", move || shared.serve())?;
             pool.threads.push(thread);
         }
@@ -135,6 +155,9 @@ impl Shared {
                 .and_then(|()| (self.transfer)(&job.request));
             locked(&job.to.list).push(job.request.finish(result));
             signal(&job.to.event).expect("an eventfd of our own, far from its maximum");
+        }
+        if self.serving.fetch_sub(1, Ordering::AcqRel) == 1 {
+            (self.rest)();
         }
     }
 
@@ -240,7 +263,7 @@ mod tests {
             read_only: false,
         };
         let geometry = Arc::new(SharedGeometry::new(geometry));
-        let pooled = Pooled::new(geometry, Arc::new(|_: &Request| Ok(())));
+        let pooled = Pooled::new(geometry, Arc::new(|_: &Request| Ok(())), Arc::new(|| {}));
         let now = Barrier::new(2);
         let round = |queue: &mut Option<PoolQueue>| {
             now.wait();

@@ -182,7 +182,7 @@ impl RawBackend {
                     serving.check(request)?;
                     serving.transfer(request)
                 };
-                Some(Pooled::new(geometry, Arc::new(transfer)))
+                Some(Pooled::new(geometry, Arc::new(transfer), Arc::new(|| {})))
             }
         };
         let block_bytes = alignment.offset_bytes;

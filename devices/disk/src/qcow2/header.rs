@@ -13,14 +13,14 @@ const V2_BYTES: u32 = 72;
 const V3_BYTES: u32 = 104;
 /// QEMU's own bounds: 32 MiB for the first-level table, 8 MiB for the refcount table.
 const L1_BYTES_MAX: u64 = 32 << 20;
-const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+pub(crate) const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Extension that names the backing file's format.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const BACKING_NAME_BYTES_MAX: u32 = 1023;
 
 /// The incompatible features, by bit, and what to do about each.
 const INCOMPATIBLE: [(&str, &str); 5] = [
-    ("is marked dirty", "repair it: qemu-img check -r all"),
+    ("", ""), // In use, or left by who was killed: `repair`.
     ("is marked corrupt", "repair it: qemu-img check -r all"),
     (
         "has its data in another file",
@@ -32,6 +32,8 @@ const INCOMPATIBLE: [(&str, &str); 5] = [
         "convert it: qemu-img convert -O qcow2",
     ),
 ];
+/// The bit of an image whose reference counts are not to be relied on.
+const DIRTY_BIT: usize = 0;
 /// The bit that a compression type other than zlib sets, and the types.
 const COMPRESSION_TYPE_BIT: usize = 3;
 const ZLIB: u8 = 0;
@@ -83,6 +85,16 @@ pub enum Qcow2Error {
         /// By the spec.
         named: &'static str,
     },
+    /// Who wrote to it was killed, and its tables contradict themselves.
+    #[error(
+        "was not closed, and its tables contradict themselves: {what} at byte {offset}: qemu-img check -r all"
+    )]
+    Repair {
+        /// What is wrong.
+        what: &'static str,
+        /// Where.
+        offset: u64,
+    },
     /// The library that reads the tables found something, or the kernel did.
     #[error("cannot be used as qcow2")]
     Tables(#[source] std::io::Error),
@@ -96,13 +108,34 @@ pub(crate) struct Header {
     /// Version 3: that a cluster is zero can be said without its data.
     pub(crate) has_zero_clusters: bool,
     pub(crate) backing: Option<Backing>,
-    /// The table of reference counts' blocks.
+    /// The table of reference counts' blocks, and its size.
     pub(crate) refcount_offset: u64,
-    /// The first-level table.
-    pub(crate) l1_offset: u64,
-    pub(crate) l1_entries: usize,
+    pub(crate) refcount_clusters: u32,
+    pub(crate) l1: L1Place,
+    /// Who wrote to it last has not closed it, or has it open.
+    pub(crate) dirty: bool,
+    /// Things in clusters of their own, which a writer that does not know them drops (autoclear features).
+    pub(crate) has_extras: bool,
     /// Compressed clusters are zstd's, not zlib's.
     pub(crate) zstd: bool,
+}
+
+/// Where the first-level table is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct L1Place {
+    pub(crate) offset: u64,
+    pub(crate) entries: u32,
+}
+
+impl L1Place {
+    /// As the first bytes of an image say; `None` if these are too few.
+    pub(crate) fn in_header(head: &[u8]) -> Option<Self> {
+        let fields = Fields(head);
+        Some(Self {
+            offset: fields.u64(40).ok()?,
+            entries: fields.u32(36).ok()?,
+        })
+    }
 }
 
 /// The file that an image is a difference to.
@@ -153,6 +186,11 @@ fn within(
 }
 
 impl Header {
+    /// Version 3: there is a place for features.
+    pub(crate) fn has_mark(&self) -> bool {
+        self.has_zero_clusters
+    }
+
     /// Checks the first entry of the table of reference counts. It covers the header itself, so there must be one; imago
     /// 0.2.6 makes one where it is missing, at the place of the header, and then another one for ever.
     pub(crate) fn check_refcounts(first_entry: [u8; 8]) -> Result<(), Qcow2Error> {
@@ -191,8 +229,13 @@ impl Header {
             cluster_bytes,
             backing: backing(&fields, length, cluster_bytes)?,
             refcount_offset: fields.u64(48)?,
-            l1_offset: fields.u64(40)?,
-            l1_entries: usize::try_from(fields.u32(36)?).expect("64-bit host"),
+            refcount_clusters: fields.u32(56)?,
+            l1: L1Place {
+                offset: fields.u64(40)?,
+                entries: fields.u32(36)?,
+            },
+            has_extras: version == 3 && fields.u64(88)? != 0,
+            dirty: version == 3 && fields.u64(72)? & 1 << DIRTY_BIT != 0,
             zstd: is_zstd(&fields, length)?,
         })
     }
@@ -222,7 +265,7 @@ fn check_features(fields: &Fields<'_>, version: u32) -> Result<(), Qcow2Error> {
         return Ok(()); // It has none.
     }
     let incompatible = fields.u64(72)?;
-    let refused = incompatible & !(1 << COMPRESSION_TYPE_BIT);
+    let refused = incompatible & !(1 << DIRTY_BIT | 1 << COMPRESSION_TYPE_BIT);
     for (bit, (what, remedy)) in INCOMPATIBLE.into_iter().enumerate() {
         if refused & 1 << bit != 0 {
             return refuse(what, remedy);

@@ -3,19 +3,30 @@
 //! older images (version 2) work, too, but have no cheap zeroes.
 //!
 //! The tables are crate `imago`'s work. Ours: what is accepted (`header`), that files behind an image are those
-//! that the spec names and no others, threads for its blocking calls, and clusters that zstd compressed (`zstd`).
+//! that the spec names and no others, threads for its blocking calls, clusters that zstd compressed (`zstd`), and what
+//! is left of an image when its process is killed (`image`, `storage`, `repair`).
 //!
-//! Durability: imago holds changed tables in memory and writes them in an order that never points to what is not
-//! there; a guest's flush writes them all. A process that is killed between leaves at worst clusters that nobody
-//! refers to (`qemu-img check` calls them leaked).
-#![expect(
-    unsafe_code,
-    reason = "ranges of guest memory are handed to imago as volatile slices"
-)]
+//! What a guest can rely on, by [`Cache`](crate::Cache):
+//!
+//! - The process is killed, at any moment: a sector holds what it held at the last flush that completed, or what was
+//!   written to it since (a discard counts as a write of zeroes). In every mode; each write is a flush in the
+//!   synchronous ones.
+//! - The host crashes: the same, if its file system keeps what it has said is durable. Not with
+//!   [`Cache::Unsafe`](crate::Cache::Unsafe).
+//! - In both cases the image keeps a mark ("dirty") that its reference counts are not to be relied on. Opening it for
+//!   writing, here or by QEMU, makes them anew, with nothing lost and nothing leaked; for reading it is as good as any.
+//!   An image of version 2 has no place for the mark: here its counts are checked whenever it is opened for writing,
+//!   and what was leaked stays so; other programs need `qemu-img check -r all` first.
+//! - An image that contradicts itself, whoever wrote it, is refused when it is opened, or a request on it fails.
+//!
+//! While no queue is open everything is in the file and the mark is gone: a paused machine's image is closed.
 
 mod create;
 mod header;
+mod image;
+mod repair;
 mod storage;
+mod tables;
 mod zstd;
 
 pub use create::{CreateError, Qcow2Options, ResizeImageError, create, resize};
@@ -23,49 +34,33 @@ pub use header::Qcow2Error;
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
-use imago::format::PreallocateMode;
-use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{
-    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, StorageExt,
-    StorageOpenOptions,
+    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions,
 };
-use vm_memory::VolatileSlice;
 
 use self::header::{Backing, HEAD_BYTES, Header};
-use self::storage::ImageStorage;
+use self::image::{Nature, OpenImage};
+use self::storage::{ImageStorage, Watch};
 use self::zstd::ZstdImage;
 use crate::alignment::{AlignedBuffer, Alignment};
 use crate::backend::{
-    Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, ResizeError, SharedGeometry,
-    Space,
+    Abilities, BlockBackend, BlockQueue, Geometry, Request, ResizeError, SharedGeometry,
 };
 use crate::open::{Cache, Format, ImageFile, OpenError, OpenOptions};
 use crate::pool::Pooled;
-use crate::segments::Segments;
 
 type Image = FormatAccess<ImageStorage>;
 
 /// An open qcow2 disk.
 pub struct Qcow2Backend {
-    image: Arc<Shared>,
+    image: Arc<OpenImage>,
+    geometry: Arc<SharedGeometry>,
     pool: Pooled,
     abilities: Abilities,
-}
-
-struct Shared {
-    /// Shared by everything that reads and writes; alone for what zeroes or frees clusters, since imago forbids others
-    /// to hold a mapping then. First in the lock order; imago's own locks follow.
-    image: RwLock<Image>,
-    geometry: Arc<SharedGeometry>,
-    cache: Cache,
-    write_zeroes: bool,
-    cluster_bytes: u64,
-    /// Everything that changes the image is alone, since its zstd-compressed clusters are read past imago's locks.
-    changes_alone: bool,
 }
 
 impl Qcow2Backend {
@@ -79,39 +74,48 @@ impl Qcow2Backend {
             path: path.clone(),
             source: Qcow2Error::Tables(error),
         };
-        let header = read_header(&image)?;
+        let mut header = read_header(&image)?;
+        if !options.read_only {
+            header = repaired(&image, header, options)?;
+        }
         let direct = options.cache.is_direct();
         let block_bytes = match direct {
             true => Alignment::direct(&image.file).map_err(failed)?.offset_bytes,
             false => 512,
         };
         let below = open_chain(&image, &header, backing, direct)?;
-        let image = open_image(image, below, options, &header)?;
+        // imago 0.2.6 computes a negative length, and panics, where a part of an image is zeroed that is smaller
+        // than one cluster. There the guest writes its zeroes itself.
+        let whole_cluster = header.size_bytes >= header.cluster_bytes.into();
+        let nature = Nature {
+            cache: options.cache,
+            write_zeroes: header.has_zero_clusters && whole_cluster,
+            changes_alone: header.zstd,
+            cluster_bytes: header.cluster_bytes.into(),
+        };
+        let watch = watch(&header, options);
+        let beside = image.file.try_clone();
+        let beside = beside.and_then(|file| storage(file, options, &watch));
+        let beside = beside.map_err(failed)?;
+        beside.learn(&header).map_err(failed)?;
+        let image = open_image(image, below, options, &header, watch.clone())?;
+        let image = Arc::new(OpenImage::new(image, beside, watch, nature));
         let geometry = Arc::new(SharedGeometry::new(Geometry {
             size_bytes: header.size_bytes,
             read_only: options.read_only,
         }));
-        // imago 0.2.6 computes a negative length, and panics, where a part of an image is zeroed that is smaller
-        // than one cluster. There the guest writes its zeroes itself.
-        let whole_cluster = header.size_bytes >= header.cluster_bytes.into();
-        let write_zeroes = header.has_zero_clusters && whole_cluster;
-        let image = Arc::new(Shared {
-            image: RwLock::new(image),
-            geometry: geometry.clone(),
-            cache: options.cache,
-            write_zeroes,
-            cluster_bytes: header.cluster_bytes.into(),
-            changes_alone: header.zstd,
-        });
-        let serving = image.clone();
+        let (serving, resting) = (image.clone(), image.clone());
         let transfer = Arc::new(move |request: &Request| serving.transfer(request));
+        // If it fails, the mark stays, and the next one who opens the image repairs it.
+        let rest = Arc::new(move || drop(resting.rest()));
         Ok(Self {
             image,
-            pool: Pooled::new(geometry, transfer),
+            geometry: geometry.clone(),
+            pool: Pooled::new(geometry, transfer, rest),
             abilities: Abilities {
                 block_bytes,
                 discard_bytes: options.discard.then_some(header.cluster_bytes),
-                write_zeroes,
+                write_zeroes: nature.write_zeroes,
                 ..Abilities::default()
             },
         })
@@ -120,7 +124,7 @@ impl Qcow2Backend {
 
 impl BlockBackend for Qcow2Backend {
     fn geometry(&self) -> Geometry {
-        self.image.geometry.get()
+        self.geometry.get()
     }
 
     fn abilities(&self) -> Abilities {
@@ -128,12 +132,10 @@ impl BlockBackend for Qcow2Backend {
     }
 
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
-        let geometry = &self.image.geometry;
-        geometry.check_growth(size_bytes, self.abilities.block_bytes)?;
-        let image = self.image.image.read();
-        let image = image.unwrap_or_else(PoisonError::into_inner);
-        image.resize_grow(size_bytes, PreallocateMode::None)?;
-        geometry.set_size(size_bytes);
+        let block_bytes = self.abilities.block_bytes;
+        self.geometry.check_growth(size_bytes, block_bytes)?;
+        self.image.resize(size_bytes)?;
+        self.geometry.set_size(size_bytes);
         Ok(())
     }
 
@@ -142,106 +144,23 @@ impl BlockBackend for Qcow2Backend {
     }
 }
 
-impl Shared {
-    /// Carries out one request that fits the disk.
-    fn transfer(&self, request: &Request) -> io::Result<()> {
-        let at = request.offset_bytes;
-        // A poisoned lock: a thread panicked, which ends the process; nothing is half-changed here.
-        let image = || self.image.read().unwrap_or_else(PoisonError::into_inner);
-        let alone = || self.image.write().unwrap_or_else(PoisonError::into_inner);
-        match request.operation {
-            Operation::Read => {
-                let slices = slices(&request.segments);
-                let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
-                return image().readv(vector, at);
-            }
-            Operation::Flush => return self.flush(&image()),
-            Operation::Write => {
-                let slices = slices(&request.segments);
-                let (vector, _guard) = IoVector::from_volatile_slice(&slices);
-                match self.changes_alone {
-                    true => alone().writev(vector, at)?,
-                    false => image().writev(vector, at)?,
-                }
-            }
-            // Advice: what the format cannot is left.
-            Operation::Discard { length_bytes } => {
-                let mut image = alone();
-                self.empty(&image, at, length_bytes);
-                let _ = image.discard_to_any(at, length_bytes);
-            }
-            Operation::WriteZeroes { .. } if !self.write_zeroes => {
-                return Err(io::ErrorKind::Unsupported.into());
-            }
-            // Alone also where nothing is freed: imago 0.2.6 looks whether the rest of a cluster is zero before it
-            // makes the whole cluster zero, and forgets what another queue wrote to the rest in between.
-            Operation::WriteZeroes {
-                length_bytes,
-                space,
-            } => match space {
-                Space::Free => {
-                    let mut image = alone();
-                    self.empty(&image, at, length_bytes);
-                    image.discard_to_zero(at, length_bytes)?;
-                }
-                Space::Keep => alone().write_zeroes(at, length_bytes)?,
-            },
-        }
-        match self.cache.is_synchronous() {
-            true => self.flush(&image()),
-            false => Ok(()),
-        }
-    }
-
-    /// Gives the file's space back under whole clusters that are about to be freed: imago only marks them free, for
-    /// data that comes later. Before they are, since then they may be anybody's; a crash in between leaves zeroes, which
-    /// is what was asked for, or as good as anything. The caller is alone, so nobody writes there.
-    fn empty(&self, image: &Image, offset_bytes: u64, length_bytes: u64) {
-        let mut at = offset_bytes.next_multiple_of(self.cluster_bytes);
-        let end = offset_bytes + length_bytes;
-        let end = end - end % self.cluster_bytes;
-        while at < end {
-            let Ok((mapping, length)) = image.get_mapping(at, end - at) else {
-                return;
-            };
-            // What may be written in place is this image's, and nobody else refers to it.
-            if let Mapping::Raw {
-                storage,
-                offset,
-                writable: true,
-                ..
-            } = mapping
-            {
-                // A file system that cannot do this keeps the space.
-                let _ = storage.discard(offset, length);
-            }
-            if length == 0 {
-                return;
-            }
-            at += length;
-        }
-    }
-
-    fn flush(&self, image: &Image) -> io::Result<()> {
-        image.flush()?;
-        match self.cache {
-            Cache::Unsafe => Ok(()),
-            _ => image.sync(),
-        }
-    }
-}
-
-fn slices(segments: &Segments) -> Vec<VolatileSlice<'_>> {
-    let slice = |range: &libc::iovec| {
-        // SAFETY: `Segments::push` promised that these bytes stay mapped and writable until the request completes,
-        // and that they are only accessed by volatile copies or by the kernel.
-        unsafe { VolatileSlice::new(range.iov_base.cast(), range.iov_len) }
-    };
-    segments.iovecs().iter().map(slice).collect()
-}
-
 fn read_header(image: &ImageFile) -> Result<Header, OpenError> {
     header_of(&image.file, image.size_bytes).map_err(|source| OpenError::Qcow2 {
+        path: image.path.clone(),
+        source,
+    })
+}
+
+/// The header of an image that is to be written, after its reference counts were made right if they were not.
+fn repaired(image: &ImageFile, header: Header, options: OpenOptions) -> Result<Header, OpenError> {
+    let repair = || {
+        let file = image.file.try_clone().map_err(Qcow2Error::Tables)?;
+        let storage = storage(file, options, &watch(&header, options));
+        let storage = storage.map_err(Qcow2Error::Tables)?;
+        repair::repair(&storage, &header)?;
+        header_of(&image.file, storage.size().map_err(Qcow2Error::Tables)?)
+    };
+    repair().map_err(|source| OpenError::Qcow2 {
         path: image.path.clone(),
         source,
     })
@@ -268,7 +187,9 @@ fn header_of(file: &File, file_bytes: u64) -> Result<Header, Qcow2Error> {
     page.fill(0);
     read_at(file, header.refcount_offset - at as u64, page).map_err(Qcow2Error::Tables)?;
     let entry = page[at..].first_chunk().expect("tables begin at sectors");
-    Header::check_refcounts(*entry)?;
+    if !header.dirty {
+        Header::check_refcounts(*entry)?;
+    }
     Ok(header)
 }
 
@@ -329,8 +250,11 @@ fn open_chain(
     let mut below = None;
     for ((image, _), header) in backing.into_iter().zip(headers).rev() {
         below = Some(match header {
-            None => open_raw(image, direct)?,
-            Some(header) => open_image(image, below, options, &header)?,
+            None => open_raw(image, options)?,
+            Some(header) => {
+                let watch = watch(&header, options);
+                open_image(image, below, options, &header, watch)?
+            }
         });
     }
     Ok(below)
@@ -349,9 +273,17 @@ fn agree(told: Option<&Backing>, named: Format) -> Result<(), Qcow2Error> {
     }
 }
 
-fn storage(file: File, direct: bool, write: bool, zstd: bool) -> io::Result<ImageStorage> {
-    let options = StorageOpenOptions::new().direct(direct).write(write);
-    ImageStorage::new(file, options, zstd)
+fn storage(file: File, options: OpenOptions, watch: &Arc<Watch>) -> io::Result<ImageStorage> {
+    let opened = StorageOpenOptions::new()
+        .direct(options.cache.is_direct())
+        .write(!options.read_only);
+    ImageStorage::new(file, opened, watch.clone())
+}
+
+fn watch(header: &Header, options: OpenOptions) -> Arc<Watch> {
+    // Each write of a synchronous file is durable before the next one; of an unsafe one nothing ever is.
+    let ordered = matches!(options.cache, Cache::Writeback | Cache::None);
+    Arc::new(Watch::new(header, ordered && !options.read_only))
 }
 
 fn open_image(
@@ -359,20 +291,23 @@ fn open_image(
     below: Option<Image>,
     options: OpenOptions,
     header: &Header,
+    watch: Arc<Watch>,
 ) -> Result<Image, OpenError> {
     let opened = || -> io::Result<Image> {
-        let (direct, write) = (options.cache.is_direct(), !options.read_only);
         let again = image.file.try_clone()?;
-        let qcow2 =
-            Qcow2::<ImageStorage>::builder(storage(image.file, direct, write, header.zstd)?)
-                .write(write)
-                .backing(below)
-                .data_file(None)
-                .open(DenyImplicitOpenGate::default())?;
+        let qcow2 = Qcow2::<ImageStorage>::builder(storage(image.file, options, &watch)?)
+            .write(!options.read_only)
+            .backing(below)
+            .data_file(None)
+            .open(DenyImplicitOpenGate::default())?;
         if !header.zstd {
             return Ok(Image::new(qcow2));
         }
-        let file = storage(again, direct, false, true)?;
+        let read_only = OpenOptions {
+            read_only: true,
+            ..options
+        };
+        let file = storage(again, read_only, &watch)?;
         Ok(Image::new(ZstdImage::new(qcow2, file, header)?))
     };
     let path = image.path.clone();
@@ -382,8 +317,8 @@ fn open_image(
     })
 }
 
-fn open_raw(image: ImageFile, direct: bool) -> Result<Image, OpenError> {
-    let opened = storage(image.file, direct, false, false)
+fn open_raw(image: ImageFile, options: OpenOptions) -> Result<Image, OpenError> {
+    let opened = storage(image.file, options, &Arc::default())
         .and_then(|file| Raw::builder(file).open(DenyImplicitOpenGate::default()));
     match opened {
         Ok(raw) => Ok(Image::new(raw)),

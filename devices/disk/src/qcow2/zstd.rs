@@ -24,12 +24,7 @@ use imago::{PreparedDataMapping, ShallowMapping, StorageExt as _};
 
 use super::header::Header;
 use super::storage::ImageStorage;
-
-/// Where an entry points to, and that it is a compressed cluster (`docs/interop/qcow2.rst`, "Cluster mapping").
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-const COMPRESSED: u64 = 1 << 62;
-/// Unit of a compressed cluster's size.
-const SECTOR_BYTES: u64 = 512;
+use super::tables::{COMPRESSED, OFFSET_MASK, compressed_place, read_entries};
 
 /// A second-level table as the image had it; none when nothing in it is compressed.
 type Table = Option<Arc<[u64]>>;
@@ -54,8 +49,9 @@ impl ZstdImage {
         file: ImageStorage,
         header: &Header,
     ) -> io::Result<Self> {
-        let mut first_level = vec![0; header.l1_entries];
-        read_entries(&file, header.l1_offset, &mut first_level)?;
+        let entries = usize::try_from(header.l1.entries).expect("64-bit host");
+        let mut first_level = vec![0; entries];
+        read_entries(&file, header.l1.offset, &mut first_level)?;
         Ok(Self {
             inner,
             file,
@@ -111,13 +107,10 @@ impl ZstdImage {
         if entry & COMPRESSED == 0 {
             return Err(io::Error::other("a compressed cluster that no table has"));
         }
-        // The size in sectors lies above the offset, in as many bits as clusters need.
-        let size_shift = 62 - (self.cluster_bits - 8);
-        let at = entry & ((1 << size_shift) - 1);
-        let sectors = (entry & (COMPRESSED - 1)) >> size_shift;
-        let length = (sectors + 1) * SECTOR_BYTES - at % SECTOR_BYTES;
-        let mut packed = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-        self.file.read(&mut packed, at)?;
+        let place = compressed_place(entry, self.cluster_bits);
+        let length = usize::try_from(place.end - place.start).map_err(io::Error::other)?;
+        let mut packed = vec![0; length];
+        self.file.read(&mut packed, place.start)?;
         let mut cluster = vec![0; usize::try_from(self.cluster_bytes()).map_err(io::Error::other)?];
         let damaged = |error: String| io::Error::other(format!("zstd-compressed cluster: {error}"));
         ruzstd::decoding::StreamingDecoder::new(&packed[..])
@@ -171,16 +164,6 @@ impl ZstdImage {
         storage.write(&data[..count], at)?;
         self.inner.commit_data_mapping(mapping)
     }
-}
-
-/// Reads big-endian numbers.
-fn read_entries(file: &ImageStorage, offset: u64, entries: &mut [u64]) -> io::Result<()> {
-    let mut bytes = vec![0; entries.len() * 8];
-    file.read(&mut bytes, offset)?;
-    for (entry, bytes) in entries.iter_mut().zip(bytes.as_chunks::<8>().0) {
-        *entry = u64::from_be_bytes(*bytes);
-    }
-    Ok(())
 }
 
 impl fmt::Display for ZstdImage {

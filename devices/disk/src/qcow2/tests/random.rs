@@ -84,7 +84,7 @@ fn what_is_written_at_random_is_there_and_the_image_is_sound() {
         let model = workload(&*disk, seed, 300);
         compare(&*disk, &model);
         drop(disk);
-        check_image(&path, false);
+        check_image(&path);
         let disk = open(&source(&path, &[]), OpenOptions::default()).unwrap();
         compare(&*disk, &model);
     }
@@ -176,7 +176,7 @@ fn queues_that_work_in_the_same_clusters_do_not_mix() {
         let model: BTreeMap<u64, u8> = models.into_iter().flatten().collect();
         compare(&*disk, &model);
         drop(disk);
-        check_image(&path, false);
+        check_image(&path);
         compare_by_qemu(&path, DISK_BYTES, &model);
     }
 }
