@@ -11,9 +11,11 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod devices;
+mod disks;
 mod hotplug;
 mod node;
 mod payload;
 mod rig;
+mod shell;
 mod uefi;
 mod vmm;

@@ -2,7 +2,9 @@
 //! Hosts that have the programs under test, the stock Debian guest and the scripts.
 
 use std::path::Path;
+use std::process::Command;
 
+use anyhow::{Context, ensure};
 use atoll_tests::lab::{self, Scratch};
 
 /// Hosts with the payload, in temporary directories that go with the returned guards.
@@ -31,4 +33,23 @@ pub fn start_with(
     })
     .unwrap();
     (hosts, [around, work])
+}
+
+/// Two discs, `discs/1.iso` and `discs/2.iso`, each with a file `words` that names it.
+pub fn add_discs(payload: &Path) -> anyhow::Result<()> {
+    let discs = payload.join("discs");
+    std::fs::create_dir(&discs)?;
+    for number in ["1", "2"] {
+        let content = tempfile::tempdir()?;
+        std::fs::write(content.path().join("words"), format!("disc {number}\n"))?;
+        let made = Command::new("xorriso")
+            .args(["-as", "mkisofs", "-quiet", "-r", "-V"])
+            .arg(format!("DISC{number}"))
+            .arg("-o")
+            .args([&discs.join(format!("{number}.iso")), content.path()])
+            .output()
+            .context("run xorriso")?;
+        ensure!(made.status.success(), "xorriso: {made:?}");
+    }
+    Ok(())
 }
