@@ -1,7 +1,9 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A whole node: what `make lab` starts, and that guests outlive `atolld`.
+//! A whole node: what `make lab` starts, and that guests outlive `atolld`; a VM from a disk image that boots by UEFI.
 
 use std::time::Duration;
+
+use atoll_tests::lab::{self, Host};
 
 use crate::payload;
 
@@ -50,4 +52,62 @@ fn guests_start_by_one_command_and_outlive_the_daemon() {
     host.check(down, SECOND * 240).unwrap();
     let left = "pgrep -a 'atoll|dnsmasq'; ip -o link show type bridge; grep /var/lib/atoll/ /proc/self/mounts; true";
     assert_eq!(host.check(left, SECOND * 30).unwrap(), "");
+}
+
+/// A daemon with firmware, a disk image to import, and two discs. The image is not copied here: it is read-only.
+const SERVE: &str = r#"set -e
+mkdir -p /usr/share/OVMF $STATE/storage/import $STATE/storage/template/iso
+cp /payload/uefi/OVMF_*.fd /usr/share/OVMF/; cp /payload/discs/*.iso $STATE/storage/template/iso/
+touch $STATE/storage/import/debian.raw; mount --bind /payload/uefi/disk.raw $STATE/storage/import/debian.raw
+setsid atolld --state $STATE --listen 127.0.0.1 </dev/null >$STATE/atolld.log 2>&1 &
+for i in $(seq 300); do atoll get /version >/dev/null 2>&1 && exit 0; sleep 0.2; done
+tail $STATE/atolld.log; exit 1"#;
+
+const CREATE: &str = "atoll create $node/qemu --vmid 121 --memory 512 --cores 2 --bios ovmf \
+    --efidisk0 local:1,efitype=4m --scsi0 local:0,import-from=local:import/debian.raw,serial=imported \
+    --ide2 local:iso/1.iso,media=cdrom --boot order=scsi0 --serial0 socket --net0 virtio,bridge=vmbr0 --wait; \
+    atoll create $node/qemu/121/status/start --wait";
+
+/// On a host with a node of the name `$node` in the API.
+#[track_caller]
+fn on_node(host: &Host, script: &str, seconds: u32) -> String {
+    let place = "export STATE=/var/lib/atoll PATH=/payload/bin:$PATH; node=/nodes/$(hostname)";
+    let said = host.check(
+        &format!("{place}; set -e; {script}"),
+        SECOND * (seconds + 30),
+    );
+    said.unwrap().trim().to_owned()
+}
+
+#[track_caller]
+fn in_imported(host: &Host, command: &str, seconds: u32) -> String {
+    let run = format!(
+        "python3 /payload/lab/console.py $STATE/run/vm-121/serial.sock {seconds} '{command}'"
+    );
+    on_node(host, &run, seconds)
+}
+
+#[test]
+fn an_imported_image_boots_by_uefi_and_leaves_nothing() {
+    let (hosts, _guard) = payload::start_with(1, |payload| {
+        lab::add_uefi(payload)?;
+        payload::add_discs(payload)
+    });
+    let host = &hosts[0];
+    on_node(host, SERVE, 120);
+    on_node(host, CREATE, 300);
+    let booted = "cat /sys/firmware/efi/fw_platform_size; lsblk -no SERIAL -d $(findmnt -no SOURCE / | tr -d 0-9)";
+    assert_eq!(in_imported(host, booted, 600), "64\nimported");
+    let read = "mount -r /dev/sr0 /mnt && cat /mnt/words; umount /mnt";
+    assert_eq!(in_imported(host, read, 60), "disc 1");
+    let change = "atoll set $node/qemu/121/config --ide2 local:iso/2.iso,media=cdrom";
+    on_node(host, change, 60);
+    assert_eq!(in_imported(host, read, 60), "disc 2");
+    let end = "atoll create $node/qemu/121/status/shutdown --timeout 180 --wait; \
+        atoll get $node/qemu/121/status/current --output json | jq -r .status; atoll delete $node/qemu/121 --wait";
+    assert!(on_node(host, end, 300).contains("stopped"));
+    let left = "find $STATE/storage/images $STATE/run -name '*121*'; pgrep -a atoll-vmm || true; \
+        atoll get $node/qemu --output json | jq length";
+    assert_eq!(on_node(host, left, 60), "0");
+    on_node(host, "BIN=/payload/bin /payload/run/down.sh", 120);
 }
