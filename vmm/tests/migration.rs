@@ -12,7 +12,9 @@
 mod guest;
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -233,11 +235,20 @@ fn what_cannot_move_stays_with_the_reason() {
         &["--spec", "own"],
         "the machine has 1 vCPUs, this side's spec 2",
     );
-    // Told only when everything has come: the devices are built last.
+    refused(
+        &other(&|spec| spec["memory_mib"] = 65.into()),
+        &["--spec", "own"],
+        "the machine has 64 MiB of memory, this side's spec 65",
+    );
     refused(
         &other(&|spec| spec["disks"] = serde_json::json!([])),
         &["--spec", "own"],
-        "the state has the devices",
+        "this side's spec has other devices than the machine: it lacks disk disk0, and has more none",
+    );
+    refused(
+        &other(&|spec| spec["disks"][0]["bus"] = "scsi".into()),
+        &["--spec", "own"],
+        "it lacks disk disk0, and has more SCSI disk disk0",
     );
     refused(
         &|place| {
@@ -246,6 +257,80 @@ fn what_cannot_move_stays_with_the_reason() {
         },
         &[],
         "the disk's size in bytes was 1048576 and is now 2097152",
+    );
+}
+
+/// What a source says first is changed on its way: the target refuses before anything of the guest is sent, and says
+/// why, as the source does.
+#[test]
+fn a_machine_of_another_version_or_cpu_is_refused_first() {
+    if !kvm() {
+        return;
+    }
+    let mut source = Place::new().start(&shell("64", "1"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    let mut refused = |change: &dyn Fn(&mut serde_json::Value), expected: &str| {
+        let mut target = target_for(&source);
+        let between = source.path("between");
+        let listener = UnixListener::bind(&between).unwrap();
+        let mut asker = source
+            .place
+            .command(&["ctl", "--api-socket", "api", "migrate"]);
+        let asker = asker
+            .arg("--to")
+            .arg(&between)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut near, _) = listener.accept().unwrap();
+        let (_data, _) = listener.accept().unwrap();
+        let mut size = [0; 4];
+        near.read_exact(&mut size).unwrap();
+        let mut hello = vec![0; usize::try_from(u32::from_le_bytes(size)).unwrap()];
+        near.read_exact(&mut hello).unwrap();
+        let mut hello: serde_json::Value = serde_json::from_slice(&hello).unwrap();
+        change(&mut hello["hello"]);
+        let hello = hello.to_string();
+        let mut far = UnixStream::connect(target.path("in")).unwrap();
+        let size = u32::try_from(hello.len()).unwrap();
+        far.write_all(&size.to_le_bytes()).unwrap();
+        far.write_all(hello.as_bytes()).unwrap();
+        std::io::copy(&mut far, &mut near).unwrap();
+        drop(near);
+        let output = asker.wait_with_output().unwrap();
+        let said = [String::from_utf8(output.stderr).unwrap(), target.ended().1];
+        for said in said {
+            let last = said.trim_end().lines().last().unwrap();
+            assert!(last.contains(expected), "{said}");
+        }
+        std::fs::remove_file(between).unwrap();
+        done = serial.load_beyond(done);
+        assert!(runs(&source));
+    };
+    refused(
+        &|hello| hello["machine_version"] = 99.into(),
+        "the machine is of version 99",
+    );
+    refused(
+        &|hello| hello["version"] = 99.into(),
+        "migration protocol 99 of atoll-vmm",
+    );
+    refused(
+        &|hello| {
+            // Function 1: every feature that there is.
+            for leaf in hello["cpuid"].as_array_mut().unwrap() {
+                if leaf[0] == 1 {
+                    leaf[5] = u32::MAX.into();
+                }
+            }
+        },
+        "this host's CPU is not the guest's: ",
+    );
+    refused(
+        &|hello| hello["data_connections"] = 65.into(),
+        "65 data connections",
     );
 }
 

@@ -5,6 +5,7 @@
 //! source's until it has been held. Its threads have ended by then. From a network a machine comes through the
 //! process of [`crate::relay`].
 
+use std::collections::BTreeSet;
 use std::io::{self, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use atoll_devices::memory::Ram;
 use atoll_thread::Kind;
-use atoll_vmm_protocol::spec::MachineSpec;
+use atoll_vmm_protocol::spec::{DiskBus, MachineSpec, Profile};
 
 use super::{Hello, Message, MigrationError, pages, receive, send};
 use crate::board::Board;
@@ -200,6 +201,7 @@ fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, M
     };
     same("vCPUs", hello.spec.cpu_count.into(), spec.cpu_count.into())?;
     same("MiB of memory", hello.spec.memory_mib, spec.memory_mib)?;
+    same_devices(&hello.spec, spec)?;
     check::spec(spec).map_err(|error| refused(&error))?;
     let kvm = Kvm::open().map_err(|error| refused(&error))?;
     let host = kvm.cpu().map_err(|error| refused(&error))?;
@@ -210,6 +212,71 @@ fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, M
     let bits = cpuid::address_bits(&wanted);
     let board = Board::of(spec.profile);
     allocate(board, spec.memory_mib, bits, backing).map_err(|error| refused(&error))
+}
+
+/// A guest would not find the devices that it has, or find others.
+fn same_devices(source: &MachineSpec, own: &MachineSpec) -> Result<(), MigrationError> {
+    let [there, here] = [source, own].map(devices);
+    let names = |devices: Vec<&String>| match devices.is_empty() {
+        true => "none".to_owned(),
+        false => devices
+            .into_iter()
+            .map(String::as_str)
+            .collect::<Vec<_>>()
+            .join(", "),
+    };
+    let (lacks, more) = (there.difference(&here), here.difference(&there));
+    let (lacks, more): (Vec<_>, Vec<_>) = (lacks.collect(), more.collect());
+    match lacks.is_empty() && more.is_empty() {
+        true => Ok(()),
+        false => Err(MigrationError::Refused(format!(
+            "this side's spec has other devices than the machine: it lacks {}, and has more {}",
+            names(lacks),
+            names(more)
+        ))),
+    }
+}
+
+/// What a guest finds, in words for the refusal. Not here: what only the host sees.
+fn devices(spec: &MachineSpec) -> BTreeSet<String> {
+    let spec = check::settle(spec).unwrap_or_else(|_| spec.clone());
+    let id = |id: &Option<String>| id.clone().unwrap_or_default();
+    let disks = spec.disks.iter().map(|disk| match disk.bus {
+        DiskBus::Blk => format!("disk {}", id(&disk.id)),
+        DiskBus::Scsi => format!("SCSI disk {}", id(&disk.id)),
+        DiskBus::Cdrom => format!("CD-ROM drive {}", id(&disk.id)),
+    });
+    let nets = spec
+        .nets
+        .iter()
+        .map(|net| format!("network card {}", id(&net.id)));
+    let services = &spec.services;
+    let ports = services
+        .ports
+        .iter()
+        .map(|port| format!("port {}", port.name));
+    let filesystems = services
+        .filesystems
+        .iter()
+        .map(|one| format!("file system {}", one.tag));
+    let others = [
+        ("the firmware's board", spec.profile == Profile::Pc),
+        ("a virtio console", spec.console.is_some()),
+        ("an entropy source", spec.rng),
+        ("a generation id", spec.generation_id.is_some()),
+        ("a balloon", services.balloon.is_some()),
+        ("a socket device", services.vsock.is_some()),
+        ("a watchdog", services.watchdog.is_some()),
+        ("a panic device", services.panic.is_some()),
+    ];
+    let others = others.into_iter().filter(|(_, is_there)| *is_there);
+    let others = others.map(|(name, _)| name.to_owned());
+    disks
+        .chain(nets)
+        .chain(ports)
+        .chain(filesystems)
+        .chain(others)
+        .collect()
 }
 
 /// An error with its causes, on one line.
