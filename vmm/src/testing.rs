@@ -24,6 +24,7 @@ use crate::loader::BootFiles;
 use crate::memory::{self, Backing};
 use crate::migration::{self, Message, pages};
 use crate::probe::PROBE_ELF;
+use crate::relay;
 use crate::saved::MachineState;
 use crate::vcpu::setup::Entry;
 use crate::{api, check, fw_cfg, machine, terminal};
@@ -513,7 +514,7 @@ pub fn state_corpus() -> Vec<Vec<u8>> {
 }
 
 /// Reads the input as what a migration's source sends on its two kinds of connection: messages, then pages. Nothing
-/// is written outside of RAM.
+/// is written outside of RAM. Then as frames of a network, which carry no more than came.
 pub fn migration(input: &[u8]) {
     let mut messages = input;
     loop {
@@ -534,6 +535,14 @@ pub fn migration(input: &[u8]) {
     if let Err(error) = pages::receive(&ram, &mut &*input) {
         assert_one_line(&error);
     }
+    let (mut frames, mut payload) = (relay::Decoder::default(), Vec::new());
+    for part in input.chunks(7) {
+        if let Err(error) = frames.feed(part, &mut payload) {
+            assert_one_line(&error);
+            break;
+        }
+    }
+    assert!(payload.len() <= input.len());
 }
 
 /// Messages of each kind, and pages with a mistake.
@@ -577,6 +586,8 @@ pub fn migration_corpus() -> Vec<Vec<u8>> {
         bytes.resize(bytes.len() + 4096, 7);
         all.push(bytes);
     }
+    // Frames: a beat, three bytes, the end.
+    all.push(vec![0, 0, 0, 0, 3, 0, 0, 0, 1, 2, 3, 255, 255, 255, 255]);
     all
 }
 

@@ -33,6 +33,8 @@ use std::time::Duration;
 pub use connect::Relay;
 pub use serve::{Served, run, start};
 pub use tls::{Protection, TlsFiles};
+#[cfg(feature = "testing")]
+pub use wire::Decoder;
 
 /// How long the other side may be silent, unless it is said otherwise.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(20);
