@@ -156,6 +156,9 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         connections: body.connections,
         downtime_limit_ms: body.downtime_limit_ms,
         relayed: relay.as_ref().map(|_| true).or(body.relayed),
+        max_bytes_per_second: body.max_bytes_per_second,
+        throttle: body.throttle,
+        when_late: body.when_late,
         ..Migrate::default()
     };
     let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, &asked, &descriptors)?;

@@ -334,6 +334,94 @@ fn a_machine_of_another_version_or_cpu_is_refused_first() {
     );
 }
 
+/// Arguments that hold a move to a sixth of what the guest writes.
+fn slowly(serial: &mut guest::Serial) -> Vec<String> {
+    let (began, first) = (Instant::now(), serial.load_beyond(0));
+    let last = loop {
+        let last = serial.load_beyond(first);
+        if last > first + 100 || began.elapsed() > Duration::from_secs(5) {
+            break last;
+        }
+    };
+    let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap();
+    let pages = (last - first) * 1000 / elapsed_ms.max(1);
+    let limit = pages * 4096 / 6;
+    println!("the guest writes {pages} pages/s, {limit} bytes/s are sent");
+    ["--max-bytes-per-second", &limit.to_string()]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_is_sent_is_slowed_down_or_stays() {
+    if !kvm() {
+        return;
+    }
+    let mut source = Place::new().start(&shell("16", "1"));
+    let mut serial = source.serial();
+    serial.start_load("12 1");
+    let mut limited = slowly(&mut serial);
+    limited.extend(["--downtime-limit-ms", "200"].map(str::to_owned));
+    let ask = |source: &Guest, target: &Guest, more: &[&str]| {
+        let arguments = ["ctl", "--api-socket", "api", "migrate", "--to"];
+        let mut command = source.place.command(&arguments);
+        command.arg(target.path("in")).args(&limited).args(more);
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    // Not slowed down, it stays.
+    let target = target_for(&source);
+    let stays = ask(&source, &target, &["--throttle", "false"])
+        .wait_with_output()
+        .unwrap();
+    let said = String::from_utf8(stays.stderr).unwrap();
+    assert!(
+        said.contains("the machine stays: the guest writes "),
+        "{said}"
+    );
+    assert!(
+        said.contains("allow more than 200 ms of downtime"),
+        "{said}"
+    );
+    let mut done = serial.load_beyond(0);
+
+    // The same goes on for as long as nobody ends it.
+    let target = target_for(&source);
+    let goes_on = ask(
+        &source,
+        &target,
+        &["--throttle", "false", "--when-late", "go-on"],
+    );
+    eventually("more rounds than it would be given", || {
+        let info: MigrationInfo = source.client().ask(Request::Migration).unwrap();
+        (info.rounds > 6).then_some(())
+    });
+    source.ctl(&["cancel-migration"]).unwrap();
+    let said = String::from_utf8(goes_on.wait_with_output().unwrap().stderr).unwrap();
+    assert!(said.contains("the machine stays: cancelled"), "{said}");
+    done = serial.load_beyond(done);
+
+    // Slowed down, it moves; then it is as fast as before.
+    let mut target = target_for(&source);
+    let moves = ask(&source, &target, &[]).wait_with_output().unwrap();
+    assert!(
+        moves.status.success(),
+        "{}",
+        String::from_utf8_lossy(&moves.stderr)
+    );
+    let info: MigrationInfo = serde_json::from_slice(&moves.stdout).unwrap();
+    println!(
+        "{} rounds, {} %, {} us",
+        info.rounds, info.throttle_percent, info.downtime_us
+    );
+    assert!(info.throttle_percent > 0);
+    assert_eq!(source.ended().0.code(), Some(0));
+    target.serial().load_beyond(done);
+}
+
 #[test]
 fn who_cannot_move_is_told_why() {
     if !kvm() {

@@ -496,6 +496,15 @@ pub struct Migrate {
     /// Whether the end of a connection may be something else than the end of the other process.
     #[serde(default)]
     pub relayed: Option<bool>,
+    /// Bytes a second that are sent at most.
+    #[serde(default)]
+    pub max_bytes_per_second: Option<u64>,
+    /// Whether the guest's vCPUs may be slowed down, when it writes faster than its memory is sent.
+    #[serde(default)]
+    pub throttle: Option<bool>,
+    /// What to do when the guest writes faster all the same.
+    #[serde(default)]
+    pub when_late: Option<WhenLate>,
     /// PEM file of the authorities that sign the other side's certificate. As all that follows: for whoever connects,
     /// over a network; the machine needs none of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -515,6 +524,17 @@ pub struct Migrate {
     /// For how long nothing may be heard, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub silence_limit_ms: Option<u64>,
+}
+
+/// What becomes of a move whose downtime limit cannot be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenLate {
+    /// The guest stays.
+    #[default]
+    Cancel,
+    /// Memory is sent until the guest writes less, or somebody says `cancel-migration`.
+    GoOn,
 }
 
 /// Where a move to another process is.
@@ -550,6 +570,9 @@ pub struct MigrationInfo {
     pub elapsed_ms: u64,
     /// For how long the guest stood still, in microseconds; 0 until it is known.
     pub downtime_us: u64,
+    /// Of a hundred parts of their time, how many the guest's vCPUs are made to rest, so that it writes less.
+    #[serde(default)]
+    pub throttle_percent: u8,
     /// Why it did not happen.
     pub error: Option<String>,
 }

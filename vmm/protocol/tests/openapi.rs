@@ -376,6 +376,9 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         connections: Some(1),
         downtime_limit_ms: Some(1),
         relayed: Some(true),
+        max_bytes_per_second: Some(1),
+        throttle: Some(true),
+        when_late: Some(WhenLate::GoOn),
         tls_ca: Some("a".into()),
         tls_cert: Some("c".into()),
         tls_key: Some("k".into()),
@@ -391,6 +394,7 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         remaining_bytes: 1,
         elapsed_ms: 1,
         downtime_us: 1,
+        throttle_percent: 1,
         error: Some("e".into()),
     };
     check("MigrationInfo", info);

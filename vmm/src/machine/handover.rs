@@ -23,6 +23,7 @@ use super::owner::{Event, GuestEvent, Machine};
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
 use crate::kvm::dirty::WriteLog;
+use crate::migration::converge::Convergence;
 use crate::migration::source::{self, Plan, Progress};
 use crate::migration::target::chain;
 use crate::migration::{Hello, MigrationError};
@@ -39,6 +40,8 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
 
 /// What the thread `migrate` says to the owner.
 pub(super) enum MigrationEvent {
+    /// Make the vCPUs rest for a while.
+    Rest(Duration),
     /// Hold the machine and give its state.
     Hold(SyncSender<Result<Saved, MigrationError>>),
     /// It is over.
@@ -106,7 +109,12 @@ impl Machine {
         let plan = Plan {
             control: UnixStream::from(std::os::fd::OwnedFd::from(control)),
             data,
-            downtime_limit: Duration::from_millis(limit_ms),
+            convergence: Convergence {
+                downtime_limit: Duration::from_millis(limit_ms),
+                max_bytes_per_second: body.max_bytes_per_second,
+                throttle: body.throttle.unwrap_or(true),
+                when_late: body.when_late.unwrap_or_default(),
+            },
             relayed: body.relayed.unwrap_or(false),
         };
         let failed = |error: &dyn std::error::Error| api::refusal(500, chain(error));
@@ -115,14 +123,19 @@ impl Machine {
         let log = log.map_err(|error| failed(&error))?;
         let (touched, events) = (self.parts.touched.clone(), self.events.clone());
         let shared = progress.clone();
+        let resting = self.events.clone();
         let body = move || {
+            let rest = move |time| {
+                // Without an owner the machine has ended.
+                let _ = resting.send(Event::Migration(MigrationEvent::Rest(time)));
+            };
             let hold = || {
                 let (sender, answer) = sync_channel(1);
                 let asked = events.send(Event::Migration(MigrationEvent::Hold(sender)));
                 let answer = asked.ok().and_then(|()| answer.recv().ok());
                 answer.unwrap_or(Err(MigrationError::Ended))
             };
-            let done = source::run(plan, hello, &log, touched, &shared, hold);
+            let done = source::run(plan, hello, &log, touched, &shared, rest, hold);
             drop(log);
             // Without an owner the machine has ended.
             let _ = events.send(Event::Migration(MigrationEvent::Done(done)));
@@ -161,6 +174,17 @@ impl Machine {
 
     pub(super) fn obey_migration(&mut self, event: MigrationEvent) -> Result<(), RunError> {
         match event {
+            MigrationEvent::Rest(time) => {
+                // One that was sent before the machine was held, or before its move was over.
+                if self
+                    .migration
+                    .as_ref()
+                    .is_some_and(|it| it.under_way && !it.held)
+                {
+                    self.parts.vcpus.iter().for_each(|vcpu| vcpu.rest(time));
+                }
+                Ok(())
+            }
             MigrationEvent::Hold(sender) => {
                 let state = self.hold_for_migration();
                 let _ = sender.send(state);

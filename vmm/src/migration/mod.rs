@@ -23,6 +23,7 @@
 //!
 //! Not here: what the owner of the machine does meanwhile (`machine::handover`), networks and encryption (`relay`).
 
+pub mod converge;
 pub mod pages;
 pub mod source;
 pub mod target;
@@ -153,12 +154,12 @@ pub enum MigrationError {
     Unexpected(&'static str),
     /// The guest writes faster than the connections carry.
     #[error(
-        "the guest writes {dirty} MiB/s, {sent} MiB/s are sent: allow more than {limit_ms} ms of downtime"
+        "the guest writes {dirty} KiB/s, {sent} KiB/s are sent: allow more than {limit_ms} ms of downtime"
     )]
     Diverges {
-        /// MiB a second that the guest writes.
+        /// KiB a second that the guest writes.
         dirty: u64,
-        /// MiB a second that are sent.
+        /// KiB a second that are sent.
         sent: u64,
         /// What was allowed.
         limit_ms: u64,

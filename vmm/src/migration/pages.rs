@@ -6,6 +6,8 @@
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use atoll_devices::memory::{PAGE_BYTES, Ram};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -75,6 +77,42 @@ pub struct Round<'a> {
     pub first: Option<Option<&'a Touched>>,
     /// Counts bytes as they go.
     pub sent: &'a AtomicU64,
+    /// How fast they may go.
+    pub pace: &'a Pace,
+}
+
+/// A limit on the bytes a second of all connections together.
+#[derive(Debug)]
+pub struct Pace {
+    bytes_per_second: Option<u64>,
+    /// Leaf lock: when the next bytes may go.
+    next: Mutex<Instant>,
+}
+
+impl Pace {
+    /// `None` is no limit.
+    #[must_use]
+    pub fn new(bytes_per_second: Option<u64>) -> Self {
+        Self {
+            bytes_per_second,
+            next: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Waits until so many bytes may go.
+    fn wait(&self, bytes: usize) {
+        let Some(limit) = self.bytes_per_second else {
+            return;
+        };
+        #[expect(clippy::cast_precision_loss, reason = "a waiting time")]
+        let time = Duration::try_from_secs_f64(bytes as f64 / limit.max(1) as f64);
+        let until = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            *next = (*next).max(Instant::now()) + time.unwrap_or(Duration::from_secs(3600));
+            *next
+        };
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+    }
 }
 
 /// Sends the stripe's part of a round.
@@ -137,6 +175,7 @@ fn send_word(
             out.write_all(bytes)?;
             sent += bytes.len();
         }
+        round.pace.wait(sent);
         round.sent.fetch_add(sent as u64, Ordering::Relaxed);
     }
     Ok(())
@@ -206,6 +245,7 @@ mod tests {
                     dirty,
                     first,
                     sent: &sent,
+                    pace: &Pace::new(None),
                 };
                 let mut bytes = Vec::new();
                 send(&round, stripe, &mut bytes).unwrap();

@@ -5,7 +5,7 @@
 use std::io::{self, BufWriter};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,19 +14,18 @@ use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
 use rustix::net::{Shutdown, shutdown};
 
-use super::pages::{self, Dirty, Round, Stripe};
+use super::converge::{Convergence, Next, Round, Rounds};
+use super::pages::{self, Dirty, Pace, Stripe};
 use super::{Hello, Message, MigrationError, receive, send};
 use crate::kvm::KvmError;
 use crate::kvm::dirty::WriteLog;
 use crate::saved::MachineState;
 use crate::saved::image::Touched;
 
-/// Rounds after which a guest that still writes too fast is given up.
-const ROUNDS_MAX: u32 = 30;
-/// What a hand-over takes beside its last pages: state, building the other machine. An estimate, to plan with.
-const HANDOVER: Duration = Duration::from_millis(30);
 /// How long the target may take to build the machine, and then to say that it has it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// In every one of these periods a vCPU that is slowed down rests once.
+const BRAKE_PERIOD: Duration = Duration::from_millis(50);
 /// Bytes that are gathered before they go into a socket.
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -41,8 +40,8 @@ pub struct Plan {
     pub control: UnixStream,
     /// Pages.
     pub data: Vec<UnixStream>,
-    /// How long the guest may stand still.
-    pub downtime_limit: Duration,
+    /// When the guest is held.
+    pub convergence: Convergence,
     /// The connections are a tunnel's: their end is not the end of the target.
     pub relayed: bool,
 }
@@ -52,6 +51,8 @@ pub struct Progress {
     started: Instant,
     decision: AtomicU8,
     rounds: AtomicU32,
+    /// Percent of their time that vCPUs rest.
+    throttle: AtomicU8,
     sent: Arc<AtomicU64>,
     remaining: AtomicU64,
     downtime_us: AtomicU64,
@@ -69,6 +70,7 @@ impl Progress {
             started: Instant::now(),
             decision: AtomicU8::new(OPEN),
             rounds: AtomicU32::new(0),
+            throttle: AtomicU8::new(0),
             sent: Arc::default(),
             remaining: AtomicU64::new(0),
             downtime_us: AtomicU64::new(0),
@@ -118,12 +120,13 @@ impl Progress {
             remaining_bytes: self.remaining.load(Ordering::Relaxed),
             elapsed_ms: u64::try_from(elapsed).unwrap_or(u64::MAX),
             downtime_us: self.downtime_us.load(Ordering::Relaxed),
+            throttle_percent: self.throttle.load(Ordering::Relaxed),
             error: stage.1.clone(),
         }
     }
 }
 
-/// Moves the machine. `hold` stops it and takes its state; after that it stays held, whatever becomes of the
+/// Moves the machine. `rest` makes its vCPUs rest for a while, and does not wait for that. `hold` stops it and takes its state; after that it stays held, whatever becomes of the
 /// migration: the caller lets it go on when the answer is an error other than [`MigrationError::Doubt`].
 pub fn run(
     plan: Plan,
@@ -131,9 +134,10 @@ pub fn run(
     log: &WriteLog,
     touched: Option<Arc<Touched>>,
     progress: &Arc<Progress>,
+    rest: impl Fn(Duration) + Send + 'static,
     hold: impl FnOnce() -> Result<MachineState, MigrationError>,
 ) -> Result<(), MigrationError> {
-    let migrated = attempt(plan, hello, log, touched, progress, hold);
+    let migrated = attempt(plan, hello, log, touched, progress, rest, hold);
     match migrated {
         Err(_) if progress.is_cancelled() => Err(MigrationError::Cancelled),
         migrated => migrated,
@@ -146,12 +150,13 @@ fn attempt(
     log: &WriteLog,
     touched: Option<Arc<Touched>>,
     progress: &Arc<Progress>,
+    rest: impl Fn(Duration) + Send + 'static,
     hold: impl FnOnce() -> Result<MachineState, MigrationError>,
 ) -> Result<(), MigrationError> {
     let Plan {
         mut control,
         data,
-        downtime_limit,
+        convergence,
         relayed,
     } = plan;
     let broken = MigrationError::connection;
@@ -162,8 +167,11 @@ fn attempt(
         Message::Welcome => {}
         _ => return Err(MigrationError::Unexpected("a welcome")),
     }
-    let senders = Senders::start(data, log, touched, progress)?;
-    let mut last = copy_while_running(&senders, log, progress, downtime_limit)?;
+    let pace = Arc::new(Pace::new(convergence.max_bytes_per_second));
+    let senders = Senders::start(data, log, touched, progress, &pace)?;
+    let brake = Brake::start(progress.clone(), rest)?;
+    let mut last = copy_while_running(&senders, log, progress, convergence)?;
+    drop(brake);
 
     progress.set_stage(MigrationStage::Switching, None);
     let held = Instant::now();
@@ -232,46 +240,63 @@ fn copy_while_running(
     senders: &Senders,
     log: &WriteLog,
     progress: &Progress,
-    downtime_limit: Duration,
+    convergence: Convergence,
 ) -> Result<Dirty, MigrationError> {
     let mut dirty = pages::all(log.memory());
-    for round in 0..ROUNDS_MAX {
+    let mut rounds = Rounds::new(convergence);
+    loop {
         if progress.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
         let (before, started) = (progress.sent.load(Ordering::Relaxed), Instant::now());
-        progress
-            .remaining
-            .store(pages::size_bytes(&dirty), Ordering::Relaxed);
-        senders.round(dirty, round == 0)?;
-        progress.rounds.store(round + 1, Ordering::Relaxed);
-        let seconds = started.elapsed().as_secs_f64().max(1e-6);
-        let sent = progress.sent.load(Ordering::Relaxed) - before;
+        let written = pages::size_bytes(&dirty);
+        progress.remaining.store(written, Ordering::Relaxed);
+        senders.round(dirty, rounds.count() == 0)?;
+        let time = started.elapsed();
         dirty = log.take().map_err(|error| refused(&error))?;
         let left = pages::size_bytes(&dirty);
         progress.remaining.store(left, Ordering::Relaxed);
-        // A round with little in it tells nothing about the speed of the connections: a page takes its time.
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let needed = Duration::from_secs_f64(left as f64 * seconds / sent.max(1 << 20) as f64);
-        if left == 0 || needed + HANDOVER <= downtime_limit.max(HANDOVER * 2) {
-            return Ok(dirty);
-        }
-        if round + 1 == ROUNDS_MAX {
-            #[expect(
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                clippy::cast_precision_loss,
-                reason = "for a message"
-            )]
-            let rate = |bytes: u64| (bytes as f64 / seconds) as u64 >> 20;
-            return Err(MigrationError::Diverges {
-                dirty: rate(left),
-                sent: rate(sent),
-                limit_ms: u64::try_from(downtime_limit.as_millis()).unwrap_or(u64::MAX),
-            });
+        let next = rounds.after(&Round {
+            written,
+            sent: progress.sent.load(Ordering::Relaxed) - before,
+            time,
+            left,
+        });
+        progress.rounds.store(rounds.count(), Ordering::Relaxed);
+        match next {
+            Next::Switch => return Ok(dirty),
+            Next::Throttle(percent) => progress.throttle.store(percent, Ordering::Relaxed),
+            Next::GoOn => {}
+            Next::GiveUp(error) => return Err(error),
         }
     }
-    unreachable!("the last round returns")
+}
+
+/// Makes vCPUs rest, as much as the progress says. Ends when it is dropped.
+struct Brake {
+    _released: Sender<()>,
+}
+
+impl Brake {
+    fn start(
+        progress: Arc<Progress>,
+        rest: impl Fn(Duration) + Send + 'static,
+    ) -> Result<Self, MigrationError> {
+        let (released, waits) = channel();
+        let body = move || {
+            while let Err(RecvTimeoutError::Timeout) = waits.recv_timeout(BRAKE_PERIOD) {
+                match progress.throttle.load(Ordering::Relaxed) {
+                    0 => {}
+                    percent => rest(BRAKE_PERIOD * u32::from(percent) / 100),
+                }
+            }
+        };
+        let thread = atoll_thread::spawn(Kind::Migration, "migrate-brake", body);
+        thread.map_err(MigrationError::connection("start the brake's thread"))?;
+        Ok(Self {
+            _released: released,
+        })
+    }
 }
 
 enum Job {
@@ -292,6 +317,7 @@ impl Senders {
         log: &WriteLog,
         touched: Option<Arc<Touched>>,
         progress: &Progress,
+        pace: &Arc<Pace>,
     ) -> Result<Self, MigrationError> {
         let count = data.len();
         let (result, results) = channel();
@@ -304,18 +330,19 @@ impl Senders {
             let (job, jobs) = channel::<Job>();
             let (ram, touched, sent) =
                 (log.memory().clone(), touched.clone(), progress.sent.clone());
-            let result = result.clone();
+            let (result, pace) = (result.clone(), pace.clone());
             let body = move || {
                 let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream);
                 for job in jobs {
                     let done = match job {
                         Job::End => pages::send_end(&mut out),
                         Job::Round(dirty, first) => {
-                            let round = Round {
+                            let round = pages::Round {
                                 ram: &ram,
                                 dirty: &dirty,
                                 first: first.then_some(touched.as_deref()),
                                 sent: &sent,
+                                pace: &pace,
                             };
                             pages::send(&round, Stripe { index, count }, &mut out)
                         }

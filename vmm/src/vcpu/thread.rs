@@ -26,8 +26,11 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::sync::mpsc::{
+    Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel,
+};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use atoll_devices::bus::Bus;
 use atoll_thread::Kind;
@@ -80,6 +83,7 @@ pub struct Exits {
 enum Command {
     Run,
     Hold(SyncSender<()>),
+    Rest(Duration),
     Save(Arc<Scope>, SyncSender<Result<VcpuState, KvmError>>),
     Restore(Arc<VcpuState>, Tsc, SyncSender<Result<(), KvmError>>),
     Enter(Entry, SyncSender<Result<(), KvmError>>),
@@ -176,6 +180,12 @@ impl Vcpu {
         self.send(Command::Hold(answer));
         self.kick();
         held
+    }
+
+    /// Makes a running guest rest for a while, or until the next command. Returns at once.
+    pub fn rest(&self, time: Duration) {
+        self.send(Command::Rest(time));
+        self.kick();
     }
 
     /// The state of a held vCPU. Waits for its thread; an error if KVM refuses, or the thread has ended.
@@ -282,24 +292,37 @@ enum Stop {
 }
 
 impl Body {
+    /// The next command: `Some(None)` when there is none and the guest may run, `None` when the owner is gone.
+    fn next(&self, running: bool, rest: Duration) -> Option<Option<Command>> {
+        if !running {
+            return self.commands.recv().ok().map(Some);
+        }
+        if !rest.is_zero() {
+            return match self.commands.recv_timeout(rest) {
+                Ok(command) => Some(Some(command)),
+                Err(RecvTimeoutError::Timeout) => Some(None),
+                Err(RecvTimeoutError::Disconnected) => None,
+            };
+        }
+        match self.commands.try_recv() {
+            Ok(command) => Some(Some(command)),
+            Err(TryRecvError::Empty) => Some(None),
+            Err(TryRecvError::Disconnected) => None,
+        }
+    }
+
     /// The thread: obeys commands until it is told to end, or its owner is gone.
     fn obey(&mut self, report: &impl Fn(Report)) {
         let mut running = false;
+        // Time for which a running guest rests first.
+        let mut rest = Duration::ZERO;
         loop {
-            let command = if running {
-                match self.commands.try_recv() {
-                    Ok(command) => Some(command),
-                    Err(TryRecvError::Empty) => None,
-                    Err(TryRecvError::Disconnected) => return,
-                }
-            } else {
-                match self.commands.recv() {
-                    Ok(command) => Some(command),
-                    Err(_) => return,
-                }
+            let Some(command) = self.next(running, std::mem::take(&mut rest)) else {
+                return;
             };
             match command {
                 Some(Command::Run) => running = true,
+                Some(Command::Rest(time)) => rest = time,
                 Some(Command::Hold(answer)) => {
                     running = false;
                     self.excuse();

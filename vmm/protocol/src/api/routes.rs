@@ -105,6 +105,24 @@ pub const ROUTES: &[Route] = &[
                 summary: "Whether the connections are a tunnel's, whose end is not the other process's end",
             },
             Parameter {
+                name: "max_bytes_per_second",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What is sent at most; as much as goes when absent",
+            },
+            Parameter {
+                name: "throttle",
+                kind: ParameterKind::Switch,
+                required: false,
+                summary: "Whether vCPUs may be slowed down, when the guest writes faster than is sent; true when absent",
+            },
+            Parameter {
+                name: "when_late",
+                kind: ParameterKind::Text,
+                required: false,
+                summary: "If the downtime limit cannot be kept all the same: cancel (default), or go-on",
+            },
+            Parameter {
                 name: "tls_ca",
                 kind: ParameterKind::Text,
                 required: false,
