@@ -308,7 +308,10 @@ fn qcow2_images_that_are_damaged() {
             "malformed qcow2 header: incompatible_features is 18374686479671623680, expected no unknown bit",
         ),
     ];
-    for (at, change, expected) in changes {
+    let extension = usize::from(good[103]);
+    let names = &[0x68, 3, 0xf8, 0x57, 0, 0, 0, 49][..];
+    let cut = "malformed qcow2 header: feature name table is 49, expected 48 bytes for each name";
+    for (at, change, expected) in changes.iter().chain(&[(extension, names, cut)]) {
         let mut bad = good.clone();
         bad[*at..][..change.len()].copy_from_slice(change);
         case.write("bad", &bad);

@@ -17,6 +17,9 @@ pub(crate) const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Extension that names the backing file's format.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const BACKING_NAME_BYTES_MAX: u32 = 1023;
+/// Extension that names features, for messages; and an entry: two numbers, and the name.
+const FEATURE_NAMES: u32 = 0x6803_f857;
+const FEATURE_NAME_BYTES: u32 = 48;
 
 /// The incompatible features, by bit, and what to do about each.
 const INCOMPATIBLE: [(&str, &str); 5] = [
@@ -249,7 +252,33 @@ fn check_v3(fields: &Fields<'_>, cluster_bytes: u32) -> Result<u32, Qcow2Error> 
     let sane = length >= V3_BYTES && length.is_multiple_of(8) && length <= cluster_bytes;
     let expected = "104 or more, within a cluster";
     within("header_length", length.into(), sane, expected)?;
+    check_extensions(fields, length, cluster_bytes)?;
     Ok(length)
+}
+
+/// Walks the header's extensions as imago 0.2.6 does, which panics where a table of names ends within an entry.
+fn check_extensions(
+    fields: &Fields<'_>,
+    header_length: u32,
+    cluster_bytes: u32,
+) -> Result<(), Qcow2Error> {
+    let mut at = u64::from(header_length);
+    while at + 8 <= cluster_bytes.into() {
+        let place = usize::try_from(at).expect("within a cluster");
+        let (Ok(kind), Ok(length)) = (fields.u32(place), fields.u32(place + 4)) else {
+            // Nothing is behind the file's end. Of a large cluster we have not looked at all.
+            let seen = fields.0.len() < HEAD_BYTES;
+            return within("place of an extension", at, seen, "within the first 64 KiB");
+        };
+        if kind == 0 {
+            break;
+        }
+        let whole = kind != FEATURE_NAMES || length.is_multiple_of(FEATURE_NAME_BYTES);
+        let expected = "48 bytes for each name";
+        within("feature name table", length.into(), whole, expected)?;
+        at += 8 + u64::from(length).next_multiple_of(8);
+    }
+    Ok(())
 }
 
 fn check_features(fields: &Fields<'_>, version: u32) -> Result<(), Qcow2Error> {

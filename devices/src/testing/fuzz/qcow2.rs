@@ -126,7 +126,12 @@ pub fn qcow2_corpus() -> Vec<Vec<u8>> {
     let second_level = usize::try_from(word(first_level) & 0x00ff_ffff_ffff_fe00).unwrap();
     let entry = 1 << 62 | word(second_level + 16) & 0x00ff_ffff_ffff_fe00;
     compressed[1 + second_level..][..8].copy_from_slice(&u64::to_be_bytes(entry));
+    // Found by the fuzzer: a table of feature names that ends within an entry.
+    let mut names = used.clone();
+    let length = u32::from_be_bytes(used[1 + 100..][..4].try_into().unwrap());
+    let at = 1 + usize::try_from(length).unwrap();
+    names[at..][..8].copy_from_slice(&[0x68, 3, 0xf8, 0x57, 0, 0, 0, 49]);
     let mut read_only = used.clone();
     read_only[0] = 1;
-    vec![new, used, compressed, read_only]
+    vec![new, used, compressed, names, read_only]
 }
