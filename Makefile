@@ -42,9 +42,13 @@ lab: ## the same on NODES emulated Debian hosts with KVM, ports from PORT on
 lab-stop: ## end the lab
 	@target/debug/atoll-lab down
 
-lint: ## formatting and clippy, as CI does
+# The crates that are a library for others, too: their documentation has no broken link.
+DOCUMENTED = -p atoll-vmm -p atoll-vmm-protocol -p atoll-devices -p atoll-disk -p atoll-thread -p atoll-firmware
+
+lint: ## formatting, clippy and documentation, as CI does
 	cargo fmt --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps --locked $(DOCUMENTED)
 	cd firmware/probe && cargo fmt --check && cargo clippy --release --locked --target-dir ../../target/probe -- -D warnings
 
 test: ## every test; the table goes to target/test/summary.tsv
