@@ -20,8 +20,8 @@ vmm=/payload/bin/atoll-vmm
 kernel="--kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img"
 cmdline='console=ttyS0 root=LABEL=atoll-root rw net.ifnames=0 quiet init=/bin/bash'
 run() {
-  (setsid $vmm run --api-socket /var/t/api.sock --pid-file /var/t/pid "$@" >>vmm.log 2>&1; echo $? > exit) \
-    </dev/null >/dev/null 2>&1 &
+  (code=0; setsid $vmm run --api-socket /var/t/api.sock --pid-file /var/t/pid "$@" >>vmm.log 2>&1 || code=$?
+   echo $code > exit) </dev/null >/dev/null 2>&1 &
   for i in $(seq 300); do [ -S console.sock ] && return; [ -e exit ] && break; sleep 0.1; done
   cat vmm.log; exit 1
 }
