@@ -1,8 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Devices beside disk and terminal, with the stock Debian cloud kernel, in two machines one after the other: queue
-//! pairs in vhost-net, a balloon, an agent's channel, Unix sockets; then a directory of the host, beside the kernel's
-//! sockets, of which it only sees that they are there. A script is the guest's first process, so that nothing else
-//! takes the host's time.
+//! pairs in vhost-net, a balloon, an agent's channel, Unix sockets; then a directory of the host and the kernel's
+//! sockets. A script is the guest's first process, so that nothing else takes the host's time.
 
 use std::time::Duration;
 
@@ -53,6 +52,7 @@ const IN_SECOND: &str = r#"
 mount -t virtiofs share /mnt && echo "T-SHARED $(cat /mnt/hello)"
 head -c 3000000 /dev/urandom > /mnt/written; mkdir /mnt/a; mv /mnt/written /mnt/a/moved
 echo "T-SUM" $(md5sum < /mnt/a/moved | cut -d' ' -f1)
+perl /tmp/sockets.pl &
 while sleep 60; do :; done
 "#;
 
@@ -83,6 +83,9 @@ ip link set tap0 up
 
 const START_SECOND: &str = r#"
 modprobe vhost_vsock
+setsid python3 -c 'import socket
+s = socket.socket(socket.AF_VSOCK); s.bind((socket.VMADDR_CID_ANY, 5000)); s.listen()
+print(s.accept()[0].makefile().read(), end="", flush=True)' </dev/null >from-guest-kernel 2>&1 &
 mkdir -p share; echo hello from the host > share/hello
 setsid /payload/bin/virtiofsd --socket-path=/var/t/fs.sock --shared-dir=/var/t/share --sandbox=chroot \
   </dev/null >virtiofsd.log 2>&1 &
@@ -97,6 +100,10 @@ threading.Thread(target=lambda: (s.sendall(data), s.shutdown(socket.SHUT_WR))).s
 while part := s.recv(65536): got += part
 assert got == data, len(got)
 P"#;
+
+const BY_KERNEL: &str = r#"python3 - <<'P'
+import os, socket, threading
+s = socket.socket(socket.AF_VSOCK); s.settimeout(60); s.connect((8, 80))"#;
 
 const BY_UNIX_SOCKET: &str = r#"python3 - <<'P'
 import os, socket, threading
@@ -218,6 +225,13 @@ fn second_machine(host: &Host) {
     let sum_here = "md5sum < /var/t/share/a/moved | cut -d' ' -f1";
     let here = host.check(sum_here, SECOND * 30);
     assert_eq!(here.unwrap().trim(), sum);
+    hear(host, "T-LISTEN", 60);
+    let heard = "for i in $(seq 30); do [ -s /var/t/from-guest-kernel ] && break; sleep 1; done; \
+        cat /var/t/from-guest-kernel";
+    let heard = host.check(heard, SECOND * 60).unwrap();
+    assert_eq!(heard.trim(), "hello from the guest");
+    host.check(&format!("{BY_KERNEL}{ECHO}"), SECOND * 90)
+        .unwrap();
     control(host, "shutdown");
 }
 
