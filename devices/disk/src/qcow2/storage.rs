@@ -28,6 +28,8 @@ use imago::io_buffers::{IoBuffer, IoVector, IoVectorMut};
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageExt as _, StorageOpenOptions};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 
 use super::header::{Header, L1Place};
 use super::tables::{OFFSET_MASK, read_entries};
@@ -182,6 +184,15 @@ impl ImageStorage {
     fn byte_within(offset: u64, length: u64) -> Option<usize> {
         let at = FEATURES_BYTE.checked_sub(offset)?;
         (at < length).then(|| usize::try_from(at).expect("below 80"))
+    }
+
+    /// Whether a range of the file has no data: it reads as zeroes.
+    pub(super) fn is_hole(&self, offset: u64, length: u64) -> bool {
+        match seek(&self.beside, SeekFrom::Data(offset)) {
+            Ok(data) => data >= offset.saturating_add(length),
+            // None behind it. What cannot tell has data.
+            Err(error) => error == Errno::NXIO,
+        }
     }
 
     /// Learns where tables are, of an image that was opened and not used yet.

@@ -353,6 +353,48 @@ fn malformed_images_are_refused_in_one_line() {
     }
 }
 
+/// What a killed writer leaves is read as it is, and not repaired by who only reads.
+#[test]
+fn a_marked_image_is_repaired_by_its_next_writer() {
+    let (_directory, path) = new_image(4 << 20);
+    {
+        let disk = open(&source(&path, &[]), OpenOptions::default()).unwrap();
+        write(&*disk, 0, &[5; 1 << 20]).unwrap();
+    }
+    let mut image = std::fs::read(&path).unwrap();
+    // No count is right any more, nor is there a table of them.
+    let table = usize::try_from(u64::from_be_bytes(*image[48..].first_chunk().unwrap())).unwrap();
+    image[table..table + 65536].fill(0);
+    image[79] |= 1;
+    std::fs::write(&path, &image).unwrap();
+    let read_only = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    let mut buffer = vec![0; 1 << 20];
+    for (options, marked) in [(read_only, true), (OpenOptions::default(), false)] {
+        let disk = open(&source(&path, &[]), options).unwrap();
+        read(&*disk, 0, &mut buffer).unwrap();
+        assert_eq!(buffer, vec![5; 1 << 20]);
+        drop(disk);
+        assert_eq!(std::fs::read(&path).unwrap()[79] & 1 != 0, marked);
+    }
+    check_image(&path);
+    // The second entry of the second-level table leads to where the first one does.
+    let entry = |image: &[u8], at: usize| {
+        let entry = u64::from_be_bytes(*image[at..].first_chunk().unwrap());
+        usize::try_from(entry & tables::OFFSET_MASK).unwrap()
+    };
+    let second = entry(&image, entry(&image, 40));
+    image.copy_within(second..second + 8, second + 8);
+    std::fs::write(&path, &image).unwrap();
+    check_refused(
+        path.to_str().unwrap(),
+        &[],
+        "a cluster with two owners at byte",
+    );
+}
+
 /// Tables full of anything: errors, never a panic, and nothing read from outside the image.
 #[test]
 fn images_with_random_tables_end_in_errors() {
@@ -378,6 +420,8 @@ fn images_with_random_tables_end_in_errors() {
             };
             bad[at..at + 8].copy_from_slice(&value.to_be_bytes());
         }
+        // Every other one as if its writer had been killed.
+        bad[79] |= u8::from(seed % 2 == 1);
         std::fs::write(&path, bad).unwrap();
         let Ok(disk) = open(&source(&path, &[]), OpenOptions::default()) else {
             continue;
