@@ -15,10 +15,11 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use atoll_disk::qcow2::{Qcow2Options, create};
 use atoll_vmm_protocol::api::{Migrate, MigrationInfo, Request};
 use guest::{Guest, Place, Random, eventually, kvm, number, runs, shell, works};
 
@@ -46,6 +47,46 @@ fn begin(source: &Guest, target: &Guest, connections: &str) -> Child {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap()
+}
+
+/// A qcow2 image's tables are in the source's memory, too: the target must find all of them in the file, and the source
+/// must write none of them afterwards.
+#[test]
+fn a_qcow2_image_moves_with_its_guest() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    std::fs::remove_file(place.path("disk")).unwrap();
+    create(&place.path("disk"), 1 << 20, &Qcow2Options::default()).unwrap();
+    let arguments = shell("32", "1").into_iter().map(|argument| match argument {
+        "path=disk,format=raw" => "path=disk,format=qcow2",
+        other => other,
+    });
+    let mut guest = place.start(&arguments.collect::<Vec<_>>());
+    let mut serial = guest.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    for _ in 0..3 {
+        let mut target = target_for(&guest);
+        let moved = begin(&guest, &target, "1").wait_with_output().unwrap();
+        assert!(moved.status.success(), "{} {}", guest.said(), target.said());
+        assert_eq!(guest.ended().0.code(), Some(0));
+        serial = target.serial();
+        done = serial.load_beyond(done);
+        guest = target;
+    }
+    serial.end_load();
+    guest.ctl(&["shutdown"]).unwrap();
+    assert_eq!(guest.ended().0.code(), Some(0));
+    let checked = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2"])
+        .arg(guest.path("disk"))
+        .output();
+    match checked {
+        Ok(checked) => assert!(checked.status.success(), "{checked:?}"),
+        Err(error) => println!("ATOLL-SKIP: qemu-img: {error}"),
+    }
 }
 
 /// A UUID that is the same in either order of bytes.

@@ -66,5 +66,5 @@ pub use open::{
 pub use raw::RawBackend;
 pub use segments::Segments;
 pub use switchable::{MisfitError, Switchable};
-pub use transfer::transfer;
+pub use transfer::{flush, transfer};
 pub use zeroes::DetectZeroes;

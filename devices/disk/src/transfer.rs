@@ -48,13 +48,25 @@ pub fn transfer(
             return Err(io::ErrorKind::Interrupted.into());
         }
     }
+    flush_through(&mut *writes)
+}
+
+/// Makes what has been written to a disk durable, so that another host finds it. For a disk that nobody writes to at the
+/// moment. Blocks.
+pub fn flush(disk: &dyn BlockBackend) -> io::Result<()> {
+    let mut queue = disk.open_queue(1)?;
+    queue.hurry();
+    flush_through(&mut *queue)
+}
+
+fn flush_through(queue: &mut dyn BlockQueue) -> io::Result<()> {
     let flush = Request {
         token: 0,
         operation: Operation::Flush,
         offset_bytes: 0,
         segments: Segments::new(),
     };
-    one(&mut *writes, flush)
+    one(queue, flush)
 }
 
 /// Carries out one request and waits for it; nothing of it is in flight when this returns.

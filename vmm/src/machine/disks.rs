@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use atoll_devices::counters::CounterList;
@@ -70,6 +71,18 @@ impl Disk {
     /// The lock of its image, if it writes.
     pub(super) fn lock(&self) -> Option<&WriterLock> {
         self.lock.as_ref()
+    }
+
+    /// Makes what the guest has written durable, while the machine is held.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        match &self.backend {
+            Some(backend) if !backend.geometry().read_only => {
+                let backend = backend.clone();
+                // A queue's ring and threads are more than the owner may make.
+                atoll_thread::in_starter(move || atoll_disk::flush(&*backend))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What backups ask of it; a drive has nothing to back up.

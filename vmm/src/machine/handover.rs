@@ -199,6 +199,11 @@ impl Machine {
         if let Some(migration) = &mut self.migration {
             migration.held = true;
         }
+        // The target may be another host, which has none of this one's memory.
+        let mut flushed = self.parts.disks.iter().map(Disk::flush);
+        flushed
+            .try_for_each(|flushed| flushed)
+            .map_err(MigrationError::connection("write the disks back"))?;
         for lock in self.parts.disks.iter().filter_map(Disk::lock) {
             let released = lock.release();
             released.map_err(MigrationError::connection("let the target have the disks"))?;
