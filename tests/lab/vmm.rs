@@ -296,3 +296,33 @@ fn a_guest_restarts_itself_and_keeps_its_disk() {
     );
     assert!(info.unwrap().contains("\"reset_count\": 1"));
 }
+
+/// SVM is emulated by the lab, and the guest sees it by the CPU model `host`: what KVM has for its guests goes through a
+/// snapshot and a reset with it.
+#[test]
+fn a_guest_that_can_run_guests_goes_on_from_a_snapshot() {
+    let (hosts, _guard) = payload::start(1);
+    let host = &hosts[0];
+    host.check(PREPARE, SECOND * 120).unwrap();
+    start(host, 1, "off");
+    in_guest(
+        host,
+        "grep -qw svm /proc/cpuinfo && touch /dev/shm/before",
+        60,
+    );
+    let control = "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock";
+    let save = format!("{control} snapshot --to /var/t/saved && {control} shutdown");
+    host.check(&save, SECOND * 120).unwrap();
+    host.check("/var/t/wait-end 60", SECOND * 90).unwrap();
+    // No flag but "interrupts are taken", and the form of AMD.
+    let nested = r#"grep -o '"nested":"[0-9a-f]\{8\}' /var/t/saved/state.json"#;
+    let nested = host.check(nested, SECOND * 30).unwrap();
+    assert_eq!(nested.trim(), r#""nested":"00010100"#);
+    let restore = "cd /var/t; setsid /payload/bin/atoll-vmm run --restore saved --api-socket api.sock \
+         </dev/null >vmm.log 2>&1 & echo $! > /var/t/pid; \
+         for i in $(seq 100); do [ -S /var/t/console.sock ] && exit; sleep 0.1; done; cat /var/t/vmm.log; exit 1";
+    host.check(restore, SECOND * 60).unwrap();
+    in_guest(host, "test -e /dev/shm/before", 120);
+    in_guest(host, "systemctl --no-block reboot; echo going", 120);
+    in_guest(host, "! test -e /dev/shm/before", 240);
+}
