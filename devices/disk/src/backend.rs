@@ -138,6 +138,12 @@ pub trait BlockQueue: Send {
     /// Moves finished requests to `done`, in the order in which they finished.
     fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
 
+    /// Whether the next [`BlockQueue::complete`] finds something for sure: then there is no need to sleep. The
+    /// completion descriptor says the same, by a system call.
+    fn is_ready(&self) -> bool {
+        false
+    }
+
     /// Requests submitted whose completion has not been taken.
     fn in_flight(&self) -> usize;
 }

@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A queue whose requests are carried out within `kick`, on the caller's thread.
+//! A queue whose requests are carried out when their completions are asked for, on the caller's thread.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,13 +13,18 @@ use crate::backend::{BlockQueue, Completion, Full, Request, SharedGeometry};
 /// Carries out one request that fits the disk.
 pub(crate) type Transfer = dyn FnMut(&Request) -> io::Result<()> + Send;
 
-/// Requests wait until the kick and are finished after it.
+/// Requests and bytes that are carried out before the caller gets to pass on what is done. A driver that has the first
+/// of its requests back while the others are carried out sends more in time; one that gets few at a time is interrupted
+/// often. Measured with 32 requests of 4 KiB and 8 of 256 KiB in flight, on a tmpfs.
+const BATCH_REQUESTS: usize = 8;
+const BATCH_BYTES: u64 = 1 << 20;
+
+/// Requests wait until their completions are asked for.
 pub(crate) struct ImmediateQueue {
     geometry: Arc<SharedGeometry>,
     depth: usize,
     transfer: Box<Transfer>,
     waiting: VecDeque<Request>,
-    finished: Vec<Completion>,
     event: OwnedFd,
 }
 
@@ -34,7 +39,6 @@ impl ImmediateQueue {
             depth: depth.into(),
             transfer,
             waiting: VecDeque::new(),
-            finished: Vec::new(),
             event: completion_event()?,
         })
     }
@@ -54,26 +58,50 @@ impl BlockQueue for ImmediateQueue {
     }
 
     fn kick(&mut self) -> io::Result<()> {
-        if self.waiting.is_empty() {
-            return Ok(());
+        match self.is_ready() {
+            true => signal(&self.event),
+            false => Ok(()),
         }
-        while let Some(request) = self.waiting.pop_front() {
-            let result = request
-                .check(self.geometry.get())
-                .and_then(|()| (self.transfer)(&request));
-            self.finished.push(request.finish(result));
-        }
-        signal(&self.event)
     }
 
     fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
-        reset(&self.event)?;
-        done.append(&mut self.finished);
-        Ok(())
+        let mut bytes = 0;
+        for _ in 0..BATCH_REQUESTS {
+            let Some(request) = self.waiting.pop_front() else {
+                break;
+            };
+            let range = request.range();
+            bytes += range.end - range.start;
+            let result = request
+                .check(self.geometry.get())
+                .and_then(|()| (self.transfer)(&request));
+            done.push(request.finish(result));
+            if bytes >= BATCH_BYTES {
+                break;
+            }
+        }
+        match self.is_ready() {
+            true => signal(&self.event), // Once more, for those who look at its edges.
+            false => reset(&self.event),
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     fn in_flight(&self) -> usize {
-        self.waiting.len() + self.finished.len()
+        self.waiting.len()
+    }
+}
+
+impl Drop for ImmediateQueue {
+    fn drop(&mut self) {
+        // What was kicked is on the disk when the queue is gone; nobody is left to be told how it went.
+        let mut done = Vec::new();
+        while self.is_ready() {
+            let _ = self.complete(&mut done);
+        }
     }
 }
 

@@ -84,6 +84,11 @@ pub trait QueueLayer: Send {
         self.below_mut().complete(done)
     }
 
+    /// See [`BlockQueue::is_ready`].
+    fn is_ready(&self) -> bool {
+        self.below().is_ready()
+    }
+
     /// See [`BlockQueue::in_flight`].
     fn in_flight(&self) -> usize {
         self.below().in_flight()
@@ -113,6 +118,10 @@ impl<L: QueueLayer> BlockQueue for L {
 
     fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         QueueLayer::complete(self, done)
+    }
+
+    fn is_ready(&self) -> bool {
+        QueueLayer::is_ready(self)
     }
 
     fn in_flight(&self) -> usize {

@@ -16,8 +16,8 @@
 //! 3. [`Switchable`]: what is above stays when a [`Mirror`] takes the disk's place.
 //! 4. [`DetectZeroes`]: rewrites requests for the image alone.
 //!
-//! Engines: a raw disk is served by io_uring where the process may use it, else by a few threads; qcow2 always
-//! by threads. A backend knows sectors and host memory, nothing of virtio, guests or image names. Offsets come
+//! Engines: a raw disk whose file is the host's memory (tmpfs) is served by its queues' own threads; any other by
+//! io_uring where the process may use it, else by a few threads; qcow2 always by threads. A backend knows sectors and host memory, nothing of virtio, guests or image names. Offsets come
 //! from the guest: an implementation must not panic on any of them.
 
 mod alignment;

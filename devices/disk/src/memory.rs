@@ -9,7 +9,7 @@ use crate::backend::{
 };
 use crate::immediate::ImmediateQueue;
 
-/// A disk in RAM. Completes each request when it is kicked.
+/// A disk in RAM. Carries out each request when its completion is asked for.
 #[derive(Debug, Clone)]
 pub struct MemoryBackend {
     // Protects the sectors of all queues; a leaf lock, held for one copy.

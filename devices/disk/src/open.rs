@@ -25,6 +25,8 @@ pub enum Engine {
     Uring,
     /// preadv and pwritev on a few threads.
     Threads,
+    /// preadv and pwritev on the queue's own thread: for files that no request waits for.
+    InPlace,
 }
 
 impl Engine {
@@ -36,7 +38,29 @@ impl Engine {
             Self::Threads
         }
     }
+
+    /// The best one for `file`. Where sectors are memory, a request is one copy; io_uring would hand every write to
+    /// a thread of the kernel, since these file systems have no writes that promise not to wait.
+    pub(crate) fn best_for(file: &File) -> io::Result<Self> {
+        Ok(match is_memory(file)? {
+            true => Self::InPlace,
+            false => Self::best(),
+        })
+    }
 }
+
+/// Whether the file's sectors are this host's memory: on tmpfs, ramfs or hugetlbfs. Others wait for a device or a
+/// network, at least for what they have not cached.
+fn is_memory(file: &File) -> io::Result<bool> {
+    let kind = rustix::fs::fstatfs(file)?.f_type;
+    Ok(matches!(
+        kind,
+        libc::TMPFS_MAGIC | RAMFS_MAGIC | libc::HUGETLBFS_MAGIC
+    ))
+}
+
+/// `linux/magic.h`; the C library's headers lack it.
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
 
 /// What stands between the guest's writes and the disk, by the names that PVE and QEMU give them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -101,7 +125,7 @@ pub struct Source {
 pub struct OpenOptions {
     /// Refuse writes; several readers may then share the image.
     pub read_only: bool,
-    /// `None` takes io_uring where the process may use it.
+    /// `None` takes the best one for the image.
     pub engine: Option<Engine>,
     /// See [`Cache`].
     pub cache: Cache,

@@ -14,13 +14,14 @@ use crate::alignment::{AlignedBuffer, Alignment};
 use crate::backend::{
     Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, ResizeError, SharedGeometry,
 };
+use crate::immediate::ImmediateQueue;
 use crate::open::{Cache, Engine, ImageFile, OpenError, OpenOptions};
 use crate::pool::Pooled;
 use crate::segments::Segments;
 use crate::uring::UringQueue;
 use crate::zeroing::{LENGTH_BYTES_MAX, Way, zeroes};
 
-/// What both engines need of a raw disk.
+/// What every engine needs of a raw disk.
 #[derive(Debug)]
 pub(crate) struct RawFile {
     pub(crate) file: File,
@@ -45,6 +46,12 @@ impl RawFile {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         Ok(())
+    }
+
+    /// Carries out any request, blocking.
+    fn serve(&self, request: &Request) -> io::Result<()> {
+        self.check(request)?;
+        self.transfer(request)
     }
 
     /// Carries out a request that [`RawFile::check`] accepted, blocking.
@@ -148,7 +155,8 @@ pub struct RawBackend {
     file: Arc<RawFile>,
     abilities: Abilities,
     is_device: bool,
-    /// Absent: io_uring.
+    engine: Engine,
+    /// For [`Engine::Threads`].
     pool: Option<Pooled>,
 }
 
@@ -167,6 +175,10 @@ impl RawBackend {
             size_bytes: image.size_bytes,
             read_only: options.read_only,
         }));
+        let engine = match options.engine {
+            Some(engine) => engine,
+            None => Engine::best_for(&image.file).map_err(failed)?,
+        };
         let is_device = image.is_device;
         let file = Arc::new(RawFile {
             file: image.file,
@@ -174,17 +186,11 @@ impl RawBackend {
             geometry: geometry.clone(),
             ignores_flush: options.cache == Cache::Unsafe,
         });
-        let pool = match options.engine.unwrap_or_else(Engine::best) {
-            Engine::Uring => None,
-            Engine::Threads => {
-                let serving = file.clone();
-                let transfer = move |request: &Request| {
-                    serving.check(request)?;
-                    serving.transfer(request)
-                };
-                Some(Pooled::new(geometry, Arc::new(transfer), Arc::new(|| {})))
-            }
-        };
+        let pool = (engine == Engine::Threads).then(|| {
+            let serving = file.clone();
+            let serve = move |request: &Request| serving.serve(request);
+            Pooled::new(geometry, Arc::new(serve), Arc::new(|| {}))
+        });
         let block_bytes = alignment.offset_bytes;
         Ok(Self {
             file,
@@ -195,16 +201,14 @@ impl RawBackend {
                 ..Abilities::default()
             },
             is_device,
+            engine,
             pool,
         })
     }
 
     /// The engine in use.
     pub fn engine(&self) -> Engine {
-        match self.pool {
-            Some(_) => Engine::Threads,
-            None => Engine::Uring,
-        }
+        self.engine
     }
 }
 
@@ -239,6 +243,11 @@ impl BlockBackend for RawBackend {
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         Ok(match &self.pool {
             Some(pool) => Box::new(pool.queue(depth)?),
+            None if self.engine == Engine::InPlace => {
+                let (geometry, file) = (self.file.geometry.clone(), self.file.clone());
+                let serve = Box::new(move |request: &Request| file.serve(request));
+                Box::new(ImmediateQueue::new(geometry, depth, serve)?)
+            }
             None => Box::new(UringQueue::new(self.file.clone(), depth)?),
         })
     }

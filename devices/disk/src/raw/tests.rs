@@ -76,6 +76,24 @@ fn conforms_with_threads() {
 }
 
 #[test]
+fn conforms_in_place() {
+    conform(Engine::InPlace);
+}
+
+#[test]
+fn memory_is_served_in_place_and_nothing_else() {
+    // memfd_create(2): such a file is on a tmpfs of the kernel's own.
+    let file = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    assert_eq!(Engine::best_for(&file.into()).unwrap(), Engine::InPlace);
+    let other = File::open("/proc/self/exe").unwrap();
+    if rustix::fs::fstatfs(&other).unwrap().f_type == libc::TMPFS_MAGIC {
+        println!("ATOLL-SKIP: this program is on a tmpfs");
+        return;
+    }
+    assert_eq!(Engine::best_for(&other).unwrap(), Engine::best());
+}
+
+#[test]
 fn conforms_with_detected_zeroes() {
     conformance::check(|geometry| {
         let (_directory, path) = image(geometry.size_bytes);
@@ -215,7 +233,7 @@ fn locks_are_understood_by_qemu_and_the_other_way_round() {
 #[test]
 fn a_file_that_shrank_gives_an_error_and_no_stale_data() {
     let (_directory, path) = image(8192);
-    for engine in [Engine::Uring, Engine::Threads] {
+    for engine in [Engine::Uring, Engine::Threads, Engine::InPlace] {
         let file = File::options().read(true).write(true).open(&path).unwrap();
         file.set_len(8192).unwrap();
         let options = OpenOptions {
@@ -240,7 +258,7 @@ fn a_file_that_shrank_gives_an_error_and_no_stale_data() {
 #[test]
 fn unaligned_memory_goes_through_a_copy() {
     let (_directory, path) = image(65536);
-    for engine in [Engine::best(), Engine::Threads] {
+    for engine in [Engine::best(), Engine::Threads, Engine::InPlace] {
         let options = OpenOptions {
             cache: Cache::None,
             engine: Some(engine),
