@@ -338,6 +338,14 @@ impl DeviceQueue {
         Ok(true)
     }
 
+    /// Whether the driver has offered a chain that was not taken.
+    pub fn has_chains(&self) -> Result<bool, QueueError> {
+        let offered = self
+            .queue
+            .avail_idx(&*self.memory.memory(), Ordering::Acquire)?;
+        Ok(offered.0 != self.queue.next_avail())
+    }
+
     /// Gives the last `count` chains back, to be popped again.
     pub fn undo_pop(&mut self, count: u16) {
         let next = self.queue.next_avail().wrapping_sub(count);
