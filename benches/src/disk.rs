@@ -170,12 +170,13 @@ fn rows_of(bench: &Bench, medium: &Medium) -> anyhow::Result<Vec<Row>> {
     let programs = Programs::find(bench)?;
     let folder = tempfile::tempdir_in((medium.folder)(bench)).context("a folder for images")?;
     let raw = raw_image(folder.path())?;
-    let image = match medium.format {
-        "raw" => raw.clone(),
-        format => converted(&raw, format)?,
-    };
     let mut rows = Vec::new();
     for work in WORKS {
+        // Anew for each row: a VMM that had to be given up leaves its image marked as in use.
+        let image = match medium.format {
+            "raw" => raw.clone(),
+            format => converted(&raw, format)?,
+        };
         let work = Work {
             count: work.count / medium.slowness,
             ..*work

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -18,8 +20,11 @@ use crate::Bench;
 
 /// Memory of every guest.
 pub const MEMORY_MIB: u64 = 128;
-/// Longest silence of a guest that is at work: a lost interrupt must not hold the benchmarks for ever.
-const SILENCE: Duration = Duration::from_secs(60);
+/// Longest silence of a guest that is at work, which takes about a second: a lost interrupt must not hold the
+/// benchmarks for ever.
+const SILENCE: Duration = Duration::from_secs(20);
+/// Longest time that a VMM whose guest has powered off, or that was asked to end, takes for that.
+const END: Duration = Duration::from_secs(5);
 
 /// What a guest has beside memory and a serial port.
 #[derive(Debug, Default)]
@@ -287,6 +292,25 @@ impl Running {
     }
 }
 
+impl Running {
+    /// Waits for the end of a VMM whose guest is done; asks for it with SIGTERM when it does not come. One that is killed
+    /// leaves its qcow2 image marked as in use, and the next one refuses it.
+    fn finish(mut self) -> anyhow::Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.id())?);
+        for _ in 0..2 {
+            let deadline = Instant::now() + END;
+            while Instant::now() < deadline {
+                if self.0.try_wait()?.is_some() {
+                    return Ok(());
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            kill(pid, Signal::SIGTERM)?;
+        }
+        anyhow::bail!("it does not end")
+    }
+}
+
 fn last_line(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.lines().last().unwrap_or_default().to_owned()
@@ -311,6 +335,7 @@ pub fn work(
     let cmdline = format!("bench {} {work}", guest.cmdline);
     let mut running = Running::start(programs, monitor, &Guest { cmdline, ..guest })?;
     let said = running.wait_for(b"bench done")?;
+    running.finish()?;
     let said = said.lines().find_map(|line| line.split_once("ns="));
     let (_, ns) = said.with_context(|| format!("no result of {work}"))?;
     let digits = ns.split(' ').next().unwrap_or_default();
