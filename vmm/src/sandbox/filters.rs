@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Which system calls each kind of thread may make. This file is the whole policy; `seccomp` compiles it.
+//! Which system calls each kind of thread may make. This file is the whole policy; `program` compiles it.
 //!
 //! A thread gets [`COMMON`] and the tables of its kind in [`tables`]. What is not listed ends the process, with one
 //! line that names the thread and the call. To add a device whose thread needs more: a new
@@ -189,7 +189,7 @@ const VCPU: &[Call] = &[
     // Firmware's variables: a byte of flash is in its file before the guest is told so.
     call(libc::SYS_pwrite64),
     ioctl(&[
-        nr(KVM, 0x80),          // KVM_RUN: first, since it is asked for with every exit.
+        nr(KVM, 0x80),          // KVM_RUN
         nr(KVM, 0x79),          // KVM_IOEVENTFD
         nr(KVM, 0x76),          // KVM_IRQFD
         nr(KVM, 0x6a),          // KVM_SET_GSI_ROUTING

@@ -19,6 +19,7 @@
 mod filters;
 mod jail;
 mod names;
+mod program;
 mod seccomp;
 
 pub(crate) use seccomp::keep_one_heap;

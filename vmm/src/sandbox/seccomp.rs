@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Compiles the tables of `filters`, installs them on threads, and names a denied call in the log.
+//! Has the tables of `filters` compiled (`program`), installs them on threads, and names a denied call in the log.
 //!
 //! A filter holds for the thread that installs it and for all that this one makes. So the threads of the machine's
 //! start are made before the starter gets its own, and have exactly one filter each; a vCPU's exits cost one.
@@ -9,21 +9,16 @@
     reason = "a signal handler, and the registers of the denied call"
 )]
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use atoll_thread::Kind;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, apply_filter,
-};
+use seccompiler::{BpfProgram, apply_filter};
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::filters::{self, Call, When};
-use super::{DENIED_EXIT_CODE, SandboxError, Seccomp, names};
+use super::{DENIED_EXIT_CODE, SandboxError, Seccomp, filters, names, program};
 
 /// What happens with a denied call; set once, by [`arm`].
 static MODE: OnceLock<Seccomp> = OnceLock::new();
@@ -72,54 +67,17 @@ pub(super) fn enter(kind: Kind) {
 }
 
 fn compile(kind: Kind) -> BpfProgram {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    let mut add_kind = |kind: Kind| {
-        let tables = filters::tables(kind);
-        tables
-            .iter()
-            .copied()
-            .flatten()
-            .for_each(|call| add(&mut rules, call));
+    let late: &[Kind] = match kind {
+        Kind::Starter => filters::LATE,
+        _ => &[],
     };
-    add_kind(kind);
-    if kind == Kind::Starter {
-        filters::LATE.iter().copied().for_each(add_kind);
-    }
     let denied = match MODE.get() {
-        Some(Seccomp::Log) => SeccompAction::Log,
-        _ => SeccompAction::Trap,
+        Some(Seccomp::Log) => libc::SECCOMP_RET_LOG,
+        _ => libc::SECCOMP_RET_TRAP,
     };
-    let architecture = TargetArch::try_from(std::env::consts::ARCH)
-        .expect("this program is for the architectures that the filters are for");
-    SeccompFilter::new(rules, denied, SeccompAction::Allow, architecture)
-        .and_then(TryInto::try_into)
-        .expect("the tables are constants, and a test compiles them all")
-}
-
-/// No condition is stronger than any: an empty list of rules.
-fn add(rules: &mut BTreeMap<i64, Vec<SeccompRule>>, call: &Call) {
-    let known = rules.contains_key(&call.number);
-    let alternatives = rules.entry(call.number).or_default();
-    if known && alternatives.is_empty() {
-        return;
-    }
-    match call.when {
-        When::Always => alternatives.clear(),
-        When::Argument {
-            index,
-            mask,
-            one_of,
-        } => alternatives.extend(one_of.iter().map(|value| {
-            SeccompCondition::new(
-                index,
-                SeccompCmpArgLen::Dword,
-                SeccompCmpOp::MaskedEq(mask.into()),
-                (*value).into(),
-            )
-            .and_then(|condition| SeccompRule::new(vec![condition]))
-            .expect("the tables are constants, and a test compiles them all")
-        })),
-    }
+    let kinds = std::iter::once(&kind).chain(late);
+    let tables = kinds.flat_map(|kind| filters::tables(*kind));
+    program::compile(tables.copied().flatten(), denied)
 }
 
 /// Installs the handler of SIGSYS, which the kernel sends instead of carrying out a denied call.
