@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Reads of a disk that are waited for, into memory of ours: for threads that copy, not for virtqueues.
-#![expect(unsafe_code, reason = "requests point at the reader's own buffer")]
+//! Requests to a disk that are waited for, with memory of ours: for threads that copy or serve, not for virtqueues.
+#![expect(unsafe_code, reason = "requests point at this queue's own buffer")]
 
 use std::io;
 
@@ -9,10 +9,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::backend::{BlockBackend, BlockQueue, Completion, Operation, Request};
 use crate::segments::Segments;
 
-/// A queue of a disk with room for one request, and the memory that it fills.
+/// A queue of a disk with room for one request, and the memory that it fills or writes.
 ///
 /// Fields are dropped in their order: a dropped queue waits for what is in flight, so the memory outlives it.
-pub(crate) struct BlockingReader {
+pub(crate) struct BlockingDisk {
     queue: Box<dyn BlockQueue>,
     buffer: Vec<u8>,
     done: Vec<Completion>,
@@ -20,8 +20,8 @@ pub(crate) struct BlockingReader {
     lost: bool,
 }
 
-impl BlockingReader {
-    /// Reads of up to `bytes_max`. Called where a queue may be opened; used on any one thread after that.
+impl BlockingDisk {
+    /// Requests of up to `bytes_max`. Called where a queue may be opened; used on any one thread after that.
     pub(crate) fn open(disk: &dyn BlockBackend, bytes_max: usize) -> io::Result<Self> {
         Ok(Self {
             queue: disk.open_queue(1)?,
@@ -34,17 +34,38 @@ impl BlockingReader {
     /// Reads `length` bytes, at most as many as it was opened for. Start and length are multiples of the disk's
     /// block. Blocks.
     pub(crate) fn read(&mut self, offset_bytes: u64, length: usize) -> io::Result<&[u8]> {
+        self.act(Operation::Read, offset_bytes, length)?;
+        Ok(&self.buffer[..length])
+    }
+
+    /// What the next write takes, at most as many bytes as it was opened for.
+    pub(crate) fn buffer(&mut self, length: usize) -> io::Result<&mut [u8]> {
+        match self.lost {
+            true => Err(lost()),
+            false => Ok(&mut self.buffer[..length]),
+        }
+    }
+
+    /// Carries out a request over the first `length` bytes of the buffer, 0 for what moves none. Blocks.
+    pub(crate) fn act(
+        &mut self,
+        operation: Operation,
+        offset_bytes: u64,
+        length: usize,
+    ) -> io::Result<()> {
         if self.lost {
-            return Err(io::Error::other("the disk's engine has failed"));
+            return Err(lost());
         }
         let target = &mut self.buffer[..length];
         let mut segments = Segments::new();
-        // SAFETY: the buffer is never resized, is not touched before the request has completed (`lost` sees to that
-        // when its completion cannot be waited for), and is freed after the queue, whose drop waits.
-        unsafe { segments.push(target.as_mut_ptr(), target.len()) };
+        if length > 0 {
+            // SAFETY: the buffer is never resized, is not touched before the request has completed (`lost` sees to that
+            // when its completion cannot be waited for), and is freed after the queue, whose drop waits.
+            unsafe { segments.push(target.as_mut_ptr(), target.len()) };
+        }
         let request = Request {
             token: 0,
-            operation: Operation::Read,
+            operation,
             offset_bytes,
             segments,
         };
@@ -58,8 +79,7 @@ impl BlockingReader {
             }
         };
         self.lost = false;
-        completion.result?;
-        Ok(&self.buffer[..length])
+        completion.result
     }
 
     fn advance(&mut self) -> io::Result<()> {
@@ -71,4 +91,8 @@ impl BlockingReader {
         }
         self.queue.complete(&mut self.done)
     }
+}
+
+fn lost() -> io::Error {
+    io::Error::other("the disk's engine has failed")
 }

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use crate::backend::{BlockBackend, BlockQueue, Full, Request};
-use crate::blocking::BlockingReader;
+use crate::blocking::BlockingDisk;
 use crate::changes::ChangeMap;
 use crate::layer::{Layer, QueueLayer};
 
@@ -47,7 +47,7 @@ pub struct Frozen {
     saved_bytes: AtomicU64,
     /// One copy at a time, so that no block is copied while another queue's write to it is under way. The lock is held
     /// over the copy's system calls: whoever waits for it would have to wait for that copy anyway, or for the disk.
-    copier: Mutex<BlockingReader>,
+    copier: Mutex<BlockingDisk>,
     /// Why it can be read no more.
     broken: OnceLock<String>,
 }
@@ -55,7 +55,7 @@ pub struct Frozen {
 /// Reads a frozen disk. One a thread.
 pub struct FrozenReader {
     frozen: Arc<Frozen>,
-    disk: BlockingReader,
+    disk: BlockingDisk,
 }
 
 impl Freezable {
@@ -74,7 +74,7 @@ impl Freezable {
         fleece.set_len(size_bytes)?;
         let frozen = Arc::new(Frozen {
             size_bytes,
-            copier: Mutex::new(BlockingReader::open(&*self.inner, BLOCK_BYTES as usize)?),
+            copier: Mutex::new(BlockingDisk::open(&*self.inner, BLOCK_BYTES as usize)?),
             disk: self.inner.clone(),
             fleece,
             saved: ChangeMap::new(size_bytes, BLOCK_BYTES),
@@ -117,7 +117,7 @@ impl Frozen {
     /// Another reader. Called where a queue may be opened.
     pub fn open_reader(self: &Arc<Self>) -> io::Result<FrozenReader> {
         Ok(FrozenReader {
-            disk: BlockingReader::open(&*self.disk, READ_BYTES_MAX)?,
+            disk: BlockingDisk::open(&*self.disk, READ_BYTES_MAX)?,
             frozen: self.clone(),
         })
     }

@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::backend::{BlockBackend, SECTOR_BYTES};
 use crate::lock::{Use, WriterLock, lock};
+use crate::nbd::{NbdBackend, NbdClientError};
 use crate::qcow2::{Qcow2Backend, Qcow2Error};
 use crate::raw::RawBackend;
 use crate::uring;
@@ -196,6 +197,20 @@ pub enum OpenError {
         /// The image.
         path: PathBuf,
     },
+    /// Whoever serves it does not.
+    #[error("disk {path}")]
+    Remote {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong.
+        source: NbdClientError,
+    },
+    /// The guest is to write to it.
+    #[error("disk {path}: its server lets nobody write: make it read-only")]
+    RemoteReadOnly {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The image is malformed, or of a kind that is not supported.
     #[error("disk {path}")]
     Qcow2 {
@@ -216,13 +231,20 @@ pub(crate) struct ImageFile {
     pub(crate) is_device: bool,
 }
 
-/// All files of one disk, open and locked until the last backend or queue made from them is dropped.
-#[derive(Debug)]
+/// All files of one disk, open and locked until the last backend or queue made from them is dropped; or the connections
+/// with whoever has them.
 pub struct OpenedDisk {
-    image: ImageFile,
-    format: Format,
-    backing: Vec<(ImageFile, Format)>,
+    content: Opened,
     options: OpenOptions,
+}
+
+enum Opened {
+    Image {
+        image: ImageFile,
+        format: Format,
+        backing: Vec<(ImageFile, Format)>,
+    },
+    Remote(NbdBackend),
 }
 
 /// Opens and locks all files of a disk: the image for what `options` say, those behind it for reading.
@@ -287,12 +309,32 @@ impl OpenedDisk {
         });
         // Those behind first: a disk that cannot be has not locked its image.
         let backing = backing.collect::<Result<_, OpenError>>()?;
-        Ok(Self {
+        let content = Opened::Image {
             image: take_file(image, &source.path, options)?,
             format: source.format,
             backing,
-            options,
-        })
+        };
+        Ok(Self { content, options })
+    }
+
+    /// A disk that another process serves: the default export at the other end of connected sockets. Blocks for its
+    /// answers.
+    pub fn remote(
+        streams: Vec<OwnedFd>,
+        path: &Path,
+        options: OpenOptions,
+    ) -> Result<Self, OpenError> {
+        let backend = NbdBackend::open(streams, "", options.read_only);
+        let backend = backend.map_err(|source| OpenError::Remote {
+            path: path.to_owned(),
+            source,
+        })?;
+        if backend.geometry().read_only && !options.read_only {
+            let path = path.to_owned();
+            return Err(OpenError::RemoteReadOnly { path });
+        }
+        let content = Opened::Remote(backend);
+        Ok(Self { content, options })
     }
 
     /// The same of a disk that is one file.
@@ -310,35 +352,47 @@ impl OpenedDisk {
         Self::from_files(vec![file], &source, options)
     }
 
-    /// The lock of the image, if it is open for writing.
+    /// The lock of the image, if it is open for writing. Whoever serves a disk has its own.
     pub fn writer_lock(&self) -> Result<Option<WriterLock>, OpenError> {
+        let Opened::Image { image, .. } = &self.content else {
+            return Ok(None);
+        };
         if self.options.read_only {
             return Ok(None);
         }
-        let lock = WriterLock::of(&self.image.file).map_err(|source| OpenError::Open {
-            path: self.image.path.clone(),
+        let lock = WriterLock::of(&image.file).map_err(|source| OpenError::Open {
+            path: image.path.clone(),
             source,
         })?;
         Ok(Some(lock))
     }
 
-    /// Another handle of the image, for its attributes and to make it durable.
-    pub fn image(&self) -> Result<File, OpenError> {
-        self.image
-            .file
-            .try_clone()
-            .map_err(|source| OpenError::Open {
-                path: self.image.path.clone(),
-                source,
-            })
+    /// Another handle of the image, for its attributes and to make it durable; none of a disk that is served.
+    pub fn image(&self) -> Result<Option<File>, OpenError> {
+        let Opened::Image { image, .. } = &self.content else {
+            return Ok(None);
+        };
+        let file = image.file.try_clone();
+        let file = file.map_err(|source| OpenError::Open {
+            path: image.path.clone(),
+            source,
+        })?;
+        Ok(Some(file))
     }
 
     /// The backend that serves it. Opens nothing.
     pub fn backend(self) -> Result<Arc<dyn BlockBackend>, OpenError> {
         let options = self.options;
-        let backend: Arc<dyn BlockBackend> = match self.format {
-            Format::Raw => Arc::new(RawBackend::new(self.image, options)?),
-            Format::Qcow2 => Arc::new(Qcow2Backend::new(self.image, self.backing, options)?),
+        let backend: Arc<dyn BlockBackend> = match self.content {
+            Opened::Remote(backend) => Arc::new(backend),
+            Opened::Image {
+                image,
+                format,
+                backing,
+            } => match format {
+                Format::Raw => Arc::new(RawBackend::new(image, options)?),
+                Format::Qcow2 => Arc::new(Qcow2Backend::new(image, backing, options)?),
+            },
         };
         match options.detect_zeroes && backend.abilities().write_zeroes && !options.read_only {
             true => Ok(Arc::new(DetectZeroes::new(backend, options.discard))),

@@ -16,9 +16,9 @@ use super::{Export, NbdError};
 const OPTION_BYTES_MAX: u32 = 64 << 10;
 /// Options after which a client that has not chosen is sent away.
 const OPTIONS_MAX: usize = 1000;
-/// What clients should read at once, and what they may, bytes.
+/// What clients should read or write at once, and what they may, bytes.
 const PREFERRED_BYTES: u32 = 1 << 20;
-pub(super) const READ_BYTES_MAX: u32 = 32 << 20;
+pub(super) const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 
 /// Metadata contexts, by their number on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,8 +145,8 @@ impl<'e, S: Read + Write> Haggling<'_, 'e, S> {
             return Err(NbdError::Protocol("it wants an export that does not exist"));
         };
         let mut answer = Vec::new();
-        answer.extend(export.disk.size_bytes().to_be_bytes());
-        answer.extend(self.abilities().to_be_bytes());
+        answer.extend(export.content.size_bytes().to_be_bytes());
+        answer.extend(self.abilities(export).to_be_bytes());
         if !self.no_zeroes {
             answer.extend([0; 124]);
         }
@@ -178,22 +178,25 @@ impl<'e, S: Read + Write> Haggling<'_, 'e, S> {
         let Some(export) = self.find(name) else {
             return self.unknown(option);
         };
-        let size = export.disk.size_bytes();
+        let size = export.content.size_bytes();
         let mut about = Vec::new();
         about.extend(info::EXPORT.to_be_bytes());
         about.extend(size.to_be_bytes());
-        about.extend(self.abilities().to_be_bytes());
+        about.extend(self.abilities(export).to_be_bytes());
         self.reply(option, reply::INFO, &about)?;
         while let Some(wanted) = fields.u16() {
             let mut about = wanted.to_be_bytes().to_vec();
             match wanted {
                 info::NAME => about.extend(export.name.as_bytes()),
-                // Any byte may be read: the reader rounds.
                 info::BLOCK_SIZE => {
                     about.extend(
-                        [1, PREFERRED_BYTES, READ_BYTES_MAX]
-                            .map(u32::to_be_bytes)
-                            .concat(),
+                        [
+                            export.content.unit_bytes(),
+                            PREFERRED_BYTES,
+                            PAYLOAD_BYTES_MAX,
+                        ]
+                        .map(u32::to_be_bytes)
+                        .concat(),
                     );
                 }
                 _ => continue,
@@ -248,9 +251,9 @@ impl<'e, S: Read + Write> Haggling<'_, 'e, S> {
         self.acknowledge(option)
     }
 
-    fn abilities(&self) -> u16 {
+    fn abilities(&self, export: &Export) -> u16 {
         let fragments = if self.structured { ability::SEND_DF } else { 0 };
-        ability::HAS_FLAGS | ability::READ_ONLY | ability::CAN_MULTI_CONN | fragments
+        export.content.abilities() | fragments
     }
 
     fn acknowledge(&mut self, option: u32) -> Result<Step<'e>, NbdError> {

@@ -134,8 +134,8 @@ fn leave(shared: &Shared, number: usize) {
 
 fn serve(shared: &Shared, number: usize, mut stream: UnixStream) {
     let open = |export: &Export| {
-        let disk = export.disk.clone();
-        atoll_thread::in_starter(move || disk.open_reader())
+        let content = export.content.clone();
+        atoll_thread::in_starter(move || content.open())
     };
     // A client that misbehaves or leaves has nobody to be told.
     let _: Result<(), NbdError> = converse(&mut stream, &shared.exports, open);

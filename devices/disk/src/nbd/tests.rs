@@ -8,11 +8,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{CONNECTIONS_MAX, Export, NbdServer, converse};
-use crate::backend::Geometry;
-use crate::changes::BlockSet;
-use crate::conformance::write;
-use crate::{Freezable, MemoryBackend};
+use super::{CONNECTIONS_MAX, Content, Export, NbdBackend, NbdServer, converse};
+use crate::backend::{BlockBackend, Geometry, Operation, Space};
+use crate::changes::{BlockSet, Tracked};
+use crate::conformance::{act, read, write};
+use crate::{Freezable, MemoryBackend, Mirror, MirrorOptions};
 
 const SIZE_BYTES: u64 = (9 << 20) + 512;
 const BLOCK_BYTES: u32 = 64 << 10;
@@ -45,7 +45,7 @@ fn exports(disk: &Freezable, changed: &BlockSet) -> Vec<Export> {
     let frozen = disk.freeze(tempfile::tempfile().unwrap()).unwrap();
     vec![Export {
         name: "disk0".to_owned(),
-        disk: frozen,
+        content: Content::Frozen(frozen),
         changed: Some(("backup".to_owned(), changed.clone())),
     }]
 }
@@ -226,7 +226,7 @@ fn say(exports: &[Export], parts: &[Vec<u8>]) -> (Vec<u8>, String) {
         sent: io::Cursor::new([&[0, 0, 0, 3][..], &parts.concat()].concat()),
         told: Vec::new(),
     };
-    let end = converse(&mut script, exports, |export| export.disk.open_reader());
+    let end = converse(&mut script, exports, |export| export.content.open());
     let end = end.map_or_else(|error| error.to_string(), |()| "left".to_owned());
     (script.told, end)
 }
@@ -363,4 +363,277 @@ fn any_bytes_end_a_conversation_in_order() {
         }
         say(&exports, &[bytes]);
     }
+}
+
+fn memory() -> MemoryBackend {
+    MemoryBackend::new(Geometry {
+        size_bytes: SIZE_BYTES,
+        read_only: false,
+    })
+}
+
+/// A server of a disk that may be written, and its socket.
+fn serve(disk: Arc<dyn BlockBackend>, socket: &Path) -> NbdServer {
+    let export = Export {
+        name: "disk0".to_owned(),
+        content: Content::Disk(disk),
+        changed: None,
+    };
+    NbdServer::start(UnixListener::bind(socket).unwrap(), vec![export]).unwrap()
+}
+
+fn connect(socket: &Path) -> NbdBackend {
+    let streams = (0..4).map(|_| UnixStream::connect(socket).unwrap().into());
+    NbdBackend::open(streams.collect(), "", false).unwrap()
+}
+
+/// Everything that a guest does, with what is there afterwards.
+fn uses(disk: &dyn BlockBackend) -> Vec<u8> {
+    let size = usize::try_from(disk.geometry().size_bytes).unwrap();
+    let mut model = vec![0; size];
+    let long: Vec<u8> = (0..=250).cycle().take((3 << 20) + 1024).collect();
+    for (at, data) in [
+        (0, &long[..]),
+        (SIZE_BYTES - 512, &[7; 512]),
+        (4096, &[8; 512]),
+    ] {
+        write(disk, at, data).unwrap();
+        let at = usize::try_from(at).unwrap();
+        model[at..at + data.len()].copy_from_slice(data);
+    }
+    for (at, space) in [(8192, Space::Keep), (1 << 20, Space::Free)] {
+        let length_bytes = 65536;
+        let zeroes = Operation::WriteZeroes {
+            length_bytes,
+            space,
+        };
+        act(disk, at, zeroes).unwrap();
+        let at = usize::try_from(at).unwrap();
+        model[at..at + 65536].fill(0);
+    }
+    act(disk, 0, Operation::Flush).unwrap();
+    read(disk, SIZE_BYTES, &mut [0; 512]).unwrap_err();
+    write(disk, SIZE_BYTES, &[0; 512]).unwrap_err();
+    std::thread::scope(|scope| {
+        for number in 1..=6_u8 {
+            scope.spawn(move || {
+                let at = (5 << 20) + u64::from(number) * 512;
+                write(disk, at, &[number; 512]).unwrap();
+            });
+            let at = (5 << 20) + usize::from(number) * 512;
+            model[at..at + 512].fill(number);
+        }
+    });
+    let mut found = vec![0; size];
+    read(disk, 0, &mut found).unwrap();
+    assert!(found == model);
+    model
+}
+
+#[test]
+fn a_disk_is_used_over_our_own_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("nbd");
+    let disk = memory();
+    let server = serve(Arc::new(disk.clone()), &socket);
+    let client = connect(&socket);
+    assert_eq!(client.geometry(), disk.geometry());
+    let model = uses(&client);
+    let mut found = vec![0; model.len()];
+    read(&disk, 0, &mut found).unwrap();
+    assert!(found == model);
+    let length_bytes = 65536;
+    act(&client, 0, Operation::Discard { length_bytes }).unwrap();
+    // A server that ends leaves errors, and nobody waits.
+    drop(server);
+    write(&client, 0, &[1; 512]).unwrap_err();
+    assert!(connect_fails(&socket));
+}
+
+fn connect_fails(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_err()
+}
+
+#[test]
+fn other_peoples_clients_write_to_a_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let content: Vec<u8> = (0..=250)
+        .cycle()
+        .take(usize::try_from(SIZE_BYTES).unwrap())
+        .collect();
+    std::fs::write(path("source"), &content).unwrap();
+    for (number, program, arguments) in [
+        (
+            1,
+            "qemu-img",
+            &["convert", "-n", "-f", "raw", "-O", "raw"][..],
+        ),
+        (2, "nbdcopy", &["--flush"]),
+    ] {
+        let socket = directory.path().join(format!("nbd{number}"));
+        let disk = memory();
+        let _server = serve(Arc::new(disk.clone()), &socket);
+        let mut arguments = arguments.to_vec();
+        let (from, to) = (path("source"), uri(&socket));
+        arguments.extend([from.as_str(), to.as_str()]);
+        tool(program, &arguments);
+        let mut found = vec![0; content.len()];
+        read(&disk, 0, &mut found).unwrap();
+        assert!(found == content, "{program} wrote something else");
+    }
+}
+
+#[test]
+fn a_disk_is_used_over_qemu_nbd_and_mirrored_to_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let bytes = SIZE_BYTES.to_string();
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", &path("image"), &bytes],
+    );
+    let socket = directory.path().join("nbd");
+    let mut server = Command::new("qemu-nbd");
+    server
+        .args(["-f", "qcow2", "--persistent", "--shared=8", "-k"])
+        .arg(&socket)
+        .arg(path("image"));
+    let mut server = server.spawn().unwrap();
+    while connect_fails(&socket) {
+        assert!(server.try_wait().unwrap().is_none(), "qemu-nbd has ended");
+        std::thread::yield_now();
+    }
+    let model = uses(&connect(&socket));
+
+    // A mirror writes over what is there, holes included.
+    let disk = Arc::new(Tracked::new(Arc::new(memory())));
+    write(&*disk, 6 << 20, &[3; 4096]).unwrap();
+    let target = connect(&socket);
+    let options = || MirrorOptions {
+        bytes_per_second: None,
+        slow_down: Box::new(|_| {}),
+    };
+    let mirror = Mirror::begin(disk.clone(), &target, options()).unwrap();
+    write(&*disk, 7 << 20, &[4; 4096]).unwrap();
+    mirror.settle(std::time::Duration::from_secs(60)).unwrap();
+    let (mut source, mut copy) = (vec![0; model.len()], vec![0; model.len()]);
+    read(&*disk, 0, &mut source).unwrap();
+    read(&target, 0, &mut copy).unwrap();
+    assert!(source == copy && source != model);
+    drop(mirror);
+    // One whose server is killed fails, and the disk goes on.
+    let mirror = Mirror::begin(disk.clone(), &target, options()).unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+    write(&*disk, 0, &[5; 512]).unwrap();
+    mirror
+        .settle(std::time::Duration::from_secs(60))
+        .unwrap_err();
+    drop((mirror, target));
+    tool("qemu-img", &["check", "-q", &path("image")]);
+}
+
+/// What a server says, as bytes.
+fn hello(flags: u16) -> Vec<u8> {
+    [&b"NBDMAGICIHAVEOPT"[..], &flags.to_be_bytes()].concat()
+}
+
+fn answer(kind: u32, data: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(data.len()).unwrap();
+    [
+        &0x0003_e889_0455_65a9_u64.to_be_bytes()[..],
+        &7_u32.to_be_bytes(),
+        &kind.to_be_bytes(),
+        &length.to_be_bytes(),
+        data,
+    ]
+    .concat()
+}
+
+fn size(size: u64, flags: u16) -> Vec<u8> {
+    let data = [&[0, 0][..], &size.to_be_bytes(), &flags.to_be_bytes()].concat();
+    [answer(3, &data), answer(1, b"")].concat()
+}
+
+/// What a server that says this, and no more, is to its client.
+fn said(says: &[&[u8]]) -> String {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(&says.concat()).unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    let opened = NbdBackend::open(vec![ours.into()], "x", false);
+    opened.map_or_else(|error| error.to_string(), |_| "a disk".to_owned())
+}
+
+#[test]
+fn a_server_that_breaks_the_rules_is_no_disk() {
+    let good = hello(3);
+    for (says, expected) in [
+        (&[&good[..], &size(4096, 5)][..], "a disk"),
+        (&[&good, &size(4096, 3)], "a disk"),
+        (
+            &[b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53\0\0"],
+            "nbd server: it knows only the old negotiation",
+        ),
+        (
+            &[&hello(0)],
+            "nbd server: it does not know the fixed newstyle negotiation",
+        ),
+        (
+            &[&good, &size(4096, 1)],
+            "nbd export \"x\": the server does not flush",
+        ),
+        (
+            &[&good, &size(4097, 5)],
+            "nbd export \"x\" has 4097 bytes, expected a multiple of 512 above 0",
+        ),
+        (
+            &[&good, &size(0, 5)],
+            "nbd export \"x\" has 0 bytes, expected a multiple of 512 above 0",
+        ),
+        (
+            &[&good, &answer(1, b"")],
+            "nbd server: it does not tell the export's size",
+        ),
+        (
+            &[&good, &answer(1 << 31 | 6, b"")],
+            "nbd export \"x\": there is no such export",
+        ),
+        (
+            &[&good, &answer(1 << 31 | 2, b"not you")],
+            "nbd export \"x\": not you",
+        ),
+        (
+            &[&good, &answer(3, b"\0\x03\0\0\0\x03\0\0\0\0\0\0\0\0")],
+            "nbd connection",
+        ),
+        (&[&good], "nbd connection"),
+        (&[b""], "nbd connection"),
+    ] {
+        assert_eq!(said(says), expected);
+    }
+}
+
+#[test]
+fn a_server_of_strange_blocks_or_answers_is_no_disk() {
+    let good = hello(3);
+    let block = |least: u32, most: u32| {
+        let sizes = [least, 4096, most].map(u32::to_be_bytes).concat();
+        answer(3, &[&[0, 3][..], &sizes].concat())
+    };
+    let wrong = "nbd server: its block sizes are none";
+    assert_eq!(said(&[&good, &block(513, 1 << 20), &size(4096, 5)]), wrong);
+    assert_eq!(said(&[&good, &block(4096, 512), &size(4096, 5)]), wrong);
+    assert_eq!(said(&[&good, &block(u32::MAX, 1), &size(4096, 5)]), wrong);
+
+    // And one that answers something else than it was asked.
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs
+        .write_all(&[good, size(4096, 5), vec![0x55; 64]].concat())
+        .unwrap();
+    let disk = NbdBackend::open(vec![ours.into()], "x", false).unwrap();
+    let error = read(&disk, 0, &mut [0; 512]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    let error = read(&disk, 0, &mut [0; 512]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotConnected);
 }

@@ -1,21 +1,24 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Requests after the negotiation, one at a time, in their order (`doc/proto.md`, "Transmission").
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::ops::Range;
 
 use zerocopy::IntoBytes;
 
 use super::NbdError;
-use super::negotiate::{Agreed, Context, READ_BYTES_MAX};
+use super::access::{Access, PIECE_BYTES_MAX};
+use super::negotiate::{Agreed, Context, PAYLOAD_BYTES_MAX};
 use super::wire::{
-    self, ChunkHead, REQUEST, RequestHead, SIMPLE_REPLY, STRUCTURED_REPLY, SimpleReplyHead, chunk,
-    command, error,
+    self, ChunkHead, REQUEST, RequestHead, SIMPLE_REPLY, STRUCTURED_REPLY, SimpleReplyHead,
+    ability, chunk, command, error,
 };
+use crate::backend::Space;
 use crate::changes::BlockSet;
-use crate::frozen::FrozenReader;
 
-/// Data of one chunk.
+/// Data of one chunk: as much as an access takes.
 const CHUNK_BYTES: u32 = 1 << 20;
+const _: () = assert!(CHUNK_BYTES as usize == PIECE_BYTES_MAX);
 /// Extents of one answer, in one context; a client asks for the rest.
 const EXTENTS_MAX: usize = 8192;
 /// Longest data of a refused request that is read to be thrown away.
@@ -29,16 +32,19 @@ const DIRTY: u32 = 1;
 pub(super) fn transmit(
     stream: &mut (impl Read + Write),
     agreed: &Agreed<'_>,
-    reader: &mut FrozenReader,
+    access: &mut Access,
 ) -> Result<(), NbdError> {
-    let mut buffer = vec![0; usize::try_from(CHUNK_BYTES).expect("1 MiB")];
+    let mut buffer = vec![0; PIECE_BYTES_MAX];
+    let content = &agreed.export.content;
+    let bounds = Bounds {
+        size_bytes: content.size_bytes(),
+        unit_bytes: content.unit_bytes().into(),
+        writable: content.abilities() & ability::READ_ONLY == 0,
+    };
     loop {
         let head: RequestHead = wire::read(stream)?;
         if head.magic.get() != REQUEST {
             return Err(NbdError::Protocol("it sends something that is no request"));
-        }
-        if head.command.get() == command::WRITE {
-            skip(stream, head.length.get().into())?;
         }
         let mut replies = Replies {
             stream,
@@ -47,14 +53,42 @@ pub(super) fn transmit(
         };
         match head.command.get() {
             command::DISCONNECT => return Ok(()),
-            command::READ => replies.read(&head, reader, &mut buffer)?,
-            command::BLOCK_STATUS => replies.block_status(&head, agreed, reader.size_bytes())?,
-            // Nothing was written: all of it is durable.
-            command::FLUSH => replies.done()?,
-            command::WRITE | command::TRIM | command::WRITE_ZEROES => {
-                replies.refuse(error::PERMISSION, "the export is read-only")?;
-            }
+            command::READ => replies.read(&head, bounds, access, &mut buffer)?,
+            command::WRITE => replies.write(&head, bounds, access, &mut buffer)?,
+            command::TRIM | command::WRITE_ZEROES => replies.clear(&head, bounds, access)?,
+            command::BLOCK_STATUS => replies.block_status(&head, agreed, bounds.size_bytes)?,
+            command::FLUSH => replies.end(access.flush())?,
             _ => replies.refuse(error::INVALID, "no such request")?,
+        }
+    }
+}
+
+/// What requests have to keep to.
+#[derive(Clone, Copy)]
+struct Bounds {
+    size_bytes: u64,
+    unit_bytes: u64,
+    writable: bool,
+}
+
+impl Bounds {
+    /// The request's range, or why it has none here.
+    fn check(self, head: &RequestHead) -> Result<Range<u64>, (u32, &'static str)> {
+        let (start, length) = (head.offset.get(), u64::from(head.length.get()));
+        let end = start.checked_add(length);
+        let end = end.filter(|end| *end <= self.size_bytes && length > 0);
+        let end = end.ok_or((error::INVALID, "the range is not on the disk"))?;
+        match (start | end).is_multiple_of(self.unit_bytes) {
+            true => Ok(start..end),
+            false => Err((error::INVALID, "the range cuts a block")),
+        }
+    }
+
+    /// The same of a request that changes something.
+    fn check_change(self, head: &RequestHead) -> Result<Range<u64>, (u32, &'static str)> {
+        match self.writable {
+            true => self.check(head),
+            false => Err((error::PERMISSION, "the export is read-only")),
         }
     }
 }
@@ -64,7 +98,7 @@ fn skip(stream: &mut impl Read, length: u64) -> Result<(), NbdError> {
     if length > SKIPPED_BYTES_MAX {
         return Err(NbdError::Protocol("it sends a write of more than 64 MiB"));
     }
-    std::io::copy(&mut stream.take(length), &mut std::io::sink())?;
+    io::copy(&mut stream.take(length), &mut io::sink())?;
     Ok(())
 }
 
@@ -75,20 +109,20 @@ struct Replies<'a, S> {
     cookie: [u8; 8],
 }
 
-impl<S: Write> Replies<'_, S> {
+impl<S: Read + Write> Replies<'_, S> {
     fn read(
         &mut self,
         head: &RequestHead,
-        reader: &mut FrozenReader,
+        bounds: Bounds,
+        access: &mut Access,
         buffer: &mut [u8],
     ) -> Result<(), NbdError> {
         let (offset, length) = (head.offset.get(), head.length.get());
         let whole = head.flags.get() & command::DONT_FRAGMENT != 0;
-        let end = offset.checked_add(length.into());
-        if end.is_none_or(|end| end > reader.size_bytes()) || length == 0 {
-            return self.refuse(error::INVALID, "the range is not on the disk");
+        if let Err((number, reason)) = bounds.check(head) {
+            return self.refuse(number, reason);
         }
-        if length > READ_BYTES_MAX || whole && length > CHUNK_BYTES {
+        if length > PAYLOAD_BYTES_MAX || whole && length > CHUNK_BYTES {
             return self.refuse(error::OVERFLOW, "too much for one reply");
         }
         let mut done = 0;
@@ -96,7 +130,7 @@ impl<S: Write> Replies<'_, S> {
             let count = (length - done).min(CHUNK_BYTES);
             let at = offset + u64::from(done);
             let data = &mut buffer[..usize::try_from(count).expect("1 MiB")];
-            if let Err(failed) = reader.read(at, data) {
+            if let Err(failed) = access.read(at, data) {
                 if done > 0 && !self.structured {
                     // The reply has begun as a success: only the connection's end can tell.
                     return Err(NbdError::Connection(failed));
@@ -115,6 +149,69 @@ impl<S: Write> Replies<'_, S> {
             }
         }
         Ok(())
+    }
+
+    /// Takes the request's data, all of it, whatever becomes of it.
+    fn write(
+        &mut self,
+        head: &RequestHead,
+        bounds: Bounds,
+        access: &mut Access,
+        buffer: &mut [u8],
+    ) -> Result<(), NbdError> {
+        let range = match bounds.check_change(head) {
+            Ok(range) => range,
+            Err((number, reason)) => {
+                skip(self.stream, head.length.get().into())?;
+                return self.refuse(number, reason);
+            }
+        };
+        if head.length.get() > PAYLOAD_BYTES_MAX {
+            skip(self.stream, head.length.get().into())?;
+            return self.refuse(error::OVERFLOW, "too much for one request");
+        }
+        let mut done = Ok(());
+        let mut at = range.start;
+        while at < range.end {
+            let count = (range.end - at).min(CHUNK_BYTES.into());
+            let piece = &mut buffer[..usize::try_from(count).expect("1 MiB")];
+            self.stream.read_exact(piece)?;
+            if done.is_ok() {
+                done = access.write(at, piece);
+            }
+            at += count;
+        }
+        self.end(done.and_then(|()| sync(head, access)))
+    }
+
+    /// Discards or zeroes a range.
+    fn clear(
+        &mut self,
+        head: &RequestHead,
+        bounds: Bounds,
+        access: &mut Access,
+    ) -> Result<(), NbdError> {
+        let range = match bounds.check_change(head) {
+            Ok(range) => range,
+            Err((number, reason)) => return self.refuse(number, reason),
+        };
+        let done = match (head.command.get(), head.flags.get() & command::NO_HOLE) {
+            (command::TRIM, _) => access.discard(range),
+            (_, 0) => access.zero(range, Space::Free),
+            _ => access.zero(range, Space::Keep),
+        };
+        self.end(done.and_then(|()| sync(head, access)))
+    }
+
+    /// The answer to a request without data.
+    fn end(&mut self, done: io::Result<()>) -> Result<(), NbdError> {
+        match done {
+            Ok(()) => self.done(),
+            Err(failed) if failed.kind() == io::ErrorKind::StorageFull => {
+                self.refuse(error::NO_SPACE, &failed.to_string())
+            }
+            Err(failed) => self.refuse(error::IO, &failed.to_string()),
+        }
     }
 
     /// Data, or a hole where it is all zeroes.
@@ -215,8 +312,16 @@ impl<S: Write> Replies<'_, S> {
     }
 }
 
+/// What the client wants durable before it is answered.
+fn sync(head: &RequestHead, access: &mut Access) -> io::Result<()> {
+    match head.flags.get() & command::FUA {
+        0 => Ok(()),
+        _ => access.flush(),
+    }
+}
+
 /// The range as lengths of what changed and what did not, at most so many of them.
-fn changed(set: &BlockSet, range: std::ops::Range<u64>, count_max: usize) -> Vec<(u32, u32)> {
+fn changed(set: &BlockSet, range: Range<u64>, count_max: usize) -> Vec<(u32, u32)> {
     let mut extents = Vec::new();
     let mut at = range.start;
     let mut tell = |to: u64, flags: u32| {

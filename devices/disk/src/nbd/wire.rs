@@ -47,6 +47,8 @@ pub(super) mod reply {
     pub(in super::super) const INVALID: u32 = 1 << 31 | 3;
     pub(in super::super) const UNKNOWN: u32 = 1 << 31 | 6;
     pub(in super::super) const TOO_BIG: u32 = 1 << 31 | 9;
+    /// Bit of every error.
+    pub(in super::super) const ERROR: u32 = 1 << 31;
 }
 
 /// Pieces of information about an export.
@@ -60,6 +62,10 @@ pub(super) mod info {
 pub(super) mod ability {
     pub(in super::super) const HAS_FLAGS: u16 = 1;
     pub(in super::super) const READ_ONLY: u16 = 1 << 1;
+    pub(in super::super) const SEND_FLUSH: u16 = 1 << 2;
+    pub(in super::super) const SEND_FUA: u16 = 1 << 3;
+    pub(in super::super) const SEND_TRIM: u16 = 1 << 5;
+    pub(in super::super) const SEND_WRITE_ZEROES: u16 = 1 << 6;
     pub(in super::super) const SEND_DF: u16 = 1 << 7;
     pub(in super::super) const CAN_MULTI_CONN: u16 = 1 << 8;
 }
@@ -73,6 +79,10 @@ pub(super) mod command {
     pub(in super::super) const TRIM: u16 = 4;
     pub(in super::super) const WRITE_ZEROES: u16 = 6;
     pub(in super::super) const BLOCK_STATUS: u16 = 7;
+    /// Flag: durable before the reply.
+    pub(in super::super) const FUA: u16 = 1;
+    /// Flag: zeroes keep their space.
+    pub(in super::super) const NO_HOLE: u16 = 1 << 1;
     /// Flag: the reply to a read is not cut into pieces.
     pub(in super::super) const DONT_FRAGMENT: u16 = 1 << 2;
     /// Flag: one extent a context is enough.
@@ -95,6 +105,7 @@ pub(super) mod error {
     pub(in super::super) const PERMISSION: u32 = 1;
     pub(in super::super) const IO: u32 = 5;
     pub(in super::super) const INVALID: u32 = 22;
+    pub(in super::super) const NO_SPACE: u32 = 28;
     pub(in super::super) const OVERFLOW: u32 = 75;
 }
 
@@ -163,6 +174,11 @@ impl<'a> Fields<'a> {
     pub(super) fn u16(&mut self) -> Option<u16> {
         let bytes = self.0.split_off(..2)?;
         Some(u16::from_be_bytes(bytes.try_into().ok()?))
+    }
+
+    pub(super) fn u64(&mut self) -> Option<u64> {
+        let bytes = self.0.split_off(..8)?;
+        Some(u64::from_be_bytes(bytes.try_into().ok()?))
     }
 
     pub(super) fn u32(&mut self) -> Option<u32> {

@@ -8,7 +8,7 @@ use atoll_disk::changes::{
     BlockSet, ChangeFile, CheckpointId, Found, ImageStamp, Medium, Recorder, Tracked,
 };
 use atoll_disk::conformance::write;
-use atoll_disk::nbd::{self, Export};
+use atoll_disk::nbd::{self, Content, Export};
 use atoll_disk::{Freezable, Geometry, MemoryBackend};
 
 use super::platform::scratch;
@@ -63,7 +63,7 @@ pub fn nbd(input: &[u8]) {
     changed.insert(&(DISK_BYTES - 1..DISK_BYTES));
     let export = |name: &str, changed: Option<BlockSet>| Export {
         name: name.to_owned(),
-        disk: disk.freeze(scratch("fleece", 0)).unwrap(),
+        content: Content::Frozen(disk.freeze(scratch("fleece", 0)).unwrap()),
         changed: changed.map(|set| ("backup".to_owned(), set)),
     };
     let exports = [export("disk0", Some(changed))];
@@ -75,7 +75,7 @@ pub fn nbd(input: &[u8]) {
             few => u64::from(few) * 16,
         },
     };
-    match nbd::converse(&mut client, &exports, |export| export.disk.open_reader()) {
+    match nbd::converse(&mut client, &exports, |export| export.content.open()) {
         Ok(()) => {}
         Err(error) => assert_one_line(&error),
     }
