@@ -14,8 +14,8 @@ use std::path::Path;
 
 use atoll_devices::virtio::scsi::TARGET_MAX;
 use atoll_vmm_protocol::spec::{
-    BootSpec, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec, KernelSpec,
-    MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
+    BootSpec, CacheMode, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec,
+    KernelSpec, MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
 };
 
 use crate::kvm::cpu::{Vendor, model};
@@ -356,6 +356,22 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     if drive && (disk.format != DiskFormat::Raw || !disk.backing.is_empty()) {
         return refuse(format!("cdrom {path}: a disc is a raw image"));
     }
+    if disk.format == DiskFormat::Nbd
+        && (!disk.backing.is_empty()
+            || disk.changes.is_some()
+            || disk.cache != CacheMode::Writeback)
+    {
+        return refuse(format!(
+            "disk {path}: backing images, recorded changes and the cache of an NBD disk are its server's"
+        ));
+    }
+    if disk
+        .backing
+        .iter()
+        .any(|image| image.format == DiskFormat::Nbd)
+    {
+        return refuse(format!("disk {path}: the images behind it are files"));
+    }
     if drive && disk.limits != DiskLimits::default() {
         return refuse(format!("cdrom {path}: only disks have limits"));
     }
@@ -395,7 +411,8 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
 fn disk_files(disk: &DiskSpec) -> Result<(), SpecError> {
     let images = disk.backing.iter().map(|image| &image.path);
     let is_empty_drive = disk.bus == DiskBus::Cdrom && disk.path.as_os_str().is_empty();
-    let own = (!is_empty_drive).then_some(&disk.path);
+    let has_image = !is_empty_drive && disk.format != DiskFormat::Nbd;
+    let own = has_image.then_some(&disk.path);
     for image in images.chain(own) {
         is_file("disk", image)?;
         let kind = fs::metadata(image).map(|found| found.file_type());

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::saved::image;
-use crate::{check, cpu_models, flash, probe};
+use crate::{check, cpu_models, flash, probe, serve};
 
 /// Runs one virtual machine on KVM, in the foreground, until its guest ends.
 #[derive(Debug, Parser)]
@@ -60,7 +60,8 @@ Examples:
 Keys of --disk:
   id=NAME               in the control API; the lowest free of disk0, disk1, … when absent
   path=FILE             image file or block device
-  format=raw|qcow2      never guessed: a guest can write any header
+  format=raw|qcow2|nbd  never guessed: a guest can write any header; of nbd the path is a Unix socket, where a server has
+                        the disk as its default export
   backing=FORMAT:FILE   the image behind a qcow2 image, if its header names one; repeat for the one behind that
   bus=blk|scsi|cdrom    virtio-blk (default), or a target of the SCSI host; a cdrom needs neither format nor path
   target=N              its number there; the lowest that is free when absent
@@ -88,6 +89,8 @@ pub enum Command {
     Receive(Box<ReceiveArguments>),
     /// Ask or tell a running machine, by its control socket
     Ctl(CtlArguments),
+    /// Let another process use a disk, over NBD: what `ctl begin-mirror` copies to, or `run --disk path=SOCKET,format=nbd`
+    ServeDisk(serve::Arguments),
     /// Which CPU models there are, and which of them this host can give
     CpuModels(cpu_models::Arguments),
     /// Can this host run guests, and how fast?
@@ -147,7 +150,7 @@ pub struct RunArguments {
     /// Adds a generation id (VMGenID), by which a restored guest learns that it is a copy: a UUID, or 1 for a random one
     #[arg(long, value_name = "UUID")]
     pub generation_id: Option<String>,
-    /// A disk: path=FILE,format=raw|qcow2[,KEY…]; may be repeated; its keys are below
+    /// A disk: path=FILE,format=raw|qcow2|nbd[,KEY…]; may be repeated; its keys are below
     #[arg(long, value_name = "KEYS", value_parser = disk)]
     pub disk: Vec<DiskSpec>,
     /// A network card: tap=NAME or vhost-user=SOCKET[,reconnect], then [,id=NAME][,mac=AA:BB:CC:DD:EE:FF][,mtu=N]
@@ -619,7 +622,7 @@ fn firmware(text: &str) -> Result<FirmwareSpec, String> {
     Ok(spec)
 }
 
-fn disk(text: &str) -> Result<DiskSpec, String> {
+pub(crate) fn disk(text: &str) -> Result<DiskSpec, String> {
     let (mut path, mut format) = (None, None);
     let mut spec = DiskSpec::default();
     keys(text, DISK_KEYS, |key, value| {
@@ -672,7 +675,8 @@ fn disk_format(key: &str, value: &str) -> Result<DiskFormat, String> {
     match value {
         "raw" => Ok(DiskFormat::Raw),
         "qcow2" => Ok(DiskFormat::Qcow2),
-        other => Err(format!("{key}={other}: there are raw and qcow2")),
+        "nbd" => Ok(DiskFormat::Nbd),
+        other => Err(format!("{key}={other}: there are raw, qcow2 and nbd")),
     }
 }
 

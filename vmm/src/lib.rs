@@ -39,6 +39,7 @@ pub mod relay;
 pub mod resources;
 pub mod sandbox;
 pub mod saved;
+pub mod serve;
 pub mod socket;
 pub mod terminal;
 #[cfg(feature = "testing")]

@@ -28,7 +28,7 @@ use atoll_vmm::migration::target::{self, Door};
 use atoll_vmm::relay::{self, Address, Protection, RelayError};
 use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::{RawTerminal, one_line};
-use atoll_vmm::{check, cpu_models, ctl, probe, saved, socket};
+use atoll_vmm::{check, cpu_models, ctl, probe, saved, serve, socket};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 use clap::Parser;
@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         Command::Receive(arguments) => receive(&arguments),
         Command::Ctl(arguments) => control(&arguments),
         Command::CpuModels(arguments) => cpu_models::run(&arguments),
+        Command::ServeDisk(arguments) => serve::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
         Command::Relay(arguments) => relay(&arguments),
     };

@@ -30,6 +30,8 @@ use atoll_vmm_protocol::spec::{
 
 /// Unit in which changed blocks are recorded, bytes: what an incremental backup reads at least.
 pub(crate) const CHANGE_BYTES: u32 = 64 << 10;
+/// Connections with whoever serves a disk, and so requests that it has at a time.
+const NBD_CONNECTIONS: usize = 4;
 
 /// Why a card has no host end.
 #[derive(Debug, thiserror::Error)]
@@ -105,10 +107,10 @@ impl Replacement {
     /// Takes images that [`image_files`] has opened elsewhere.
     pub(crate) fn take(files: VecDeque<OwnedFd>, disk: &DiskSpec) -> Result<Self, OpenError> {
         let files = files.into_iter().map(File::from).collect();
-        let opened = OpenedDisk::from_files(files, &source(disk), options(disk))?;
+        let opened = opened(files, disk)?;
         Ok(Self {
             lock: opened.writer_lock()?,
-            image: Some(opened.image()?),
+            image: opened.image()?,
             backend: opened.backend()?,
         })
     }
@@ -147,7 +149,7 @@ impl Record {
 impl Medium {
     /// Opens the images. Makes no thread.
     pub fn open(disk: &DiskSpec) -> Result<Self, OpenError> {
-        let files = atoll_disk::files(&source(disk), options(disk))?;
+        let files = opened(unlocked(disk)?, disk)?;
         let record = disk.changes.as_deref().map(record_file).transpose()?;
         Self::new(files, record, disk)
     }
@@ -156,13 +158,12 @@ impl Medium {
     pub fn take(files: VecDeque<OwnedFd>, disk: &DiskSpec) -> Result<Self, OpenError> {
         let mut files: Vec<_> = files.into_iter().map(File::from).collect();
         let record = disk.changes.as_ref().and_then(|_| files.pop());
-        let opened = OpenedDisk::from_files(files, &source(disk), options(disk))?;
-        Self::new(opened, record, disk)
+        Self::new(opened(files, disk)?, record, disk)
     }
 
     fn new(opened: OpenedDisk, record: Option<File>, disk: &DiskSpec) -> Result<Self, OpenError> {
         let lock = opened.writer_lock()?;
-        let image = record.as_ref().map(|_| opened.image()).transpose()?;
+        let image = opened.image()?;
         let switchable = Arc::new(Switchable::new(opened.backend()?));
         let tracked = Arc::new(Tracked::new(switchable.clone()));
         let record = record.zip(image);
@@ -225,9 +226,38 @@ pub fn image_files(disk: &DiskSpec) -> Result<Vec<File>, OpenError> {
     if disk.path.as_os_str().is_empty() {
         return Ok(Vec::new());
     }
-    let mut files = atoll_disk::unlocked_files(&source(disk), options(disk))?;
+    let mut files = unlocked(disk)?;
     files.extend(disk.changes.as_deref().map(record_file).transpose()?);
     Ok(files)
+}
+
+/// A disk without a guest.
+pub(crate) fn bare_disk(disk: &DiskSpec) -> Result<Arc<dyn BlockBackend>, OpenError> {
+    opened(unlocked(disk)?, disk)?.backend()
+}
+
+/// A disk's images without a lock, or connections with whoever serves it.
+fn unlocked(disk: &DiskSpec) -> Result<Vec<File>, OpenError> {
+    if disk.format != DiskFormat::Nbd {
+        return atoll_disk::unlocked_files(&source(disk), options(disk));
+    }
+    let connect = |_| UnixStream::connect(&disk.path).map(OwnedFd::from);
+    let streams = (0..NBD_CONNECTIONS).map(connect);
+    let streams: io::Result<Vec<_>> = streams.collect();
+    let streams = streams.map_err(|source| OpenError::Open {
+        path: disk.path.clone(),
+        source,
+    })?;
+    Ok(streams.into_iter().map(File::from).collect())
+}
+
+/// The same as a disk.
+fn opened(files: Vec<File>, disk: &DiskSpec) -> Result<OpenedDisk, OpenError> {
+    if disk.format != DiskFormat::Nbd {
+        return OpenedDisk::from_files(files, &source(disk), options(disk));
+    }
+    let streams = files.into_iter().map(OwnedFd::from).collect();
+    OpenedDisk::remote(streams, &disk.path, options(disk))
 }
 
 fn source(disk: &DiskSpec) -> Source {
@@ -243,8 +273,9 @@ fn source(disk: &DiskSpec) -> Source {
 
 fn format(format: DiskFormat) -> Format {
     match format {
-        DiskFormat::Raw => Format::Raw,
         DiskFormat::Qcow2 => Format::Qcow2,
+        // A disk that is served has no image: it is asked for before.
+        DiskFormat::Raw | DiskFormat::Nbd => Format::Raw,
     }
 }
 

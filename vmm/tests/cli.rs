@@ -45,7 +45,10 @@ fn arguments_that_cannot_be() {
         ("--memory 99999999999999999T", "that is too much"),
         ("--disk path=/etc/hostname", "format= is missing"),
         ("--disk format=raw", "path= is missing"),
-        ("--disk path=/etc/hostname,format=vmdk", "raw and qcow2"),
+        (
+            "--disk path=/etc/hostname,format=vmdk",
+            "raw, qcow2 and nbd",
+        ),
         (
             "--disk path=/etc/hostname,format=raw,fast",
             "\"fast\" is not one of ",

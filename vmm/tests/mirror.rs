@@ -11,7 +11,8 @@
 mod guest;
 
 use std::fs::File;
-use std::process::Command;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
 
 use guest::{Guest, Place, Serial, eventually, kvm, shell};
 use serde_json::Value;
@@ -162,6 +163,88 @@ fn a_disk_moves_while_its_guest_writes() {
     assert!(status.success(), "{said}");
 }
 
+/// Ended when dropped.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits until somebody listens there.
+fn listening(guest: &Guest, socket: &str) {
+    let path = guest.path(socket);
+    eventually(socket, || UnixStream::connect(&path).ok());
+}
+
+#[test]
+fn a_disk_moves_to_a_server_of_disks_and_back() {
+    if !kvm() {
+        return;
+    }
+    let (mut guest, mut serial) = writing(place(), "path=disk,format=raw");
+    qemu_img(&guest, &["create", "-q", "-f", "qcow2", "remote", "64M"]);
+    let mut server = Command::new("qemu-nbd");
+    server
+        .current_dir(guest.path(""))
+        .args(["-f", "qcow2", "--persistent"]);
+    server
+        .args(["--shared=8", "remote", "-k"])
+        .arg(guest.path("nbd"));
+    let server = Server(server.spawn().unwrap());
+    listening(&guest, "nbd");
+    let text = begin(&guest, "path=nbd,format=nbd,cache=none").unwrap_err();
+    assert!(text.contains("its server's"), "{text}");
+    move_on(&guest, &mut serial, "disk", "path=nbd,format=nbd");
+    target(&guest, "back", DISK_BYTES);
+    begin(&guest, "path=back,format=raw").unwrap();
+    write_on(&mut serial);
+    reach(&guest, "ready");
+    guest.ctl(&["pause"]).unwrap();
+    complete(&guest).unwrap();
+    drop(server);
+    // Unlocked: the machine has it.
+    let compare = ["compare", "-U", "-q", "-f", "qcow2", "-F", "raw"];
+    qemu_img(&guest, &[&compare[..], &["remote", "back"]].concat());
+    guest.ctl(&["resume"]).unwrap();
+    write_on(&mut serial);
+    serial.end_load();
+    guest.ctl(&["shutdown"]).unwrap();
+    let (status, said) = guest.ended();
+    assert!(status.success(), "{said}");
+}
+
+#[test]
+fn a_machine_has_a_disk_that_our_own_server_has() {
+    if !kvm() {
+        return;
+    }
+    let place = place();
+    let mut server = place.command(&["serve-disk", "--socket", "nbd", "--disk"]);
+    let mut server = Server(server.arg("path=disk,format=raw").spawn().unwrap());
+    let path = place.path("nbd");
+    eventually("nbd", || UnixStream::connect(&path).ok());
+    let before = std::fs::read(place.path("disk")).unwrap();
+    let (mut guest, mut serial) = writing(place, "path=nbd,format=nbd");
+    serial.end_load();
+    assert!(content(&guest, "disk") != before);
+    guest.ctl(&["shutdown"]).unwrap();
+    let (status, said) = guest.ended();
+    assert!(status.success(), "{said}");
+    // It is locked meanwhile, and its end removes the socket.
+    let mut image = Command::new("qemu-img");
+    let image = image.args(["compare", "-f", "raw", "-F", "raw"]);
+    let image = image.args([guest.path("disk"), guest.path("disk")]);
+    let said = String::from_utf8(image.output().unwrap().stderr).unwrap();
+    assert!(said.contains("lock"), "{said}");
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(server.0.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(server.0.wait().unwrap().success());
+    assert!(!guest.path("nbd").exists());
+}
+
 #[test]
 fn what_cannot_be_mirrored_or_switched_is_refused() {
     if !kvm() {
@@ -206,7 +289,10 @@ fn what_cannot_be_mirrored_or_switched_is_refused() {
     refused(&resize, "is being mirrored");
     // Given up: the target is free, and the disk where it was.
     guest.ctl(&["cancel-mirror", "--id", "disk0"]).unwrap();
-    qemu_img(&guest, &["info", "-f", "raw", "to"]);
+    qemu_img(
+        &guest,
+        &["compare", "-q", "-f", "raw", "-F", "raw", "to", "to"],
+    );
     let before = content(&guest, "to");
     write_on(&mut serial);
     assert!(content(&guest, "to") == before);

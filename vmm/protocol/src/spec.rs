@@ -262,6 +262,8 @@ pub enum DiskFormat {
     Raw,
     /// QEMU's copy-on-write format, version 2 or 3.
     Qcow2,
+    /// No image: the path is a Unix socket, where an NBD server has the disk as its default export.
+    Nbd,
 }
 
 /// An image that another one is a difference to. Opened read-only.

@@ -253,7 +253,7 @@ fn serve(
     let disks = disks.collect();
     let exports = begun.into_iter().map(|disk| nbd::Export {
         name: disk.id,
-        disk: disk.frozen,
+        content: nbd::Content::Frozen(disk.frozen),
         changed: Some((CONTEXT.to_owned(), disk.blocks)),
     });
     let server = NbdServer::start(listener, exports.collect());

@@ -107,12 +107,15 @@ async fn plug_drive(vm: &Vm, config: &GuestConfig, key: &str) -> Result<(), Erro
 }
 
 /// An image as its disk's mode wants it, without a lock, which is the machine's: it can open no path.
-fn open(disk: &DiskSpec) -> Result<Option<OwnedFd>, Error> {
+pub(super) fn open(disk: &DiskSpec) -> Result<Option<OwnedFd>, Error> {
     let source = atoll_disk::Source {
         path: disk.path.clone(),
         format: match disk.format {
             DiskFormat::Raw => Format::Raw,
             DiskFormat::Qcow2 => Format::Qcow2,
+            DiskFormat::Nbd => {
+                return Err(Error::refused("a volume is an image or a block device"));
+            }
         },
         backing: Vec::new(),
     };
@@ -240,7 +243,7 @@ async fn change_disc(vm: &Vm, key: &str, path: Option<&Path>) -> Result<(), Erro
     vm.ask_for_with_file(Request::InsertDisk, body, disc).await
 }
 
-async fn path_of(vm: &Vm, key: &str, volume: &str) -> Result<std::path::PathBuf, Error> {
+pub(super) async fn path_of(vm: &Vm, key: &str, volume: &str) -> Result<std::path::PathBuf, Error> {
     let volume: VolumeId = volume
         .parse()
         .map_err(|e| Error::refused(format!("{key}: {e}")))?;

@@ -1,0 +1,61 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! `atoll-vmm serve-disk`: a disk for another process, over NBD, to be read and written. What a mirror copies to from
+//! another host, through whatever connects the two sockets.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use atoll_disk::nbd::{Content, Export, NbdServer};
+use atoll_vmm_protocol::spec::DiskSpec;
+use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::{cli, resources, socket};
+
+/// Arguments of `serve-disk`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Unix socket that is created here, for this user only; the disk is its default export
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The disk: path=FILE,format=raw|qcow2[,backing=FORMAT:FILE][,cache=MODE][,discard][,readonly]
+    #[arg(long, value_name = "KEYS", value_parser = cli::disk)]
+    pub disk: DiskSpec,
+}
+
+/// Serves the disk until SIGTERM or SIGINT. Its image is locked meanwhile.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let disk = &arguments.disk;
+    let served = DiskSpec {
+        path: disk.path.clone(),
+        format: disk.format,
+        backing: disk.backing.clone(),
+        cache: disk.cache,
+        discard: disk.discard,
+        readonly: disk.readonly,
+        ..DiskSpec::default()
+    };
+    anyhow::ensure!(
+        *disk == served,
+        "a disk that is served has a path, a format, backing images, a cache, discard and readonly"
+    );
+    // Before there are threads, which would have the signals' own end otherwise.
+    let mut ending = SigSet::empty();
+    ending.add(Signal::SIGTERM);
+    ending.add(Signal::SIGINT);
+    ending.thread_block().context("block signals")?;
+    let content = Content::Disk(resources::bare_disk(disk)?);
+    let path = &arguments.socket;
+    let listener = socket::listen(path).with_context(|| format!("socket {}", path.display()))?;
+    let export = Export {
+        name: "disk".to_owned(),
+        content,
+        changed: None,
+    };
+    let server = NbdServer::start(listener, vec![export]).context("serve the disk")?;
+    ending.wait().context("wait for a signal")?;
+    let _ = std::fs::remove_file(path);
+    drop(server);
+    Ok(ExitCode::SUCCESS)
+}
