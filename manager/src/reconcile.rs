@@ -23,6 +23,7 @@ use crate::guest::container::restart::{self, Row, Verdict};
 use crate::guest::hold::Hold;
 use crate::guest::site::Seat;
 use crate::guest::snapshot::take;
+use crate::guest::vm::{Vm, mirror};
 use crate::guest::{Action, Guests, Phase, disks, guest};
 use crate::id::{GuestId, GuestKind};
 use crate::network::Network;
@@ -271,7 +272,12 @@ impl Reconciler {
         }
         match remedy {
             Remedy::Discard(..) => discard(&seat).await?,
-            Remedy::LetGo(..) => Hold::left(&seat).release(&seat).await?,
+            Remedy::LetGo(..) => {
+                if kind == GuestKind::Vm && guest.process().is_some() {
+                    mirror::settle(&Vm::new(seat.clone()), &seat.config()?).await?;
+                }
+                Hold::left(&seat).release(&seat).await?;
+            }
             _ => {}
         }
         tracing::info!(guest = seat.title(), ?remedy, "done");

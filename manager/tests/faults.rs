@@ -296,6 +296,7 @@ async fn moves(ground: &Ground) {
             storage: None,
             format: Some(format),
             deletes: false,
+            bytes_per_second: None,
         };
         Move::new(ground.seat(), wish)
     };

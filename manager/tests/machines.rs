@@ -7,10 +7,13 @@ mod world;
 
 use std::collections::BTreeMap;
 
+use atoll_manager::guest::move_disk::{self, Move, Wish};
 use atoll_manager::guest::vm::Vm;
 use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate};
 use atoll_manager::id::{GuestId, GuestKind};
-use atoll_manager::task::Upid;
+use atoll_manager::reconcile::Reconciler;
+use atoll_manager::storage::name::parse_format;
+use atoll_manager::task::{TaskContext, Upid, fault, run_steps};
 use atoll_manager::{Node, Settings};
 
 const USER: &str = "root@pam";
@@ -66,6 +69,7 @@ fn a_machine_lives_and_leaves_nothing() {
         new_guests_boot_by_firmware(&node, &state, id).await;
         let node = runs(node, &state, id).await;
         changes_its_disc(&node, &state, id).await;
+        moves_its_disks(&node, &state, id).await;
         devices_come_and_go(&node, id).await;
         ends(&node, &state, id).await;
         node.network().teardown().await.unwrap();
@@ -115,6 +119,69 @@ async fn changes_its_disc(node: &Node, state: &tempfile::TempDir, id: GuestId) {
     assert_eq!((now(&ejected), ejected.pending.len()), (1, 0));
     let missing = set("ide2", "local:iso/y.iso,media=cdrom").await;
     assert!(missing.unwrap_err().to_string().contains("does not exist"));
+}
+
+/// A disk goes to another volume and back while the machine runs. Whatever step fails, the machine and its config say
+/// afterwards where it was, and the guest goes on.
+async fn moves_its_disks(node: &Node, state: &tempfile::TempDir, id: GuestId) {
+    let seat = node.guests().site().seat(KIND, id);
+    let wish = |format, deletes| Wish {
+        disk: "virtio2".into(),
+        storage: None,
+        format: parse_format(format),
+        deletes,
+        bytes_per_second: None,
+    };
+    let images = state.path().join(format!("storage/images/{id}"));
+    let describe = async |(): &()| {
+        let files = std::fs::read_dir(&images).unwrap();
+        let files = files.map(|file| file.unwrap().file_name());
+        let config = seat.config().unwrap().current;
+        let mirrors = Vm::new(seat.clone()).mirrors().await.unwrap();
+        let paused = node.guests().is_paused(KIND, id).await;
+        let files: std::collections::BTreeSet<_> = files.collect();
+        (files, config.values, mirrors.len(), paused)
+    };
+    let make = async || ((), Move::new(seat.clone(), wish("raw", false)));
+    fault::fails_cleanly(move_disk::STEPS, make, describe).await;
+
+    let moved = node.guests().move_disk(KIND, id, wish("raw", true), USER);
+    assert_eq!(done(node, moved).await, "OK");
+    let config = seat.config().unwrap();
+    let value = config.get("virtio2").unwrap().to_owned();
+    assert!(value.ends_with(".raw,size=1M"), "{value}");
+    assert_eq!(config.get("unused0"), None, "the former volume is deleted");
+    let name = value.split([',', '/']).nth(1).unwrap();
+    let content = std::fs::read(images.join(name)).unwrap();
+    assert!(content.len() == 1 << 20 && content.iter().all(|byte| *byte == 5));
+    let mirrors = Vm::new(seat.clone()).mirrors().await.unwrap();
+    assert!(mirrors[0].path.ends_with(name), "{mirrors:?}");
+    assert!(!node.guests().is_paused(KIND, id).await);
+
+    // A daemon that ends between the switch and the config: the next one takes the switch back.
+    let cut_off = &move_disk::STEPS[..4];
+    let before = describe(&()).await.0;
+    let task = TaskContext::detached(fault::upid(), None);
+    let mut moving = Move::new(seat.clone(), wish("qcow2", false));
+    run_steps(cut_off, &mut moving, &task).await.unwrap();
+    drop(moving);
+    assert!(node.guests().is_paused(KIND, id).await);
+    let (guests, network) = (node.guests().clone(), node.network().clone());
+    Reconciler::new(guests, network).tick().await;
+    assert!(!node.guests().is_paused(KIND, id).await);
+    assert!(Vm::new(seat.clone()).mirrors().await.unwrap().is_empty());
+    // The volume of the move that was cut off is nobody's, as after any task whose daemon was killed.
+    let left = describe(&()).await.0;
+    for file in left.difference(&before) {
+        std::fs::remove_file(images.join(file)).unwrap();
+    }
+    assert_eq!(seat.config().unwrap().get("virtio2"), Some(value.as_str()));
+
+    // Firmware's variables are the machine's own file.
+    let mut variables = wish("raw", false);
+    variables.disk = "efidisk0".into();
+    let refused = node.guests().move_disk(KIND, id, variables, USER);
+    assert!(done(node, refused).await.contains("does not exist"));
 }
 
 /// Disks and cards come while the machine runs; what does not go waits, and whoever asked is told.

@@ -38,13 +38,13 @@ const LIMIT: Param = Param::new(
         min: 0,
         max: i64::MAX,
     },
-    "Accepted for PVE's clients.",
+    "Most that is copied in a second while the guest runs, in KiB; without limit when 0.",
 );
 
 pub const ROUTES: &[Route] = &[
     Route::post(
         "/nodes/{node}/qemu/{vmid}/move_disk",
-        "Move a disk to another storage or format, while its guest does not run.",
+        "Move a disk to another storage or format, also while its guest runs.",
         serve!(move_disk),
     )
     .params(&[
@@ -115,11 +115,15 @@ async fn move_disk(call: Call) -> Result<Answer, Refusal> {
         }
     }
     let storage = given("storage").map(str::parse).transpose();
+    let limit = call.values.number::<u64>("bwlimit");
     let wish = Wish {
         disk,
         storage: storage.map_err(|error| Error::invalid("storage", format!("{error}")))?,
         format: given("format").and_then(parse_format),
         deletes: call.values.flag("delete"),
+        bytes_per_second: limit
+            .filter(|kib| *kib > 0)
+            .map(|kib| kib.saturating_mul(1024)),
     };
     let (guests, user) = (call.daemon.node.guests(), call.caller().identity());
     let upid = guests.move_disk(kind, id, wish, user)?;

@@ -306,6 +306,7 @@ impl Guests {
         let mut moving = Move::new(seat.clone(), wish);
         self.tasks.spawn(new, async move |task: TaskContext| {
             run_steps(move_disk::STEPS, &mut moving, &task).await?;
+            moving.let_go().await?;
             if deletes && let Err(error) = moving.delete_former().await {
                 task.warn(&format!("the former volume is kept: {}", error.chain()));
             }

@@ -1,15 +1,18 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Tasks `qmmove` and `move_volume`: a disk's content goes to a new volume, on another storage or in another format. The
-//! guest must not run. The former volume becomes an unused one; who wants it gone says so.
+//! Tasks `qmmove` and `move_volume`: a disk's content goes to a new volume, on another storage or in another format. A
+//! machine that runs copies its disk itself, and its guest is held for a moment: from before the switch until the
+//! config says where the disk is. A container must not run. The former volume becomes an unused one; who wants it gone
+//! says so.
 
 use atoll_disk::Format;
 
 use crate::error::Error;
 use crate::guest::config::Reach;
+use crate::guest::hold::Hold;
 use crate::guest::keys::drive::is_cdrom;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::vm::{boot, cloud_init};
+use crate::guest::vm::{Vm, boot, cloud_init, mirror};
 use crate::guest::{ConfigUpdate, disks, guest, update};
 use crate::id::GuestKind;
 use crate::step;
@@ -28,6 +31,8 @@ pub struct Wish {
     pub format: Option<Format>,
     /// The former volume goes, once nothing needs it.
     pub deletes: bool,
+    /// Most that is copied in a second from a running machine.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// What the steps hand on.
@@ -40,6 +45,9 @@ pub struct Move {
     former: Option<String>,
     from: Option<Image>,
     to: Option<(VolumeId, u64)>,
+    /// The machine, if it runs.
+    running: Option<Vm>,
+    hold: Hold,
     written: bool,
 }
 
@@ -53,8 +61,15 @@ impl Move {
             former: None,
             from: None,
             to: None,
+            running: None,
+            hold: Hold::default(),
             written: false,
         }
+    }
+
+    /// Lets the guest go on that was held for the switch. Called after the steps.
+    pub async fn let_go(&mut self) -> Result<(), Error> {
+        self.hold.release(&self.seat).await
     }
 
     /// Removes the volume from which the disk has moved away. Called after the steps.
@@ -79,7 +94,8 @@ impl Move {
 pub const STEPS: &[TaskStep<Move>] = &[
     step!("look at the disk", look),
     step!("allocate a volume", allocate, undo free),
-    step!("copy the disk", copy),
+    step!("copy the disk", copy, undo give_up),
+    step!("switch the machine over", switch, undo switch_back),
     step!("write the configuration", write_config, undo restore_config),
 ];
 
@@ -99,10 +115,13 @@ async fn look(moving: &mut Move, _: &TaskContext) -> Result<(), Error> {
         return Err(Error::refused("you can't move a cdrom"));
     }
     if guest(seat).process().is_some() {
-        return Err(Error::refused(format!(
-            "moving a disk of a running guest is not available yet: shut {} down before",
-            seat.title()
-        )));
+        if seat.kind == GuestKind::Container || disk == boot::VARIABLES {
+            return Err(Error::refused(format!(
+                "'{disk}' is not moved while the guest runs: shut {} down before",
+                seat.title()
+            )));
+        }
+        moving.running = Some(Vm::new(seat.clone()));
     }
     let present = volume.name.image_format().unwrap_or(Format::Raw);
     let wanted = moving.wish.format.unwrap_or(present);
@@ -169,8 +188,35 @@ async fn copy(moving: &mut Move, task: &TaskContext) -> Result<(), Error> {
     else {
         return Ok(());
     };
+    if let Some(vm) = &moving.running {
+        let (config, disk) = (moving.seat.config()?, &moving.wish.disk);
+        mirror::forget(vm, disk).await?;
+        mirror::begin(vm, &config, disk, volume, moving.wish.bytes_per_second).await?;
+        return mirror::follow(vm, disk, task).await;
+    }
     let path = moving.seat.site.storage.path(volume).await?;
     convert(from, &Image { path, format }, task).await
+}
+
+async fn give_up(moving: &mut Move, _: &TaskContext) -> Result<(), Error> {
+    match (&moving.running, &moving.to) {
+        (Some(vm), Some((volume, _))) => mirror::cancel(vm, &moving.wish.disk, volume).await,
+        _ => Ok(()),
+    }
+}
+
+async fn switch(moving: &mut Move, task: &TaskContext) -> Result<(), Error> {
+    let Some(vm) = &moving.running else {
+        return Ok(());
+    };
+    moving.hold.take(&moving.seat, task).await?;
+    mirror::complete(vm, &moving.wish.disk, task).await
+}
+
+async fn switch_back(moving: &mut Move, task: &TaskContext) -> Result<(), Error> {
+    // Before the guest goes on: until then both volumes hold the same.
+    give_up(moving, task).await?;
+    moving.hold.release(&moving.seat).await
 }
 
 async fn write_config(moving: &mut Move, _: &TaskContext) -> Result<(), Error> {

@@ -11,6 +11,7 @@ pub mod cloud_init;
 pub mod create;
 pub mod drives;
 pub mod live;
+pub mod mirror;
 pub mod resolve;
 pub mod start;
 
@@ -19,11 +20,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use atoll_vmm_protocol::api::{Acted, Added, Info, MachineState, Removal, RemoveDevice, Request};
+use atoll_vmm_protocol::api::{
+    Acted, Added, Info, MachineState, MirrorInfo, Mirrors, Removal, RemoveDevice, Request,
+};
 use atoll_vmm_protocol::client::{Client, ClientError};
 use atoll_vmm_protocol::spec::MachineSpec;
 use rustix::process::Signal;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::Error;
 use crate::guest::cgroup::Group;
@@ -93,17 +97,33 @@ impl Vm {
         body: impl Serialize + Send + 'static,
         file: Option<OwnedFd>,
     ) -> Result<(), Error> {
+        let _: Added = self.answer_to(request, body, file).await?;
+        Ok(())
+    }
+
+    /// What the machine answers to a request with a body, and perhaps an open file.
+    pub async fn answer_to<T: DeserializeOwned + Send + 'static>(
+        &self,
+        request: Request,
+        body: impl Serialize + Send + 'static,
+        file: Option<OwnedFd>,
+    ) -> Result<T, Error> {
         let question = move |client: &Client| {
             let files: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
             client.ask_with_files(request, &body, &files)
         };
-        let _: Added = self.ask(question).await?;
-        Ok(())
+        self.ask(question).await
     }
 
     /// Asks the guest to let a device go, and waits as long as the body says.
     pub async fn remove_device(&self, body: RemoveDevice) -> Result<Removal, Error> {
         self.ask(move |client| client.remove_device(&body)).await
+    }
+
+    /// Mirrors of its disks, and how they ended.
+    pub async fn mirrors(&self) -> Result<Vec<MirrorInfo>, Error> {
+        let told: Mirrors = self.ask(|client| client.ask(Request::Mirrors)).await?;
+        Ok(told.mirrors)
     }
 
     /// The guest that it is.
