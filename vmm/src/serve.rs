@@ -2,6 +2,11 @@
 //! `atoll-vmm serve-disk`: a disk for another process, over NBD, to be read and written. What a mirror copies to from
 //! another host, through whatever connects the two sockets.
 
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "comments on arguments are help texts, where brackets are what may be left out"
+)]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 

@@ -9,7 +9,7 @@
 //! outlives the moment at which `receive` enters its sandbox, and since it talks to strangers until they have shown a
 //! certificate: it runs in a sandbox too.
 //!
-//! **On the network** (inside TLS) a connection begins with a [`Preface`], which is answered by a [`Verdict`]; then
+//! **On the network** (inside TLS) a connection begins with a preface, which is answered by a verdict; then
 //! frames go both ways (`wire`): what the local connection carries, and a beat when there is nothing, so that a side
 //! that hears nothing for its silence limit knows that the other one, or the network, is gone.
 //!

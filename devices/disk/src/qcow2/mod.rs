@@ -6,13 +6,13 @@
 //! that the spec names and no others, threads for its blocking calls, clusters that zstd compressed (`zstd`), and what
 //! is left of an image when its process is killed (`image`, `storage`, `repair`).
 //!
-//! What a guest can rely on, by [`Cache`](crate::Cache):
+//! What a guest can rely on, by [`Cache`]:
 //!
 //! - The process is killed, at any moment: a sector holds what it held at the last flush that completed, or what was
 //!   written to it since (a discard counts as a write of zeroes). In every mode; each write is a flush in the
 //!   synchronous ones.
 //! - The host crashes: the same, if its file system keeps what it has said is durable. Not with
-//!   [`Cache::Unsafe`](crate::Cache::Unsafe).
+//!   [`Cache::Unsafe`].
 //! - In both cases the image keeps a mark ("dirty") that its reference counts are not to be relied on. Opening it for
 //!   writing, here or by QEMU, makes them anew, with nothing lost and nothing leaked; for reading it is as good as any.
 //!   An image of version 2 has no place for the mark: here its counts are checked whenever it is opened for writing,
