@@ -8,7 +8,7 @@
 //! flash        firmware's variables                  debug        firmware's debug console
 //! q35          host bridge and LPC bridge            reset_ports  resets of old
 //! pvpanic      a PCI function: the guest crashed     watchdog     a PCI function: the guest must feed it
-//! generation   bytes in memory: the machine is a copy
+//! generation   bytes in memory: the machine is a copy  timer        a moment that a device waits for
 //! ```
 
 mod debug;
@@ -20,6 +20,7 @@ mod pvpanic;
 mod reset_ports;
 mod rtc;
 mod serial;
+mod timer;
 mod watchdog;
 
 pub mod q35;

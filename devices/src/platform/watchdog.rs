@@ -8,20 +8,15 @@
 //! ```
 //! The machine's time is real time less pauses: [`Watchdog::pause`] keeps what is left.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use atoll_thread::Kind;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use serde::{Deserialize, Serialize};
 
+use super::timer::Timer;
 use crate::pci::{Bar, ConfigSpace, Identity, PciDevice};
 use crate::state::{DeviceState, Saved, SavedState, StateError};
 
@@ -92,7 +87,7 @@ struct State {
 struct Shared {
     /// Taken by vCPUs and by the timer's thread. Leaf lock, held over timerfd_settime(2).
     state: Mutex<State>,
-    timer: OwnedFd,
+    timer: Timer,
     bite: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -105,20 +100,18 @@ pub struct Watchdog {
 impl Watchdog {
     /// Calls `bite`, which must not block, when the guest has not fed it in time.
     pub fn new(bite: Box<dyn Fn() + Send + Sync>) -> io::Result<Self> {
-        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
-        let mut waited = File::from(timer.try_clone()?);
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 registers: AT_RESET,
                 deadline: None,
                 closing: false,
             }),
-            timer,
+            timer: Timer::new()?,
             bite,
         });
         let expiring = shared.clone();
         let thread = atoll_thread::spawn(Kind::Queue, "watchdog", move || {
-            while waited.read(&mut [0; 8]).is_ok() && expiring.expire() {}
+            while expiring.timer.wait().is_ok() && expiring.expire() {}
         })?;
         Ok(Self {
             shared,
@@ -191,22 +184,7 @@ impl Shared {
 
     /// Sets the timer to the deadline, or stops it.
     fn arm(&self, state: &State) {
-        let left = state.deadline.map(|deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            left.max(Duration::from_nanos(1)) // Zero would stop it.
-        });
-        let zero = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let value = Timespec::try_from(left.unwrap_or_default()).unwrap_or(zero);
-        let setting = Itimerspec {
-            it_interval: zero,
-            it_value: value,
-        };
-        if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &setting) {
-            tracing::error!(%error, "watchdog: set its timer");
-        }
+        self.timer.set(state.deadline);
     }
 
     /// From the beginning of a stage.
