@@ -186,9 +186,21 @@ impl Platform {
 /// A `_CRS` of one range of ports, for [`AcpiDevice::objects`].
 #[must_use]
 pub fn ports(first: u16, count: u8) -> Vec<u8> {
-    let range = aml::IO::new(first, first, 1, count);
-    let resources = aml::ResourceTemplate::new(vec![&range]);
-    serialized(&aml::Name::new("_CRS".into(), &resources))
+    resources(vec![&aml::IO::new(first, first, 1, count)])
+}
+
+/// The same with an edge-triggered interrupt.
+#[must_use]
+pub fn ports_and_interrupt(first: u16, count: u8, gsi: u32) -> Vec<u8> {
+    let interrupt = aml::Interrupt::new(true, true, false, false, gsi);
+    resources(vec![&aml::IO::new(first, first, 1, count), &interrupt])
+}
+
+fn resources(all: Vec<&dyn Aml>) -> Vec<u8> {
+    serialized(&aml::Name::new(
+        "_CRS".into(),
+        &aml::ResourceTemplate::new(all),
+    ))
 }
 
 /// All tables as one piece, to be written at `tables_address`.

@@ -61,6 +61,10 @@ done
 for i in $(seq 50); do [ $(ss -ltn | grep -c ':1*900[01] ') = 4 ] && grep -q listening tcpdump.log && exit 0; sleep 0.2; done
 exit 1"#;
 
+/// What hwclock does: RTC_UIE_ON (rtc(4)), an interrupt each second.
+const THREE_SECONDS: &str = r#"perl -e '$SIG{ALRM} = sub { die "no tick" }; alarm 30; open(F, "<", "/dev/rtc0") or die $!;
+ioctl(F, 0x7003, 0) or die $!; for (1..3) { sysread(F, $b, 8) == 8 or die $! } ioctl(F, 0x7004, 0) or die $!; print "three"'"#;
+
 #[track_caller]
 fn number(text: &str) -> i64 {
     let number = text.trim().parse();
@@ -81,6 +85,7 @@ fn basics_are_there(host: &Host) {
     let guest = in_guest(host, "cat /sys/class/rtc/rtc0/since_epoch", 60);
     let difference = number(&on_host(host, "date +%s", 60)) - number(&guest);
     assert!((0..60).contains(&difference), "{difference} s");
+    assert_eq!(in_guest(host, THREE_SECONDS, 60), "three");
     let free = on_host(host, "awk '/HugePages_Free/ {print $2}' /proc/meminfo", 60);
     assert!(number(&free) < 210, "{free} huge pages are free");
 }

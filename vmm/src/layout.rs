@@ -67,6 +67,8 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_PORT_COUNT: u16 = 8;
 /// Interrupt of COM1.
 pub const SERIAL_GSI: u32 = 4;
+/// Interrupt of the CMOS clock on the `pc` board: a PC's.
+pub const CLOCK_GSI: u32 = 8;
 /// Sleep control and sleep status registers, then the reset register: a byte each.
 pub const POWER_PORT: u16 = 0x600;
 /// Ports of the power registers.

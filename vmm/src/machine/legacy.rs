@@ -21,12 +21,12 @@ use crate::{check, fw_cfg, layout};
 use kvm_bindings::kvm_pit_state2;
 use serde::{Deserialize, Serialize};
 
-/// The clock as ACPI tells the guest; without an interrupt.
+/// The clock as ACPI tells the guest.
 pub(super) fn clock() -> AcpiDevice {
     AcpiDevice {
         name: "RTC0",
         hid: "PNP0B00",
-        objects: acpi::ports(Rtc::PORT, 8),
+        objects: acpi::ports_and_interrupt(Rtc::PORT, 8, layout::CLOCK_GSI),
         event: None,
     }
 }
@@ -34,6 +34,7 @@ pub(super) fn clock() -> AcpiDevice {
 /// Those devices that a reset puts back.
 pub(super) struct Legacy {
     pm: Arc<AcpiPm>,
+    clock: Arc<Rtc>,
     system_control: Arc<SystemControl>,
     firmware: Option<Firmware>,
 }
@@ -59,12 +60,10 @@ impl Legacy {
         let ram = assembly.board.ram(assembly.memory_bytes());
         let high: u64 = ram.iter().skip(1).map(|(_, size)| size).sum();
         let system_control = Arc::new(SystemControl::new(control.clone()));
-        assembly.port(
-            "rtc",
-            Rtc::PORT,
-            Rtc::SIZE,
-            Arc::new(Rtc::new(ram[0].1, high)),
-        );
+        let clock_line = Arc::new(assembly.routes.pin(layout::CLOCK_GSI)?);
+        let clock = Rtc::new(ram[0].1, high, clock_line).map_err(BuildError::device("clock"))?;
+        let clock = Arc::new(clock);
+        assembly.port("rtc", Rtc::PORT, Rtc::SIZE, clock.clone());
         assembly.port("acpi registers", layout::PM_PORT, AcpiPm::SIZE, pm.clone());
         assembly.port(
             "system control",
@@ -84,14 +83,26 @@ impl Legacy {
         };
         Ok(Self {
             pm,
+            clock,
             system_control,
             firmware,
         })
     }
 
+    /// No device of these acts by itself any more.
+    pub(super) fn pause(&self) {
+        self.clock.pause();
+    }
+
+    /// They may again.
+    pub(super) fn resume(&self) {
+        self.clock.resume();
+    }
+
     /// As at power-on. The clock goes on, and the variables stay.
     pub(super) fn reset(&self) {
         self.pm.reset();
+        self.clock.reset();
         self.system_control.reset();
         if let Some(firmware) = &self.firmware {
             firmware.flash.reset();

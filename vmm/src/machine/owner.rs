@@ -347,6 +347,9 @@ impl Machine {
     }
 
     fn run_vcpus(&self) {
+        if let Some(legacy) = &self.parts.legacy {
+            legacy.resume();
+        }
         self.parts.vcpus.iter().for_each(Vcpu::run);
     }
 
@@ -362,6 +365,9 @@ impl Machine {
         }
         if let Some(watchdog) = &self.parts.watchdog {
             watchdog.pause();
+        }
+        if let Some(legacy) = &self.parts.legacy {
+            legacy.pause();
         }
     }
 

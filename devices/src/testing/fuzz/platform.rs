@@ -211,7 +211,11 @@ pub(super) fn part(kind: u8) -> Arc<dyn Part> {
             Arc::new(WithArray(flash, array, file))
         }
         2 => AcpiPm::new(control, Arc::new(Line::default())),
-        3 => Arc::new(Rtc::new(3 << 30, 1 << 30)),
+        3 => {
+            let clock = Rtc::new(3 << 30, 1 << 30, Arc::new(Line::default())).unwrap();
+            clock.resume();
+            Arc::new(clock)
+        }
         4 => {
             let console = Console::open(&ConsoleBackend::Null).unwrap();
             Serial::new(console.port(), Arc::new(Line::default()))
