@@ -6,11 +6,12 @@
     reason = "comments on arguments are help texts, where brackets are what may be left out"
 )]
 
+mod ctl;
+mod receive;
 mod services;
 
 use std::path::{Path, PathBuf};
 
-use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
 use atoll_vmm_protocol::cpu::CpuSpec;
 use atoll_vmm_protocol::services::{MemoryBacking, VhostUserSocket};
 use atoll_vmm_protocol::spec::{
@@ -18,9 +19,10 @@ use atoll_vmm_protocol::spec::{
     FirmwareSpec, KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
-use serde_json::Value;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use self::ctl::{CtlArguments, CtlRequest};
+pub use self::receive::{NetworkArguments, ReceiveArguments, RelayArguments};
 use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::saved::image;
 use crate::{check, cpu_models, flash, probe, serve};
@@ -227,112 +229,6 @@ pub enum Filters {
     Off,
 }
 
-/// Arguments of `receive`.
-#[derive(Debug, Args)]
-pub struct ReceiveArguments {
-    /// Unix socket that is created here, for the source to connect to
-    #[arg(long, value_name = "PATH", required_unless_present = "listen")]
-    pub socket: Option<PathBuf>,
-    /// Wait on the network instead: tcp:HOST:PORT (port 0: one that is free; the log tells)
-    #[arg(long, value_name = "ADDRESS", conflicts_with = "socket")]
-    pub listen: Option<String>,
-    #[command(flatten)]
-    #[expect(
-        missing_docs,
-        reason = "each argument has its own, and clap takes none here"
-    )]
-    pub network: NetworkArguments,
-    /// The same machine with this host's files and taps; those of the source when absent
-    #[arg(long, value_name = "FILE")]
-    pub spec: Option<PathBuf>,
-    #[command(flatten)]
-    #[expect(
-        missing_docs,
-        reason = "each argument has its own, and clap takes none here"
-    )]
-    pub host: HostArguments,
-}
-
-/// How a machine that comes over a network is protected.
-#[derive(Debug, Args)]
-pub struct NetworkArguments {
-    /// PEM file: the authorities that sign the source's certificate
-    #[arg(long, value_name = "FILE")]
-    pub tls_ca: Option<PathBuf>,
-    /// PEM file: this side's certificate, for the name that the source connects to
-    #[arg(long, value_name = "FILE")]
-    pub tls_cert: Option<PathBuf>,
-    /// PEM file: its key
-    #[arg(long, value_name = "FILE")]
-    pub tls_key: Option<PathBuf>,
-    /// Memory may come over the network without TLS
-    #[arg(long)]
-    pub insecure: bool,
-    /// For how long nothing may be heard from the source over the network [default: 20000]
-    #[arg(long, value_name = "N")]
-    pub silence_limit_ms: Option<u64>,
-}
-
-/// Arguments of `relay`.
-#[derive(Debug, Args)]
-pub struct RelayArguments {
-    /// Where it listens already: for messages
-    #[arg(long, value_name = "ADDRESS")]
-    pub listen: String,
-    #[command(flatten)]
-    #[expect(
-        missing_docs,
-        reason = "each argument has its own, and clap takes none here"
-    )]
-    pub network: NetworkArguments,
-    #[command(flatten)]
-    #[expect(
-        missing_docs,
-        reason = "each argument has its own, and clap takes none here"
-    )]
-    pub host: HostArguments,
-}
-
-impl ReceiveArguments {
-    /// Those of the relay's process, which is to be confined as this one will be.
-    #[must_use]
-    pub fn for_relay(&self, listen: &str) -> Vec<std::ffi::OsString> {
-        let mut all: Vec<std::ffi::OsString> = vec!["relay".into(), "--listen".into()];
-        all.push(listen.into());
-        let network = &self.network;
-        let host = &self.host;
-        let files = [
-            ("--tls-ca", &network.tls_ca),
-            ("--tls-cert", &network.tls_cert),
-            ("--tls-key", &network.tls_key),
-            ("--log-file", &host.log_file),
-        ];
-        for (option, file) in files {
-            if let Some(file) = file {
-                all.extend([option.into(), file.into()]);
-            }
-        }
-        if network.insecure {
-            all.push("--insecure".into());
-        }
-        if let Some(limit) = network.silence_limit_ms {
-            all.extend(["--silence-limit-ms".into(), limit.to_string().into()]);
-        }
-        let word = |value: Option<clap::builder::PossibleValue>| {
-            value.map_or_else(String::new, |value| value.get_name().to_owned())
-        };
-        all.extend([
-            "--sandbox".into(),
-            word(host.sandbox.to_possible_value()).into(),
-        ]);
-        all.extend([
-            "--seccomp".into(),
-            word(host.seccomp.to_possible_value()).into(),
-        ]);
-        all
-    }
-}
-
 /// What `--spec` stands instead of.
 const MACHINE_ARGUMENTS: [&str; 21] = [
     "profile",
@@ -357,108 +253,6 @@ const MACHINE_ARGUMENTS: [&str; 21] = [
     services::ARGUMENTS[4],
     services::ARGUMENTS[5],
 ];
-
-/// Arguments of `ctl`.
-#[derive(Debug, Args)]
-#[command(after_help = "The answer is printed as JSON.")]
-pub struct CtlArguments {
-    /// The machine's control socket, as given to `run`
-    #[arg(long, value_name = "PATH", global = true)]
-    pub api_socket: Option<PathBuf>,
-    /// What is asked
-    #[command(subcommand)]
-    pub request: CtlRequest,
-}
-
-/// A request of the control API with its body. The sub-commands and their options are made from [`ROUTES`].
-#[derive(Debug)]
-pub struct CtlRequest {
-    /// Its row.
-    pub route: &'static Route,
-    /// Its parameters by name.
-    pub body: serde_json::Map<String, Value>,
-}
-
-impl Subcommand for CtlRequest {
-    fn augment_subcommands(command: clap::Command) -> clap::Command {
-        let one = |route: &'static Route| {
-            clap::Command::new(&route.path[1..])
-                .about(route.summary)
-                .args(route.parameters.iter().map(option))
-        };
-        command
-            .subcommand_required(true)
-            .subcommand_value_name("REQUEST")
-            .subcommand_help_heading("Requests")
-            .subcommands(ROUTES.iter().map(one))
-    }
-
-    fn augment_subcommands_for_update(command: clap::Command) -> clap::Command {
-        Self::augment_subcommands(command)
-    }
-
-    fn has_subcommand(name: &str) -> bool {
-        ROUTES.iter().any(|route| &route.path[1..] == name)
-    }
-}
-
-impl FromArgMatches for CtlRequest {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let (name, values) = matches
-            .subcommand()
-            .ok_or_else(|| clap::Error::new(clap::error::ErrorKind::MissingSubcommand))?;
-        let route = ROUTES.iter().find(|route| &route.path[1..] == name);
-        let route = route.expect("the parser takes only paths of ROUTES");
-        let value = |parameter: &Parameter| {
-            let name = parameter.name;
-            let value = match parameter.kind {
-                ParameterKind::Integer => values.get_one::<u64>(name).map(|one| (*one).into()),
-                ParameterKind::Switch => values.get_one::<bool>(name).map(|one| (*one).into()),
-                ParameterKind::Text => values.get_one::<String>(name).map(|one| one.clone().into()),
-                ParameterKind::Texts => values
-                    .get_many::<String>(name)
-                    .map(|all| all.cloned().collect::<Vec<_>>().into()),
-                ParameterKind::Disk => values.get_one::<DiskSpec>(name).map(spec_value),
-                ParameterKind::Net => values.get_one::<NetSpec>(name).map(spec_value),
-            };
-            value.map(|value: Value| (name.to_owned(), value))
-        };
-        let body = route.parameters.iter().filter_map(value).collect();
-        Ok(Self { route, body })
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
-fn spec_value(spec: &impl serde::Serialize) -> Value {
-    serde_json::to_value(spec).expect("a spec has string keys only")
-}
-
-/// The option of one parameter.
-fn option(parameter: &'static Parameter) -> clap::Arg {
-    // Leaked once a process: the parser wants names that live as long as it.
-    let long: &'static str = parameter.name.replace('_', "-").leak();
-    let arg = clap::Arg::new(parameter.name)
-        .long(long)
-        .help(parameter.summary)
-        .required(parameter.required);
-    match parameter.kind {
-        ParameterKind::Integer => arg.value_name("N").value_parser(clap::value_parser!(u64)),
-        ParameterKind::Switch => arg
-            .value_name("true|false")
-            .value_parser(clap::value_parser!(bool)),
-        ParameterKind::Text => arg.value_name("TEXT"),
-        ParameterKind::Texts => arg
-            .value_name("NAME,…")
-            .value_delimiter(',')
-            .action(clap::ArgAction::Append),
-        ParameterKind::Disk => arg.value_name("KEYS").value_parser(disk),
-        ParameterKind::Net => arg.value_name("KEYS").value_parser(net),
-    }
-}
 
 impl HostArguments {
     /// How the process is to be confined, but for its log.
