@@ -636,7 +636,7 @@ mod tests {
         assert_eq!((drive.bus, drive.target), (DiskBus::Cdrom, Some(2)));
         for (text, expected) in [
             ("path=/a", "format=raw or format=qcow2"),
-            ("path=/a,format=vmdk", "raw and qcow2"),
+            ("path=/a,format=vmdk", "raw, qcow2 and nbd"),
             ("path=/a,format=qcow2,backing=/b", "backing=raw:base.img"),
             ("path=/a,format=raw,cache=some", "directsync"),
             ("path=/a,format=raw,bus=ide", "scsi and cdrom"),
