@@ -62,8 +62,7 @@ for i in $(seq 50); do [ $(ss -ltn | grep -c ':1*900[01] ') = 4 ] && grep -q lis
 exit 1"#;
 
 /// What hwclock does: RTC_UIE_ON (rtc(4)), an interrupt each second.
-const THREE_SECONDS: &str = r#"perl -e '$SIG{ALRM} = sub { die "no tick" }; alarm 30; open(F, "<", "/dev/rtc0") or die $!;
-ioctl(F, 0x7003, 0) or die $!; for (1..3) { sysread(F, $b, 8) == 8 or die $! } ioctl(F, 0x7004, 0) or die $!; print "three"'"#;
+const THREE_SECONDS: &str = r#"perl -e '$SIG{ALRM} = sub { die "no tick" }; alarm 30; open(F, "<", "/dev/rtc0") or die $!; ioctl(F, 0x7003, 0) or die $!; for (1..3) { sysread(F, $b, 8) == 8 or die $! } ioctl(F, 0x7004, 0) or die $!; print "three\n"'"#;
 
 #[track_caller]
 fn number(text: &str) -> i64 {

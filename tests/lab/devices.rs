@@ -120,8 +120,14 @@ pub fn hear(host: &Host, mark: &str, seconds: u32) -> String {
     line.trim().trim_start_matches(mark).trim().to_owned()
 }
 
+/// Tells how a machine ended that was not to.
+pub const WHAT_HAPPENED: &str =
+    "tail -n 20 /var/t/console.log; cat /var/t/vmm.log; dmesg | tail -n 5";
+
 pub fn control(host: &Host, request: &str) -> String {
-    let command = format!("/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock {request}");
+    let command = format!(
+        "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock {request} || {{ {WHAT_HAPPENED}; exit 1; }}"
+    );
     host.check(&command, SECOND * 60).unwrap()
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use atoll_tests::lab::Host;
 
-use crate::devices::{control, hear};
+use crate::devices::{WHAT_HAPPENED, control, hear};
 use crate::payload;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -102,7 +102,8 @@ fn comes_and_goes(board: &str) {
             .for_each(|slot| wait_for_slot(host, *slot, true));
         // Open and locked: nobody else has the image.
         let again = "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock add-disk --disk path=/var/t/more.raw,format=raw";
-        let again = host.run(again, SECOND * 60).unwrap();
+        let again = format!("{again} || {{ {WHAT_HAPPENED}; }}");
+        let again = host.run(&again, SECOND * 60).unwrap();
         assert!(again.text.contains("is in use"), "{}", again.text);
 
         for id in ["disk1", "net0"] {

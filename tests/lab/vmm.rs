@@ -324,5 +324,9 @@ fn a_guest_that_can_run_guests_goes_on_from_a_snapshot() {
     host.check(restore, SECOND * 60).unwrap();
     in_guest(host, "test -e /dev/shm/before", 120);
     in_guest(host, "systemctl --no-block reboot; echo going", 120);
+    let reset = format!(
+        "for i in $(seq 120); do {control} info | grep -q '\"reset_count\": 1' && exit; sleep 1; done; cat /var/t/vmm.log; exit 1"
+    );
+    host.check(&reset, SECOND * 240).unwrap();
     in_guest(host, "! test -e /dev/shm/before", 240);
 }
