@@ -11,14 +11,11 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Instant;
 
 use atoll_disk::Frozen;
 use atoll_disk::changes::{BlockSet, Changes, CheckpointId};
 use atoll_disk::nbd::{self, NbdServer};
-use atoll_vmm_protocol::api::{
-    Acted, BeginExport, EndExport, Exported, ExportedDisk, MachineState,
-};
+use atoll_vmm_protocol::api::{Acted, BeginExport, EndExport, Exported, ExportedDisk};
 use uuid::Uuid;
 
 use super::RunError;
@@ -61,16 +58,7 @@ impl Machine {
             Ok(request) => request,
             Err(refused) => return Ok(refused),
         };
-        let was_running = self.state == MachineState::Running;
-        let started = Instant::now();
-        if was_running {
-            self.hold();
-        }
-        let begun = self.freeze(&body.disks, fleeces);
-        if was_running {
-            self.release()?;
-        }
-        let held_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (begun, held_us) = self.while_held(|machine| machine.freeze(&body.disks, fleeces))?;
         let served = begun.and_then(|begun| serve(listener, begun, body.socket, held_us));
         Ok(match served {
             Ok(export) => {

@@ -10,7 +10,7 @@
 //! ```
 //! Until the switch the disk is where it was, whatever happens to the target, to this process or to the host.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use atoll_disk::{Mirror, MirrorOptions, SettleError};
 use atoll_vmm_protocol::api::{
@@ -89,15 +89,7 @@ impl Machine {
             Ok(request) => request,
             Err(refused) => return Ok(refused),
         };
-        let started = Instant::now();
-        let was_running = self.state == MachineState::Running;
-        if was_running {
-            self.hold();
-        }
-        let mirror = self.follow(&body, &target);
-        if was_running {
-            self.release()?;
-        }
+        let (mirror, held_us) = self.while_held(|machine| machine.follow(&body, &target))?;
         let mirror = match mirror {
             Ok(mirror) => mirror,
             Err(refused) => return Ok(refused),
@@ -108,7 +100,7 @@ impl Machine {
         let mirroring = Mirroring {
             id,
             at_target,
-            held_us: micros(started),
+            held_us,
             stage: Stage::Following { mirror, target },
             last: None,
         };
@@ -194,24 +186,21 @@ impl Machine {
             Ok(request) => request,
             Err(refused) => return Ok(refused),
         };
-        let started = Instant::now();
-        let was_running = self.state == MachineState::Running;
-        if was_running {
-            self.hold();
-        }
-        let settled = match &self.mirrors[index].stage {
-            Stage::Following { mirror, .. } => mirror.settle(limit),
-            Stage::Switched(_) => unreachable!("looked at before"),
-        };
-        let switched = settled.map(|()| self.switch(index));
-        if was_running {
-            self.settle_mirrors();
-            self.release()?;
-        }
+        let (switched, held_us) = self.while_held(|machine| {
+            let settled = match &machine.mirrors[index].stage {
+                Stage::Following { mirror, .. } => mirror.settle(limit),
+                Stage::Switched(_) => unreachable!("looked at before"),
+            };
+            let switched = settled.map(|()| machine.switch(index));
+            if machine.state == MachineState::Running {
+                machine.settle_mirrors();
+            }
+            switched
+        })?;
         let mirroring = &mut self.mirrors[index];
         Ok(match switched {
             Ok(grown) => {
-                let (id, held_us) = (mirroring.id.clone(), micros(started));
+                let id = mirroring.id.clone();
                 if let Some(last) = &mut mirroring.last {
                     last.held_us = held_us;
                 }
@@ -372,8 +361,4 @@ impl Machine {
 fn of_disk<'a>(spec: &'a MachineSpec, id: &str) -> &'a DiskSpec {
     let disk = spec.disks.iter().find(|disk| check::id_of(&disk.id) == id);
     disk.expect("a machine's disks are its spec's")
-}
-
-fn micros(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }

@@ -346,6 +346,7 @@ impl Machine {
         self.parts.nets.iter().for_each(|net| net.device.announce());
     }
 
+    /// The guest goes on, and its clock may interrupt it again.
     fn run_vcpus(&self) {
         if let Some(legacy) = &self.parts.legacy {
             legacy.resume();
@@ -369,6 +370,24 @@ impl Machine {
         if let Some(legacy) = &self.parts.legacy {
             legacy.pause();
         }
+    }
+
+    /// Does something while nothing of the guest runs, with how long that took, in microseconds. The guest goes on
+    /// afterwards if it ran before; the work can tell by the machine's state.
+    pub(super) fn while_held<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> T,
+    ) -> Result<(T, u64), RunError> {
+        let (started, was_running) = (Instant::now(), self.state == MachineState::Running);
+        if was_running {
+            self.hold();
+        }
+        let done = work(self);
+        if was_running {
+            self.release()?;
+        }
+        let held_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok((done, held_us))
     }
 
     pub(super) fn release(&self) -> Result<(), RunError> {

@@ -10,10 +10,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
 
 use atoll_devices::virtio::Act;
-use atoll_vmm_protocol::api::{MachineState, Snapshot, SnapshotTaken};
+use atoll_vmm_protocol::api::{Snapshot, SnapshotTaken};
 
 use super::owner::Machine;
 use super::{RunError, saved};
@@ -49,17 +48,10 @@ impl Machine {
         if let Some(text) = self.parts.obstacle(Act::Snapshot) {
             return Ok(api::refusal(409, text));
         }
-        let was_running = self.state == MachineState::Running;
-        let started = Instant::now();
-        if was_running {
-            self.hold();
-        }
-        self.settle_mirrors();
-        let written = self.write_snapshot(&files);
-        if was_running {
-            self.release()?;
-        }
-        let held_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (written, held_us) = self.while_held(|machine| {
+            machine.settle_mirrors();
+            machine.write_snapshot(&files)
+        })?;
         Ok(match written {
             Ok(memory_bytes) => {
                 tracing::info!(name = self.spec.name, to, memory_bytes, held_us, "snapshot");
