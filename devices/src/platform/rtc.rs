@@ -12,13 +12,11 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use atoll_thread::Kind;
 use serde::{Deserialize, Serialize};
 
-use super::timer::Timer;
+use super::timer::{Timer, TimerThread};
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
 use crate::state::{DeviceState, Saved, SavedState, StateError};
@@ -67,13 +65,13 @@ const SECONDS_A_DAY: i64 = 86_400;
 /// [`Rtc::resume`]. Dropping it ends its thread.
 pub struct Rtc {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    _thread: TimerThread,
 }
 
 struct Shared {
-    /// Taken by vCPUs and by the clock's thread. Leaf lock, held over timerfd_settime(2) and the line's pulse.
+    /// Taken by vCPUs and by the clock's thread. Held while the timer is set and the line pulsed.
     state: Mutex<State>,
-    timer: Timer,
+    timer: Arc<Timer>,
     line: Arc<dyn IrqLine>,
 }
 
@@ -87,7 +85,6 @@ struct State {
     /// When the next period ends, while those are enabled.
     period_end: Option<Instant>,
     held: bool,
-    closing: bool,
 }
 
 /// A moment in the proleptic Gregorian calendar.
@@ -116,12 +113,10 @@ impl Rtc {
             line,
         });
         let ticking = shared.clone();
-        let thread = atoll_thread::spawn(Kind::Queue, "rtc", move || {
-            while ticking.timer.wait().is_ok() && ticking.expire() {}
-        })?;
+        let thread = TimerThread::spawn("rtc", &shared.timer, move || ticking.expire())?;
         Ok(Self {
             shared,
-            thread: Some(thread),
+            _thread: thread,
         })
     }
 
@@ -154,16 +149,6 @@ impl Rtc {
     }
 }
 
-impl Drop for Rtc {
-    fn drop(&mut self) {
-        self.shared.lock().closing = true;
-        self.shared.timer.set(Some(Instant::now()));
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -174,12 +159,9 @@ impl Shared {
         self.timer.set(state.next(Instant::now()));
     }
 
-    /// The timer fired. `false`: the thread is to end.
-    fn expire(&self) -> bool {
+    /// The timer fired.
+    fn expire(&self) {
         let mut state = self.lock();
-        if state.closing {
-            return false;
-        }
         if !state.held {
             state.pass_period(Instant::now());
             state.pass(host_seconds());
@@ -188,7 +170,6 @@ impl Shared {
             }
         }
         self.arm(&mut state);
-        true
     }
 }
 
@@ -224,7 +205,6 @@ impl State {
             seen: host_seconds(),
             period_end: None,
             held: true,
-            closing: false,
         }
     }
 

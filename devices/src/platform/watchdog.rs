@@ -10,13 +10,11 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use atoll_thread::Kind;
 use serde::{Deserialize, Serialize};
 
-use super::timer::Timer;
+use super::timer::{Timer, TimerThread};
 use crate::pci::{Bar, ConfigSpace, Identity, PciDevice};
 use crate::state::{DeviceState, Saved, SavedState, StateError};
 
@@ -81,20 +79,19 @@ struct State {
     registers: Registers,
     /// When the stage is over; `None`: stopped, or paused.
     deadline: Option<Instant>,
-    closing: bool,
 }
 
 struct Shared {
-    /// Taken by vCPUs and by the timer's thread. Leaf lock, held over timerfd_settime(2).
+    /// Taken by vCPUs and by the timer's thread. Held while the timer is set.
     state: Mutex<State>,
-    timer: Timer,
+    timer: Arc<Timer>,
     bite: Box<dyn Fn() + Send + Sync>,
 }
 
 /// See the module. Dropping it ends its thread.
 pub struct Watchdog {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    _thread: TimerThread,
 }
 
 impl Watchdog {
@@ -104,18 +101,15 @@ impl Watchdog {
             state: Mutex::new(State {
                 registers: AT_RESET,
                 deadline: None,
-                closing: false,
             }),
             timer: Timer::new()?,
             bite,
         });
         let expiring = shared.clone();
-        let thread = atoll_thread::spawn(Kind::Queue, "watchdog", move || {
-            while expiring.timer.wait().is_ok() && expiring.expire() {}
-        })?;
+        let thread = TimerThread::spawn("watchdog", &shared.timer, move || expiring.expire())?;
         Ok(Self {
             shared,
-            thread: Some(thread),
+            _thread: thread,
         })
     }
 
@@ -151,19 +145,6 @@ impl Watchdog {
     }
 }
 
-impl Drop for Watchdog {
-    fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        state.closing = true;
-        state.deadline = Some(Instant::now());
-        self.shared.arm(&state);
-        drop(state);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -194,23 +175,20 @@ impl Shared {
         self.arm(state);
     }
 
-    /// The timer fired. `false`: the thread is to end.
-    fn expire(&self) -> bool {
+    /// The timer fired.
+    fn expire(&self) {
         let mut state = self.lock();
-        if state.closing {
-            return false;
-        }
         // Fed or paused at the last moment: the timer was set again, and this was the old one's end.
         let due = state
             .deadline
             .is_some_and(|deadline| deadline <= Instant::now());
         if !due {
             self.arm(&state);
-            return true;
+            return;
         }
         if state.registers.stage == 0 {
             self.start(&mut state, 1);
-            return true;
+            return;
         }
         state.deadline = None;
         if state.registers.lock & FREE_RUN != 0 {
@@ -221,7 +199,6 @@ impl Shared {
             drop(state);
             (self.bite)();
         }
-        true
     }
 
     /// A write of `size` bytes to the BAR.
