@@ -13,11 +13,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 
+use atoll_disk::chain;
 use serde::Serialize;
 use serde_json::Value;
 
 pub use guest::ProbeError;
-use guest::{Run, chain, host};
+use guest::{Run, host};
 
 /// The probe guest: a static ELF with a PVH note.
 pub const PROBE_ELF: &[u8] = include_bytes!(env!("ATOLL_PROBE_ELF"));

@@ -138,7 +138,7 @@ fn assert_one_line(error: &dyn Error) {
 
 /// The same for an error that repeats a part of the input, as a JSON parser's does: a line as it leaves the program.
 fn assert_told(error: &dyn Error, input: &[u8]) {
-    let text = terminal::one_line(&migration::target::chain(error));
+    let text = terminal::one_line(&atoll_disk::chain(error));
     assert!(!text.contains(char::is_control), "{text}");
     assert!(text.len() < 1000 + 10 * input.len(), "{text}");
 }

@@ -24,6 +24,7 @@ mod alignment;
 mod backend;
 mod blocking;
 mod bucket;
+mod chain;
 pub mod changes;
 pub mod conformance;
 #[cfg(test)]
@@ -53,6 +54,7 @@ pub use backend::{
     ResizeError, SECTOR_BYTES, Space,
 };
 pub use bucket::TokenBucket;
+pub use chain::chain;
 pub use fault::{Fault, Faulty};
 pub use frozen::{Freezable, Frozen, FrozenReader};
 pub use layer::{Layer, QueueLayer};

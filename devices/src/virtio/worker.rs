@@ -272,7 +272,7 @@ impl Member {
         if !matches!(error, QueueError::Host { .. }) {
             self.start.counters.guest_errors.add(1);
         }
-        let reason = chain_text(error);
+        let reason = atoll_disk::chain(error);
         self.start.queue.interrupt().device().needs_reset(&reason);
     }
 
@@ -456,16 +456,4 @@ pub mod inline {
         let _ = handler.drain(&mut start.queue);
         Box::new(Served(start.queue.state()))
     }
-}
-
-/// An error with its causes, on one line.
-fn chain_text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

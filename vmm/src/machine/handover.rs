@@ -15,6 +15,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use atoll_devices::virtio::Act;
+use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, MigrationStage, Request};
 
@@ -25,7 +26,6 @@ use crate::api::{self, Answer, Asked};
 use crate::kvm::dirty::WriteLog;
 use crate::migration::converge::Convergence;
 use crate::migration::source::{self, Plan, Progress};
-use crate::migration::target::chain;
 use crate::migration::{Hello, MigrationError};
 use crate::saved::MachineState as Saved;
 

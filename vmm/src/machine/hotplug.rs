@@ -13,6 +13,7 @@
 //! `acpi/hotplug.rs`).
 
 use atoll_devices::pci::{PciBusError, ReleaseSink};
+use atoll_disk::chain;
 use atoll_vmm_protocol::api::{
     AddDisk, AddNet, Added, DeviceInfo, Removal, RemovalStage, RemoveDevice,
 };
@@ -23,7 +24,6 @@ use super::owner::{GuestEvent, GuestVoice, Machine};
 use super::{devices, disks};
 use crate::api::{self, Answer, Asked};
 use crate::check;
-use crate::migration::target::chain;
 use crate::resources::{CardEnd, Medium};
 
 impl ReleaseSink for GuestVoice {

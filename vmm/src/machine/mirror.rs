@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use atoll_disk::{Mirror, MirrorOptions, SettleError};
+use atoll_disk::{Mirror, MirrorOptions, SettleError, chain};
 use atoll_vmm_protocol::api::{
     Acted, BeginMirror, CancelMirror, CompleteMirror, MachineState, MirrorInfo, MirrorStage,
     Mirrors, Request,
@@ -24,7 +24,6 @@ use super::disks;
 use super::owner::Machine;
 use crate::api::{self, Answer, Asked};
 use crate::check;
-use crate::migration::target::chain;
 use crate::resources::Replacement;
 
 /// How long a guest stands still for the rest, unless it is said otherwise.

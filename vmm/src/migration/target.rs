@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_devices::memory::Ram;
+use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::spec::{DiskBus, MachineSpec, Profile};
 
@@ -277,10 +278,4 @@ fn devices(spec: &MachineSpec) -> BTreeSet<String> {
         .chain(filesystems)
         .chain(others)
         .collect()
-}
-
-/// An error with its causes, on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -2,7 +2,6 @@
 //! One run of the probe guest in a VMM process of its own, with every kind of device. Not here: what the report
 //! means (`probe.rs`, which calls this).
 
-use std::error::Error;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,6 +11,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use atoll_disk::chain;
 use atoll_vmm_protocol::spec::{BootSpec, ConsoleSpec, DiskSpec, KernelSpec, MachineSpec, NetSpec};
 use serde_json::Value;
 
@@ -77,14 +77,6 @@ pub enum ProbeError {
 pub fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProbeError {
     let what = what.into();
     move |source| ProbeError::Host { what, source }
-}
-
-/// An error and its sources on one line.
-pub fn chain(error: &dyn Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
-    }
 }
 
 /// Starts the VMM and waits for the report and the guest's power-off. Leaves the thread's network namespace for

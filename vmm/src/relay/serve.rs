@@ -19,6 +19,7 @@ use std::process::{Command, Stdio, exit};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::files::{Receiving, Sending};
 
@@ -114,10 +115,10 @@ pub fn run(
     let mut machine = UnixStream::from(machine.map_err(host("take the machine's socket"))?);
     let listener = io::stdout().as_fd().try_clone_to_owned();
     let listener = TcpListener::from(listener.map_err(host("take the network's socket"))?);
-    let prepared = Server::new(protection).map_err(|error| crate::migration::target::chain(&error));
+    let prepared = Server::new(protection).map_err(|error| chain(&error));
     let prepared = prepared.and_then(|server| {
         let entered = sandbox::enter(confinement, &[]);
-        entered.map_err(|error| crate::migration::target::chain(&error))?;
+        entered.map_err(|error| chain(&error))?;
         Ok(server)
     });
     let server = match prepared {

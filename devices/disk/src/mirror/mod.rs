@@ -36,6 +36,7 @@ use atoll_thread::Kind;
 use self::copier::Copier;
 use crate::backend::BlockBackend;
 use crate::bucket::TokenBucket;
+use crate::chain::chain;
 use crate::changes::{BlockSet, ChangeMap, Tracked};
 use crate::layer::Layer;
 
@@ -350,13 +351,5 @@ impl Pace {
             (self.since, self.bytes) = (Instant::now(), 0);
         }
         ControlFlow::Continue(())
-    }
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }
