@@ -127,12 +127,7 @@ const MEMORY_MIB: u64 = 16;
 
 /// An error is one line for a user: its causes on it, no line break, not too long to read.
 fn assert_one_line(error: &dyn Error) {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
+    let text = atoll_disk::chain(error);
     assert!(!text.contains('\n') && text.len() < 1000, "{text}");
 }
 

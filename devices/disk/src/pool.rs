@@ -99,9 +99,7 @@ impl Pooled {
             }),
         })
     }
-}
 
-impl Pooled {
     fn shared(&self) -> Shared {
         Shared {
             geometry: self.geometry.clone(),

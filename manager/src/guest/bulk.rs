@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::cluster::GuestSummary;
 use crate::error::Error;
+use crate::guest::site::Seat;
 use crate::guest::{Action, Ask, GuestConfig, Guests, Phase, guest};
 use crate::id::GuestId;
 use crate::task::{self, TaskContext, Upid};
@@ -90,9 +91,9 @@ pub async fn start_all(
         if matches!(guest(&seat).phase(), Phase::Running { .. }) {
             continue;
         }
-        task.log(&format!("Starting {}", title(&row)));
+        task.log(&format!("Starting {}", seat.title()));
         let started = guests.act(row.kind, row.id, Action::Start, user);
-        if ended_well(guests, started, &row, task).await? && !row.startup.up.is_zero() {
+        if ended_well(guests, started, &seat, task).await? && !row.startup.up.is_zero() {
             let seconds = row.startup.up.as_secs();
             task.log(&format!("Waiting for {seconds} seconds (startup delay)"));
             let pause = async {
@@ -127,13 +128,13 @@ pub async fn stop_all(
             let seconds = ask.timeout.as_secs();
             task.log(&format!(
                 "Stopping {} (timeout = {seconds} seconds)",
-                title(&row)
+                seat.title()
             ));
             let asked = guests.act(row.kind, row.id, Action::Shutdown(ask), user);
-            stops.push((asked, row));
+            stops.push((asked, seat));
         }
-        for (asked, row) in stops {
-            ended_well(guests, asked, &row, task).await?;
+        for (asked, seat) in stops {
+            ended_well(guests, asked, &seat, task).await?;
         }
     }
     Ok(())
@@ -161,7 +162,7 @@ fn in_order(rows: Vec<Arc<GuestSummary>>) -> BTreeMap<u64, Vec<Arc<GuestSummary>
 async fn ended_well(
     guests: &Guests,
     started: Result<Upid, Error>,
-    row: &GuestSummary,
+    seat: &Seat,
     task: &TaskContext,
 ) -> Result<bool, Error> {
     let status = match started {
@@ -170,13 +171,9 @@ async fn ended_well(
     };
     let is_well = status == task::OK || status.starts_with("WARNINGS");
     if !is_well {
-        task.warn(&format!("{}: {status}", title(row)));
+        task.warn(&format!("{}: {status}", seat.title()));
     }
     Ok(is_well)
-}
-
-fn title(row: &GuestSummary) -> String {
-    format!("{} {}", row.kind.title(), row.id)
 }
 
 #[cfg(test)]

@@ -102,10 +102,9 @@ pub fn save(fd: &VcpuFd, scope: &Scope) -> Result<VcpuState, KvmError> {
 
 fn nested(fd: &VcpuFd) -> Result<Box<KvmNestedStateBuffer>, KvmError> {
     let mut state = Box::new(KvmNestedStateBuffer::empty());
-    match fd.nested_state(&mut state) {
-        Ok(_) => Ok(state),
-        Err(error) => Err(KvmError::failed("read the state of nested guests")(error)),
-    }
+    fd.nested_state(&mut state)
+        .map_err(KvmError::failed("read the state of nested guests"))?;
+    Ok(state)
 }
 
 /// Puts a state back into a vCPU with the same CPUID.

@@ -114,8 +114,8 @@ struct Line {
 }
 
 impl NbdBackend {
-    /// Chooses `export` on connected sockets, at least one; `read_only` refuses writes that the server would take. Blocks for as long as the server takes, with the patience
-    /// that it has for each answer.
+    /// Chooses `export` on connected sockets, at least one; `read_only` refuses writes that the server would take. Blocks
+    /// until the server has answered, at most half a minute for each answer.
     pub fn open(
         streams: Vec<OwnedFd>,
         export: &str,

@@ -170,15 +170,11 @@ fn check_left(path: &Path, case: &Case, sectors: &[Values], seed: u64, by_qemu: 
         discard: true,
         ..OpenOptions::default()
     };
-    let behind = case
-        .behind
-        .as_ref()
-        .map(|(path, format)| (&**path, *format));
     if by_qemu {
-        open(&source(path, behind.as_slice()), options).unwrap();
+        open(&case.source(path), options).unwrap();
         check_but_leaks(path, !case.has_mark);
     }
-    let disk = open(&source(path, behind.as_slice()), options).unwrap();
+    let disk = open(&case.source(path), options).unwrap();
     let mut found = contents(&*disk);
     for (number, (sector, values)) in found.chunks(SECTOR).zip(sectors).enumerate() {
         let same = sector.iter().all(|byte| *byte == sector[0]);
@@ -200,7 +196,7 @@ fn check_left(path: &Path, case: &Case, sectors: &[Values], seed: u64, by_qemu: 
     if by_qemu {
         check_but_leaks(path, !case.has_mark);
     }
-    let disk = open(&source(path, behind.as_slice()), options).unwrap();
+    let disk = open(&case.source(path), options).unwrap();
     assert!(contents(&*disk) == found, "after it was closed");
 }
 
@@ -214,6 +210,15 @@ struct Case {
     grows: bool,
 }
 
+impl Case {
+    /// This image at `path`.
+    fn source(&self, path: &Path) -> crate::Source {
+        let behind = self.behind.as_ref();
+        let behind = behind.map(|(path, format)| (&**path, *format));
+        source(path, behind.as_slice())
+    }
+}
+
 fn check_case(case: &Case, seed: u64) {
     println!("seed {seed}, {}", case.path.display());
     let mut file = std::fs::read(&case.path).unwrap();
@@ -222,11 +227,7 @@ fn check_case(case: &Case, seed: u64) {
         discard: true,
         ..OpenOptions::default()
     };
-    let behind = case
-        .behind
-        .as_ref()
-        .map(|(path, format)| (&**path, *format));
-    let (journal, disk) = record(|| open(&source(&case.path, behind.as_slice()), options).unwrap());
+    let (journal, disk) = record(|| open(&case.source(&case.path), options).unwrap());
     // Closed after each request, or in use all the time.
     let queue = (seed % 2 == 1).then(|| disk.open_queue(1).unwrap());
     let steps = workload(&*disk, &journal, &mut random, case.grows);
