@@ -20,8 +20,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant};
 
-use atoll_vmm_protocol::api::{MachineState, MigrationInfo};
-use guest::{Guest, Place, Random, eventually, kvm, number, runs, shell, works};
+use atoll_vmm_protocol::api::MachineState;
+use guest::{Guest, Place, Random, eventually, kvm, moved, number, runs, shell, works};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 /// Certificates of one authority, and what it has signed for 127.0.0.1.
@@ -124,16 +124,12 @@ fn a_guest_at_work_moves_over_tls_and_without() {
     for (connections, [there, here]) in [("1", &tls), ("64", &tls), ("3", &insecure)] {
         let (mut target, address) = target_for(&guest, there);
         let here = with(here, &["--connections", connections]);
-        let output = begin(&guest, &address, &here).wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        let all = format!("{said} {} {}", guest.said(), target.said());
-        assert!(output.status.success(), "{all}");
-        let info: MigrationInfo = serde_json::from_slice(&output.stdout).unwrap();
+        let asker = begin(&guest, &address, &here);
+        let info = moved(asker, &mut guest, &target);
         println!(
             "{connections}: {} ms, stood still for {} us, {} bytes",
             info.elapsed_ms, info.downtime_us, info.sent_bytes
         );
-        assert_eq!(guest.ended().0.code(), Some(0));
         serial = target.serial();
         done = serial.load_beyond(done);
         guest = target;

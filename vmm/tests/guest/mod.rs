@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use atoll_vmm::probe::PROBE_ELF;
-use atoll_vmm_protocol::api::MachineState;
+use atoll_vmm_protocol::api::{MachineState, MigrationInfo};
 use atoll_vmm_protocol::client::Client;
 use tempfile::TempDir;
 
@@ -326,4 +326,15 @@ pub fn works(guest: &mut Guest) -> bool {
     let done = serial.load_beyond(0);
     serial.load_beyond(done);
     true
+}
+
+/// Waits for a `ctl migrate` that has to succeed, and for the end of the machine that it moved away. What it tells.
+#[track_caller]
+pub fn moved(asker: Child, source: &mut Guest, target: &Guest) -> MigrationInfo {
+    let output = asker.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let all = format!("{said} {} {}", source.said(), target.said());
+    assert!(output.status.success(), "{all}");
+    assert_eq!(source.ended().0.code(), Some(0));
+    serde_json::from_slice(&output.stdout).unwrap()
 }
