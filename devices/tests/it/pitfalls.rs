@@ -4,8 +4,8 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use atoll_devices::counters::CounterList;
 use atoll_devices::state::{DeviceState, Saved, StateError};
@@ -401,6 +401,15 @@ fn a_queue_that_cannot_start_breaks_the_device_until_a_reset() {
     assert_eq!(driver.wait_used(0).1, 32);
 }
 
+/// Lets threads end with a scope, also when it fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Three locks meet here: the bus's, the device's and its MSI-X table's. Whoever takes two in another order than the rest
 /// waits for ever, sooner or later.
 #[test]
@@ -424,10 +433,14 @@ fn accesses_while_the_machine_is_reset_paused_and_unplugged() {
     };
     let acts: [&(dyn Fn(&Driver) + Sync); 2] = [&sets_up, &moves];
     let (driver, ends) = (&driver, &AtomicBool::new(false));
+    // What is saved is saved while no vCPU runs: the machine holds them first.
+    let runs = &RwLock::new(());
     std::thread::scope(|scope| {
+        let _ends = Ends(ends);
         for act in acts {
             let vcpu = move || {
                 while !ends.load(Ordering::Relaxed) {
+                    let _runs = runs.read().unwrap_or_else(PoisonError::into_inner);
                     act(driver);
                 }
             };
@@ -441,6 +454,7 @@ fn accesses_while_the_machine_is_reset_paused_and_unplugged() {
                 2 => driver.config_write(4, &6u16.to_le_bytes()),
                 3 => drop(driver.bus.save()),
                 _ => {
+                    let _held = runs.write().unwrap();
                     driver.device.pause();
                     driver.device.save();
                     driver.device.resume().unwrap();
@@ -450,7 +464,6 @@ fn accesses_while_the_machine_is_reset_paused_and_unplugged() {
         driver.bus.hide(1);
         driver.device.retire();
         assert!(driver.bus.remove(1));
-        ends.store(true, Ordering::Relaxed);
     });
     assert_eq!(driver.config_read::<4>(0), [0xff; 4]);
 }
