@@ -199,7 +199,10 @@ fn memory_is_taken_back_in_need(host: &Host) {
     // The kernel takes back 1 MiB each time that it finds nothing else: not more of them than are needed here.
     assert_eq!(tell(host, &format!("fill {}", room + 48)), "pong fill");
     let actual = number(host, "info", ".balloon.actual_mib");
-    assert!(actual >= 168, "the guest has {actual} MiB, and had room for {room}");
+    assert!(
+        actual >= 168,
+        "the guest has {actual} MiB, and had room for {room}"
+    );
     assert_eq!(tell(host, "drop"), "pong drop");
     balloon(host, 512);
 }

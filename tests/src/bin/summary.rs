@@ -1,7 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! `atoll-test-summary JUNIT.xml… --output summary.tsv`: one row a suite, printed and written.
 //!
-//! A test that skipped says `ATOLL-SKIP: reason` in its output; it counts as skipped, not as passed.
+//! A test that skipped says `ATOLL-SKIP: reason` in its output; it counts as skipped, not as passed. What failed before
+//! it passed is printed with what it said, so that a retry hides nothing.
 #![expect(
     clippy::print_stdout,
     reason = "a command line tool talks to its terminal"
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use quick_xml::Reader;
+use quick_xml::escape::resolve_predefined_entity;
 use quick_xml::events::{BytesStart, Event};
 
 /// Sums up JUnit reports by suite.
@@ -39,7 +41,12 @@ struct Row {
 struct Tables {
     rows: BTreeMap<String, Row>,
     skips: Vec<String>,
+    /// Tests that passed at a later try, with the output of those before.
+    retried: Vec<String>,
 }
+
+/// How much of a failed try is printed, from its panic on.
+const RETRIED_LINES: usize = 24;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
@@ -60,6 +67,9 @@ fn main() -> Result<()> {
     }
     let text = print(&tables);
     std::fs::write(&arguments.output, &text)?;
+    for retried in &tables.retried {
+        println!("passed after a failure  {retried}");
+    }
     for skip in &tables.skips {
         println!("skipped  {skip}");
     }
@@ -91,38 +101,75 @@ struct Case {
     seconds: f64,
     failed: bool,
     skip: Option<String>,
+    /// What tries before the last one wrote to their standard error.
+    tries: Vec<String>,
+}
+
+/// What of a test case is being read.
+#[derive(PartialEq)]
+enum Reading {
+    Nothing,
+    Output,
+    /// The standard error of a try that failed before another one passed.
+    Retried,
 }
 
 fn add(tables: &mut Tables, xml: &str) -> Result<()> {
     let mut reader = Reader::from_str(xml);
     let mut case: Option<Case> = None;
-    let mut in_output = false;
+    let mut retried = false;
+    let mut reading = Reading::Nothing;
     loop {
         match reader.read_event()? {
-            Event::Start(tag) if tag.name().as_ref() == "testcase" => case = Some(begin(&tag)?),
             Event::Empty(tag) if tag.name().as_ref() == "testcase" => finish(tables, begin(&tag)?),
-            Event::End(tag) if tag.name().as_ref() == "testcase" => {
-                if let Some(case) = case.take() {
-                    finish(tables, case);
+            Event::Start(tag) => match tag.name().as_ref() {
+                "testcase" => case = Some(begin(&tag)?),
+                "failure" | "error" => fail(&mut case),
+                "flakyFailure" => retried = true,
+                "system-out" => reading = Reading::Output,
+                "system-err" if retried => {
+                    reading = Reading::Retried;
+                    case.iter_mut()
+                        .for_each(|case| case.tries.push(String::new()));
                 }
+                _ => {}
+            },
+            Event::Empty(tag) if matches!(tag.name().as_ref(), "failure" | "error") => {
+                fail(&mut case);
             }
-            Event::Start(tag) | Event::Empty(tag)
-                if matches!(tag.name().as_ref(), "failure" | "error") =>
-            {
-                if let Some(case) = &mut case {
-                    case.failed = true;
-                }
-            }
-            Event::Start(tag) if tag.name().as_ref() == "system-out" => in_output = true,
-            Event::End(tag) if tag.name().as_ref() == "system-out" => in_output = false,
-            Event::Text(text) if in_output => {
-                if let Some(case) = &mut case {
-                    note_skip(case, &text);
-                }
+            Event::End(tag) => match tag.name().as_ref() {
+                "testcase" => case
+                    .take()
+                    .into_iter()
+                    .for_each(|case| finish(tables, case)),
+                "flakyFailure" => retried = false,
+                "system-out" | "system-err" => reading = Reading::Nothing,
+                _ => {}
+            },
+            Event::Text(text) => match (&mut case, &reading) {
+                (Some(case), Reading::Output) => note_skip(case, &text),
+                (Some(case), Reading::Retried) => say(case, &text),
+                _ => {}
+            },
+            Event::GeneralRef(name) if reading == Reading::Retried => {
+                let text = resolve_predefined_entity(&name).unwrap_or("?");
+                case.iter_mut().for_each(|case| say(case, text));
             }
             Event::Eof => return Ok(()),
             _ => {}
         }
+    }
+}
+
+fn fail(case: &mut Option<Case>) {
+    if let Some(case) = case {
+        case.failed = true;
+    }
+}
+
+fn say(case: &mut Case, text: &str) {
+    if let Some(said) = case.tries.last_mut() {
+        said.push_str(text);
     }
 }
 
@@ -139,6 +186,7 @@ fn begin(tag: &BytesStart) -> Result<Case> {
         seconds: value("time")?.parse()?,
         failed: false,
         skip: None,
+        tries: Vec::new(),
     })
 }
 
@@ -151,6 +199,13 @@ fn note_skip(case: &mut Case, output: &str) {
 fn finish(tables: &mut Tables, case: Case) {
     let row = tables.rows.entry(case.suite.clone()).or_default();
     row.seconds += case.seconds;
+    for said in case.tries.iter().filter(|_| !case.failed) {
+        let panic = said.find("panicked at").unwrap_or(0);
+        let lines = said[panic..].lines().take(RETRIED_LINES);
+        let lines: String = lines.map(|line| format!("\n    {line}")).collect();
+        let retried = format!("{} {}{lines}", case.suite, case.name);
+        tables.retried.push(retried);
+    }
     match (case.failed, case.skip) {
         (true, _) => row.failed += 1,
         (false, None) => row.passed += 1,
@@ -181,5 +236,20 @@ ATOLL-SKIP: no /dev/kvm
             "suite\tpassed\tfailed\tskipped\tseconds\na\t1\t1\t1\t2.5\n"
         );
         assert_eq!(tables.skips, ["a z: no /dev/kvm"]);
+    }
+
+    #[test]
+    fn a_retry_tells_what_failed_before_it() {
+        let mut tables = Tables::default();
+        let xml = r#"<testsuites><testsuite name="a"><testcase name="x" classname="a" time="1"><flakyFailure>
+            <system-out>nothing</system-out><system-err>noise
+thread &apos;x&apos; panicked at a.rs:1:
+left</system-err></flakyFailure></testcase></testsuite></testsuites>"#;
+        add(&mut tables, xml).unwrap();
+        assert_eq!(tables.retried, ["a x\n    panicked at a.rs:1:\n    left"]);
+        assert_eq!(
+            print(&tables),
+            "suite\tpassed\tfailed\tskipped\tseconds\na\t1\t0\t0\t1.0\n"
+        );
     }
 }
