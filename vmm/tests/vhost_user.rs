@@ -1,5 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A machine in its sandbox whose disk is another process's: QEMU's storage daemon, killed and started again.
+//! Machines in their sandboxes whose disk or card is another process's: QEMU's storage daemon and DPDK's testpmd, killed
+//! and started again.
 
 #![expect(
     clippy::unwrap_used,
@@ -15,7 +16,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use guest::{Guest, Place, eventually};
+use atoll_devices::testing::start_testpmd;
+use guest::{Guest, Place, Serial, eventually};
 
 struct Daemon(Child);
 
@@ -24,6 +26,13 @@ impl Drop for Daemon {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Waits for a socket, and lets any user connect to it: a machine's own has to, when it looks for another process.
+fn open_to_all(socket: &Path) {
+    eventually("the daemon's socket", || {
+        fs::set_permissions(socket, Permissions::from_mode(0o666)).ok()
+    });
 }
 
 /// Serves the folder's file `remote` on the socket `disk.sock`, to any user.
@@ -41,9 +50,7 @@ fn start_disk(folder: &Path) -> Option<Daemon> {
     match command.stderr(Stdio::null()).spawn() {
         Ok(child) => {
             let daemon = Daemon(child);
-            eventually("the daemon's socket", || {
-                fs::set_permissions(&socket, Permissions::from_mode(0o666)).ok()
-            });
+            open_to_all(&socket);
             Some(daemon)
         }
         Err(error) => {
@@ -105,6 +112,123 @@ fn a_guest_uses_another_processs_disk_and_its_successors() {
     });
     guest.ctl(&["reset"]).unwrap();
     serial.wait_for("everything works");
+    assert!(guest.ctl(&["shutdown"]).is_ok());
+    let (status, said) = guest.ended();
+    assert!(status.success(), "{said}");
+}
+
+/// Two ports of a process, `a` and `b`: what comes in at one goes out at the other.
+fn start_switch(folder: &Path) -> Option<Daemon> {
+    match start_testpmd(folder, &["a", "b"], 1) {
+        Ok(child) => {
+            let daemon = Daemon(child);
+            for socket in ["a", "b"] {
+                open_to_all(&folder.join(socket));
+            }
+            Some(daemon)
+        }
+        Err(error) => {
+            println!("ATOLL-SKIP: dpdk-testpmd: {error}");
+            None
+        }
+    }
+}
+
+/// A guest at one of the switch's ports: its address ends in `own`, and it asks the one whose address ends in `peer`.
+fn start_at(switch: &Place, port: &str, own: u8, peer: u8, keys: &str) -> (Guest, Serial) {
+    let cmdline = format!("stay ip=10.0.0.{own} peer=10.0.0.{peer}");
+    let socket = switch.path(port);
+    let card = format!(
+        "vhost-user={},mac=52:54:00:00:00:{own:02}{keys}",
+        socket.display()
+    );
+    let mut arguments = vec!["run", "--kernel", "kernel", "--cmdline", &cmdline];
+    arguments.extend(["--memory", "32M,shared", "--console", "socket=serial"]);
+    arguments.extend(["--net", &card]);
+    let mut guest = Place::new().start(&arguments);
+    let serial = guest.serial();
+    (guest, serial)
+}
+
+/// Has the guest ask its peer again, and get all its answers.
+#[track_caller]
+fn pings(serial: &mut Serial) {
+    serial.wait_for("probe> ");
+    serial.type_line("report");
+    let said = serial.wait_for("everything works");
+    assert!(said.contains("pings=16"), "{said}");
+}
+
+#[test]
+fn two_guests_talk_through_testpmd_and_its_successor() {
+    let Some(place) = place() else { return };
+    let Some(switch) = start_switch(&place.path("")) else {
+        return;
+    };
+    let (first, mut first_serial) = start_at(&place, "a", 1, 2, ",mtu=1400,reconnect");
+    let (second, mut second_serial) = start_at(&place, "b", 2, 1, ",reconnect");
+    // The first that ran may have had no peer yet.
+    second_serial.wait_for("Type help.");
+    pings(&mut first_serial);
+    pings(&mut second_serial);
+    let log = fs::read_to_string(place.path("testpmd")).unwrap();
+    // Its word for MQ, RARP, REPLY_ACK and MTU: each message has an answer.
+    let agreed = "negotiated Vhost-user protocol features: 0x1d";
+    assert_eq!(log.matches(agreed).count(), 2, "{log}");
+
+    for act in [["pause"], ["resume"], ["reset"]] {
+        first.ctl(&act).unwrap();
+    }
+    first_serial.wait_for("everything works");
+    pings(&mut second_serial);
+
+    drop(switch);
+    for guest in [&first, &second] {
+        eventually("the line that tells", || {
+            guest.said().contains("the backend is gone").then_some(())
+        });
+    }
+    let _switch = start_switch(&place.path("")).unwrap();
+    for guest in [&first, &second] {
+        eventually("the line that tells of another one", || {
+            guest.said().contains("a backend is there").then_some(())
+        });
+    }
+    pings(&mut first_serial);
+    pings(&mut second_serial);
+    for mut guest in [first, second] {
+        assert!(guest.ctl(&["shutdown"]).is_ok());
+        let (status, said) = guest.ended();
+        assert!(status.success(), "{said}");
+    }
+}
+
+#[test]
+fn a_guest_goes_on_without_its_cards_process() {
+    let Some(place) = place() else { return };
+    let Some(switch) = start_switch(&place.path("")) else {
+        return;
+    };
+    let (mut guest, mut serial) = start_at(&place, "a", 1, 2, "");
+    serial.wait_for("the peer does not answer ARP");
+    serial.wait_for("probe> ");
+    drop(switch);
+    eventually("the line that tells", || {
+        let said = guest.said();
+        let gone = said
+            .lines()
+            .find(|line| line.contains("the backend is gone"))?;
+        assert!(
+            gone.contains("net0") && gone.contains("reconnects=false"),
+            "{gone}"
+        );
+        Some(())
+    });
+    // What it would send now would stay in its ring.
+    serial.type_line("id");
+    serial.wait_for("10.0.0.1");
+    guest.ctl(&["pause"]).unwrap();
+    guest.ctl(&["resume"]).unwrap();
     assert!(guest.ctl(&["shutdown"]).is_ok());
     let (status, said) = guest.ended();
     assert!(status.success(), "{said}");

@@ -12,6 +12,8 @@ mod driver;
 pub mod fuzz;
 mod machine;
 pub mod replay;
+mod testpmd;
 
 pub use driver::{Driver, RAM_BYTES, Ring, Segment};
 pub use machine::{ControlLog, CountingSink, Line, NoDoorbells};
+pub use testpmd::start_testpmd;

@@ -21,6 +21,7 @@ mod pitfalls;
 mod rng;
 mod scsi;
 mod state;
+mod testpmd;
 mod transport;
 mod vhost_user;
 mod vsock;

@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Devices that another process serves, with real processes: a network card that sends everything back, made of crate
-//! `vhost-user-backend`, and QEMU's storage daemon. They are killed, stopped and started again.
+//! `vhost-user-backend`, and QEMU's storage daemon. They are killed, stopped and started again. (`testpmd`: the same card
+//! with a process that others wrote.)
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -24,10 +25,10 @@ use vmm_sys_util::epoll::EventSet;
 const DATA: u64 = 0x10_0000;
 /// Where the card's process finds its socket; without it, it is a test that does nothing.
 const SOCKET: &str = "ATOLL_TEST_ECHO_SOCKET";
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// Another process, ended with its test.
-pub struct Server(Child);
+pub struct Server(pub Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -165,19 +166,30 @@ fn start_echo(socket: &Path) -> Server {
     Server::start(command.env(SOCKET, socket)).unwrap()
 }
 
-struct Rig {
-    driver: Driver,
-    net: Arc<Net>,
-    server: Option<Server>,
-    socket: PathBuf,
+/// A card of two pairs and its process, which sends everything back.
+pub struct Rig {
+    pub driver: Driver,
+    pub net: Arc<Net>,
+    pub server: Option<Server>,
+    pub socket: PathBuf,
     _directory: tempfile::TempDir,
 }
 
-/// A card of two pairs with its process. The socket is looked for again when that ends, if the test `reconnects`.
 fn rig(reconnects: bool, patience: Duration) -> Rig {
     let directory = tempfile::tempdir().unwrap();
+    let server = start_echo(&directory.path().join("s"));
+    rig_with(server, directory, reconnects, patience)
+}
+
+/// A card whose process listens, or will, on the directory's socket `s`. Another one is looked for there when that has
+/// ended, if the test `reconnects`.
+pub fn rig_with(
+    server: Server,
+    directory: tempfile::TempDir,
+    reconnects: bool,
+    patience: Duration,
+) -> Rig {
     let socket = directory.path().join("s");
-    let server = start_echo(&socket);
     let backend = BackendOptions {
         patience,
         ..options(connect(&socket), reconnects.then(|| socket.clone()))
@@ -189,7 +201,7 @@ fn rig(reconnects: bool, patience: Duration) -> Rig {
             pair_count: 2,
         },
         mac: MAC,
-        mtu: None,
+        mtu: Some(1500),
     });
     let net = Arc::new(net.unwrap());
     let mut driver = Driver::with_shared_memory(net.clone());
@@ -205,24 +217,24 @@ fn rig(reconnects: bool, patience: Duration) -> Rig {
 
 impl Rig {
     /// Sends `text` on a pair, and expects it back.
-    fn echo(&mut self, pair: usize, text: &str) {
+    pub fn echo(&mut self, pair: usize, text: &str) {
         self.offer(pair);
         self.send(pair, text);
         self.expect(pair, text);
     }
 
     /// Where a pair's packet is; behind it, its buffer.
-    fn place(pair: usize) -> u64 {
+    pub fn place(pair: usize) -> u64 {
         DATA + 0x1_0000 * (1 + u64::try_from(pair).unwrap())
     }
 
-    fn offer(&mut self, pair: usize) {
+    pub fn offer(&mut self, pair: usize) {
         let buffer = Segment::writable(Self::place(pair) + 0x8000, 2048);
         self.driver.add(2 * pair, &[buffer]);
         self.driver.kick(2 * pair);
     }
 
-    fn send(&mut self, pair: usize, text: &str) {
+    pub fn send(&mut self, pair: usize, text: &str) {
         let place = Self::place(pair);
         self.driver
             .put(place, &[&[0; 12], text.as_bytes()].concat());
@@ -233,7 +245,7 @@ impl Rig {
     }
 
     #[track_caller]
-    fn expect(&mut self, pair: usize, text: &str) {
+    pub fn expect(&mut self, pair: usize, text: &str) {
         let (_, written) = self.driver.wait_used(2 * pair);
         let size = usize::try_from(written).unwrap();
         let seen = self.driver.get(Self::place(pair) + 0x8000, size);
@@ -242,7 +254,7 @@ impl Rig {
     }
 
     /// How many pairs the driver uses.
-    fn use_pairs(&mut self, count: u8) {
+    pub fn use_pairs(&mut self, count: u8) {
         self.driver.put(DATA, &[4, 0, count, 0]);
         let chain = [
             Segment::readable(DATA, 4),
@@ -259,7 +271,7 @@ impl Rig {
     }
 
     #[track_caller]
-    fn wait_link(&mut self, up: bool) {
+    pub fn wait_link(&mut self, up: bool) {
         self.driver.wait_until("change of the link", |driver| {
             driver.device_config::<1>(6)[0] & 1 == u8::from(up)
         });
