@@ -5,7 +5,6 @@
 //! Not here: what a model is (`kvm::cpu::model`).
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -16,6 +15,7 @@ use serde::Serialize;
 use crate::check;
 use crate::kvm::Kvm;
 use crate::kvm::cpu::{HostCpu, Vendor, best_level, lacks, model};
+use crate::terminal::print;
 
 const HELP: &str = "\
 A model is a name for a set of CPU features: what it does not name, the guest does not see. A guest with a named model
@@ -81,8 +81,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         (false, Some(_)) => rows.iter().map(details).collect(),
         (false, None) => table(&rows, host),
     };
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).context("print")?;
+    print(&text).context("print")?;
     if let Err(error) = kvm {
         note(&error.to_string());
     }

@@ -1,11 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The command `atoll-vmm`: arguments in, an exit code and at most one line of error out.
 
-#![expect(
-    clippy::print_stderr,
-    clippy::print_stdout,
-    reason = "a command answers on its standard streams"
-)]
+#![expect(clippy::print_stderr, reason = "a command complains on standard error")]
 
 use std::fs::{File, OpenOptions};
 use std::io::BufReader;
@@ -27,7 +23,7 @@ use atoll_vmm::memory::Backing;
 use atoll_vmm::migration::target::{self, Door};
 use atoll_vmm::relay::{self, Address, Protection, RelayError};
 use atoll_vmm::sandbox::Confinement;
-use atoll_vmm::terminal::{RawTerminal, one_line};
+use atoll_vmm::terminal::{RawTerminal, one_line, print};
 use atoll_vmm::{check, cpu_models, ctl, probe, saved, serve, socket};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
@@ -64,7 +60,8 @@ fn main() -> ExitCode {
 /// Help goes to standard output as it is; an error is its first sentences, on one line.
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
-        print!("{}", error.render().ansi());
+        // Whoever asked for help and cannot read it is not helped by an error.
+        let _ = print(&error.render().ansi().to_string());
         return ExitCode::SUCCESS;
     }
     let rendered = error.render().to_string();
@@ -257,6 +254,7 @@ fn control(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {
     let client = Client::new(socket);
     let CtlRequest { route, body } = &arguments.request;
     let answer = ctl::send(&client, route.request, body)?;
-    println!("{}", serde_json::to_string_pretty(&answer)?);
+    let text = serde_json::to_string_pretty(&answer)?;
+    print(&format!("{text}\n")).context("print the answer")?;
     Ok(ExitCode::SUCCESS)
 }

@@ -8,7 +8,6 @@
 mod guest;
 
 use std::fs;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
@@ -19,6 +18,8 @@ use serde_json::Value;
 
 pub use guest::ProbeError;
 use guest::{Run, host};
+
+use crate::terminal::print;
 
 /// The probe guest: a static ELF with a PVH note.
 pub const PROBE_ELF: &[u8] = include_bytes!(env!("ATOLL_PROBE_ELF"));
@@ -57,7 +58,6 @@ pub struct Verdict {
 
 /// Runs the sub-command.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, ProbeError> {
-    let mut out = io::stdout().lock();
     if let Some(path) = &arguments.extract {
         fs::write(path, PROBE_ELF).map_err(host(format!("write {}", path.display())))?;
         return Ok(ExitCode::SUCCESS);
@@ -68,7 +68,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, ProbeError> {
     } else {
         words(&verdict)
     };
-    out.write_all(text.as_bytes()).map_err(host("print"))?;
+    print(&text).map_err(host("print"))?;
     Ok(if verdict.kvm {
         ExitCode::SUCCESS
     } else {

@@ -1,10 +1,11 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The user's terminal while it is the guest's console: keys go to the guest one by one, Ctrl-C included.
+//! The user's terminal: while it is the guest's console, keys go to the guest one by one, Ctrl-C included. And what a
+//! command prints.
 //!
-//! Used by `main` when a console is on stdio. To leave a guest that does not power off:
+//! Used by `main`, raw when a console is on stdio. To leave a guest that does not power off:
 //! `atoll-vmm ctl --api-socket S shutdown`, or SIGTERM.
 
-use std::io;
+use std::io::{self, Write};
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
@@ -32,6 +33,14 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         // The terminal may be gone: nobody is left to see it.
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
+    }
+}
+
+/// Writes `text` to standard output. A reader that has seen enough (`| head`) is not an error.
+pub fn print(text: &str) -> io::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
     }
 }
 

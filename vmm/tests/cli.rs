@@ -190,6 +190,21 @@ fn help_teaches_and_goes_to_standard_output() {
     }
 }
 
+/// As `| head` is, once it has seen enough.
+#[test]
+fn a_reader_that_is_gone_is_no_error() {
+    for arguments in ["--help", "cpu-models --json", "probe --json"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let arguments = arguments.split(' ');
+        let mut command = Command::new(BINARY);
+        let output = command.args(arguments).stdout(writer).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let is_whole = !said.contains("panicked") && !said.contains("roken pipe");
+        assert!(is_whole && output.status.code().is_some(), "{said}");
+    }
+}
+
 /// Takes /dev away in a mount namespace of its own.
 #[test]
 fn a_host_without_kvm() {
