@@ -9,7 +9,7 @@ PORT ?= 8006
 NODES ?= 1
 export STATE LISTEN PORT
 
-BINARIES = -p atoll-api -p atoll-vmm -p atoll-container-rt
+BINARIES = -p atoll-api -p atoll-vmm -p atoll-relay -p atoll-container-rt
 WEB = api/web/dist/index.html
 WEB_SOURCES = $(shell git ls-files api/web 2>/dev/null || find api/web -type f -not -path '*/node_modules/*')
 
@@ -43,7 +43,7 @@ lab-stop: ## end the lab
 	@target/debug/atoll-lab down
 
 # The crates that are a library for others, too: their documentation has no broken link.
-DOCUMENTED = -p atoll-vmm -p atoll-vmm-protocol -p atoll-devices -p atoll-disk -p atoll-thread -p atoll-firmware
+DOCUMENTED = -p atoll-vmm -p atoll-vmm-protocol -p atoll-relay -p atoll-devices -p atoll-disk -p atoll-thread -p atoll-firmware
 
 lint: ## formatting, clippy and documentation, as CI does
 	cargo fmt --check

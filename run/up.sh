@@ -4,7 +4,7 @@
 # Starts one node with a Debian container and a VM, and says where to reach it. Run again, it changes nothing.
 # Callers: `make run` here, and the lab on each of its hosts.
 #
-#   BIN     directory with atolld, atoll, atoll-vmm and atoll-ct
+#   BIN     directory with atolld, atoll, atoll-vmm, atoll-relay and atoll-ct
 #   STATE   the node's state (default /var/lib/atoll)
 #   LISTEN, PORT   where the API and the page listen (default 127.0.0.1, 8006)
 #   GUEST   directory with the stock Debian guest; built from Debian's packages when unset

@@ -15,6 +15,9 @@ const ARROWS: &[(&str, &str)] = &[
     ("atoll-vmm", "atoll-devices"),
     ("atoll-vmm", "atoll-disk"),
     ("atoll-vmm", "atoll-firmware"),
+    ("atoll-relay", "atoll-vmm"),
+    ("atoll-relay", "atoll-disk"),
+    ("atoll-relay", "atoll-thread"),
     ("atoll-devices", "atoll-disk"),
     // A leaf: what a thread is for, and the one function that makes it.
     ("atoll-vmm", "atoll-thread"),

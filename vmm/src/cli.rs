@@ -22,7 +22,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use self::ctl::{CtlArguments, CtlRequest};
-pub use self::receive::{NetworkArguments, ReceiveArguments, RelayArguments};
+pub use self::receive::{NetworkArguments, ReceiveArguments};
 use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::saved::image;
 use crate::{check, cpu_models, flash, probe, serve};
@@ -92,14 +92,11 @@ pub enum Command {
     /// Ask or tell a running machine, by its control socket
     Ctl(CtlArguments),
     /// Let another process use a disk, over NBD: what `ctl begin-mirror` copies to, or `run --disk path=SOCKET,format=nbd`
-    ServeDisk(serve::Arguments),
+    ServeDisk(Box<serve::Arguments>),
     /// Which CPU models there are, and which of them this host can give
     CpuModels(cpu_models::Arguments),
     /// Can this host run guests, and how fast?
     Probe(probe::Arguments),
-    /// The network's side of `receive`, which starts it
-    #[command(hide = true)]
-    Relay(RelayArguments),
 }
 
 /// Arguments of `run`.
@@ -195,6 +192,17 @@ pub struct HostArguments {
     /// Append the log to this file instead of standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(
+        missing_docs,
+        reason = "each argument has its own, and clap takes none here"
+    )]
+    pub confinement: ConfinementArguments,
+}
+
+/// What the process gives up once everything is open.
+#[derive(Debug, Args)]
+pub struct ConfinementArguments {
     /// Once everything is open, give up the file system, the network and (root only) the user
     #[arg(long, value_name = "WHETHER", default_value = "on")]
     pub sandbox: Switch,
@@ -254,7 +262,7 @@ const MACHINE_ARGUMENTS: [&str; 21] = [
     services::ARGUMENTS[5],
 ];
 
-impl HostArguments {
+impl ConfinementArguments {
     /// How the process is to be confined, but for its log.
     #[must_use]
     pub fn to_confinement(&self) -> Confinement {

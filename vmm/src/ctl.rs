@@ -2,6 +2,7 @@
 //! `atoll-vmm ctl`: sends one request to a running machine, and opens on its behalf what the request names, since
 //! the machine's process can open nothing itself.
 
+use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,7 +21,8 @@ use atoll_vmm_protocol::spec::DiskSpec;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::relay::{self, Address, Protection, Relay};
+use crate::cli::NetworkArguments;
+use crate::relay::{self, Relay};
 use crate::resources::{CardEnd, image_files};
 use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
 use crate::socket;
@@ -148,7 +150,7 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         (1..=CONNECTIONS_MAX).contains(&count),
         "{count} connections: 1 to {CONNECTIONS_MAX}"
     );
-    let (relay, sockets) = connect(body, count)?;
+    let (mut relay, sockets) = connect(body, count)?;
     let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
     // What is for the network stays here.
     let asked = Migrate {
@@ -178,10 +180,10 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         return Ok(info);
     }
     let mut error = info.error.clone().unwrap_or_default();
-    if let Some(trouble) = relay.as_ref().and_then(Relay::trouble) {
+    if let Some(trouble) = relay.as_mut().and_then(Relay::trouble) {
         error = format!("{error} ({}: {trouble})", body.to);
     }
-    let taken = match (info.stage, &relay) {
+    let taken = match (info.stage, &mut relay) {
         (MigrationStage::InDoubt, Some(relay)) => relay.was_taken(),
         (MigrationStage::InDoubt, None) => None,
         _ => Some(false),
@@ -212,19 +214,35 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
 /// The machine's ends of all connections, that for messages first, and what carries their bytes if they go over a
 /// network.
 fn connect(body: &Migrate, count: usize) -> anyhow::Result<(Option<Relay>, Vec<UnixStream>)> {
-    if let Some(address) = Address::parse(&body.to)? {
-        let files = [&body.tls_ca, &body.tls_cert, &body.tls_key].map(Clone::clone);
-        let insecure = body.insecure.unwrap_or(false);
-        let protection = Protection::of(files, insecure, &address)?;
-        let silence = relay::silence_limit(body.silence_limit_ms)?;
-        let name = body.tls_name.as_deref();
-        let (relay, ends) = Relay::open(address, &protection, name, silence, count)?;
+    if body.to.starts_with(relay::SCHEME) {
+        let (relay, _) = Relay::start(&for_relay(body, count))?;
+        let ends = (0..=count).map(|_| relay.next());
+        let ends = ends.collect::<io::Result<Vec<_>>>();
+        let ends = ends.context("take the connections of atoll-relay")?;
         return Ok((Some(relay), ends));
     }
     let connect = |_| UnixStream::connect(&body.to);
     let sockets = (0..=count).map(connect).collect::<io::Result<Vec<_>>>();
     let sockets = sockets.with_context(|| format!("connect to {}", body.to))?;
     Ok((None, sockets))
+}
+
+/// What `atoll-relay` is to do.
+fn for_relay(body: &Migrate, count: usize) -> Vec<OsString> {
+    let mut all: Vec<OsString> = vec!["connect".into(), "--to".into(), (&body.to).into()];
+    all.extend(["--connections".into(), count.to_string().into()]);
+    if let Some(name) = &body.tls_name {
+        all.extend(["--tls-name".into(), name.into()]);
+    }
+    let network = NetworkArguments {
+        tls_ca: body.tls_ca.clone(),
+        tls_cert: body.tls_cert.clone(),
+        tls_key: body.tls_key.clone(),
+        insecure: body.insecure.unwrap_or(false),
+        silence_limit_ms: body.silence_limit_ms,
+    };
+    all.extend(network.for_relay());
+    all
 }
 
 /// Makes `directory` and lets the machine write itself into it. Leaves nothing there when that fails.

@@ -11,7 +11,7 @@
 //!                              ├─► flash, fw_cfg   firmware, what it is told
 //!                              ├─► loader    kernel, initrd, what they are told (crate atoll-firmware)
 //!                              ├─► saved     a machine at rest: snapshots
-//!                              ├─► migration  a machine's move to another process (relay: over a network)
+//!                              ├─► migration  a machine's move to another process (relay: the way to atoll-relay, over a network)
 //!                              ├─► vcpu      threads vcpu0, vcpu1, …
 //!                              ├─► sandbox   what the process may still do, once everything is open
 //!                              └─► api       control API, thread api
@@ -30,6 +30,7 @@ pub mod fw_cfg;
 pub mod kvm;
 pub mod layout;
 pub mod loader;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod migration;

@@ -3,28 +3,25 @@
 
 #![expect(clippy::print_stderr, reason = "a command complains on standard error")]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::BufReader;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm::cli::{
-    Cli, Command, CtlArguments, CtlRequest, HostArguments, NetworkArguments, ReceiveArguments,
-    RelayArguments, RunArguments,
+    Cli, Command, CtlArguments, CtlRequest, HostArguments, ReceiveArguments, RunArguments,
 };
 use atoll_vmm::machine::{
     self, Absence, Options, Outcome, SavedMemory, SavedStart, Signals, Start,
 };
 use atoll_vmm::memory::Backing;
 use atoll_vmm::migration::target::{self, Door};
-use atoll_vmm::relay::{self, Address, Protection, RelayError};
+use atoll_vmm::relay::Relay;
 use atoll_vmm::sandbox::Confinement;
 use atoll_vmm::terminal::{RawTerminal, one_line, print};
-use atoll_vmm::{check, cpu_models, ctl, probe, saved, serve, socket};
+use atoll_vmm::{check, cpu_models, ctl, log, probe, saved, serve, socket};
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec};
 use clap::Parser;
@@ -48,7 +45,6 @@ fn main() -> ExitCode {
         Command::CpuModels(arguments) => cpu_models::run(&arguments),
         Command::ServeDisk(arguments) => serve::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments).map_err(Into::into),
-        Command::Relay(arguments) => relay(&arguments),
     };
     done.unwrap_or_else(|error| {
         eprintln!("atoll-vmm: {}", one_line(&format!("{error:#}")));
@@ -143,40 +139,14 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
 /// Listens for a source.
 fn open_door(arguments: &ReceiveArguments) -> anyhow::Result<Door> {
     if let Some(listen) = &arguments.listen {
-        let (address, ..) = protection(listen, &arguments.network)?;
-        let (served, place) = relay::start(&address, &arguments.for_relay(listen))?;
+        let (relay, place) = Relay::start(&arguments.for_relay(listen))?;
         tracing::info!(at = place, "waits for a machine");
-        return Ok(Door::Network(served));
+        return Ok(Door::Network(relay));
     }
     let path = arguments.socket.as_deref().unwrap_or(Path::new(""));
     let listener = socket::listen(path);
     let listener = listener.with_context(|| format!("socket {}", path.display()))?;
     Ok(Door::Here(listener))
-}
-
-/// What the arguments about the network amount to.
-fn protection(
-    listen: &str,
-    network: &NetworkArguments,
-) -> Result<(Address, Protection, Duration), RelayError> {
-    let address = Address::parse(listen)?;
-    let address = address.ok_or_else(|| RelayError::Address(listen.to_owned()))?;
-    let files = [&network.tls_ca, &network.tls_cert, &network.tls_key].map(Clone::clone);
-    let protection = Protection::of(files, network.insecure, &address)?;
-    let silence = relay::silence_limit(network.silence_limit_ms)?;
-    Ok((address, protection, silence))
-}
-
-/// The process beside `receive` that talks to the network.
-fn relay(arguments: &RelayArguments) -> anyhow::Result<ExitCode> {
-    let log = log_to(arguments.host.log_file.as_deref())?;
-    let (_, protection, silence) = protection(&arguments.listen, &arguments.network)?;
-    let confinement = Confinement {
-        log,
-        ..arguments.host.to_confinement()
-    };
-    relay::run(&protection, silence, &confinement)?;
-    Ok(ExitCode::SUCCESS)
 }
 
 fn write_pid(host: &HostArguments) -> anyhow::Result<()> {
@@ -198,7 +168,7 @@ fn run_on(
         signals: Signals::ShutDown,
         confinement: Confinement {
             log,
-            ..host.to_confinement()
+            ..host.confinement.to_confinement()
         },
         ..Options::default()
     };
@@ -224,25 +194,10 @@ fn read_spec(path: &Path) -> anyhow::Result<MachineSpec> {
     serde_json::from_reader(BufReader::new(file)).with_context(context)
 }
 
-/// One line an event, on standard error or at the end of a file, whose descriptor is the answer.
+/// See [`log::to`].
 fn log_to(path: Option<&Path>) -> anyhow::Result<Option<RawFd>> {
-    let lines = tracing_subscriber::fmt()
-        .with_target(false)
-        .with_ansi(false);
-    match path {
-        None => {
-            lines.with_writer(std::io::stderr).init();
-            Ok(None)
-        }
-        Some(path) => {
-            let mut options = OpenOptions::new();
-            let file = options.append(true).create(true).open(path);
-            let file = file.with_context(|| format!("log file {}", path.display()))?;
-            let fd = file.as_raw_fd();
-            lines.with_writer(Mutex::new(file)).init();
-            Ok(Some(fd))
-        }
-    }
+    let name = || path.map_or_else(String::new, |path| format!("log file {}", path.display()));
+    log::to(path).with_context(name)
 }
 
 fn control(arguments: &CtlArguments) -> anyhow::Result<ExitCode> {

@@ -13,7 +13,8 @@ mod guest;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -69,6 +70,25 @@ impl Authority {
     }
 }
 
+/// Whether these tests can run; says so when not.
+fn relay_and_kvm() -> bool {
+    relay() && kvm()
+}
+
+/// Whether there is the program that carries a machine through a network: one of another crate, which a build of this
+/// crate alone does not make.
+fn relay() -> bool {
+    let path = Path::new(guest::BINARY).with_file_name("atoll-relay");
+    let found = path.exists();
+    if !found {
+        println!(
+            "ATOLL-SKIP: {} is missing: cargo build -p atoll-relay",
+            path.display()
+        );
+    }
+    found
+}
+
 /// A process that waits on the network for `source`'s machine, and where.
 fn target_for(source: &Guest, options: &[String]) -> (Guest, String) {
     let place = Place::new();
@@ -108,7 +128,7 @@ fn with(options: &[String], more: &[&str]) -> Vec<String> {
 
 #[test]
 fn a_guest_at_work_moves_over_tls_and_without() {
-    if !kvm() {
+    if !relay_and_kvm() {
         return;
     }
     let authority = Authority::new();
@@ -140,7 +160,7 @@ fn a_guest_at_work_moves_over_tls_and_without() {
 /// The source goes on, and the target waits on, whoever comes.
 #[test]
 fn strangers_are_refused() {
-    if !kvm() {
+    if !relay_and_kvm() {
         return;
     }
     let [authority, other] = [Authority::new(), Authority::new()];
@@ -185,6 +205,9 @@ fn strangers_are_refused() {
 
 #[test]
 fn a_target_without_protection_does_not_listen() {
+    if !relay() {
+        return;
+    }
     let authority = Authority::new();
     for (options, expected) in [
         (
@@ -225,6 +248,33 @@ fn a_target_without_protection_does_not_listen() {
             "{said}"
         );
     }
+}
+
+/// A machine needs the program only if it moves over a network; who wants that is told what is missing.
+#[test]
+fn a_missing_relay_is_named() {
+    let place = Place::new();
+    let alone = place.path("atoll-vmm");
+    std::fs::copy(guest::BINARY, &alone).unwrap();
+    let listener = UnixListener::bind(place.path("api")).unwrap();
+    for arguments in [
+        "receive --listen tcp:127.0.0.1:0 --insecure",
+        "ctl --api-socket api migrate --to tcp:127.0.0.1:1 --insecure true",
+    ] {
+        let output = place
+            .command_of(&alone, &arguments.split(' ').collect::<Vec<_>>())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let path = place.path("atoll-relay");
+        let expected = format!(
+            "atoll-vmm: start {}, the program that carries a machine through a network: it has to be where atoll-vmm \
+             is: No such file or directory (os error 2)\n",
+            path.display()
+        );
+        assert_eq!((output.status.code(), said), (Some(1), expected));
+    }
+    drop(listener);
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -473,7 +523,7 @@ fn cut(seed: u64, authority: &Authority) {
 
 #[test]
 fn exactly_one_runs_when_the_network_is_cut() {
-    if !kvm() {
+    if !relay_and_kvm() {
         return;
     }
     let authority = Authority::new();
@@ -485,7 +535,7 @@ fn exactly_one_runs_when_the_network_is_cut() {
 
 #[test]
 fn a_silent_network_ends_both_sides_in_time() {
-    if !kvm() {
+    if !relay_and_kvm() {
         return;
     }
     let mut source = Place::new().start(&shell("64", "1"));

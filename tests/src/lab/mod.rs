@@ -98,7 +98,7 @@ pub fn run_at(agent_port: u16, script: &str, timeout: Duration) -> Result<Output
 pub fn fill_payload(directory: &Path) -> Result<()> {
     let bin = directory.join("bin");
     std::fs::create_dir(&bin)?;
-    for name in ["atolld", "atoll", "atoll-vmm", "atoll-ct"] {
+    for name in ["atolld", "atoll", "atoll-vmm", "atoll-relay", "atoll-ct"] {
         std::fs::copy(tree::binary(name), bin.join(name))?;
     }
     link_files(&guest_image()?, &directory.join("guest"))?;

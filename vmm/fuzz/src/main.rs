@@ -11,7 +11,8 @@ use atoll_devices::testing::replay::Target;
 
 fn targets() -> impl Iterator<Item = &'static Target> {
     let devices = atoll_devices::testing::fuzz::TARGETS;
-    devices.iter().chain(atoll_vmm::testing::TARGETS)
+    let vmm = atoll_vmm::testing::TARGETS;
+    devices.iter().chain(vmm).chain(atoll_relay::testing::TARGETS)
 }
 
 static TARGET: LazyLock<&'static Target> = LazyLock::new(|| {

@@ -1,13 +1,15 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Arguments of `receive`, and of the process beside it that talks to the network.
+//! Arguments of `receive`, and those of `atoll-relay` beside it, which talks to the network.
 
 #![allow(
     rustdoc::broken_intra_doc_links,
     reason = "comments on arguments are help texts, where brackets are what may be left out"
 )]
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
 use super::HostArguments;
@@ -39,7 +41,7 @@ pub struct ReceiveArguments {
 }
 
 /// How a machine that comes over a network is protected.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct NetworkArguments {
     /// PEM file: the authorities that sign the source's certificate
     #[arg(long, value_name = "FILE")]
@@ -58,62 +60,47 @@ pub struct NetworkArguments {
     pub silence_limit_ms: Option<u64>,
 }
 
-/// Arguments of `relay`.
-#[derive(Debug, Args)]
-pub struct RelayArguments {
-    /// Where it listens already: for messages
-    #[arg(long, value_name = "ADDRESS")]
-    pub listen: String,
-    #[command(flatten)]
-    #[expect(
-        missing_docs,
-        reason = "each argument has its own, and clap takes none here"
-    )]
-    pub network: NetworkArguments,
-    #[command(flatten)]
-    #[expect(
-        missing_docs,
-        reason = "each argument has its own, and clap takes none here"
-    )]
-    pub host: HostArguments,
+impl NetworkArguments {
+    /// The same for `atoll-relay`.
+    #[must_use]
+    pub fn for_relay(&self) -> Vec<OsString> {
+        let files = [
+            ("--tls-ca", &self.tls_ca),
+            ("--tls-cert", &self.tls_cert),
+            ("--tls-key", &self.tls_key),
+        ];
+        let files = files
+            .into_iter()
+            .filter_map(|(option, file)| Some((option, file.as_ref()?)));
+        let mut all: Vec<OsString> = files
+            .flat_map(|(option, file)| [option.into(), file.into()])
+            .collect();
+        if self.insecure {
+            all.push("--insecure".into());
+        }
+        if let Some(limit) = self.silence_limit_ms {
+            all.extend(["--silence-limit-ms".into(), limit.to_string().into()]);
+        }
+        all
+    }
 }
 
 impl ReceiveArguments {
-    /// Those of the relay's process, which is to be confined as this one will be.
+    /// What `atoll-relay` is to do, confined as this process will be.
     #[must_use]
-    pub fn for_relay(&self, listen: &str) -> Vec<std::ffi::OsString> {
-        let mut all: Vec<std::ffi::OsString> = vec!["relay".into(), "--listen".into()];
-        all.push(listen.into());
-        let network = &self.network;
-        let host = &self.host;
-        let files = [
-            ("--tls-ca", &network.tls_ca),
-            ("--tls-cert", &network.tls_cert),
-            ("--tls-key", &network.tls_key),
-            ("--log-file", &host.log_file),
-        ];
-        for (option, file) in files {
-            if let Some(file) = file {
-                all.extend([option.into(), file.into()]);
-            }
+    pub fn for_relay(&self, listen: &str) -> Vec<OsString> {
+        let mut all: Vec<OsString> = vec!["serve".into(), "--listen".into(), listen.into()];
+        all.extend(self.network.for_relay());
+        if let Some(file) = &self.host.log_file {
+            all.extend(["--log-file".into(), file.into()]);
         }
-        if network.insecure {
-            all.push("--insecure".into());
-        }
-        if let Some(limit) = network.silence_limit_ms {
-            all.extend(["--silence-limit-ms".into(), limit.to_string().into()]);
-        }
-        let word = |value: Option<clap::builder::PossibleValue>| {
+        let confinement = &self.host.confinement;
+        let word = |value: Option<PossibleValue>| {
             value.map_or_else(String::new, |value| value.get_name().to_owned())
         };
-        all.extend([
-            "--sandbox".into(),
-            word(host.sandbox.to_possible_value()).into(),
-        ]);
-        all.extend([
-            "--seccomp".into(),
-            word(host.seccomp.to_possible_value()).into(),
-        ]);
+        let (sandbox, seccomp) = (&confinement.sandbox, &confinement.seccomp);
+        all.extend(["--sandbox".into(), word(sandbox.to_possible_value()).into()]);
+        all.extend(["--seccomp".into(), word(seccomp.to_possible_value()).into()]);
         all
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Runs before the process is confined and before anything of the host is opened, since disks and taps are the
 //! source's until it has been held. Its threads have ended by then. From a network a machine comes through the
-//! process of [`crate::relay`].
+//! program that [`crate::relay`] starts.
 
 use std::collections::BTreeSet;
 use std::io::{self, BufReader};
@@ -23,7 +23,7 @@ use crate::check;
 use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
 use crate::memory::{Backing, allocate};
-use crate::relay::Served;
+use crate::relay::Relay;
 use crate::sandbox;
 use crate::saved::{MachineState, entries};
 
@@ -87,14 +87,14 @@ pub enum Door {
     /// This host.
     Here(UnixListener),
     /// The network.
-    Network(Served),
+    Network(Relay),
 }
 
 impl Door {
     fn next(&self) -> io::Result<UnixStream> {
         match self {
             Self::Here(listener) => listener.accept().map(|(stream, _)| stream),
-            Self::Network(served) => served.next(),
+            Self::Network(relay) => relay.next(),
         }
     }
 }
@@ -103,7 +103,7 @@ impl AsFd for Door {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Here(listener) => listener.as_fd(),
-            Self::Network(served) => served.as_fd(),
+            Self::Network(relay) => relay.as_fd(),
         }
     }
 }

@@ -113,10 +113,7 @@ pub enum SandboxError {
 
 /// Puts the process behind jail and landlock, for good, and makes every later thread get its filter. Called when
 /// everything is open and no thread but the caller exists. `directories` stay reachable at their own paths.
-pub(crate) fn enter(
-    confinement: &Confinement,
-    directories: &[PathBuf],
-) -> Result<(), SandboxError> {
+pub fn enter(confinement: &Confinement, directories: &[PathBuf]) -> Result<(), SandboxError> {
     // Looked up once: by a call that no filter allows, before Linux 6.4 in a file that the jail does not have.
     let _ = rustix::param::page_size();
     if let Some(identity) = confinement.sandbox {
@@ -141,7 +138,7 @@ pub(crate) fn seal_owner() {
 }
 
 /// The same in a process that has no machine: the calling thread does the work of `kind`, and makes threads of it.
-pub(crate) fn seal(kind: Kind) {
+pub fn seal(kind: Kind) {
     if seccomp::is_armed() {
         seal_starter();
         seccomp::enter(kind);

@@ -64,7 +64,12 @@ impl Place {
 
     /// `atoll-vmm` here.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(BINARY);
+        self.command_of(Path::new(BINARY), arguments)
+    }
+
+    /// Another program here.
+    pub fn command_of(&self, program: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command
             .current_dir(self.0.path())
             .args(arguments)

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The source's side: `ctl migrate` connects, hands the machine local connections, and carries their bytes with one
-//! thread each.
+//! The source's side: connects, hands out the machine's ends of local connections, and carries their bytes with one
+//! thread each. It lives as long as `ctl migrate`, its caller, which asks it questions at the end.
 
 use std::io;
 use std::net::TcpStream;
@@ -10,15 +10,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use atoll_thread::Kind;
+use atoll_vmm::migration::{Message, send};
+use atoll_vmm::relay::{Caller, NOT_TAKEN, Question, TAKEN};
 
-use super::session::Session;
-use super::tls::Client;
-use super::wire::{self, Connection, Plainly, Side, carry};
-use super::{
+use crate::session::Session;
+use crate::tls::Client;
+use crate::wire::{self, Connection, Plainly, Side, carry};
+use crate::{
     Address, GREETING_PATIENCE, Journey, Preface, Protection, RelayError, Role, VERDICT_BYTES,
     Verdict, milliseconds,
 };
-use crate::migration::{Message, send};
 
 /// How often a target is asked what became of the machine.
 const INQUIRY_PAUSE: Duration = Duration::from_millis(200);
@@ -146,16 +147,39 @@ impl Relay {
         RelayError::Refused { address, reason }
     }
 
-    /// Why a connection over the network ended, if one did not end in order.
-    #[must_use]
-    pub fn trouble(&self) -> Option<&str> {
-        self.trouble.get().map(String::as_str)
+    /// Hands out the machine's ends, then answers the caller's questions. Returns when there are no more: the caller has
+    /// ended, or said that all is over.
+    pub fn answer(self, caller: &mut Caller, ends: Vec<UnixStream>) -> Result<(), RelayError> {
+        let host = |source| RelayError::Host {
+            what: "tell the caller",
+            source,
+        };
+        // Where it connects to is the caller's own word.
+        caller.begin("").map_err(host)?;
+        for end in ends {
+            caller.give(&end).map_err(host)?;
+        }
+        while let Some(question) = caller.question() {
+            let text = match question {
+                Question::Trouble => self.trouble.get().map_or("", String::as_str),
+                Question::WasTaken => match self.was_taken() {
+                    Some(true) => TAKEN,
+                    Some(false) => NOT_TAKEN,
+                    None => "",
+                },
+                Question::Finish => {
+                    self.finish();
+                    return Ok(());
+                }
+            };
+            caller.answer(text).map_err(host)?;
+        }
+        Ok(())
     }
 
     /// Asks the target's relay whether the target has the machine; `None` when nobody could tell for as long as a
     /// silence may last, twice.
-    #[must_use]
-    pub fn was_taken(&self) -> Option<bool> {
+    fn was_taken(&self) -> Option<bool> {
         let deadline = Instant::now() + self.silence * 2;
         loop {
             match self.greet(Role::Inquiry) {
@@ -172,7 +196,7 @@ impl Relay {
     }
 
     /// Waits a moment until everything has been carried, after the machine has closed its ends.
-    pub fn finish(self) {
+    fn finish(&self) {
         let deadline = Instant::now() + FINISH_PATIENCE;
         while !self.threads.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
             std::thread::sleep(FINISH_POLL);

@@ -13,24 +13,24 @@ use rustls::Connection;
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 
 /// The state of one connection.
-pub(super) enum Session {
+pub(crate) enum Session {
     /// What the socket has not taken.
     Plain(Vec<u8>),
     Tls(Box<Connection>),
 }
 
 impl Session {
-    pub(super) fn plain() -> Self {
+    pub(crate) fn plain() -> Self {
         Self::Plain(Vec::new())
     }
 
-    pub(super) fn tls(mut connection: Connection) -> Self {
+    pub(crate) fn tls(mut connection: Connection) -> Self {
         connection.set_buffer_limit(Some(OUTPUT_BYTES_MAX));
         Self::Tls(Box::new(connection))
     }
 
     /// Takes bytes to be sent, of which there are less than [`OUTPUT_BYTES_MAX`] since [`Self::has_output`] was false.
-    pub(super) fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Plain(output) => {
                 output.extend_from_slice(bytes);
@@ -41,7 +41,7 @@ impl Session {
     }
 
     /// Whether the socket should take something.
-    pub(super) fn has_output(&self) -> bool {
+    pub(crate) fn has_output(&self) -> bool {
         match self {
             Self::Plain(output) => !output.is_empty(),
             Self::Tls(connection) => connection.wants_write(),
@@ -49,7 +49,7 @@ impl Session {
     }
 
     /// Gives the socket what it takes now. Returns how much that is.
-    pub(super) fn write_to(&mut self, mut socket: &TcpStream) -> io::Result<usize> {
+    pub(crate) fn write_to(&mut self, mut socket: &TcpStream) -> io::Result<usize> {
         let mut written = 0;
         while self.has_output() {
             let result = match self {
@@ -70,7 +70,7 @@ impl Session {
     }
 
     /// Reads what has come. Fails with [`io::ErrorKind::WouldBlock`] when nothing has; 0 is the end.
-    pub(super) fn read_from(
+    pub(crate) fn read_from(
         &mut self,
         mut socket: &TcpStream,
         buffer: &mut [u8],
@@ -97,7 +97,7 @@ impl Session {
     }
 
     /// Says to the other side that nothing comes any more, if it can be said now.
-    pub(super) fn close(&mut self, socket: &TcpStream) {
+    pub(crate) fn close(&mut self, socket: &TcpStream) {
         if let Self::Tls(connection) = self {
             connection.send_close_notify();
         }
@@ -106,7 +106,7 @@ impl Session {
     }
 
     /// Sends `bytes`, and the rest of what there is, until the deadline.
-    pub(super) fn say(
+    pub(crate) fn say(
         &mut self,
         socket: &TcpStream,
         bytes: &[u8],
@@ -123,7 +123,7 @@ impl Session {
     }
 
     /// Reads as many bytes as `buffer` has, until the deadline; agrees on TLS first.
-    pub(super) fn hear(
+    pub(crate) fn hear(
         &mut self,
         socket: &TcpStream,
         buffer: &mut [u8],
@@ -153,7 +153,7 @@ impl Session {
 
 /// Waits until something can be done with one of the descriptors. Fails with [`io::ErrorKind::TimedOut`] after the
 /// deadline.
-pub(super) fn wait(wanted: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> io::Result<()> {
+pub(crate) fn wait(wanted: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> io::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());

@@ -1,27 +1,34 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Migration over a network: carries the local connections of [`crate::migration`] through TCP, with TLS.
+//! Migration over a network: carries the local connections of `atoll_vmm::migration` through TCP, with TLS.
 //!
 //! ```text
-//!   machine ══ socket pairs ══ ctl migrate ══ TCP, TLS ══ atoll-vmm relay ══ socket pairs ══ machine-to-be
-//!   (sandbox)                  (`connect`)                (`serve`, sandbox)                 (atoll-vmm receive)
+//!   ctl migrate                                                     receive
+//!        ║ (`Caller`)                                                  ║
+//!   atoll-relay connect ══════════════ TCP, TLS ══════════════ atoll-relay serve (sandbox)
+//!        ║ socket pairs                                                ║ socket pairs
+//!   machine (sandbox)                                          machine-to-be (atoll-vmm receive)
 //! ```
-//! Neither machine's process sees the network or a key. The relay of the target is a process of its own, since it
-//! outlives the moment at which `receive` enters its sandbox, and since it talks to strangers until they have shown a
-//! certificate: it runs in a sandbox too.
+//! Neither machine's process sees the network, a key or TLS's code, which is why this is a program of its own; it has
+//! no guest. The target's side outlives the moment at which `receive` enters its sandbox, and talks to strangers
+//! until they have shown a certificate: it runs in a sandbox too. The source's side lives as long as `ctl migrate`,
+//! and may have to connect until the end: it is confined as little as that. Keys are read from files, which their
+//! callers name; no argument has one.
 //!
 //! **On the network** (inside TLS) a connection begins with a preface, which is answered by a verdict; then
 //! frames go both ways (`wire`): what the local connection carries, and a beat when there is nothing, so that a side
 //! that hears nothing for its silence limit knows that the other one, or the network, is gone.
 //!
 //! **Exactly one runs**, also when the network is cut. A target that waits for Commit ends when its connection does.
-//! A source whose connection ends between Commit and Taken is in doubt and stays paused; `ctl migrate` then asks the
-//! target's relay, over a new connection, what became of the machine. The relay knows: it has read Taken from the
+//! A source whose connection ends between Commit and Taken is in doubt and stays paused; `ctl migrate` then has the
+//! target's relay asked, over a new connection, what became of the machine. The relay knows: it has read Taken from the
 //! target's process, or that process's end without it, which is the end of any hope that it takes the machine later.
 //! Only while nobody answers the doubt remains, and is said.
 
 mod connect;
 mod serve;
 mod session;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;
 mod wire;
 
@@ -30,11 +37,12 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use atoll_vmm::relay::SCHEME;
+use atoll_vmm::sandbox::SandboxError;
+
 pub use connect::Relay;
-pub use serve::{Served, run, start};
+pub use serve::serve;
 pub use tls::{Protection, TlsFiles};
-#[cfg(feature = "testing")]
-pub use wire::Decoder;
 
 /// How long the other side may be silent, unless it is said otherwise.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(20);
@@ -42,8 +50,6 @@ pub const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 pub const SILENCE_LIMIT_MIN: Duration = Duration::from_millis(500);
 /// The longest that the network's format tells.
 const SILENCE_LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
-/// What an address on the network begins with.
-const SCHEME: &str = "tcp:";
 /// How long it may take to connect, to agree on TLS, and to be answered.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -212,9 +218,9 @@ pub enum RelayError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The relay's process has ended before it served.
-    #[error("{0}")]
-    Ended(String),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
 }
 
 /// A place on the network, as `tcp:HOST:PORT` names it.
@@ -226,13 +232,10 @@ pub struct Address {
 }
 
 impl Address {
-    /// `None` for anything that is not on the network: the path of a Unix socket.
-    pub fn parse(text: &str) -> Result<Option<Self>, RelayError> {
-        let Some(rest) = text.strip_prefix(SCHEME) else {
-            return Ok(None);
-        };
+    /// What `text` names.
+    pub fn parse(text: &str) -> Result<Self, RelayError> {
         let parsed = || {
-            let (host, port) = rest.rsplit_once(':')?;
+            let (host, port) = text.strip_prefix(SCHEME)?.rsplit_once(':')?;
             let bare = host.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
             let ambiguous = bare.is_none() && host.contains(':');
             let host = bare.unwrap_or(host);
@@ -242,8 +245,7 @@ impl Address {
                 port,
             })
         };
-        let address = parsed().ok_or_else(|| RelayError::Address(text.to_owned()))?;
-        Ok(Some(address))
+        parsed().ok_or_else(|| RelayError::Address(text.to_owned()))
     }
 
     fn resolve(&self, what: &'static str) -> Result<Vec<SocketAddr>, RelayError> {
@@ -284,20 +286,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_told_from_paths() {
-        let parse = |text: &str| Address::parse(text).map(|it| it.map(|it| it.to_string()));
-        assert_eq!(parse("move.sock").unwrap(), None);
+    fn addresses_name_a_host_and_a_port() {
         for good in ["tcp:node2:6000", "tcp:10.0.0.1:0", "tcp:[fe80::1]:6000"] {
-            assert_eq!(parse(good).unwrap().as_deref(), Some(good));
+            assert_eq!(Address::parse(good).unwrap().to_string(), good);
         }
         for bad in [
+            "move.sock",
             "tcp:",
             "tcp:node2",
             "tcp::6000",
             "tcp:fe80::1:6000",
             "tcp:a:b",
         ] {
-            parse(bad).unwrap_err();
+            Address::parse(bad).unwrap_err();
         }
     }
 

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use atoll_vmm::cli::NetworkArguments;
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::pem::PemObject;
@@ -11,8 +12,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 
-use super::session::Session;
-use super::{Address, RelayError};
+use crate::session::Session;
+use crate::{Address, RelayError};
 
 /// Whether the network is trusted.
 #[derive(Debug, Clone)]
@@ -36,33 +37,30 @@ pub struct TlsFiles {
 
 impl Protection {
     /// What a caller's files and his word amount to; `address` is for the refusal.
-    pub fn of(
-        [ca, certificate, key]: [Option<PathBuf>; 3],
-        insecure: bool,
-        address: &Address,
-    ) -> Result<Self, RelayError> {
-        match (ca, certificate, key, insecure) {
-            (Some(ca), Some(certificate), Some(key), false) => Ok(Self::Tls(TlsFiles {
+    pub fn of(network: &NetworkArguments, address: &Address) -> Result<Self, RelayError> {
+        let files = [&network.tls_ca, &network.tls_cert, &network.tls_key].map(Clone::clone);
+        match (files, network.insecure) {
+            ([Some(ca), Some(certificate), Some(key)], false) => Ok(Self::Tls(TlsFiles {
                 ca,
                 certificate,
                 key,
             })),
-            (None, None, None, true) => Ok(Self::Insecure),
-            (_, _, _, true) => Err(RelayError::Contradiction),
-            (_, _, _, false) => Err(RelayError::Unprotected(address.to_string())),
+            ([None, None, None], true) => Ok(Self::Insecure),
+            (_, true) => Err(RelayError::Contradiction),
+            (_, false) => Err(RelayError::Unprotected(address.to_string())),
         }
     }
 }
 
 /// Makes the client's end of connections.
-pub(super) enum Client {
+pub(crate) enum Client {
     Tls(Arc<ClientConfig>, ServerName<'static>),
     Insecure,
 }
 
 impl Client {
     /// For a target whose certificate is for `name`.
-    pub(super) fn new(protection: &Protection, name: &str) -> Result<Self, RelayError> {
+    pub(crate) fn new(protection: &Protection, name: &str) -> Result<Self, RelayError> {
         let Protection::Tls(files) = protection else {
             return Ok(Self::Insecure);
         };
@@ -81,7 +79,7 @@ impl Client {
         Ok(Self::Tls(Arc::new(config), server))
     }
 
-    pub(super) fn session(&self) -> Result<Session, RelayError> {
+    pub(crate) fn session(&self) -> Result<Session, RelayError> {
         match self {
             Self::Insecure => Ok(Session::plain()),
             Self::Tls(config, name) => {
@@ -93,13 +91,13 @@ impl Client {
 }
 
 /// Makes the server's end of connections.
-pub(super) enum Server {
+pub(crate) enum Server {
     Tls(Arc<ServerConfig>),
     Insecure,
 }
 
 impl Server {
-    pub(super) fn new(protection: &Protection) -> Result<Self, RelayError> {
+    pub(crate) fn new(protection: &Protection) -> Result<Self, RelayError> {
         let Protection::Tls(files) = protection else {
             return Ok(Self::Insecure);
         };
@@ -127,7 +125,7 @@ impl Server {
         Ok(Self::Tls(Arc::new(config)))
     }
 
-    pub(super) fn session(&self) -> Result<Session, RelayError> {
+    pub(crate) fn session(&self) -> Result<Session, RelayError> {
         match self {
             Self::Insecure => Ok(Session::plain()),
             Self::Tls(config) => {

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The target's side: a process of its own beside `atoll-vmm receive`, made with the network's socket and a local
-//! connection over which it hands local connections to the machine-to-be. One thread a connection.
+//! The target's side, beside `atoll-vmm receive`, its caller, to which it hands the machine-to-be's ends of local
+//! connections. One thread a connection.
 //!
 //! ```text
 //!   no journey ── first preface of a kind "control" ──► Moving ── Taken read from the machine ──► Taken
@@ -8,147 +8,72 @@
 //!                                                         └── its end without that ──► NotTaken
 //! ```
 //! It ends when both sides know how it ended; otherwise it stays for inquiries, a bounded time.
-#![expect(unsafe_code, reason = "sigaction(2): children are left to the kernel")]
 
-use std::ffi::OsString;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio, exit};
+use std::process::exit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_disk::chain;
 use atoll_thread::Kind;
-use atoll_vmm_protocol::files::{Receiving, Sending};
+use atoll_vmm::migration::{Message, send};
+use atoll_vmm::relay::Caller;
+use atoll_vmm::sandbox::{self, Confinement};
 
-use super::tls::Server;
-use super::wire::{Connection, END, GONE, Plainly, Side, carry};
-use super::{
+use crate::tls::Server;
+use crate::wire::{Connection, END, GONE, Plainly, Side, carry};
+use crate::{
     Address, GREETING_PATIENCE, Journey, PREFACE_BYTES, Preface, Protection, RelayError, Role,
     Verdict, milliseconds,
 };
-use crate::migration::{Message, send};
-use crate::sandbox::{self, Confinement};
 
 /// Connections at one time, strangers included: twice as many as one machine may have.
 const CONNECTIONS_MAX: usize = 130;
 /// Silence limits for which an answer to a doubt is kept.
 const INQUIRY_SILENCES: u32 = 8;
-/// What the relay says to `receive` when it listens; whatever else it says is why it does not.
-const LISTENS: u8 = b'+';
 
-/// The way from the relay's process to the machine-to-be.
-#[derive(Debug)]
-pub struct Served(UnixStream);
-
-/// Listens on the network, and starts the relay's process with `arguments`. Returns where it listens, too.
-pub fn start(address: &Address, arguments: &[OsString]) -> Result<(Served, String), RelayError> {
-    let places = address.resolve("listen on")?;
-    let network = |source| RelayError::Network {
-        what: "listen on",
-        address: address.to_string(),
-        source,
-    };
-    let listener = TcpListener::bind(&*places).map_err(network)?;
-    let place = listener.local_addr().map_err(network)?;
-    let host = |what| move |source| RelayError::Host { what, source };
-    let (mut near, far) = UnixStream::pair().map_err(host("make a pair of sockets"))?;
-    // A child that has ended is nobody's: this process becomes a machine, which waits for none.
-    forget_children().map_err(host("leave children to the kernel"))?;
-    Command::new("/proc/self/exe")
-        .args(arguments)
-        .stdin(Stdio::from(OwnedFd::from(far)))
-        .stdout(Stdio::from(OwnedFd::from(listener)))
-        .spawn()
-        .map_err(host("start the relay's process"))?;
-    let mut first = [0];
-    let read = near.read(&mut first).map_err(host("hear of the relay"))?;
-    if read == 0 || first != [LISTENS] {
-        let mut rest = Vec::new();
-        let _ = near.read_to_end(&mut rest);
-        let text = [&first[..read], &rest].concat();
-        return Err(RelayError::Ended(
-            String::from_utf8_lossy(&text).into_owned(),
-        ));
-    }
-    Ok((Served(near), format!("tcp:{place}")))
-}
-
-/// SIGCHLD is ignored from now on: whoever ends is not kept for a wait(2).
-fn forget_children() -> io::Result<()> {
-    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
-    // SAFETY: no handler is installed, and none was.
-    let set = unsafe { sigaction(Signal::SIGCHLD, &ignore) };
-    set.map(drop).map_err(io::Error::from)
-}
-
-impl Served {
-    /// The next local connection; the first is for messages.
-    pub fn next(&self) -> io::Result<UnixStream> {
-        let mut receiving = Receiving::new(&self.0);
-        receiving.read_exact(&mut [0])?;
-        let file = receiving.into_files().pop();
-        let file = file.ok_or_else(|| io::Error::other("the relay sent no connection"))?;
-        Ok(file.into())
-    }
-}
-
-impl AsFd for Served {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-/// Runs the relay's process to its end. Standard input is the machine-to-be, standard output the network's socket.
-pub fn run(
+/// Listens, and carries one machine's connections. `caller` is the machine-to-be.
+pub fn serve(
+    caller: &mut Caller,
+    address: &Address,
     protection: &Protection,
     silence: Duration,
     confinement: &Confinement,
 ) -> Result<(), RelayError> {
     let host = |what| move |source| RelayError::Host { what, source };
-    // Started by a path that tells nothing.
-    let _ = rustix::thread::set_name(c"atoll-relay");
-    let machine = io::stdin().as_fd().try_clone_to_owned();
-    let mut machine = UnixStream::from(machine.map_err(host("take the machine's socket"))?);
-    let listener = io::stdout().as_fd().try_clone_to_owned();
-    let listener = TcpListener::from(listener.map_err(host("take the network's socket"))?);
-    let prepared = Server::new(protection).map_err(|error| chain(&error));
-    let prepared = prepared.and_then(|server| {
-        let entered = sandbox::enter(confinement, &[]);
-        entered.map_err(|error| chain(&error))?;
-        Ok(server)
-    });
-    let server = match prepared {
-        Ok(server) => server,
-        Err(text) => {
-            // Said once, by the process that was asked.
-            let _ = machine.write_all(text.as_bytes());
-            return Ok(());
-        }
+    let network = |source| RelayError::Network {
+        what: "listen on",
+        address: address.to_string(),
+        source,
     };
-    let machine_again = machine.try_clone().map_err(host("keep the socket"))?;
+    let server = Server::new(protection)?;
+    let places = address.resolve("listen on")?;
+    let listener = TcpListener::bind(&*places).map_err(network)?;
+    let place = listener.local_addr().map_err(network)?;
+    sandbox::enter(confinement, &[])?;
+    let again = || caller.try_clone().map_err(host("keep the caller's socket"));
     let relay = Arc::new(Relay {
         server,
         silence,
         shared: Mutex::new(Shared {
-            machine: machine_again,
+            machine: again()?,
             journey: None,
             verdict: Verdict::Undecided,
             connections: 0,
         }),
     });
-    let watched = relay.clone();
-    let watch = machine.try_clone().map_err(host("keep the socket"))?;
+    let (watched, watch) = (relay.clone(), again()?);
     let watch = move || watched.watch(watch);
     atoll_thread::spawn(Kind::Relay, "watch", watch).map_err(host("start a thread"))?;
     sandbox::seal(Kind::Relay);
-    machine
-        .write_all(&[LISTENS])
+    caller
+        .begin(&format!("tcp:{place}"))
         .map_err(host("tell that the network is listened to"))?;
-    relay.listen(&listener).map_err(host("take a connection"))
+    // It has begun: the log is all that can be told now, and its end says the rest.
+    let error = relay.listen(&listener);
+    tracing::error!(%error, "no more connections are taken");
+    Ok(())
 }
 
 struct Relay {
@@ -159,7 +84,7 @@ struct Relay {
 }
 
 struct Shared {
-    machine: UnixStream,
+    machine: Caller,
     journey: Option<Journey>,
     verdict: Verdict,
     connections: usize,
@@ -171,20 +96,21 @@ impl Relay {
     }
 
     /// Ends the process with the machine-to-be, if that ends before anything has come.
-    fn watch(&self, mut machine: UnixStream) {
-        // Nothing is ever sent this way.
-        let _ = machine.read(&mut [0]);
+    fn watch(&self, mut machine: Caller) {
+        // It has no questions: this is its end.
+        let _ = machine.question();
         if self.shared().journey.is_none() {
             exit(0);
         }
     }
 
-    fn listen(self: &Arc<Self>, listener: &TcpListener) -> io::Result<()> {
+    /// Serves whoever connects, until that fails.
+    fn listen(self: &Arc<Self>, listener: &TcpListener) -> io::Error {
         loop {
             let socket = match listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(error) if is_the_peers(&error) => continue,
-                Err(error) => return Err(error),
+                Err(error) => return error,
             };
             let is_full = {
                 let mut shared = self.shared();
@@ -247,7 +173,7 @@ impl Relay {
             _ => return Ok((Verdict::Busy, None)),
         }
         let (inner, outer) = UnixStream::pair()?;
-        Sending::new(&shared.machine, &[outer.as_fd()]).write_all(&[0])?;
+        shared.machine.give(&outer)?;
         let welcome = Verdict::Welcome(milliseconds(self.silence));
         Ok((welcome, Some(inner)))
     }

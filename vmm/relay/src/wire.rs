@@ -17,13 +17,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-use super::session::{Session, wait};
+use crate::session::{Session, wait};
 
 /// Bytes of the longest frame.
 const FRAME_BYTES_MAX: usize = 256 << 10;
 const BEAT: u32 = 0;
-pub(super) const END: u32 = u32::MAX;
-pub(super) const GONE: u32 = u32::MAX - 1;
+pub(crate) const END: u32 = u32::MAX;
+pub(crate) const GONE: u32 = u32::MAX - 1;
 const LENGTH_BYTES: usize = 4;
 /// Beats in a silence limit.
 const BEATS: u32 = 4;
@@ -31,17 +31,17 @@ const BEATS: u32 = 4;
 const PARTING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A connection whose two sides have greeted each other.
-pub(super) struct Connection {
-    pub(super) socket: TcpStream,
-    pub(super) session: Session,
+pub(crate) struct Connection {
+    pub(crate) socket: TcpStream,
+    pub(crate) session: Session,
     /// After which silence the other side is taken for gone.
-    pub(super) silence: Duration,
+    pub(crate) silence: Duration,
     /// After which silence the other side takes this one for gone.
-    pub(super) silence_there: Duration,
+    pub(crate) silence_there: Duration,
 }
 
 /// What one side does differently from the other.
-pub(super) trait Side {
+pub(crate) trait Side {
     /// Bytes leave the local connection for the network.
     fn leaves(&mut self, bytes: &[u8]);
     /// The local connection's writer has ended: which frame says so.
@@ -51,7 +51,7 @@ pub(super) trait Side {
 }
 
 /// A connection that carries pages: nothing to look at.
-pub(super) struct Plainly;
+pub(crate) struct Plainly;
 
 impl Side for Plainly {
     fn leaves(&mut self, _: &[u8]) {}
@@ -67,7 +67,7 @@ impl Side for Plainly {
 
 /// Carries bytes both ways until both writers have ended. An error is the end of the connection on the network; the
 /// local one is as it was.
-pub(super) fn carry(
+pub(crate) fn carry(
     connection: Connection,
     local: &UnixStream,
     side: &mut dyn Side,
@@ -290,7 +290,7 @@ fn is_again(error: &io::Error) -> bool {
 
 /// Frames as they come, in pieces of any size.
 #[derive(Debug, Default)]
-pub struct Decoder {
+pub(crate) struct Decoder {
     /// Of a length that has come in part.
     length: Vec<u8>,
     /// Bytes that the present frame still has.
@@ -299,7 +299,11 @@ pub struct Decoder {
 
 impl Decoder {
     /// Adds what frames carry to `payload`: at most as many bytes as came. Returns the last frame, when it comes.
-    pub fn feed(&mut self, mut bytes: &[u8], payload: &mut Vec<u8>) -> io::Result<Option<u32>> {
+    pub(crate) fn feed(
+        &mut self,
+        mut bytes: &[u8],
+        payload: &mut Vec<u8>,
+    ) -> io::Result<Option<u32>> {
         let mut last = None;
         while !bytes.is_empty() {
             if self.left > 0 {
