@@ -119,6 +119,18 @@ fn a_qcow2_image_comes_and_goes_in_the_sandbox() {
     let gone = remove(&guest, "disk1", &[]).unwrap();
     assert_eq!(gone, json!({"stage": "gone"}));
     check_disks(&mut serial, 1);
+    // Who writes to it next after a kill says what it found.
+    add(&guest, "path=more,format=qcow2").unwrap();
+    serial.wait_for(": now blk");
+    check_disks(&mut serial, 2);
+    let (guest, mut serial) = start(guest.killed(), "micro", "");
+    assert!(!guest.said().contains("qcow2"));
+    add(&guest, "path=more,format=qcow2").unwrap();
+    serial.wait_for(": now blk");
+    let said = guest.said();
+    let line = said.lines().find(|line| line.contains("were made anew"));
+    assert!(line.unwrap().contains("nobody closed it"), "{said}");
+    check_disks(&mut serial, 2);
 }
 
 #[test]

@@ -114,6 +114,8 @@ pub(crate) struct Header {
     /// The table of reference counts' blocks, and its size.
     pub(crate) refcount_offset: u64,
     pub(crate) refcount_clusters: u32,
+    /// A count has two to this many bits.
+    pub(crate) refcount_order: u32,
     pub(crate) l1: L1Place,
     /// Who wrote to it last has not closed it, or has it open.
     pub(crate) dirty: bool,
@@ -233,6 +235,10 @@ impl Header {
             backing: backing(&fields, length, cluster_bytes)?,
             refcount_offset: fields.u64(48)?,
             refcount_clusters: fields.u32(56)?,
+            refcount_order: match version {
+                2 => 4,
+                _ => fields.u32(96)?,
+            },
             l1: L1Place {
                 offset: fields.u64(40)?,
                 entries: fields.u32(36)?,

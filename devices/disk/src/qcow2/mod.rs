@@ -34,6 +34,7 @@ pub use header::Qcow2Error;
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use imago::qcow2::Qcow2;
@@ -44,6 +45,7 @@ use imago::{
 
 use self::header::{Backing, HEAD_BYTES, Header};
 use self::image::{Nature, OpenImage};
+use self::repair::{Difference, Mended};
 use self::storage::{ImageStorage, Watch};
 use self::zstd::ZstdImage;
 use crate::alignment::{AlignedBuffer, Alignment};
@@ -157,13 +159,30 @@ fn repaired(image: &ImageFile, header: Header, options: OpenOptions) -> Result<H
         let file = image.file.try_clone().map_err(Qcow2Error::Tables)?;
         let storage = storage(file, options, &watch(&header, options));
         let storage = storage.map_err(Qcow2Error::Tables)?;
-        repair::repair(&storage, &header)?;
+        if let Some(mended) = repair::repair(&storage, &header)? {
+            tell(&image.path, mended);
+        }
         header_of(&image.file, storage.size().map_err(Qcow2Error::Tables)?)
     };
     repair().map_err(|source| OpenError::Qcow2 {
         path: image.path.clone(),
         source,
     })
+}
+
+/// One line in the log.
+fn tell(path: &Path, mended: Mended) {
+    let (path, why) = (path.display(), mended.why);
+    match mended.found {
+        Some(Difference { too_low, too_high }) => tracing::warn!(
+            %path, why, too_low, too_high,
+            "qcow2: the reference counts of the image were made anew"
+        ),
+        None => tracing::warn!(
+            %path, why,
+            "qcow2: the reference counts of the image were made anew"
+        ),
+    }
 }
 
 /// Size of the disk in an image that stands alone, by its header: locks nothing, so a machine may have it open. An

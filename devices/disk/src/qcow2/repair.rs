@@ -13,7 +13,7 @@
 //! An image from elsewhere may hold anything: what contradicts itself is left alone and refused. Each table is read
 //! once, and counts take at most [`COUNT_BYTES_MAX`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::ops::Range;
 
@@ -31,22 +31,45 @@ const REFCOUNT_ORDER: u32 = 4;
 /// In memory: a cluster that has one owner and cannot be shared. Less than this: so many compressed clusters touch it.
 const OWNED: u16 = u16::MAX;
 
+/// What an image was found with, and has no longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mended {
+    /// Why its counts were made anew.
+    pub(super) why: &'static str,
+    /// How they were, if they were of 16 bits.
+    pub(super) found: Option<Difference>,
+}
+
+/// How counts differ from what the tables refer to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Difference {
+    /// Clusters in use whose counts are too low: the next write could have taken them for free ones.
+    pub(super) too_low: u64,
+    /// Clusters that are counted for nobody: space that was lost.
+    pub(super) too_high: u64,
+}
+
 /// Makes the counts right, if they may not be. The image is ours alone, and nobody has read its tables yet.
-pub(super) fn repair(storage: &ImageStorage, header: &Header) -> Result<(), Qcow2Error> {
+pub(super) fn repair(
+    storage: &ImageStorage,
+    header: &Header,
+) -> Result<Option<Mended>, Qcow2Error> {
     let has_mark = header.has_mark();
     if has_mark && !header.dirty && !header.has_extras {
-        return Ok(());
+        return Ok(None);
     }
     let counts = Counts::of(storage, header)?;
     let old = Old::read(storage, header).map_err(Qcow2Error::Tables)?;
-    let needed = has_mark
-        || old
-            .is_short_of(&counts, storage)
-            .map_err(Qcow2Error::Tables)?;
-    match needed {
-        true => replace(storage, header, counts, &old),
-        false => Ok(()),
-    }
+    let comparable = header.refcount_order == REFCOUNT_ORDER;
+    let found = comparable.then(|| old.differs_from(&counts, storage));
+    let why = match found {
+        _ if header.dirty => "nobody closed it",
+        _ if has_mark => "it had what is not kept, as QEMU's bitmaps",
+        Some(Difference { too_low: 1.., .. }) => "clusters in use were counted as free",
+        _ => return Ok(None),
+    };
+    replace(storage, header, counts, &old)?;
+    Ok(Some(Mended { why, found }))
 }
 
 fn index(number: u64) -> usize {
@@ -210,25 +233,34 @@ impl Old {
         })
     }
 
-    /// Whether a cluster that is in use has a lower count than it should.
-    fn is_short_of(&self, counts: &Counts, storage: &ImageStorage) -> io::Result<bool> {
+    /// A block that cannot be read counts nothing; as many are looked at as there may be new ones.
+    fn differs_from(&self, counts: &Counts, storage: &ImageStorage) -> Difference {
+        let room = COUNT_BYTES_MAX / index(self.cluster_bytes);
+        let places = self.blocks.iter().filter(|at| **at != 0);
+        // The table and its blocks are counted too, and have no other owner.
+        let table = self.table.clone().step_by(index(self.cluster_bytes));
+        let own: HashSet<u64> = places.copied().chain(table).collect();
+        let present = (0_u64..).zip(&self.blocks).filter(|(_, at)| **at != 0);
+        let mut numbers: BTreeSet<u64> = present.map(|(number, _)| number).take(room).collect();
+        numbers.extend(counts.blocks.keys());
+        let mut difference = Difference::default();
         let mut bytes = vec![0; index(self.cluster_bytes)];
-        for (number, block) in &counts.blocks {
-            let Some(&at @ 1..) = self.blocks.get(index(*number)) else {
-                return Ok(true);
-            };
-            storage.read(&mut bytes[..], at)?;
-            let old = bytes
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .copied()
-                .map(u16::from_be_bytes);
-            if old.zip(block).any(|(old, count)| old < in_file(*count)) {
-                return Ok(true);
+        for number in numbers {
+            let place = self.blocks.get(index(number)).filter(|at| **at != 0);
+            if place.is_none_or(|at| storage.read(&mut bytes[..], *at).is_err()) {
+                bytes.fill(0);
+            }
+            let block = counts.blocks.get(&number);
+            let first = number * counts.block_clusters();
+            for (at, old) in bytes.as_chunks::<2>().0.iter().enumerate() {
+                let old = u16::from_be_bytes(*old);
+                let new = block.map_or(0, |block| in_file(block[at]));
+                let offset = (first + at as u64) * self.cluster_bytes;
+                difference.too_low += u64::from(old < new);
+                difference.too_high += u64::from(old > new.max(own.contains(&offset).into()));
             }
         }
-        Ok(false)
+        difference
     }
 
     /// First cluster behind the table and those blocks that are in the file: they stay as they are until new ones are

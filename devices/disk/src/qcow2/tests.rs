@@ -395,6 +395,57 @@ fn a_marked_image_is_repaired_by_its_next_writer() {
     );
 }
 
+/// What the next writer finds wrong with the reference counts of an image.
+fn mended(path: &Path) -> Option<Mended> {
+    let options = OpenOptions::default();
+    let file = std::fs::File::options().read(true).write(true).open(path);
+    let file = file.unwrap();
+    let header = header_of(&file, file.metadata().unwrap().len()).unwrap();
+    let storage = storage(file, options, &watch(&header, options)).unwrap();
+    repair::repair(&storage, &header).unwrap()
+}
+
+#[test]
+fn what_a_repair_found_is_told() {
+    let (_directory, path) = new_image(4 << 20);
+    {
+        let disk = open(&source(&path, &[]), OpenOptions::default()).unwrap();
+        write(&*disk, 0, &[5; 1 << 20]).unwrap();
+    }
+    assert_eq!(mended(&path), None);
+    let change = |at: usize, to: &[u8]| {
+        let mut image = std::fs::read(&path).unwrap();
+        image[at..at + to.len()].copy_from_slice(to);
+        std::fs::write(&path, image).unwrap();
+    };
+    let found = |too_low, too_high| Some(Difference { too_low, too_high });
+    let check = |why, found| {
+        assert_eq!(mended(&path), Some(Mended { why, found }));
+        assert_eq!(mended(&path), None);
+        check_image(&path);
+    };
+    let count_of = |cluster: usize| {
+        let image = std::fs::read(&path).unwrap();
+        let offset = |at: usize| {
+            let entry = u64::from_be_bytes(*image[at..].first_chunk().unwrap());
+            usize::try_from(entry & tables::OFFSET_MASK).unwrap()
+        };
+        offset(offset(48)) + 2 * cluster
+    };
+    // Killed with all counts in the file; with one that is lower than it should be; with three that are for nobody.
+    let nobody = "nobody closed it";
+    change(79, &[1]);
+    check(nobody, found(0, 0));
+    change(79, &[1]);
+    change(count_of(0), &[0; 2]);
+    check(nobody, found(1, 0));
+    change(79, &[1]);
+    change(count_of(100), &[0, 1, 0, 1, 0, 1]);
+    check(nobody, found(0, 3));
+    change(95, &[1]);
+    check("it had what is not kept, as QEMU's bitmaps", found(0, 0));
+}
+
 /// Tables full of anything: errors, never a panic, and nothing read from outside the image.
 #[test]
 fn images_with_random_tables_end_in_errors() {
