@@ -219,33 +219,92 @@ fn a_disk_moves_to_a_server_of_disks_and_back() {
     assert!(status.success(), "{said}");
 }
 
+/// Serves `image` on the socket `nbd`, and waits until it can be connected to.
+fn serve(place: &Place, image: &str, more: &[&str]) -> Server {
+    let mut server = place.command(&["serve-disk", "--socket", "nbd", "--disk", image]);
+    let server = Server(server.args(more).spawn().unwrap());
+    let path = place.path("nbd");
+    eventually("nbd", || UnixStream::connect(&path).ok());
+    server
+}
+
+/// Ends a server as a service manager does.
+fn end(mut server: Server) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(server.0.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    let status = server.0.wait().unwrap();
+    assert!(status.success(), "{status}");
+}
+
 #[test]
 fn a_machine_has_a_disk_that_our_own_server_has() {
     if !kvm() {
         return;
     }
+    for format in ["raw", "qcow2"] {
+        let place = place();
+        let image = format!("path=image,format={format}");
+        let (disk, path) = (place.path("disk"), place.path("image"));
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", "raw", "-O", format]);
+        assert!(convert.arg(disk).arg(path).status().unwrap().success());
+        let server = serve(&place, &image, &[]);
+        let before = std::fs::read(place.path("image")).unwrap();
+        let (mut guest, mut serial) = writing(place, "path=nbd,format=nbd");
+        serial.end_load();
+        assert!(content(&guest, "image") != before);
+        guest.ctl(&["shutdown"]).unwrap();
+        let (status, said) = guest.ended();
+        assert!(status.success(), "{said}");
+        // It is locked meanwhile, and closed by the end.
+        let mut locked = Command::new("qemu-img");
+        let locked = locked.args(["compare", "-f", format, "-F", format]);
+        let locked = locked.args([guest.path("image"), guest.path("image")]);
+        let said = String::from_utf8(locked.output().unwrap().stderr).unwrap();
+        assert!(said.contains("lock"), "{said}");
+        end(server);
+        if format == "qcow2" {
+            qemu_img(&guest, &["check", "-q", "-f", "qcow2", "image"]);
+        }
+        // What its socket left behind is in nobody's way, and goes where it can.
+        let unconfined = ["--sandbox", "off", "--seccomp", "off"];
+        end(serve(&guest.place, &image, &unconfined));
+        assert!(!guest.path("nbd").exists());
+    }
+}
+
+#[test]
+fn a_server_of_disks_has_its_disk_and_nothing_else() {
     let place = place();
-    let mut server = place.command(&["serve-disk", "--socket", "nbd", "--disk"]);
-    let mut server = Server(server.arg("path=disk,format=raw").spawn().unwrap());
-    let path = place.path("nbd");
-    eventually("nbd", || UnixStream::connect(&path).ok());
-    let before = std::fs::read(place.path("disk")).unwrap();
-    let (mut guest, mut serial) = writing(place, "path=nbd,format=nbd");
-    serial.end_load();
-    assert!(content(&guest, "disk") != before);
-    guest.ctl(&["shutdown"]).unwrap();
-    let (status, said) = guest.ended();
-    assert!(status.success(), "{said}");
-    // It is locked meanwhile, and its end removes the socket.
-    let mut image = Command::new("qemu-img");
-    let image = image.args(["compare", "-f", "raw", "-F", "raw"]);
-    let image = image.args([guest.path("disk"), guest.path("disk")]);
-    let said = String::from_utf8(image.output().unwrap().stderr).unwrap();
-    assert!(said.contains("lock"), "{said}");
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(server.0.id()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert!(server.0.wait().unwrap().success());
-    assert!(!guest.path("nbd").exists());
+    let server = serve(&place, "path=disk,format=raw", &[]);
+    // Two clients, each with threads of its own.
+    let clients = [(); 2].map(|()| UnixStream::connect(place.path("nbd")).unwrap());
+    let proc = format!("/proc/{}", server.0.id());
+    let threads = eventually("a thread a client", || {
+        let tasks = std::fs::read_dir(format!("{proc}/task")).unwrap();
+        let threads: Vec<_> = tasks.map(|task| task.unwrap().path()).collect();
+        (threads.len() >= 5).then_some(threads)
+    });
+    let filtered = |thread: &std::path::PathBuf| {
+        let status = std::fs::read_to_string(thread.join("status")).unwrap();
+        status.contains("Seccomp:\t2\n") && status.contains("NoNewPrivs:\t1\n")
+    };
+    eventually("each thread's filter", || {
+        threads.iter().all(filtered).then_some(())
+    });
+    if rustix::process::geteuid().is_root() {
+        assert_eq!(
+            std::fs::read_dir(format!("{proc}/root")).unwrap().count(),
+            0
+        );
+        let status = std::fs::read_to_string(format!("{proc}/status")).unwrap();
+        assert!(!status.contains("Uid:\t0\t"), "{status}");
+        assert!(status.contains("CapEff:\t0000000000000000\n"), "{status}");
+        let network = |of: &str| std::fs::read_link(format!("/proc/{of}/ns/net")).unwrap();
+        assert_ne!(network(&server.0.id().to_string()), network("self"));
+    }
+    drop(clients);
+    end(server);
 }
 
 #[test]

@@ -51,6 +51,8 @@ pub enum Kind {
     Backend,
     /// Carries a migration between a network and another process. Not in the process of a machine.
     Relay,
+    /// Owns a disk that is served to others, until a signal ends it; the first thread of a process without a machine.
+    Server,
 }
 
 impl Kind {
@@ -71,6 +73,7 @@ impl Kind {
         Self::Mirror,
         Self::Backend,
         Self::Relay,
+        Self::Server,
     ];
 }
 

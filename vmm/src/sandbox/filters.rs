@@ -80,6 +80,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Mirror => &[COMMON, WAIT, FILES, DISK],
         Kind::Backend => &[COMMON, WAIT, CHANNELS, VSOCK, BACKEND],
         Kind::Relay => &[COMMON, WAIT, CHANNELS, RELAY],
+        Kind::Server => &[COMMON, FILES, CHANNELS, SIGNALS, SERVER],
     }
 }
 
@@ -255,6 +256,9 @@ const BACKEND: &[Call] = &[call(libc::SYS_socketpair)];
 
 /// A local connection for each one of the network. (Nothing but a name: `BACKEND` has the same.)
 const RELAY: &[Call] = BACKEND;
+
+/// Its socket is removed where it can be reached.
+const SERVER: &[Call] = &[call(libc::SYS_unlink)];
 
 /// The log of written pages, on and off.
 const MIGRATION: &[Call] = &[ioctl(&[
