@@ -122,9 +122,21 @@ pub(crate) enum Command {
     /// Write a config.json to start from
     Spec(Spec),
     /// Attach to the console of a container that has a monitor; detach by Ctrl-]
-    Console { id: String },
+    Console {
+        id: String,
+        /// Attach to /dev/ttyN instead
+        #[arg(long, value_name = "N")]
+        tty: Option<u8>,
+    },
     /// Set the size of a monitored container's terminal
-    Resize { id: String, columns: u16, rows: u16 },
+    Resize {
+        id: String,
+        columns: u16,
+        rows: u16,
+        /// Of /dev/ttyN instead of the console
+        #[arg(long, value_name = "N")]
+        tty: Option<u8>,
+    },
     /// The hook of library module `furnish`
     #[command(name = atoll_container_rt::furnish::COMMAND, hide = true)]
     Furnish { rootfs: PathBuf, steps: Vec<String> },

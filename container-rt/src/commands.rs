@@ -11,7 +11,7 @@ use atoll_container_rt::error::{Error, Result};
 use atoll_container_rt::lifecycle::{self, Container, Force};
 use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
-use atoll_container_rt::state::Status;
+use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
     bundle, cgroup, console, events, exec, furnish, monitor, mounts, terminal,
 };
@@ -49,10 +49,15 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
         Command::Checkpoint(_) | Command::Restore(_) => return Err(no_checkpoints()),
         Command::Features => print(&pretty(&features::features())?)?,
         Command::Spec(arguments) => spec(&arguments)?,
-        Command::Console { id } => attach(root, &id)?,
-        Command::Resize { id, columns, rows } => {
+        Command::Console { id, tty } => attach(root, &id, line(tty))?,
+        Command::Resize {
+            id,
+            columns,
+            rows,
+            tty,
+        } => {
             let container = Container::load(root, &id)?;
-            console::resize(&container.directory, columns, rows)?;
+            console::resize(&container.directory, line(tty), columns, rows)?;
         }
         Command::Furnish { rootfs, steps } => furnish::furnish(&rootfs, &steps)?,
         Command::InDirectory {
@@ -401,9 +406,13 @@ fn spec(arguments: &Spec) -> Result<()> {
     file.write_all(text.as_bytes()).map_err(failed)
 }
 
-fn attach(root: &Path, id: &str) -> Result<()> {
+fn line(tty: Option<u8>) -> Line {
+    tty.map_or(Line::Console, Line::Tty)
+}
+
+fn attach(root: &Path, id: &str, line: Line) -> Result<()> {
     let container = Container::load(root, id)?;
-    let path = container.directory.console_socket();
+    let path = container.directory.terminal_socket(line);
     let stream = terminal::connect(&path).map_err(|source| Error::Io {
         what: format!("{id} has no console to attach to (is it running, created with --monitor?)"),
         source,

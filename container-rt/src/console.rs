@@ -1,19 +1,19 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The console of a monitored container: one source of output (a pty, or the pipe of a program without one),
-//! any number of clients on `console.sock`, and the recent past, which a new client gets first and `console.log`
-//! keeps. Everything is bounded: a client that does not read is dropped, never waited for.
+//! A terminal of a monitored container, its console or one of its ttys: one source of output (a pty, or the pipe of a program without one),
+//! any number of clients on its socket, and the recent past, which a new client gets first; `console.log` keeps the
+//! console's. Everything is bounded: a client that does not read is dropped, never waited for.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::poll::{PollFd, PollFlags};
 
 use crate::error::{Context, Error, Result};
-use crate::state::Directory;
+use crate::state::{Directory, Line};
 use crate::sys;
 use crate::terminal::set_non_blocking;
 
@@ -28,21 +28,28 @@ const CLIENTS_MAX: usize = 16;
 /// Bytes moved at once.
 const CHUNK_BYTES: usize = 8192;
 
-/// The recent output, in memory and on disk.
+/// The recent output, in memory and, of the console, on disk.
 #[derive(Debug)]
 struct Backlog {
     recent: VecDeque<u8>,
-    file: File,
+    file: Option<File>,
     file_bytes: usize,
 }
 
 impl Backlog {
     fn create(path: &Path) -> Result<Self> {
         Ok(Self {
-            recent: VecDeque::new(),
-            file: File::create(path).at("create", path)?,
-            file_bytes: 0,
+            file: Some(File::create(path).at("create", path)?),
+            ..Self::in_memory()
         })
+    }
+
+    fn in_memory() -> Self {
+        Self {
+            recent: VecDeque::new(),
+            file: None,
+            file_bytes: 0,
+        }
     }
 
     /// Keeps output. A full disk costs the log, not the console.
@@ -52,15 +59,20 @@ impl Backlog {
         self.recent.extend(bytes);
         if self.file_bytes + bytes.len() > LOG_BYTES_MAX {
             self.rewrite().ok();
-        } else if self.file.write_all(bytes).is_ok() {
+        } else if let Some(file) = &mut self.file
+            && file.write_all(bytes).is_ok()
+        {
             self.file_bytes += bytes.len();
         }
     }
 
     fn rewrite(&mut self) -> std::io::Result<()> {
-        self.file.set_len(0)?;
-        self.file.seek(SeekFrom::Start(0))?;
-        self.file.write_all(self.recent.make_contiguous())?;
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
+        file.set_len(0)?;
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(self.recent.make_contiguous())?;
         self.file_bytes = self.recent.len();
         Ok(())
     }
@@ -103,7 +115,7 @@ pub enum Source {
     },
 }
 
-/// The console of one container.
+/// One terminal of a container.
 #[derive(Debug)]
 pub struct Console {
     source: Option<File>,
@@ -114,11 +126,12 @@ pub struct Console {
     control: UnixDatagram,
     clients: Vec<Client>,
     input: Vec<u8>,
+    sockets: [PathBuf; 2],
 }
 
 impl Console {
-    /// Opens the sockets and the log in the container's directory.
-    pub fn open(directory: &Directory, source: Source) -> Result<Self> {
+    /// Opens the sockets in the container's directory, and the console's log.
+    pub fn open(directory: &Directory, line: Line, source: Source) -> Result<Self> {
         let (fd, peer, is_terminal) = match source {
             Source::Terminal { pty } => {
                 let peer = sys::pty_peer(pty.as_fd()).context(|| "open the pty".to_owned())?;
@@ -127,21 +140,28 @@ impl Console {
             Source::Pipe { output } => (output, None, false),
         };
         set_non_blocking(fd.as_fd())?;
-        let path = directory.console_socket();
+        let path = directory.terminal_socket(line);
         let listener = in_directory(&path, |path| UnixListener::bind(path))?;
         listener.set_nonblocking(true).at("listen at", &path)?;
-        let path = directory.control_socket();
-        let control = in_directory(&path, |path| UnixDatagram::bind(path))?;
-        control.set_nonblocking(true).at("listen at", &path)?;
+        let control_path = directory.control_socket(line);
+        let control = in_directory(&control_path, |path| UnixDatagram::bind(path))?;
+        control
+            .set_nonblocking(true)
+            .at("listen at", &control_path)?;
+        let backlog = match line {
+            Line::Console => Backlog::create(&directory.console_log())?,
+            Line::Tty(_) => Backlog::in_memory(),
+        };
         Ok(Self {
             source: Some(fd.into()),
             _peer: peer,
             is_terminal,
-            backlog: Backlog::create(&directory.console_log())?,
+            backlog,
             listener,
             control,
             clients: Vec::new(),
             input: Vec::new(),
+            sockets: [path, control_path],
         })
     }
 
@@ -180,6 +200,14 @@ impl Console {
     pub fn finish(&mut self) {
         while self.copy_output() {}
         self.clients.retain_mut(Client::flush);
+    }
+
+    /// Removes the sockets: nobody can come any more.
+    pub fn close(self) {
+        for path in &self.sockets {
+            // Whoever deletes the container may have been faster.
+            std::fs::remove_file(path).ok();
+        }
     }
 
     fn accept(&mut self) {
@@ -268,23 +296,22 @@ fn in_directory<T>(path: &Path, call: impl FnOnce(&Path) -> std::io::Result<T>) 
     call(&short).at("listen at", path)
 }
 
-/// Asks the monitor to give the terminal a new size.
-pub fn resize(directory: &Directory, columns: u16, rows: u16) -> Result<()> {
+/// Asks the monitor to give a terminal a new size.
+pub fn resize(directory: &Directory, line: Line, columns: u16, rows: u16) -> Result<()> {
     let socket = UnixDatagram::unbound().context(|| "open a socket".to_owned())?;
     let mut message = columns.to_ne_bytes().to_vec();
     message.extend(rows.to_ne_bytes());
-    let path = directory.control_socket();
+    let path = directory.control_socket(line);
     let parent = File::open(&directory.path).at("open", &directory.path)?;
     let short =
         Path::new("/proc/self/fd").join(std::os::fd::AsRawFd::as_raw_fd(&parent).to_string());
-    socket
-        .send_to(&message, short.join("control.sock"))
-        .context(|| {
-            format!(
-                "send to the monitor at {} (created with --monitor?)",
-                path.display()
-            )
-        })?;
+    let name = path.file_name().expect("it is a file of the directory");
+    socket.send_to(&message, short.join(name)).context(|| {
+        format!(
+            "send to the monitor at {} (created with --monitor?)",
+            path.display()
+        )
+    })?;
     Ok(())
 }
 

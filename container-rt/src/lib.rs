@@ -13,6 +13,7 @@
 //! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
 //! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
+//! | [`terminals`] | `/dev/tty1` and so on | not in the runtime-spec |
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
 //! | `starting` | what `start` is told by the init | its signal goes one way |
@@ -46,4 +47,5 @@ mod starting;
 pub mod state;
 mod sys;
 pub mod terminal;
+pub mod terminals;
 mod workdir;

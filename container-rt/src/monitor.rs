@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The monitor of one container: a process that creates it, stays as the parent of its init, serves its console,
-//! and writes down how it ended. `create --monitor` forks it; the manager may come and go meanwhile.
+//! The monitor of one container: a process that creates it, stays as the parent of its init, serves its console and
+//! its other terminals, and writes down how it ended. `create --monitor` forks it; the manager may come and go meanwhile.
 //!
 //! ```text
 //!  atoll-ct create --monitor --fork--> monitor (session leader, subreaper) --libcontainer--> init
@@ -9,7 +9,7 @@
 //!                                                     +-- exit.json <------ the init ends ----+
 //! ```
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, PipeWriter, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,15 +18,16 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
+use oci_spec::runtime::Spec;
 
 use crate::console::{Console, Source};
 use crate::create::{self, Request};
 use crate::error::{Context, Error, Result, one_line};
 use crate::process::{ProcessFd, ProcessId, wait_child};
-use crate::state::{Directory, ExitRecord, Saved, now, to_json, write_atomically};
+use crate::state::{Directory, ExitRecord, Line, Saved, now, to_json, write_atomically};
 use crate::sys::{self, Fork};
 use crate::terminal::{self, Signals};
-use crate::{bundle, cgroup};
+use crate::{bundle, cgroup, terminals};
 
 /// Creates a container that has a monitor. Returns when the container is created and its console can be reached.
 pub fn create(root: &Path, request: &Request) -> Result<()> {
@@ -73,7 +74,8 @@ fn monitor(root: &Path, request: &Request, mut report: PipeWriter) -> i32 {
 struct Watch {
     directory: Directory,
     init: ProcessFd,
-    console: Option<Console>,
+    /// The console, if there is one, then the other terminals.
+    consoles: Vec<Console>,
     signals: Signals,
 }
 
@@ -83,6 +85,8 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
     let signals = Signals::block()?;
     let mut passed = create::Console::default();
     let bundle = bundle::load(request)?;
+    let further = terminals::wanted(&bundle.spec)?;
+    let spec = bundle.spec.clone();
     let size = bundle
         .spec
         .process()
@@ -118,9 +122,14 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
             })
         }),
     };
-    let result = source
-        .transpose()
-        .and_then(|source| watch(directory.clone(), &mut saved, source, size, signals));
+    let result = source.transpose().and_then(|source| {
+        let mut lines: Vec<_> = source
+            .map(|source| (Line::Console, source))
+            .into_iter()
+            .collect();
+        lines.extend(further_lines(&spec, &saved, further)?);
+        watch(directory.clone(), &mut saved, lines, size, signals)
+    });
     if result.is_err() {
         cgroup::remove(&saved.cgroups).ok();
         directory.remove().ok();
@@ -128,29 +137,44 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
     result
 }
 
-fn watch(
-    directory: Directory,
-    saved: &mut Saved,
-    source: Option<Source>,
-    size: Option<oci_spec::runtime::Box>,
-    signals: Signals,
-) -> Result<Watch> {
-    if let (Some(Source::Terminal { pty }), Some(size)) = (&source, size) {
-        let clamp = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
-        sys::set_window_size(pty.as_fd(), clamp(size.width()), clamp(size.height())).ok();
+/// The terminals besides the console.
+fn further_lines(spec: &Spec, saved: &Saved, count: u8) -> Result<Vec<(Line, Source)>> {
+    if count == 0 {
+        return Ok(Vec::new());
     }
-    let console = source
-        .map(|source| Console::open(&directory, source))
-        .transpose()?;
-    saved.monitor = Some(ProcessId::of(std::process::id().cast_signed())?);
-    directory.save(saved)?;
+    let terminals = terminals::open(spec, &init_of(saved)?, count)?;
+    let line = |(number, pty)| (Line::Tty(number), Source::Terminal { pty });
+    Ok((1..).zip(terminals).map(line).collect())
+}
+
+fn init_of(saved: &Saved) -> Result<ProcessFd> {
     let init = saved
         .init
         .ok_or_else(|| Error::Argument("the container has no init".to_owned()))?;
+    ProcessFd::of_child(init.pid)
+}
+
+fn watch(
+    directory: Directory,
+    saved: &mut Saved,
+    lines: Vec<(Line, Source)>,
+    size: Option<oci_spec::runtime::Box>,
+    signals: Signals,
+) -> Result<Watch> {
+    let mut consoles = Vec::new();
+    for (line, source) in lines {
+        if let (Source::Terminal { pty }, Some(size)) = (&source, size) {
+            let clamp = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
+            sys::set_window_size(pty.as_fd(), clamp(size.width()), clamp(size.height())).ok();
+        }
+        consoles.push(Console::open(&directory, line, source)?);
+    }
+    saved.monitor = Some(ProcessId::of(std::process::id().cast_signed())?);
+    directory.save(saved)?;
     Ok(Watch {
-        init: ProcessFd::of_child(init.pid)?,
+        init: init_of(saved)?,
         directory,
-        console,
+        consoles,
         signals,
     })
 }
@@ -166,23 +190,21 @@ fn detach_stdio() -> Result<()> {
 }
 
 impl Watch {
-    /// Serves the console until the init ends, and records how it did.
+    /// Serves the terminals until the init ends, and records how it did.
     fn until_end(mut self) -> Result<()> {
         loop {
             let mut polled = vec![
                 PollFd::new(self.init.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             ];
-            polled.extend(self.console.iter().flat_map(Console::poll_fds));
+            polled.extend(self.consoles.iter().flat_map(Console::poll_fds));
             match poll(&mut polled, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(source) => return Err(source).context(|| "poll".to_owned()),
             }
             let ended = polled[0].any().unwrap_or(false);
             let signalled = polled[1].any().unwrap_or(false);
-            if let Some(console) = &mut self.console {
-                console.serve();
-            }
+            self.consoles.iter_mut().for_each(Console::serve);
             if ended {
                 return self.record_end();
             }
@@ -196,17 +218,14 @@ impl Watch {
 
     fn record_end(mut self) -> Result<()> {
         let status = wait_child(&self.init)?;
-        if let Some(console) = &mut self.console {
-            console.finish();
-        }
+        self.consoles.iter_mut().for_each(Console::finish);
         let record = ExitRecord {
             exit_code: status.code,
             signal: status.signal,
             time: now(),
         };
         let written = write_atomically(&self.directory.exit_record(), &to_json(&record)?);
-        fs::remove_file(self.directory.console_socket()).ok();
-        fs::remove_file(self.directory.control_socket()).ok();
+        self.consoles.into_iter().for_each(Console::close);
         written
     }
 }

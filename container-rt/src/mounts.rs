@@ -143,7 +143,11 @@ fn attributes(mount: &Mount) -> Result<MountChange> {
 
 /// Opens the mount point, in the container's mount namespace. What is missing is made, the last part as a folder or as
 /// an empty file.
-fn open_target(path: &Path, is_folder: bool, owner: Option<Owner>) -> io::Result<OwnedFd> {
+pub(crate) fn open_target(
+    path: &Path,
+    is_folder: bool,
+    owner: Option<Owner>,
+) -> io::Result<OwnedFd> {
     if let Some(owner) = owner {
         // For files alone: entering and mounting go by capabilities, which stay.
         setfsgid(Gid::from_raw(owner.gid));
@@ -185,7 +189,7 @@ fn open_target(path: &Path, is_folder: bool, owner: Option<Owner>) -> io::Result
 
 /// Does something in the container's mount namespace. It cannot be left again, so a child enters it; its exit code
 /// is the error's number.
-fn within(init: &ProcessFd, action: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+pub(crate) fn within(init: &ProcessFd, action: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let child = match sys::fork()? {
         Fork::Parent(pid) => pid,
         Fork::Child => {

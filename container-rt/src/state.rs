@@ -79,6 +79,15 @@ impl fmt::Display for Status {
     }
 }
 
+/// One of the terminals that a monitor serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Line {
+    /// `/dev/console`, or the output of a program without a terminal.
+    Console,
+    /// `/dev/tty1` and so on.
+    Tty(u8),
+}
+
 /// How a monitored container ended: `exit.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -141,14 +150,20 @@ impl Directory {
         self.path.join("config.json")
     }
 
-    /// The monitor's console socket.
-    pub fn console_socket(&self) -> PathBuf {
-        self.path.join("console.sock")
+    /// The monitor's socket of a terminal: raw bytes both ways.
+    pub fn terminal_socket(&self, line: Line) -> PathBuf {
+        match line {
+            Line::Console => self.path.join("console.sock"),
+            Line::Tty(number) => self.path.join(format!("tty{number}.sock")),
+        }
     }
 
-    /// The monitor's socket for changes of the terminal's size.
-    pub fn control_socket(&self) -> PathBuf {
-        self.path.join("control.sock")
+    /// The monitor's socket for changes of a terminal's size.
+    pub fn control_socket(&self, line: Line) -> PathBuf {
+        match line {
+            Line::Console => self.path.join("control.sock"),
+            Line::Tty(number) => self.path.join(format!("tty{number}-control.sock")),
+        }
     }
 
     /// The monitor's bounded log of the console.

@@ -163,6 +163,18 @@ pub fn pty_peer(pty: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     owned_fd(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
 }
 
+/// Lets the other side of a new pty be opened, and answers its number in its devpts. ioctl_tty(2).
+pub fn unlock_pty(pty: BorrowedFd<'_>) -> io::Result<u32> {
+    let (mut number, unlocked): (u32, libc::c_int) = (0, 0);
+    let pointer = &raw const unlocked;
+    // SAFETY: TIOCSPTLCK reads one int, which lives through the call.
+    check(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCSPTLCK, pointer) }.into())?;
+    let pointer = &raw mut number;
+    // SAFETY: TIOCGPTN writes one unsigned int, which lives through the call.
+    check(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCGPTN, pointer) }.into())?;
+    Ok(number)
+}
+
 /// A copy of another process's descriptor. pidfd_getfd(2), Linux 5.6.
 pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: takes integers only.

@@ -8,8 +8,11 @@
 
 mod scene;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use scene::{Scene, can_run, wait_for};
 use serde_json::{Value, json};
@@ -117,4 +120,66 @@ fn the_console_command_attaches_a_terminal() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains("mark42"), "{text}");
     assert_eq!(scene.state()["status"], "running");
+}
+
+/// Types a line on one of the monitor's sockets until the answer is there.
+fn ask(socket: &Path, line: &str, answer: &str) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let mut said = String::new();
+    let mut typed = None;
+    wait_for(answer, || {
+        // Whoever opens a terminal may throw away what was typed before.
+        if typed.is_none_or(|at: Instant| at.elapsed() > Duration::from_secs(2)) {
+            stream.write_all(line.as_bytes()).unwrap();
+            typed = Some(Instant::now());
+        }
+        let mut bytes = [0; 4096];
+        if let Ok(count) = stream.read(&mut bytes) {
+            said.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        said.contains(answer)
+    });
+    said
+}
+
+#[test]
+fn further_terminals_are_separate_and_belong_to_the_containers_root() {
+    if !can_run() {
+        return;
+    }
+    let script =
+        "for n in 1 2; do busybox setsid -c sh -i </dev/tty$n >/dev/tty$n 2>&1 & done; wait";
+    let mut scene = Scene::new(&["sh", "-c", script]).unprivileged();
+    scene.config["process"]["terminal"] = json!(true);
+    scene.config["process"]["consoleSize"] = json!({ "width": 80, "height": 24 });
+    scene.config["annotations"]["dev.atoll.terminals"] = json!("2");
+    scene.start(&["--monitor"]);
+    let directory = scene.path("run").join(&scene.id);
+    let [first, second] = [1, 2].map(|n| directory.join(format!("tty{n}.sock")));
+    ask(&first, "echo on-$((20+1)); busybox tty\n", "/dev/tty1");
+    ask(
+        &first,
+        "busybox stat -c %u:%g:%a /dev/tty1 /dev/pts/1\n",
+        "0:5:620",
+    );
+    let said = ask(&second, "echo on-$((20+2))\n", "on-22");
+    assert!(!said.contains("on-21"), "{said}");
+    scene.ct(&["resize", "ID", "91", "17", "--tty", "2"]).ok();
+    ask(&second, "stty size\n", "17 91");
+    ask(&first, "stty size\n", "24 80");
+    let log = std::fs::read_to_string(directory.join("console.log")).unwrap();
+    assert!(!log.contains("on-2"), "{log}");
+    scene.ct(&["kill", "ID", "KILL"]).ok();
+    wait_for("the exit record", || directory.join("exit.json").exists());
+    wait_for("the sockets to go", || !first.exists() && !second.exists());
+
+    scene.ct(&["delete", "ID"]).ok();
+    scene.config["annotations"]["dev.atoll.terminals"] = json!("7");
+    let refused = scene.ct(&["create", "--monitor", "ID"]);
+    assert!(
+        refused.stderr.contains("no number from 0 to 6"),
+        "{}",
+        refused.stderr
+    );
 }
