@@ -7,6 +7,7 @@
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -109,13 +110,18 @@ impl Ground {
     }
 }
 
-/// Names and sizes below a folder; sockets and logs of the programs themselves are left out.
+/// Names and sizes below a folder; sockets and logs of the programs themselves are left out, and what is in a file
+/// system that is mounted there: a container's init is at work in it (busybox's ifup writes /var/run/ifstate.new, and
+/// renames it), and that there is a mount is a trace of its own.
 fn walk(folder: &Path, traces: &mut Traces) {
+    let here = std::fs::metadata(folder).map(|folder| folder.dev()).ok();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let (path, kind) = (entry.path(), entry.metadata().unwrap());
         if kind.is_dir() {
             traces.insert(format!("{}", path.display()));
-            walk(&path, traces);
+            if Some(kind.dev()) == here {
+                walk(&path, traces);
+            }
         } else if !path.to_string_lossy().contains("dnsmasq") {
             traces.insert(format!("{} {}", path.display(), kind.len()));
         }
