@@ -20,7 +20,7 @@ use std::path::{Component, Path, PathBuf};
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp, tty};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Gid, Uid, chdir, setgroups, setresgid, setresuid, setsid};
+use nix::unistd::{Gid, Uid, chdir, setfsgid, setfsuid, setgroups, setresgid, setresuid, setsid};
 use oci_spec::runtime::{Capabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec, User};
 
 use crate::error::{Context, Error, Result, one_line};
@@ -362,6 +362,10 @@ fn enter(entry: &Entry<'_>, terminal: Option<OwnedFd>) -> Result<std::convert::I
     setsid().context(|| "start a session".to_owned())?;
     let system = create_syscall();
     if let Some(socket) = terminal {
+        // A terminal belongs to whoever opens it, and in a user namespace nothing can be done with what is the host's
+        // root's. For files alone: until `become_user` everything else stays.
+        setfsgid(Gid::from_raw(0));
+        setfsuid(Uid::from_raw(0));
         // libcontainer checks that the container's /dev/ptmx is a real one, and closes the socket.
         tty::setup_console(system.as_ref(), socket.into_raw_fd(), false)
             .map_err(|e| Error::Argument(format!("terminal: {}", one_line(&e))))?;

@@ -183,3 +183,18 @@ fn further_terminals_are_separate_and_belong_to_the_containers_root() {
         refused.stderr
     );
 }
+
+#[test]
+fn a_terminal_in_a_user_namespace_belongs_to_its_user() {
+    if !can_run() {
+        return;
+    }
+    let scene = Scene::new(&["sleep", "1000"]).unprivileged();
+    scene.start(&[]);
+    for user in ["0:0", "7:8"] {
+        let words = ["exec", "--tty", "--user", user, "ID", "busybox", "stat"];
+        let said = scene.ct(&[&words[..], &["-Lc", "%u:%g", "/proc/self/fd/0"]].concat());
+        let owner = user.split(':').next().unwrap();
+        assert_eq!(said.ok(), format!("{owner}:5\r\n"));
+    }
+}
