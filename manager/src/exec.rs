@@ -210,7 +210,7 @@ impl Program {
             .map_err(start)
     }
 
-    /// Starts it in a session of its own whose terminal is `terminal`. Dropping the child kills it.
+    /// Starts it in a session of its own whose terminal is `terminal`. It is told when that ends, by SIGHUP.
     pub fn spawn_on_terminal(self, terminal: OwnedFd) -> Result<Child, ExecError> {
         let name = self.name();
         let start = |source| ExecError::Start {
@@ -227,7 +227,6 @@ impl Program {
             .stdin(Stdio::from(input))
             .stdout(Stdio::from(output))
             .stderr(Stdio::from(terminal))
-            .kill_on_drop(true)
             .spawn()
             .map_err(start)
     }

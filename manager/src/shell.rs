@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A terminal on the node itself: login(1) on a pseudo-terminal, ended when it is dropped.
+//! A program on a pseudo-terminal, ended when it is dropped: login(1) on the node itself, or a shell in a container.
 //!
-//! Called by the API for an administrator's terminal in the browser; who may have one is its matter.
+//! Called by the API for a terminal in the browser; who may have one is its matter.
 
 #![expect(
     unsafe_code,
@@ -33,23 +33,52 @@ pub enum SignIn {
 #[derive(Debug)]
 pub struct Shell {
     terminal: AsyncFd<std::fs::File>,
-    /// Killed when dropped; the end of the terminal takes the programs that were started from it along.
-    _login: Child,
+    program: Child,
+    end: End,
+}
+
+/// What the program gets when it is dropped; the end of the terminal takes those that were started from it along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// SIGKILL.
+    Killed,
+    /// The terminal's hangup alone: it has something to see to before it ends.
+    HungUp,
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        if self.end == End::Killed {
+            // It may have ended by itself.
+            drop(self.program.start_kill());
+        }
+    }
 }
 
 impl Shell {
-    /// Starts one.
+    /// Starts one of the node.
     pub fn open(sign_in: SignIn) -> Result<Self, Error> {
-        let (terminal, inner) = pair().map_err(|e| Error::failed("open a terminal", e))?;
         let login = match sign_in {
             SignIn::Root => Program::new("login").args(["-f", "root"]),
             SignIn::Asked => Program::new("login"),
         };
-        let login = login.spawn_on_terminal(inner)?;
+        Self::start(login, End::Killed)
+    }
+
+    /// Starts a program that carries a terminal on to somewhere else: the runtime's, to a container. It takes what it
+    /// has started there along when the terminal hangs up; killed, it would leave it to nobody.
+    pub fn within(program: Program) -> Result<Self, Error> {
+        Self::start(program, End::HungUp)
+    }
+
+    fn start(program: Program, end: End) -> Result<Self, Error> {
+        let (terminal, inner) = pair().map_err(|e| Error::failed("open a terminal", e))?;
+        let program = program.spawn_on_terminal(inner)?;
         let terminal = watch(terminal).map_err(|e| Error::failed("watch a terminal", e))?;
         Ok(Self {
             terminal,
-            _login: login,
+            program,
+            end,
         })
     }
 
@@ -114,16 +143,6 @@ fn watch(terminal: OwnedFd) -> io::Result<AsyncFd<std::fs::File>> {
 mod tests {
     use super::*;
 
-    /// The same with a program of the test's choice.
-    fn shell(program: Program) -> Shell {
-        let (ours, theirs) = pair().unwrap();
-        let login = program.spawn_on_terminal(theirs).unwrap();
-        Shell {
-            terminal: watch(ours).unwrap(),
-            _login: login,
-        }
-    }
-
     /// Everything that it says until it ends.
     async fn rest(shell: &Shell) -> String {
         let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
@@ -137,7 +156,7 @@ mod tests {
 
     #[tokio::test]
     async fn programs_have_a_terminal_with_a_size_and_its_end_is_seen() {
-        let shell = shell(Program::new("sh"));
+        let shell = Shell::within(Program::new("sh")).unwrap();
         shell.resize(91, 17).unwrap();
         let line = b"stty size; tty >/dev/tty; echo is-$((40+2)); exit\n";
         shell.write_all(line).await.unwrap();

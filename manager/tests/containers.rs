@@ -8,11 +8,13 @@ mod world;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use atoll_manager::guest::bulk::{StartAll, StopAll};
-use atoll_manager::guest::{Action, Ask, ConfigUpdate};
+use atoll_manager::guest::{Action, Ask, ConfigUpdate, Console};
 use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::shell::Shell;
 use atoll_manager::task::{TaskFilter, TaskRecord, Upid};
 use atoll_manager::{Node, Settings};
 use tokio_util::sync::CancellationToken;
@@ -102,6 +104,25 @@ impl Ground {
         status.await.unwrap().pid
     }
 
+    /// The socket of what its console shows, which is that terminal.
+    #[track_caller]
+    fn line(&self, expected: Option<u8>) -> PathBuf {
+        let guests = self.node.guests();
+        match guests.console(GuestKind::Container, self.id).unwrap() {
+            Console::Line { socket, tty } if tty == expected => socket,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn set(&self, keys: &[(&str, &str)]) {
+        let wish = keys.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let none = BTreeSet::new;
+        let update = ConfigUpdate::new(GuestKind::Container, wish.collect(), none(), none(), None);
+        let guests = self.node.guests();
+        let update = guests.update(GuestKind::Container, self.id, update.unwrap());
+        update.await.unwrap();
+    }
+
     async fn running(&self) -> bool {
         self.node
             .guests()
@@ -180,7 +201,7 @@ fn a_container_lives_and_leaves_nothing() {
 /// It answers on its console and on the network, and has a load and a range of user ids.
 async fn answers(ground: &Ground) -> u32 {
     let (kind, id) = (GuestKind::Container, ground.id);
-    let console = ground.node.guests().console(kind, id).unwrap();
+    let console = ground.line(Some(1));
     world::until("the console's socket", || console.exists());
     ask_console(&console, "id; hostname\n", "uid=0");
     ask_console(&console, "touch /srv/new && ls -ln /srv\n", " 0        0 ");
@@ -310,6 +331,76 @@ async fn goes(ground: &Ground) {
     assert_eq!(gone.to_string(), text);
 }
 
+/// What the console shows follows `cmode` at once; which terminals there are, `console` and `tty` at the next start.
+#[test]
+fn the_console_is_a_terminal_the_console_or_a_shell() {
+    const NAME: &str = "the_console_is_a_terminal_the_console_or_a_shell";
+    world::isolated(NAME, async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        ground.create_with(ground.id, &[]).await;
+        assert_eq!(ground.act(Action::Start).await, "OK");
+        ask_console(
+            &ground.line(Some(1)),
+            "ls -l /proc/self/fd/0\n",
+            "/dev/tty1",
+        );
+        ask_console(
+            &ground.line(Some(1)),
+            "echo $container_ttys\n",
+            "pts/1 pts/2",
+        );
+        ground.set(&[("cmode", "console")]).await;
+        ask_console(&ground.line(None), "ls -l /proc/self/fd/0\n", "/dev/pts/0");
+        ground.set(&[("cmode", "shell")]).await;
+        shell_answers(&ground).await;
+
+        let without = [("tty", "0"), ("console", "0"), ("cmode", "tty")];
+        ground.set(&without).await;
+        ask_console(&ground.line(Some(1)), "echo still-$((40+2))\n", "still-42");
+        assert_eq!(ground.act(Action::Stop).await, "OK");
+        assert_eq!(ground.act(Action::Start).await, "OK");
+        let guests = ground.node.guests();
+        let refused = guests.console(GuestKind::Container, ground.id);
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("no terminal to show"), "{refused}");
+        ground.set(&[("cmode", "shell")]).await;
+        shell_answers(&ground).await;
+        assert_eq!(ground.act(Action::Stop).await, "OK");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+/// A shell of root's own, which ends when nobody looks at it any more.
+async fn shell_answers(ground: &Ground) {
+    let (kind, id) = (GuestKind::Container, ground.id);
+    let Console::Program(program) = ground.node.guests().console(kind, id).unwrap() else {
+        panic!("no shell");
+    };
+    let shell = Shell::within(program).unwrap();
+    shell.resize(91, 17).unwrap();
+    let line = b"echo $0 $HOME; stty size; echo shell-$((40+2)); ls -l /proc/self/fd/0\n";
+    shell.write_all(line).await.unwrap();
+    let (mut said, mut buffer) = (String::new(), [0; 4096]);
+    let expected = ["/bin/sh /root", "17 91", "shell-42", "/dev/pts/"];
+    let heard = async {
+        while !expected.iter().all(|text| said.contains(text)) {
+            let count = shell.read(&mut buffer).await.unwrap();
+            assert!(count > 0, "{said}");
+            said.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    };
+    let heard = tokio::time::timeout(world::PATIENCE, heard).await;
+    assert!(heard.is_ok(), "{said}");
+    drop(shell);
+    let group = format!("ct-{id}");
+    world::until("the shell's end", || {
+        let mut processes = world::processes_of(&group).into_iter();
+        !processes.any(|command| command.starts_with("/bin/sh -l"))
+    });
+}
+
 #[test]
 fn dhcp_gives_addresses_and_the_reconciler_notices_ends() {
     world::isolated(
@@ -331,11 +422,7 @@ fn dhcp_gives_addresses_and_the_reconciler_notices_ends() {
             });
 
             let first = ground.pid().await.unwrap();
-            let console = ground
-                .node
-                .guests()
-                .console(GuestKind::Container, ground.id)
-                .unwrap();
+            let console = ground.line(Some(1));
             ask_console(&console, "reboot\n", "reboot");
             let deadline = Instant::now() + world::PATIENCE;
             let pid = loop {

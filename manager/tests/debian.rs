@@ -6,11 +6,12 @@
 
 mod world;
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use atoll_manager::error::Error;
-use atoll_manager::guest::{Action, Ask};
+use atoll_manager::guest::{Action, Ask, Console};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::task::Upid;
 use atoll_manager::{Node, Settings};
@@ -163,6 +164,21 @@ fn inside(debian: &Debian) {
     );
     let console = debian.sh("systemctl is-active console-getty.service");
     assert_eq!(console, "active\n", "a login on the console");
+    let ttys = debian.sh("systemctl is-active container-getty@1 container-getty@2");
+    assert_eq!(ttys, "active\nactive\n", "and on each terminal");
+    let console = debian.node.guests().console(KIND, debian.id).unwrap();
+    let Console::Line { socket, .. } = console else {
+        panic!("{console:?}");
+    };
+    let mut line = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    line.set_nonblocking(true).unwrap();
+    let mut said = String::new();
+    world::until("a login on what the console shows", || {
+        let mut bytes = [0; 4096];
+        let count = line.read(&mut bytes).unwrap_or(0);
+        said.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        said.contains("deb login:")
+    });
     assert_eq!(debian.sh("stat -c %u:%g /etc/shadow"), "0:42\n");
     assert!(debian.sh("cat /proc/1/status").contains("Seccomp:\t2"));
     let ping = ["-c1", "-W5", "10.64.0.30"];

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use atoll_manager::guest::move_disk::{self, Move, Wish};
 use atoll_manager::guest::vm::Vm;
-use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate};
+use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate, Console};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::reconcile::Reconciler;
 use atoll_manager::storage::name::parse_format;
@@ -289,7 +289,11 @@ async fn runs(node: Node, state: &tempfile::TempDir, id: GuestId) -> Node {
         "OK"
     );
     assert!(!node.guests().is_paused(KIND, id).await);
-    assert!(node.guests().console(KIND, id).unwrap().exists());
+    let console = node.guests().console(KIND, id).unwrap();
+    assert!(
+        matches!(&console, Console::Line { socket, tty: None } if socket.exists()),
+        "{console:?}"
+    );
     node
 }
 

@@ -133,7 +133,8 @@ def machine(api, node):
 
 def container(api, node):
     upid = node.lxc.post(
-        vmid=CT, ostemplate="local:vztmpl/small.tar.gz", hostname="small", memory=128, rootfs="local:1", unprivileged=1
+        vmid=CT, ostemplate="local:vztmpl/small.tar.gz", hostname="small", memory=128, rootfs="local:1", unprivileged=1,
+        cmode="console",
     )
     lines = finish(api, upid)
     assert len(lines) > 1, lines
@@ -156,6 +157,13 @@ def terminal(api, node):
     console.socket.close()
     lines = finish(api, console.upid)
     said(f"a terminal: typed into and answered ({len(lines)} lines of log)")
+    node.lxc(CT).config.put(cmode="shell")
+    console = Terminal(api, f"lxc/{CT}", node.lxc(CT).termproxy.post())
+    console.type("echo $0-$((40+2))\n")
+    console.expect("/bin/sh-42")
+    console.socket.close()
+    finish(api, console.upid)
+    said("a shell in a container: typed into and answered")
 
 
 def node_terminal(api, node):

@@ -1,11 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The far end of a console: a guest's console socket, or a shell of the node.
+//! The far end of a console: a line of a guest, a shell in it, or a shell of the node.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_manager::access::Identity;
 use atoll_manager::error::Error;
+use atoll_manager::exec::Program;
+use atoll_manager::guest::Console;
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::shell::{Shell, SignIn};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -16,13 +18,15 @@ use crate::daemon::Daemon;
 
 /// Where a console will come from once its browser is there.
 pub enum Source {
-    /// A guest, and the socket of its console.
+    /// A line of a guest, and its socket.
     Guest {
         /// Tells it the size of the window.
         size: Size,
         /// The socket.
         socket: PathBuf,
     },
+    /// A shell in a guest.
+    Inside(Program),
     /// The node.
     Node(SignIn),
 }
@@ -32,19 +36,20 @@ pub struct Size {
     daemon: Arc<Daemon>,
     kind: GuestKind,
     guest: GuestId,
+    tty: Option<u8>,
 }
 
 /// A console that is open.
 pub enum Terminal {
-    /// Of a guest.
+    /// A line of a guest.
     Guest {
         /// Tells it the size of the window.
         size: Size,
         /// Raw bytes both ways.
         stream: UnixStream,
     },
-    /// Of the node.
-    Node(Shell),
+    /// A shell, of the node or in a guest.
+    Shell(Shell),
 }
 
 impl Source {
@@ -52,13 +57,17 @@ impl Source {
     /// knows root's password.
     pub fn find(daemon: &Arc<Daemon>, place: Place, caller: &Identity) -> Result<Self, Error> {
         match place {
-            Place::Guest(kind, guest) => Ok(Self::Guest {
-                socket: daemon.node.guests().console(kind, guest)?,
-                size: Size {
-                    daemon: Arc::clone(daemon),
-                    kind,
-                    guest,
+            Place::Guest(kind, guest) => Ok(match daemon.node.guests().console(kind, guest)? {
+                Console::Line { socket, tty } => Self::Guest {
+                    socket,
+                    size: Size {
+                        daemon: Arc::clone(daemon),
+                        kind,
+                        guest,
+                        tty,
+                    },
                 },
+                Console::Program(program) => Self::Inside(program),
             }),
             Place::Node if caller.is_root() => Ok(Self::Node(SignIn::Root)),
             Place::Node => Ok(Self::Node(SignIn::Asked)),
@@ -74,7 +83,8 @@ impl Source {
                     .map_err(|error| Error::failed("connect to the guest's console", error))?;
                 Ok(Terminal::Guest { size, stream })
             }
-            Self::Node(sign_in) => Ok(Terminal::Node(Shell::open(sign_in)?)),
+            Self::Inside(program) => Ok(Terminal::Shell(Shell::within(program)?)),
+            Self::Node(sign_in) => Ok(Terminal::Shell(Shell::open(sign_in)?)),
         }
     }
 }
@@ -84,7 +94,7 @@ impl Terminal {
     pub async fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         match self {
             Self::Guest { stream, .. } => stream.read(buffer).await,
-            Self::Node(shell) => shell.read(buffer).await,
+            Self::Shell(shell) => shell.read(buffer).await,
         }
     }
 
@@ -92,7 +102,7 @@ impl Terminal {
     pub async fn write_all(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let written = match self {
             Self::Guest { stream, .. } => stream.write_all(bytes).await,
-            Self::Node(shell) => shell.write_all(bytes).await,
+            Self::Shell(shell) => shell.write_all(bytes).await,
         };
         written.map_err(|error| Error::failed("write to the console", error))
     }
@@ -103,10 +113,10 @@ impl Terminal {
             Self::Guest { size, .. } => {
                 let guests = size.daemon.node.guests();
                 guests
-                    .resize_console(size.kind, size.guest, columns, rows)
+                    .resize_console(size.kind, size.guest, size.tty, (columns, rows))
                     .await
             }
-            Self::Node(shell) => shell
+            Self::Shell(shell) => shell
                 .resize(columns, rows)
                 .map_err(|error| Error::failed("resize the terminal", error)),
         };

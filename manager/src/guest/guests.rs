@@ -1,7 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The handle on the guests of this node: every request of the API about guests ends here, most of them as a task.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use atoll_vmm_protocol::api::Request;
@@ -22,8 +21,8 @@ use crate::guest::snapshot::take::Take;
 use crate::guest::status::{self, CpuMeter, RunningCache, RunningGuests, Status};
 use crate::guest::vm::Vm;
 use crate::guest::{
-    Ask, Guest, Phase, container, guest, shutdown, snapshot, start, stop, stored, template, update,
-    view, vm,
+    Ask, Console, Guest, Phase, container, guest, shutdown, snapshot, start, stop, stored,
+    template, update, view, vm,
 };
 use crate::id::{GuestId, GuestKind};
 use crate::network::interfaces::{self, Inner};
@@ -517,8 +516,8 @@ impl Guests {
         guest(&self.site.seat(kind, id)).is_paused().await
     }
 
-    /// Unix socket of a running guest's console: raw bytes both ways, the backlog first.
-    pub fn console(&self, kind: GuestKind, id: GuestId) -> Result<PathBuf, Error> {
+    /// Where a running guest's console is.
+    pub fn console(&self, kind: GuestKind, id: GuestId) -> Result<Console, Error> {
         let seat = self.site.seat(kind, id);
         seat.config()?;
         let guest = guest(&seat);
@@ -547,16 +546,16 @@ impl Guests {
         }))
     }
 
-    /// Tells a guest's console the size of the terminal.
+    /// Tells a line of a guest's console the size of the terminal.
     pub async fn resize_console(
         &self,
         kind: GuestKind,
         id: GuestId,
-        columns: u16,
-        rows: u16,
+        tty: Option<u8>,
+        (columns, rows): (u16, u16),
     ) -> Result<(), Error> {
         guest(&self.site.seat(kind, id))
-            .resize_console(columns, rows)
+            .resize_console(tty, columns, rows)
             .await
     }
 }

@@ -14,6 +14,7 @@ pub mod bulk;
 pub mod cgroup;
 pub mod clone;
 pub mod config;
+pub mod console;
 pub mod container;
 pub mod create;
 pub mod crypt;
@@ -39,7 +40,6 @@ pub mod update;
 pub mod view;
 pub mod vm;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -51,6 +51,7 @@ use crate::process::Process;
 use crate::task::{TaskContext, run_steps};
 
 pub use config::{Applied, ConfigUpdate, GuestConfig, PendingRow};
+pub use console::Console;
 pub use guests::{Action, Guests};
 use start::Start;
 use stop::Stop;
@@ -151,11 +152,16 @@ pub trait Guest: Send + Sync {
     /// What it uses.
     async fn load(&self) -> Load;
 
-    /// Unix socket of its console: raw bytes both ways, the backlog first.
-    fn console(&self) -> Result<PathBuf, Error>;
+    /// Where its console is. Only for a guest that runs.
+    fn console(&self) -> Result<Console, Error>;
 
-    /// Tells its console the size of the terminal; a serial line has none.
-    async fn resize_console(&self, _columns: u16, _rows: u16) -> Result<(), Error> {
+    /// Tells a line of [`Self::console`] the size of the terminal; a serial line has none.
+    async fn resize_console(
+        &self,
+        _tty: Option<u8>,
+        _columns: u16,
+        _rows: u16,
+    ) -> Result<(), Error> {
         Ok(())
     }
 

@@ -107,6 +107,20 @@ fn remove_groups(number: u32) {
     }
 }
 
+/// Command lines of all processes in a control group of that name.
+pub fn processes_of(group: &str) -> Vec<String> {
+    let folders = std::fs::read_dir("/proc").unwrap().flatten();
+    let read = |folder: std::fs::DirEntry| {
+        let groups = std::fs::read_to_string(folder.path().join("cgroup")).ok()?;
+        let inside = groups
+            .lines()
+            .any(|line| line.ends_with(&format!("/{group}")));
+        let command = std::fs::read(folder.path().join("cmdline")).ok()?;
+        inside.then(|| String::from_utf8_lossy(&command).replace('\0', " "))
+    };
+    folders.filter_map(read).collect()
+}
+
 /// Runs a host program and returns its output.
 #[track_caller]
 pub fn run(program: &str, arguments: &[&str]) -> String {
@@ -139,7 +153,7 @@ pub fn make_firmware(folder: &Path) -> PathBuf {
     firmware
 }
 
-/// A template of a few megabytes: busybox as init, a shell on the console, DHCP. False when the host lacks busybox.
+/// A template of a few megabytes: busybox as init, shells on the console and /dev/tty1, DHCP. False when the host lacks busybox.
 pub fn make_template(path: &Path) -> bool {
     let Some(busybox) = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
@@ -156,7 +170,7 @@ pub fn make_template(path: &Path) -> bool {
     let files = [
         (
             "etc/inittab",
-            "::sysinit:/sbin/ifup -a\n::respawn:/bin/sh\n::ctrlaltdel:/sbin/reboot\n",
+            "::sysinit:/sbin/ifup -a\n::respawn:/bin/sh\ntty1::respawn:/bin/sh\n::ctrlaltdel:/sbin/reboot\n",
             0o644,
         ),
         ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n", 0o644),
@@ -221,6 +235,7 @@ fn plant_busybox(root: &Path, busybox: &Path) {
         "grep",
         "tr",
         "rm",
+        "stty",
     ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

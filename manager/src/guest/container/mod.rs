@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! run/ct-101/       config.json  rootfs/ mp0/ … (mounted images)  pid  halt-signal
-//! run/ct/ct-101/    atoll-ct's own: state, console.sock, console.log, exit.json
+//! run/ct/ct-101/    atoll-ct's own: state, console.sock, console.log, tty1.sock …, exit.json
 //! ```
 
 pub mod bundle;
@@ -19,6 +19,7 @@ pub mod restart;
 pub mod root;
 pub mod setup;
 pub mod start;
+pub mod terminal;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,7 +32,7 @@ use crate::guest::cgroup::Group;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::bundle::{Mount, Source};
 use crate::guest::site::Seat;
-use crate::guest::{Guest, Load, Phase, hook};
+use crate::guest::{Console, Guest, Load, Phase, hook};
 use crate::network::link;
 use crate::process::Process;
 use crate::task::TaskContext;
@@ -189,13 +190,16 @@ impl Guest for Container {
         self.clean_up().await
     }
 
-    fn console(&self) -> Result<PathBuf, Error> {
-        Ok(self.state_folder().join("console.sock"))
+    fn console(&self) -> Result<Console, Error> {
+        terminal::console(self, &self.seat.config()?)
     }
 
-    async fn resize_console(&self, columns: u16, rows: u16) -> Result<(), Error> {
-        self.command(&["resize"], &[&columns.to_string(), &rows.to_string()])
-            .await?;
+    async fn resize_console(&self, tty: Option<u8>, columns: u16, rows: u16) -> Result<(), Error> {
+        let (columns, rows) = (columns.to_string(), rows.to_string());
+        let tty = tty.map(|number| format!("--tty={number}"));
+        let mut words = vec![columns.as_str(), &rows];
+        words.extend(tty.as_deref());
+        self.command(&["resize"], &words).await?;
         Ok(())
     }
 

@@ -169,20 +169,31 @@ pub const CONTAINER: &[Key] = &[
     )
     .no_effect("Containers have the host's architecture."),
     Key::new(
-        Param::new("cmode", Kind::Choice(&["tty", "console", "shell"]), "What the console shows.").default("tty"),
+        Param::new(
+            "cmode",
+            Kind::Choice(&["tty", "console", "shell"]),
+            "What its console shows: the login on `/dev/tty1` (`tty`), what its init has on `/dev/console` (`console`), \
+             or a shell of its root, without a login (`shell`). A container with an entrypoint or an image shows its \
+             console unless this is set.",
+        )
+        .default("tty"),
         Guest(VmConfigOptions),
     )
-    .no_effect("The console is the one of its init."),
+    .now(),
     Key::new(
-        Param::new("console", Kind::Boolean, "It has a console.").default("1"),
+        Param::new("console", Kind::Boolean, "Its init has a console, `/dev/console`.").default("1"),
         Guest(VmConfigOptions),
-    )
-    .no_effect("It always has one."),
+    ),
     Key::new(
-        Param::new("tty", Kind::Integer { min: 0, max: 6 }, "Terminals.").default("2"),
+        Param::new(
+            "tty",
+            Kind::Integer { min: 0, max: 6 },
+            "How many terminals it has: `/dev/tty1` and so on. A container with an entrypoint or an image has none \
+             unless this is set.",
+        )
+        .default("2"),
         Guest(VmConfigOptions),
-    )
-    .no_effect("There is one console."),
+    ),
     Key::new(
         Param::new("timezone", Kind::Format(TIME_ZONE), "Time zone; `host` is the host's."),
         Guest(VmConfigOptions),

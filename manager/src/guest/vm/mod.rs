@@ -32,7 +32,7 @@ use serde::de::DeserializeOwned;
 use crate::error::Error;
 use crate::guest::cgroup::Group;
 use crate::guest::site::Seat;
-use crate::guest::{Guest, Load, Phase};
+use crate::guest::{Console, Guest, Load, Phase};
 use crate::network::link;
 use crate::process::Process;
 use crate::task::TaskContext;
@@ -226,8 +226,9 @@ impl Guest for Vm {
         Err(Error::refused("the machine's process does not die"))
     }
 
-    fn console(&self) -> Result<PathBuf, Error> {
-        Ok(resolve::serial_socket(&self.seat.run_folder()))
+    fn console(&self) -> Result<Console, Error> {
+        let socket = resolve::serial_socket(&self.seat.run_folder());
+        Ok(Console::main(socket))
     }
 
     async fn load(&self) -> Load {

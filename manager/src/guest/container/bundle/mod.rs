@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::guest::cgroup::Group;
 use crate::guest::config::GuestConfig;
-use crate::guest::container::{idmap, image, lxc};
+use crate::guest::container::{idmap, image, lxc, terminal};
 use crate::id::GuestId;
 
 pub use devices::{Facts, HostDevice};
@@ -129,6 +129,10 @@ pub fn bundle(
         linux["gidMappings"] = gids;
         annotations["dev.atoll.rootfs.idmap"] = json!("container");
     }
+    let ttys = terminal::ttys(config);
+    if ttys > 0 {
+        annotations["dev.atoll.terminals"] = json!(ttys.to_string());
+    }
     let is_image = !facts.layers.is_empty();
     let rootfs = match is_image {
         true => image::MERGED,
@@ -217,15 +221,16 @@ fn process(config: &GuestConfig) -> Value {
     let name = |text: &str| text.split('=').next().unwrap_or_default().to_owned();
     // The first of a name is what programs see.
     let is_usual = |text: &&&str| !own.iter().any(|other| name(other) == name(text));
-    let env: Vec<&str> = ENVIRONMENT
+    let terminals = terminal::announced(config);
+    let usual: Vec<&str> = ENVIRONMENT
         .iter()
-        .filter(is_usual)
-        .chain(&own)
         .copied()
+        .chain(terminals.as_deref())
         .collect();
+    let env: Vec<&str> = usual.iter().filter(is_usual).chain(&own).copied().collect();
     let init = config.get("entrypoint").unwrap_or(INIT);
     json!({
-        "terminal": true,
+        "terminal": terminal::has_console(config),
         "consoleSize": { "width": 80, "height": 24 },
         "user": { "uid": 0, "gid": 0 },
         "args": lxc::words(init),

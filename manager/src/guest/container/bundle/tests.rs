@@ -61,7 +61,11 @@ fn an_unprivileged_container_has_its_own_range() {
 fn a_privileged_one_says_so() {
     let bundle = built("unprivileged: 0\nfeatures: nesting=1\n");
     assert_eq!(bundle["linux"]["uidMappings"], Value::Null);
-    assert_eq!(bundle["annotations"], json!({}));
+    assert_eq!(
+        bundle["annotations"],
+        json!({ "dev.atoll.terminals": "2" }),
+        "no mapping"
+    );
     assert_eq!(bundle["hostname"], "CT101");
     assert_eq!(bundle["linux"]["maskedPaths"], Value::Null);
     assert_eq!(bundle["linux"]["resources"]["cpu"]["quota"], Value::Null);
@@ -139,7 +143,23 @@ fn a_program_of_its_own() {
     );
     let env = bundle["process"]["env"].as_array().unwrap();
     assert_eq!(env[env.len() - 2..], [json!("A=1"), json!("B=two words")]);
+    let terminals = &bundle["annotations"]["dev.atoll.terminals"];
+    assert!(terminals.is_null(), "nobody opens a terminal");
     assert_eq!(built("")["process"]["args"], json!(["/sbin/init"]));
+}
+
+#[test]
+fn terminals_as_init_finds_them() {
+    let bundle = built("console: 0\ntty: 3\n");
+    assert_eq!(bundle["process"]["terminal"], false);
+    assert_eq!(bundle["annotations"]["dev.atoll.terminals"], "3");
+    let env = bundle["process"]["env"].to_string();
+    assert!(
+        env.contains("\"container_ttys=pts/0 pts/1 pts/2\""),
+        "{env}"
+    );
+    let own = built("env: container_ttys=pts/7\n")["process"]["env"].to_string();
+    assert!(own.contains("pts/7") && !own.contains("pts/1"), "{own}");
 }
 
 #[test]

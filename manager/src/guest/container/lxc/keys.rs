@@ -19,7 +19,7 @@ pub(super) enum Effect {
 
 use Effect::{Maps, None, Refused, Sets};
 
-const OWN_CONSOLE: &str = "the runtime's monitor serves the console and keeps its log";
+const OWN_CONSOLE: &str = "the keys console and tty say that; the runtime's monitor serves them";
 const OWN_LOG: &str = "the runtime's log is kept with the container's state";
 const OWN_START: &str = "onboot and startup decide that";
 const NO_PROFILE: &str = "there is no generated AppArmor profile to change";
