@@ -109,6 +109,9 @@ pub(crate) enum Command {
     /// Add bind mounts to a running container, or remove mounts from it
     #[command(subcommand)]
     Mounts(Mounts),
+    /// Add devices to a running container, or remove devices from it
+    #[command(subcommand)]
+    Devices(Devices),
     /// Print statistics at intervals, and out-of-memory kills
     Events(Events),
     /// Refused, with the reason
@@ -239,6 +242,14 @@ pub(crate) enum Mounts {
     Remove { id: String, file: PathBuf },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Devices {
+    /// Add the devices that FILE lists as linux.devices does, each with its `access`; - is standard input
+    Add { id: String, file: PathBuf },
+    /// Remove the devices at the paths that FILE lists
+    Remove { id: String, file: PathBuf },
+}
+
 /// Whatever is asked of a command that is refused.
 #[derive(Debug, Args)]
 pub(crate) struct Refused {
@@ -311,6 +322,9 @@ pub(crate) struct Exec {
     /// Do not wait
     #[arg(long, short)]
     pub(crate) detach: bool,
+    /// Kill it and its process group when it runs longer, as in 30s
+    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "detach")]
+    pub(crate) time_max: Option<Duration>,
     /// Additional capability
     #[arg(long, short)]
     pub(crate) cap: Vec<String>,

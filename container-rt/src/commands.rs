@@ -13,14 +13,14 @@ use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
-    bundle, cgroup, console, events, exec, furnish, monitor, mounts, terminal,
+    bundle, cgroup, console, device_plug, events, exec, furnish, monitor, mounts, terminal,
 };
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
 use crate::cli::{
-    CgroupManager, Command, Create, Delete, Events, Exec, Format, Global, Kill, List, Mounts, Ps,
-    Run, Spec, Update,
+    CgroupManager, Command, Create, Delete, Devices, Events, Exec, Format, Global, Kill, List,
+    Mounts, Ps, Run, Spec, Update,
 };
 use crate::features;
 
@@ -45,6 +45,7 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
         Command::Resume { id } => Container::load(root, &id)?.resume()?,
         Command::Update(arguments) => update(root, &arguments)?,
         Command::Mounts(change) => mounts(root, &change)?,
+        Command::Devices(change) => devices(root, &change)?,
         Command::Events(arguments) => events(root, &arguments)?,
         Command::Checkpoint(_) | Command::Restore(_) => return Err(no_checkpoints()),
         Command::Features => print(&pretty(&features::features())?)?,
@@ -224,6 +225,7 @@ fn exec(root: &Path, arguments: Exec) -> Result<u8> {
         no_new_privileges: arguments.no_new_privs,
         apparmor: arguments.apparmor,
         detach: arguments.detach,
+        time_max: arguments.time_max,
         ignore_paused: arguments.ignore_paused,
         console_socket: arguments.console_socket,
         pid_file: arguments.pid_file,
@@ -334,6 +336,17 @@ fn mounts(root: &Path, change: &Mounts) -> Result<()> {
         }
         Mounts::Remove { id, file } => {
             mounts::remove(&Container::load(root, id)?, &read_json::<Vec<_>>(file)?)
+        }
+    }
+}
+
+fn devices(root: &Path, change: &Devices) -> Result<()> {
+    match change {
+        Devices::Add { id, file } => {
+            device_plug::add(&Container::load(root, id)?, &read_json::<Vec<_>>(file)?)
+        }
+        Devices::Remove { id, file } => {
+            device_plug::remove(&Container::load(root, id)?, &read_json::<Vec<_>>(file)?)
         }
     }
 }

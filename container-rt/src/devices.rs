@@ -5,13 +5,14 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxIdMapping, MountBuilder, Spec};
 
 use crate::bundle::{self, wrong};
+use crate::cgroup::Owner;
 use crate::error::{Context, Result};
 use crate::idmap::Transient;
 use crate::own_dev;
@@ -35,27 +36,11 @@ pub(crate) fn prepare(spec: &mut Spec, transient: &mut Transient) -> Result<()> 
         .partition(|device| owner.is_some() || !in_dev(device));
     linux.set_devices(Some(theirs));
     if !ours.is_empty() {
-        let directory = transient.directory(owner)?.join("devices");
-        fs::create_dir(&directory).at("create", &directory)?;
-        mount(
-            Some("tmpfs"),
-            &directory,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            Some("mode=755,size=64k"),
-        )
-        .map_err(std::io::Error::from)
-        .at("mount a tmpfs at", &directory)?;
-        transient.keep(&directory);
+        let directory = file_system(owner, transient)?;
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for (number, device) in ours.iter().enumerate() {
             let node = directory.join(number.to_string());
-            let uids = owner.and(linux.uid_mappings().as_deref());
-            let gids = owner.and(linux.gid_mappings().as_deref());
-            let uid = on_host(device.uid().unwrap_or(0), uids)?;
-            let gid = on_host(device.gid().unwrap_or(0), gids)?;
-            make(device, &node)?;
-            chown(&node, Some(uid), Some(gid)).at("chown", &node)?;
+            make_owned(device, &node, spec)?;
             let mount = MountBuilder::default()
                 .destination(device.path())
                 .typ("bind")
@@ -67,6 +52,37 @@ pub(crate) fn prepare(spec: &mut Spec, transient: &mut Transient) -> Result<()> 
     }
     spec.set_linux(Some(linux));
     Ok(())
+}
+
+/// A file system of the host for nodes, which goes with the transient mounts.
+pub(crate) fn file_system(owner: Option<Owner>, transient: &mut Transient) -> Result<PathBuf> {
+    let directory = transient.directory(owner)?.join("devices");
+    fs::create_dir(&directory).at("create", &directory)?;
+    mount(
+        Some("tmpfs"),
+        &directory,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=755,size=64k"),
+    )
+    .map_err(std::io::Error::from)
+    .at("mount a tmpfs at", &directory)?;
+    transient.keep(&directory);
+    Ok(directory)
+}
+
+/// Makes a node of the host that belongs to whom the container's config.json says.
+pub(crate) fn make_owned(device: &LinuxDevice, node: &Path, spec: &Spec) -> Result<()> {
+    let linux = spec
+        .linux()
+        .as_ref()
+        .filter(|_| bundle::owner(spec).is_some());
+    let uids = linux.and_then(|linux| linux.uid_mappings().as_deref());
+    let gids = linux.and_then(|linux| linux.gid_mappings().as_deref());
+    let uid = on_host(device.uid().unwrap_or(0), uids)?;
+    let gid = on_host(device.gid().unwrap_or(0), gids)?;
+    make(device, node)?;
+    chown(node, Some(uid), Some(gid)).at("chown", node)
 }
 
 fn make(device: &LinuxDevice, node: &Path) -> Result<()> {

@@ -16,6 +16,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::{apparmor, capabilities, seccomp, tty};
@@ -56,6 +57,8 @@ pub struct Request {
     pub apparmor: Option<String>,
     /// Do not wait.
     pub detach: bool,
+    /// How long it may run; then it is killed with its process group, and that is an error.
+    pub time_max: Option<Duration>,
     /// Allow it in a frozen container: it will wait there.
     pub ignore_paused: bool,
     /// Socket to which the terminal's controlling side is sent.
@@ -83,6 +86,7 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
         });
     }
     container.require(allowed, "only a container with processes takes another")?;
+    let begun = Instant::now();
     let spec = container.spec()?;
     let process = process(&spec, request)?;
     let wants_terminal = process.terminal().unwrap_or(false);
@@ -133,7 +137,24 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
     let Some(signals) = signals else {
         return Ok(None);
     };
-    terminal::foreground(&child_fd, pty.transpose()?, signals).map(Some)
+    let deadline = request.time_max.map(|time| begun + time);
+    let ended = terminal::foreground_until(&child_fd, pty.transpose()?, signals, deadline)?;
+    match (ended, request.time_max) {
+        (None, Some(time)) => Err(cut_off(child, &child_fd, time)),
+        (ended, _) => Ok(ended),
+    }
+}
+
+/// Ends a process that has run for too long, and what it has started in its group. It is the leader of a session, and
+/// we have not reaped it, so that the group's number is still its own.
+fn cut_off(pid: sys::Pid, child: &ProcessFd, time: Duration) -> Error {
+    // Those that have ended meanwhile need no signal.
+    sys::kill(-pid, libc::SIGKILL).ok();
+    child.signal(libc::SIGKILL).ok();
+    match crate::process::wait_child(child) {
+        Ok(_) => Error::Argument(format!("not ended within {} s, killed", time.as_secs_f64())),
+        Err(error) => error,
+    }
 }
 
 /// The init, held open: it cannot become another process meanwhile.

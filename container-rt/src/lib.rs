@@ -13,6 +13,7 @@
 //! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
 //! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
+//! | [`mounts`], [`device_plug`] | what comes and goes while a container runs | absent there |
 //! | [`terminals`] | `/dev/tty1` and so on | not in the runtime-spec |
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
@@ -25,6 +26,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod console;
 pub mod create;
+pub mod device_plug;
 mod devices;
 pub mod error;
 pub mod events;

@@ -97,7 +97,7 @@ pub fn remove(container: &Container, places: &[Place]) -> Result<()> {
     Ok(())
 }
 
-fn running(container: &Container) -> Result<ProcessFd> {
+pub(crate) fn running(container: &Container) -> Result<ProcessFd> {
     let alive = [Status::Created, Status::Running, Status::Paused];
     container.require(
         &alive,
@@ -141,6 +141,15 @@ fn attributes(mount: &Mount) -> Result<MountChange> {
     Ok(change)
 }
 
+/// What is made from here on belongs to the container's root. For files alone: entering and mounting go by
+/// capabilities, which stay.
+pub(crate) fn act_as(owner: Option<Owner>) {
+    if let Some(owner) = owner {
+        setfsgid(Gid::from_raw(owner.gid));
+        setfsuid(Uid::from_raw(owner.uid));
+    }
+}
+
 /// Opens the mount point, in the container's mount namespace. What is missing is made, the last part as a folder or as
 /// an empty file.
 pub(crate) fn open_target(
@@ -148,11 +157,7 @@ pub(crate) fn open_target(
     is_folder: bool,
     owner: Option<Owner>,
 ) -> io::Result<OwnedFd> {
-    if let Some(owner) = owner {
-        // For files alone: entering and mounting go by capabilities, which stay.
-        setfsgid(Gid::from_raw(owner.gid));
-        setfsuid(Uid::from_raw(owner.uid));
-    }
+    act_as(owner);
     let root = std::fs::File::open("/")?;
     let open = |path: &Path, flags: OFlag| {
         let how = OpenHow::new()

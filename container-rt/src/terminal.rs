@@ -8,6 +8,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -147,11 +148,18 @@ impl AsFd for Signals {
 }
 
 /// Serves a container's process in the foreground until it ends: our terminal to its pty, our signals to it.
-pub fn foreground(
+pub fn foreground(child: &ProcessFd, pty: Option<OwnedFd>, signals: Signals) -> Result<ExitStatus> {
+    let ended = foreground_until(child, pty, signals, None)?;
+    Ok(ended.expect("without a deadline it is served until it ends"))
+}
+
+/// The same, but no longer than to `deadline`: nothing when it still runs then.
+pub fn foreground_until(
     child: &ProcessFd,
     pty: Option<OwnedFd>,
     mut signals: Signals,
-) -> Result<ExitStatus> {
+    deadline: Option<Instant>,
+) -> Result<Option<ExitStatus>> {
     let mut pty = pty.map(File::from);
     let _raw = pty.as_ref().and_then(|_| RawMode::enter());
     // While no process in the container has its side open, reading ours would fail: keep it open.
@@ -177,7 +185,7 @@ pub fn foreground(
         if read_stdin {
             polled.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
         }
-        match poll(&mut polled, PollTimeout::NONE) {
+        match poll(&mut polled, time_left(deadline)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(source) => return Err(source).context(|| "poll".to_owned()),
         }
@@ -196,9 +204,21 @@ pub fn foreground(
         }
         if ready[0] {
             while pty.as_mut().is_some_and(copy_out_some) {}
-            return wait_child(child);
+            return wait_child(child).map(Some);
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Ok(None);
         }
     }
+}
+
+/// How long to wait at most, rounded up; the longest time that fits is enough, since it is looked at again.
+fn time_left(deadline: Option<Instant>) -> PollTimeout {
+    let Some(deadline) = deadline else {
+        return PollTimeout::NONE;
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX)
 }
 
 /// What a signal to us means for the container.

@@ -11,13 +11,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use oci_spec::runtime::Spec;
 
 use crate::bundle::{self, wrong};
 use crate::cgroup::Owner;
 use crate::error::{Context, Result};
-use crate::mounts::{open_target, within};
+use crate::mounts::{act_as, open_target, within};
 use crate::process::ProcessFd;
 use crate::{sys, terminal};
 
@@ -64,11 +63,8 @@ pub(crate) fn open(spec: &Spec, init: &ProcessFd, count: u8) -> Result<Vec<Owned
 
 /// In the container's mount namespace: opens a pty and binds its other side to `path`.
 fn open_in_container(path: &Path, owner: Option<Owner>) -> std::io::Result<OwnedFd> {
-    if let Some(owner) = owner {
-        // The other side belongs to whoever opens this one.
-        setfsgid(Gid::from_raw(owner.gid));
-        setfsuid(Uid::from_raw(owner.uid));
-    }
+    // The other side belongs to whoever opens this one.
+    act_as(owner);
     let mut options = File::options();
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOCTTY);
     let controlling = OwnedFd::from(options.read(true).write(true).open(MULTIPLEXER)?);

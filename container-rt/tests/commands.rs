@@ -198,3 +198,29 @@ fn a_terminal_in_a_user_namespace_belongs_to_its_user() {
         assert_eq!(said.ok(), format!("{owner}:5\r\n"));
     }
 }
+
+#[test]
+fn what_runs_for_too_long_is_killed_with_what_it_has_started() {
+    if !can_run() {
+        return;
+    }
+    let scene = Scene::new(&["sleep", "1000"]).unprivileged();
+    scene.start(&[]);
+    let within = |time: &str, script: &str| {
+        let words = ["exec", "--time-max", time, "ID", "sh", "-c", script];
+        scene.ct(&words)
+    };
+    let late = within("300ms", "sleep 2000 & trap '' TERM HUP; sleep 3000; true");
+    assert_eq!(late.code, Some(255));
+    assert!(
+        late.stderr.contains("not ended within 0.3 s, killed"),
+        "{}",
+        late.stderr
+    );
+    wait_for("no process but the first", || {
+        let left = scene.ct(&["ps", "--format", "json", "ID"]).ok();
+        serde_json::from_str::<Vec<Value>>(&left).unwrap().len() == 1
+    });
+    let in_time = within("1m", "echo done; exit 3");
+    assert_eq!((in_time.code, in_time.stdout.as_str()), (Some(3), "done\n"));
+}

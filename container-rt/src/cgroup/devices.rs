@@ -15,7 +15,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
@@ -182,6 +182,43 @@ pub fn enforce(directory: &Path, list: &[LinuxDeviceCgroup]) -> Result<()> {
     let cgroup = File::open(directory).at("open", directory)?;
     sys::bpf_attach_device_filter(cgroup.as_fd(), program.as_fd())
         .at("attach the device filter to", directory)
+}
+
+/// Changes what a container may use on cgroup v1, where each rule is an order of its own. What every container may use
+/// stays, whatever the rule says.
+pub fn change(directories: &[PathBuf], rule: &LinuxDeviceCgroup) -> Result<()> {
+    let parsed = parse(rule)?;
+    let covers = |usual: &Rule| {
+        usual.rights == parsed.rights
+            && usual.kind == parsed.kind
+            && usual.major == parsed.major
+            && (usual.minor.is_none() || usual.minor == parsed.minor)
+    };
+    if !parsed.allow && ALWAYS.iter().any(covers) {
+        return Ok(());
+    }
+    let file = if parsed.allow {
+        "devices.allow"
+    } else {
+        "devices.deny"
+    };
+    let letter = match parsed.kind {
+        Some(BLOCK) => "b",
+        Some(_) => "c",
+        None => "a",
+    };
+    let number = |number: Option<i32>| number.map_or("*".to_owned(), |n| n.to_string());
+    let (major, minor) = (number(parsed.major), number(parsed.minor));
+    let access = rule.access().as_deref().unwrap_or("rwm");
+    let line = format!("{letter} {major}:{minor} {access}");
+    let file = directories
+        .iter()
+        .map(|d| d.join(file))
+        .find(|f| f.exists());
+    // A host without the controller limits no device.
+    file.map_or(Ok(()), |file| {
+        std::fs::write(&file, line).at("write", &file)
+    })
 }
 
 #[cfg(test)]
