@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Disks: random 4 KiB requests, 32 of them in flight on each of one or four queues, and sequential ones of 256 KiB,
 //! 8 in flight. The guest is the probe, which drives the same virtio-pci disk on every VMM; sequential rows are also
-//! compared with this process doing the same without a guest (`host_disk`).
+//! compared with this process doing the same without a guest (`requests`).
 
 use std::fs;
 use std::io::Write as _;
@@ -11,11 +11,11 @@ use std::process::Command;
 use anyhow::Context as _;
 
 use crate::Bench;
-use crate::host_disk;
 use crate::monitor::{
     self, CLOUD_HYPERVISOR, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35,
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
+use atoll_benches::requests::{Requests, Span, transfer};
 
 const MICROVMS: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR];
 /// With one whose start takes longer than all else together.
@@ -73,34 +73,39 @@ const MEDIA: &[Medium] = &[
 
 /// What is done on each medium.
 #[derive(Debug, Clone, Copy)]
-pub struct Work {
+struct Work {
     name: &'static str,
     /// As the probe calls it.
     operation: &'static str,
     /// Of one request.
-    pub bytes: u32,
+    bytes: u32,
     /// Requests in flight on each queue.
-    pub depth: u32,
+    depth: u32,
     queues: u16,
     /// Requests in all.
-    pub count: u64,
+    count: u64,
     unit: &'static str,
     aim: Aim,
 }
 
 impl Work {
-    /// Whether it changes the image.
-    pub fn writes(&self) -> bool {
-        self.operation.ends_with("write")
+    /// The same for the host itself.
+    fn requests(&self) -> Requests {
+        Requests {
+            write: self.operation.ends_with("write"),
+            random: !self.is_sequential(),
+            bytes: self.bytes,
+            depth: self.depth,
+        }
     }
 
     fn is_sequential(&self) -> bool {
         !self.operation.starts_with("rand")
     }
 
-    /// The rate in the work's unit.
-    fn rate(&self, ns: f64) -> f64 {
-        let per_s = self.count as f64 * 1e9 / ns;
+    /// The rate of `count` requests in the work's unit.
+    fn rate(&self, count: u64, ns: f64) -> f64 {
+        let per_s = count as f64 * 1e9 / ns;
         match self.unit {
             "MiB/s" => per_s * f64::from(self.bytes) / f64::from(1 << 20),
             _ => per_s,
@@ -202,8 +207,9 @@ fn rows_of(bench: &Bench, medium: &Medium) -> anyhow::Result<Vec<Row>> {
                 name: "host",
                 turns_max: TURNS_MAX,
                 take: Box::new(move || {
-                    let ns = host_disk::transfer(&raw, medium.direct, work)?;
-                    Ok(work.rate(ns))
+                    let span = Span::Count(work.count);
+                    let done = transfer(&raw, medium.direct, work.requests(), span)?;
+                    Ok(work.rate(done.count, done.time.as_secs_f64() * 1e9))
                 }),
             });
         }
@@ -237,7 +243,8 @@ fn by_guest(
         ..Guest::default()
     };
     let text = format!("blk:{operation}:{bytes}:{depth}:{queues}:{count}");
-    Ok(work.rate(monitor::work(programs, monitor, guest, &text)?))
+    let ns = monitor::work(programs, monitor, guest, &text)?;
+    Ok(work.rate(*count, ns))
 }
 
 /// An image without holes or zeroes.

@@ -9,11 +9,11 @@ mod api;
 mod container;
 mod disk;
 mod host;
-mod host_disk;
 mod monitor;
 mod net;
 mod start;
 mod table;
+mod tap;
 
 use std::path::{Path, PathBuf};
 
@@ -104,5 +104,5 @@ fn main() -> anyhow::Result<()> {
     if arguments.prepared {
         return table::send(&rows);
     }
-    table::write(&arguments.output, &rows, host::kind())
+    table::write(&arguments.output, &rows)
 }

@@ -29,12 +29,21 @@ const END: Duration = Duration::from_secs(5);
 /// What a guest has beside memory and a serial port.
 #[derive(Debug, Default)]
 pub struct Guest {
-    /// The probe's command line.
+    /// The kernel's command line.
     pub cmdline: String,
     /// Its disk.
     pub disk: Option<Disk>,
-    /// The tap of its network card.
-    pub tap: Option<&'static str>,
+    /// Its network card.
+    pub card: Option<Card>,
+}
+
+/// A network card.
+#[derive(Debug)]
+pub struct Card {
+    /// Name of its tap.
+    pub tap: String,
+    /// The host's kernel moves its packets.
+    pub vhost: bool,
 }
 
 /// A disk.
@@ -113,16 +122,16 @@ impl Monitor {
 pub struct Programs {
     folder: TempDir,
     vmm: PathBuf,
-    probe: PathBuf,
+    kernel: PathBuf,
     peers: Option<PathBuf>,
 }
 
 impl Programs {
     /// Ours, the probe, and where peers would be.
     pub fn find(bench: &Bench) -> anyhow::Result<Self> {
-        let vmm = bench.program("atoll-vmm")?;
         let folder = tempfile::tempdir().context("temporary directory")?;
         let probe = folder.path().join("probe.elf");
+        let vmm = bench.program("atoll-vmm")?;
         let status = Command::new(&vmm)
             .args(["probe", "--extract"])
             .arg(&probe)
@@ -131,7 +140,7 @@ impl Programs {
         Ok(Self {
             folder,
             vmm,
-            probe,
+            kernel: probe,
             peers: bench.peers.clone(),
         })
     }
@@ -145,7 +154,7 @@ impl Programs {
 
 fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     let mut command = Command::new(&programs.vmm);
-    command.arg("run").arg("--kernel").arg(&programs.probe);
+    command.arg("run").arg("--kernel").arg(&programs.kernel);
     command.args(["--cmdline", &guest.cmdline, "--cpus", &guest.cpus()]);
     command.args(["--console", "stdio", "--memory", &MEMORY_MIB.to_string()]);
     if let Some(disk) = &guest.disk {
@@ -155,8 +164,10 @@ fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
         let keys = format!("path={path},format={format},cache={cache},queues={queues}");
         command.args(["--disk", &keys]);
     }
-    if let Some(tap) = guest.tap {
-        command.args(["--net", &format!("tap={tap},mac={GUEST_MAC},vhost=off")]);
+    if let Some(Card { tap, vhost }) = &guest.card {
+        let vhost = if *vhost { "on" } else { "off" };
+        let keys = format!("tap={tap},mac={GUEST_MAC},vhost={vhost}");
+        command.args(["--net", &keys]);
     }
     Ok(command)
 }
@@ -165,7 +176,7 @@ fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
 fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     let program = programs.peer("firecracker")?;
     let mut config = json!({
-        "boot-source": {"kernel_image_path": programs.probe, "boot_args": guest.cmdline},
+        "boot-source": {"kernel_image_path": programs.kernel, "boot_args": guest.cmdline},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB},
         "drives": [],
     });
@@ -176,7 +187,8 @@ fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
         config["drives"] = json!([{"drive_id": "disk", "path_on_host": disk.path, "is_root_device": false,
             "cache_type": "Writeback", "io_engine": "Async"}]);
     }
-    if let Some(tap) = guest.tap {
+    if let Some(Card { tap, vhost }) = &guest.card {
+        anyhow::ensure!(!vhost, "it has no vhost-net");
         config["network-interfaces"] =
             json!([{"iface_id": "net", "guest_mac": GUEST_MAC, "host_dev_name": tap}]);
     }
@@ -188,7 +200,7 @@ fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     std::fs::write(&path, Value::to_string(&config))?;
     let mut command = Command::new(program);
     command.args(["--no-api", "--config-file"]).arg(path);
-    if guest.disk.is_some() || guest.tap.is_some() {
+    if guest.disk.is_some() || guest.card.is_some() {
         command.arg("--enable-pci");
     }
     Ok(command)
@@ -196,7 +208,7 @@ fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
 
 fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     let mut command = Command::new(programs.peer("cloud-hypervisor")?);
-    command.arg("--kernel").arg(&programs.probe);
+    command.arg("--kernel").arg(&programs.kernel);
     command.args(["--cmdline", &guest.cmdline]);
     // The probe maps 512 GiB, and this VMM puts its devices at the end of the address space.
     command.args(["--cpus", &format!("boot={},max_phys_bits=39", guest.cpus())]);
@@ -210,7 +222,8 @@ fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Comman
         );
         command.args(["--disk", &keys]);
     }
-    if let Some(tap) = guest.tap {
+    if let Some(Card { tap, vhost }) = &guest.card {
+        anyhow::ensure!(!vhost, "it has no vhost-net of its own");
         command.args(["--net", &format!("tap={tap},mac={GUEST_MAC}")]);
     }
     Ok(command)
@@ -224,7 +237,7 @@ fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> anyhow::Result<Com
     command.args(["-m", &MEMORY_MIB.to_string(), "-smp", &guest.cpus()]);
     command.args(["-display", "none", "-no-reboot", "-serial", "stdio"]);
     command.args(["-append", &guest.cmdline, "-kernel"]);
-    command.arg(&programs.probe);
+    command.arg(&programs.kernel);
     if let Some(disk) = &guest.disk {
         let cache = if disk.direct { "none" } else { "writeback" };
         let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
@@ -235,8 +248,9 @@ fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> anyhow::Result<Com
             "virtio-blk-pci,drive=disk,num-queues={queues},iothread=io,disable-legacy=on"
         ));
     }
-    if let Some(tap) = guest.tap {
-        let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
+    if let Some(Card { tap, vhost }) = &guest.card {
+        let vhost = if *vhost { "on" } else { "off" };
+        let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost={vhost}");
         command.args(["-netdev", &netdev, "-device"]);
         command.arg(format!(
             "virtio-net-pci,netdev=net,mac={GUEST_MAC},disable-legacy=on,romfile="

@@ -2,26 +2,16 @@
 //! Network: the probe guest on a tap, in a network namespace of this suite's own. The host's kernel answers pings and
 //! drops frames of a type that it does not know, so that no program of the host's is part of what is measured.
 
-use std::fs;
-use std::process::Command;
-
-use anyhow::Context as _;
-use nix::sched::{CloneFlags, unshare};
-
 use crate::Bench;
 use crate::monitor::{
-    self, CLOUD_HYPERVISOR, FIRECRACKER, GUEST_MAC, Guest, Monitor, OURS, Programs, QEMU_Q35,
+    self, CLOUD_HYPERVISOR, Card, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35,
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
+use crate::tap::{self, Tap};
 
 const PEERS: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR, QEMU_Q35];
 /// Turns at most: each is four guests.
 const TURNS_MAX: usize = 10;
-const TAP: &str = "bench0";
-/// The tap's address on the wire, as `firmware/probe/src/bench/net.rs` expects it.
-const TAP_MAC: &str = "02:00:00:00:00:01";
-const ADDRESS: &str = "192.0.2.1";
-const GUEST_ADDRESS: &str = "192.0.2.2";
 
 struct Work {
     name: &'static str,
@@ -63,18 +53,9 @@ const WORKS: &[Work] = &[
     },
 ];
 
-/// The suite, in a thread: a network namespace belongs to a thread and its children, and ends with them.
+/// The suite.
 pub fn rows(bench: &Bench) -> Vec<Row> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("net".into());
-        let rows = thread.spawn_scoped(scope, || separate(bench));
-        match rows.map(std::thread::ScopedJoinHandle::join) {
-            Ok(Ok(Ok(rows))) => rows,
-            Ok(Ok(Err(error))) => absent(&error),
-            Ok(Err(_)) => absent(&anyhow::anyhow!("the suite's thread panicked")),
-            Err(error) => absent(&error.into()),
-        }
-    })
+    tap::in_namespace(|| separate(bench)).unwrap_or_else(|error| absent(&error))
 }
 
 fn figure(work: &Work) -> Figure {
@@ -92,7 +73,6 @@ fn absent(error: &anyhow::Error) -> Vec<Row> {
 
 fn separate(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     let programs = Programs::find(bench)?;
-    unshare(CloneFlags::CLONE_NEWNET).context("a network namespace")?;
     let contestant = |monitor: &'static Monitor, work: &'static Work| Contestant {
         name: monitor.name,
         turns_max: monitor.turns_max(),
@@ -113,10 +93,13 @@ fn separate(bench: &Bench) -> anyhow::Result<Vec<Row>> {
 }
 
 fn by_guest(programs: &Programs, monitor: &Monitor, work: &Work) -> anyhow::Result<f64> {
-    let _tap = Tap::new()?;
+    let tap = Tap::new(0)?;
     let guest = Guest {
-        cmdline: format!("ip={GUEST_ADDRESS} peer={ADDRESS}"),
-        tap: Some(TAP),
+        cmdline: format!("ip={} peer={}", tap.guest_address(), tap.host_address()),
+        card: Some(Card {
+            tap: tap.name(),
+            vhost: false,
+        }),
         ..Guest::default()
     };
     let text = format!("{}:{}", work.text, work.count);
@@ -126,46 +109,4 @@ fn by_guest(programs: &Programs, monitor: &Monitor, work: &Work) -> anyhow::Resu
         "us" => each_ns / 1000.0,
         _ => 1e9 / each_ns,
     })
-}
-
-/// A tap that exists as long as this value: VMMs leave different settings behind.
-struct Tap;
-
-impl Tap {
-    fn new() -> anyhow::Result<Self> {
-        ip(&["tuntap", "add", TAP, "mode", "tap", "vnet_hdr"])?;
-        let tap = Self;
-        // The machine's own traffic would be counted.
-        fs::write(format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6"), "1")?;
-        ip(&["link", "set", TAP, "address", TAP_MAC, "up"])?;
-        ip(&["address", "add", &format!("{ADDRESS}/24"), "dev", TAP])?;
-        ip(&[
-            "neighbor",
-            "add",
-            GUEST_ADDRESS,
-            "lladdr",
-            GUEST_MAC,
-            "dev",
-            TAP,
-        ])?;
-        Ok(tap)
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        // It ends with the namespace at the latest.
-        let _ = ip(&["link", "delete", TAP]);
-    }
-}
-
-fn ip(arguments: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new("ip").args(arguments).output().context("ip")?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    anyhow::ensure!(
-        output.status.success(),
-        "ip {}: {complaint}",
-        arguments.join(" ")
-    );
-    Ok(())
 }

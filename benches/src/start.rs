@@ -46,13 +46,13 @@ const MEASURES: &[Measure] = &[
         name: "vm_memory_beyond_guest",
         unit: "KiB",
         turns_max: 3,
-        take: |programs, monitor| beyond_guest_kib(programs, monitor, 1),
+        take: |programs, monitor| all_beyond_guest_kib(programs, monitor, 1),
     },
     Measure {
         name: "vm_memory_beyond_guest_100_at_once",
         unit: "KiB",
         turns_max: 1,
-        take: |programs, monitor| beyond_guest_kib(programs, monitor, MANY),
+        take: |programs, monitor| all_beyond_guest_kib(programs, monitor, MANY),
     },
 ];
 
@@ -108,19 +108,24 @@ fn hundred_ms(programs: &Programs, monitor: &Monitor) -> anyhow::Result<f64> {
     Ok(start.elapsed().as_secs_f64() * 1000.0)
 }
 
-/// Proportional set size of every mapping but the guest's RAM, once the guest waits at its prompt; of `count`
-/// machines that run at the same time.
-fn beyond_guest_kib(programs: &Programs, monitor: &Monitor, count: usize) -> anyhow::Result<f64> {
+/// The same figure of `count` machines that run at the same time, once their guests wait at their prompts.
+fn all_beyond_guest_kib(
+    programs: &Programs,
+    monitor: &Monitor,
+    count: usize,
+) -> anyhow::Result<f64> {
     let mut all = (0..count)
         .map(|_| Running::start(programs, monitor, &guest("stay")))
         .collect::<anyhow::Result<Vec<_>>>()?;
     for running in &mut all {
         running.wait_for(PROMPT)?;
     }
-    let each = all
-        .iter()
-        .map(|running| Ok(pss_kib(&monitor::smaps(running)?)));
-    each.sum()
+    all.iter().map(beyond_guest_kib).sum()
+}
+
+/// Proportional set size of every mapping but the guest's RAM.
+pub fn beyond_guest_kib(running: &Running) -> anyhow::Result<f64> {
+    Ok(pss_kib(&monitor::smaps(running)?))
 }
 
 /// Sum of `Pss` (proc(5)) over the mappings that are not as large as the guest's RAM, or larger.

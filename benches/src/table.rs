@@ -8,6 +8,8 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use crate::host;
+
 const HEADER: &str =
     "name\tunit\tours\tpeer\tpeer_value\tratio\tratio_min\tratio_max\taim\thost\tnote";
 const CELLS: usize = 9;
@@ -42,10 +44,12 @@ pub struct Contestant<'a> {
     pub take: Box<dyn FnMut() -> anyhow::Result<f64> + 'a>,
 }
 
-/// One line of the table, without the host.
+/// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
     cells: [String; CELLS],
+    /// The kind of host that it was measured on.
+    host: String,
     note: String,
 }
 
@@ -113,7 +117,7 @@ pub fn compare(
     let rows: Vec<Row> = entries.iter().map(row).collect();
     for row in &rows {
         // For who waits; the table comes at the end.
-        let _ = writeln!(std::io::stderr(), "{}", row.line("").replace('\t', "  "));
+        let _ = writeln!(std::io::stderr(), "{}", row.line().replace('\t', "  "));
     }
     rows
 }
@@ -157,6 +161,7 @@ impl Row {
                 number(ratios.iter().copied().fold(0.0, f64::max)),
                 figure.aim.text(),
             ],
+            host: host::kind().into(),
             note: format!("{} pairs", pairs.len()),
         }
     }
@@ -165,7 +170,8 @@ impl Row {
     pub fn alone(name: &str, unit: &str, ours: f64, note: String) -> Row {
         let mut cells: [String; CELLS] = std::array::from_fn(|_| "-".to_owned());
         cells[..3].clone_from_slice(&[name.into(), unit.into(), format!("{ours:.2}")]);
-        Row { cells, note }
+        let host = host::kind().into();
+        Row { cells, host, note }
     }
 
     /// A row that could not run.
@@ -177,21 +183,23 @@ impl Row {
         cells[8] = figure.aim.text();
         Row {
             cells,
+            host: host::kind().into(),
             note: format!("not run: {why:#}").replace(['\n', '\t'], " "),
         }
     }
 
-    fn line(&self, host: &str) -> String {
-        format!("{}\t{host}\t{}", self.cells.join("\t"), self.note)
+    fn line(&self) -> String {
+        format!("{}\t{}\t{}", self.cells.join("\t"), self.host, self.note)
     }
 
-    /// A row from a line without its host: how the container suite's own process hands its rows over.
+    /// A row from its line: how a suite in a process of its own hands its rows over.
     pub fn parse(line: &str) -> Option<Row> {
         let mut fields = line.split('\t').map(str::to_owned);
         let cells: Vec<String> = fields.by_ref().take(CELLS).collect();
         Some(Row {
             cells: cells.try_into().ok()?,
-            note: fields.nth(1)?,
+            host: fields.next()?,
+            note: fields.next()?,
         })
     }
 }
@@ -219,16 +227,16 @@ pub fn quantile(values: &[f64], permille: usize) -> f64 {
 pub fn send(rows: &[Row]) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     for row in rows {
-        writeln!(out, "{}", row.line("-"))?;
+        writeln!(out, "{}", row.line())?;
     }
     Ok(())
 }
 
 /// Writes the table to its file, and aligned to standard output.
-pub fn write(path: &Path, rows: &[Row], host: &str) -> anyhow::Result<()> {
+pub fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
     let mut text = format!("{HEADER}\n");
     for row in rows {
-        writeln!(text, "{}", row.line(host))?;
+        writeln!(text, "{}", row.line())?;
     }
     std::fs::write(path, &text).with_context(|| format!("write {}", path.display()))?;
     let lines: Vec<Vec<&str>> = text
@@ -268,8 +276,11 @@ mod tests {
             &[(1.0, 2.0), (2.0, 2.0), (9.0, 3.0)],
         );
         assert_eq!(
-            row.line("pvm"),
-            "n\tms\t2.00\tpeer\t2.00\t1.00\t0.50\t3.00\t<= 1.00\tpvm\t3 pairs"
+            row.line(),
+            format!(
+                "n\tms\t2.00\tpeer\t2.00\t1.00\t0.50\t3.00\t<= 1.00\t{}\t3 pairs",
+                host::kind()
+            )
         );
     }
 
@@ -290,12 +301,15 @@ mod tests {
                 contestant("b", vec![failed(), failed()]),
             ],
         );
-        let lines: Vec<_> = rows.iter().map(|row| row.line("pvm")).collect();
+        let lines: Vec<_> = rows.iter().map(Row::line).collect();
+        let host = host::kind();
         assert_eq!(
             lines,
             [
-                "n\tms\t2.00\ta\t4.00\t0.50\t0.50\t0.50\t<= 1.00\tpvm\t1 pairs, 1 turns failed: no",
-                "n\tms\t-\tb\t-\t-\t-\t-\t<= 1.00\tpvm\tnot run: no"
+                format!(
+                    "n\tms\t2.00\ta\t4.00\t0.50\t0.50\t0.50\t<= 1.00\t{host}\t1 pairs, 1 turns failed: no"
+                ),
+                format!("n\tms\t-\tb\t-\t-\t-\t-\t<= 1.00\t{host}\tnot run: no")
             ]
         );
     }
@@ -303,7 +317,7 @@ mod tests {
     #[test]
     fn a_row_survives_being_sent() {
         let row = Row::pairs(&Figure::cost("n", "ms"), "peer", &[(1.0, 2.0)]);
-        assert_eq!(Row::parse(&row.line("-")), Some(row));
+        assert_eq!(Row::parse(&row.line()), Some(row));
     }
 
     #[test]
