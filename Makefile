@@ -69,7 +69,8 @@ soak: ## the slow forms: 20 boots with 4 vCPUs in the lab, ten minutes a fuzz ta
 
 bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv
 	@run/deps.sh run test
-	cargo run --release --locked -p atoll-benches
+	cargo build --release --locked -p atoll-benches
+	target/release/atoll-benches
 
 $(WEB): $(WEB_SOURCES)
 	cd api/web && npm ci --no-audit --no-fund --loglevel=error && npm run --silent build

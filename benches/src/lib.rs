@@ -1,4 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! What is not the benchmarks' own affair: requests on a disk.
+//! What the benchmarks and the program in their Linux guests (`bin/guest`) share.
 
 pub mod requests;
+pub mod traffic;

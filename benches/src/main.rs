@@ -9,6 +9,7 @@ mod api;
 mod container;
 mod disk;
 mod host;
+mod linux;
 mod monitor;
 mod net;
 mod start;
@@ -25,7 +26,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, disk, net, container, api
+    /// Only these suites: start, disk, net, linux, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -39,9 +40,12 @@ struct Arguments {
     /// The table
     #[arg(long, value_name = "FILE", default_value = "target/bench/summary.tsv")]
     output: PathBuf,
-    /// Internal: runs the container suite here, in a mount namespace that was made for it
+    /// Internal: runs suites in what was made for them (containers: a mount namespace; Linux: a lab host), prints rows
     #[arg(long, hide = true)]
     prepared: bool,
+    /// Internal: the Linux guests' kernel and initramfs
+    #[arg(long, hide = true, value_name = "DIR")]
+    guest: Option<PathBuf>,
 }
 
 /// What every suite is given.
@@ -53,12 +57,20 @@ struct Bench {
     /// On a disk, unlike the folder for temporary files perhaps.
     folder: PathBuf,
     prepared: bool,
+    guest: Option<PathBuf>,
 }
 
 impl Bench {
     /// One of our programs, or a sentence why not.
     fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
         let path = self.bin_dir.join(name);
+        anyhow::ensure!(path.is_file(), "{} is not built", path.display());
+        Ok(path)
+    }
+
+    /// The program in Linux guests, which is always beside this one.
+    fn guest_program(&self) -> anyhow::Result<PathBuf> {
+        let path = std::env::current_exe()?.with_file_name("atoll-bench-guest");
         anyhow::ensure!(path.is_file(), "{} is not built", path.display());
         Ok(path)
     }
@@ -70,6 +82,7 @@ const SUITES: &[Suite] = &[
     ("start", start::rows),
     ("disk", disk::rows),
     ("net", net::rows),
+    ("linux", linux::rows),
     ("container", container::rows),
     ("api", api::rows),
 ];
@@ -93,6 +106,7 @@ fn main() -> anyhow::Result<()> {
         peers: arguments.peers,
         folder: output_folder.to_owned(),
         prepared: arguments.prepared,
+        guest: arguments.guest,
     };
     let wanted =
         |name: &str| arguments.suites.is_empty() || arguments.suites.iter().any(|s| s == name);

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The VMMs that are compared. Each is a name and the command that runs the probe guest with some devices, its
-//! serial port on standard output; `atoll-vmm` as it runs by default, with its sandbox and system-call filters.
+//! The VMMs that are compared. Each is a name and the command that runs a guest (the probe, or Linux) with some devices,
+//! its serial port on standard output; `atoll-vmm` as it runs by default, with its sandbox and system-call filters.
 
 use std::io::Read;
 use std::os::fd::AsFd as _;
@@ -123,6 +123,7 @@ pub struct Programs {
     folder: TempDir,
     vmm: PathBuf,
     kernel: PathBuf,
+    initrd: Option<PathBuf>,
     peers: Option<PathBuf>,
 }
 
@@ -141,6 +142,18 @@ impl Programs {
             folder,
             vmm,
             kernel: probe,
+            initrd: None,
+            peers: bench.peers.clone(),
+        })
+    }
+
+    /// The same with Linux instead of the probe.
+    pub fn with_linux(bench: &Bench, kernel: PathBuf, initrd: PathBuf) -> anyhow::Result<Self> {
+        Ok(Self {
+            folder: tempfile::tempdir().context("temporary directory")?,
+            vmm: bench.program("atoll-vmm")?,
+            kernel,
+            initrd: Some(initrd),
             peers: bench.peers.clone(),
         })
     }
@@ -155,6 +168,9 @@ impl Programs {
 fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     let mut command = Command::new(&programs.vmm);
     command.arg("run").arg("--kernel").arg(&programs.kernel);
+    if let Some(initrd) = &programs.initrd {
+        command.arg("--initrd").arg(initrd);
+    }
     command.args(["--cmdline", &guest.cmdline, "--cpus", &guest.cpus()]);
     command.args(["--console", "stdio", "--memory", &MEMORY_MIB.to_string()]);
     if let Some(disk) = &guest.disk {
@@ -176,7 +192,8 @@ fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
 fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     let program = programs.peer("firecracker")?;
     let mut config = json!({
-        "boot-source": {"kernel_image_path": programs.kernel, "boot_args": guest.cmdline},
+        "boot-source": {"kernel_image_path": programs.kernel, "boot_args": guest.cmdline,
+            "initrd_path": programs.initrd},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB},
         "drives": [],
     });
@@ -209,6 +226,9 @@ fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
 fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
     let mut command = Command::new(programs.peer("cloud-hypervisor")?);
     command.arg("--kernel").arg(&programs.kernel);
+    if let Some(initrd) = &programs.initrd {
+        command.arg("--initramfs").arg(initrd);
+    }
     command.args(["--cmdline", &guest.cmdline]);
     // The probe maps 512 GiB, and this VMM puts its devices at the end of the address space.
     command.args(["--cpus", &format!("boot={},max_phys_bits=39", guest.cpus())]);
@@ -238,6 +258,9 @@ fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> anyhow::Result<Com
     command.args(["-display", "none", "-no-reboot", "-serial", "stdio"]);
     command.args(["-append", &guest.cmdline, "-kernel"]);
     command.arg(&programs.kernel);
+    if let Some(initrd) = &programs.initrd {
+        command.arg("-initrd").arg(initrd);
+    }
     if let Some(disk) = &guest.disk {
         let cache = if disk.direct { "none" } else { "writeback" };
         let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
@@ -279,7 +302,12 @@ impl Running {
 
     /// Reads the serial port until `text` has come; returns all that came.
     pub fn wait_for(&mut self, text: &[u8]) -> anyhow::Result<String> {
-        let deadline = Instant::now() + SILENCE;
+        self.wait_within(text, SILENCE)
+    }
+
+    /// The same, for that long.
+    pub fn wait_within(&mut self, text: &[u8], longest: Duration) -> anyhow::Result<String> {
+        let deadline = Instant::now() + longest;
         let output = self.0.stdout.as_mut().context("its output")?;
         let mut heard = Vec::new();
         while !heard.ends_with(text) {

@@ -188,6 +188,12 @@ impl Row {
         }
     }
 
+    /// Adds to what it says at its end.
+    pub fn add_note(&mut self, text: &str) {
+        self.note.push_str(", ");
+        self.note.push_str(text);
+    }
+
     fn line(&self) -> String {
         format!("{}\t{}\t{}", self.cells.join("\t"), self.host, self.note)
     }
