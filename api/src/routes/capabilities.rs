@@ -2,7 +2,6 @@
 //! What machines can be like on a node.
 
 use atoll_manager::access::Check;
-use atoll_manager::guest::vm::capabilities;
 use serde_json::{Value, json};
 
 use super::{object, serve};
@@ -28,9 +27,8 @@ pub const ROUTES: &[Route] = &[
 
 /// Only those that this host can give. PVE's form; a model here is of the host's vendor.
 async fn cpu_models(call: Call) -> Result<Answer, Refusal> {
-    let vmm = call.daemon.node.settings().bin_dir.join("atoll-vmm");
-    let models = capabilities::cpu_models(&vmm).await?;
-    let here = models.into_iter().filter(|model| model.fits != Some(false));
+    let models = call.daemon.node.guests().cpu_models().await?;
+    let here = models.iter().filter(|model| model.fits != Some(false));
     let rows = here.map(|model| {
         object([
             ("name", Some(json!(model.name))),

@@ -20,6 +20,7 @@ use crate::guest::snapshot::roll_back::RollBack;
 use crate::guest::snapshot::take::Take;
 use crate::guest::status::{self, CpuMeter, RunningCache, RunningGuests, Status};
 use crate::guest::vm::Vm;
+use crate::guest::vm::capabilities::{CpuModel, CpuModels};
 use crate::guest::{
     Ask, Console, Guest, Phase, container, guest, shutdown, snapshot, start, stop, stored,
     template, update, view, vm,
@@ -80,6 +81,7 @@ pub struct Guests {
     meter: Arc<CpuMeter>,
     cluster: Cluster,
     running: Arc<RunningCache>,
+    cpu_models: Arc<CpuModels>,
     /// The last listing. Held for a comparison, or while one thread makes a new listing from what others wait for.
     listed: Arc<Mutex<Listed>>,
 }
@@ -101,6 +103,7 @@ impl Guests {
             meter: Arc::default(),
             cluster,
             running: Arc::default(),
+            cpu_models: Arc::default(),
             listed: Arc::default(),
         }
     }
@@ -113,6 +116,11 @@ impl Guests {
     /// What they stand on.
     pub fn site(&self) -> &Arc<Site> {
         &self.site
+    }
+
+    /// The CPU models that VMs can be given on this node, `host` first. Runs `atoll-vmm`, unless it has told them before.
+    pub async fn cpu_models(&self) -> Result<Arc<[CpuModel]>, Error> {
+        self.cpu_models.get(&self.site.program("atoll-vmm")).await
     }
 
     /// Creates a guest: task `qmcreate` or `vzcreate`.
