@@ -1,7 +1,9 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Arguments of `ctl`: a sub-command for each row of the control API's table, an option for each parameter.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use atoll_vmm_protocol::api::{Parameter, ParameterKind, ROUTES, Route};
 use atoll_vmm_protocol::spec::{DiskSpec, NetSpec};
@@ -89,12 +91,17 @@ fn spec_value(spec: &impl serde::Serialize) -> Value {
     serde_json::to_value(spec).expect("a spec has string keys only")
 }
 
+/// Names of all options, by their parameters: the parser wants some that live as long as it.
+static OPTIONS: LazyLock<HashMap<&str, String>> = LazyLock::new(|| {
+    let parameters = ROUTES.iter().flat_map(|route| route.parameters);
+    let name = |parameter: &Parameter| (parameter.name, parameter.name.replace('_', "-"));
+    parameters.map(name).collect()
+});
+
 /// The option of one parameter.
 fn option(parameter: &'static Parameter) -> clap::Arg {
-    // Leaked once a process: the parser wants names that live as long as it.
-    let long: &'static str = parameter.name.replace('_', "-").leak();
     let arg = clap::Arg::new(parameter.name)
-        .long(long)
+        .long(&*OPTIONS[parameter.name])
         .help(parameter.summary)
         .required(parameter.required);
     match parameter.kind {
