@@ -16,7 +16,6 @@ use atoll_vmm::cli::{
 use atoll_vmm::machine::{
     self, Absence, Options, Outcome, SavedMemory, SavedStart, Signals, Start,
 };
-use atoll_vmm::memory::Backing;
 use atoll_vmm::migration::target::{self, Door};
 use atoll_vmm::relay::Relay;
 use atoll_vmm::sandbox::Confinement;
@@ -109,7 +108,7 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
     let own_spec = arguments.spec.as_deref().map(read_spec).transpose()?;
     let door = open_door(arguments)?;
     write_pid(&arguments.host)?;
-    let arrived = target::accept(&door, own_spec, Backing::default());
+    let arrived = target::accept(&door, own_spec);
     drop(door);
     if let Some(socket) = &arguments.socket {
         // One machine, one socket: nobody else is to connect.

@@ -128,6 +128,26 @@ fn a_guest_at_work_moves_there_and_back() {
     assert_eq!(generation[..7], [0x11, 0x11, 0x11, 0x11, 0x22, 0x22, 0x33]);
 }
 
+/// Memory that other processes map, or that is huge pages, is so where the guest goes.
+#[test]
+fn memory_is_of_the_same_kind_after_a_move() {
+    if !kvm() {
+        return;
+    }
+    let is_file = |guest: &Guest| {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", guest.process.id()));
+        maps.unwrap().contains("/memfd:guest-memory")
+    };
+    for (memory, shared) in [("32", false), ("32M,shared", true)] {
+        let mut guest = Place::new().start(&shell(memory, "1"));
+        guest.serial().wait_for("probe> ");
+        assert_eq!(is_file(&guest), shared);
+        let target = target_for(&guest);
+        moved(begin(&guest, &target, "1"), &mut guest, &target);
+        assert_eq!(is_file(&target), shared);
+    }
+}
+
 /// A moved guest's clocks go on as if it had not moved, and it is told that it stood still.
 #[test]
 fn clocks_of_a_moved_guest_count_the_time_of_its_move() {

@@ -22,7 +22,7 @@ use crate::board::Board;
 use crate::check;
 use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
-use crate::memory::{Backing, allocate};
+use crate::memory::allocate;
 use crate::relay::Relay;
 use crate::sandbox;
 use crate::saved::{MachineState, entries};
@@ -109,17 +109,13 @@ impl AsFd for Door {
 }
 
 /// Waits for a source and takes its machine. `own_spec` replaces the source's, which names the source's files.
-pub fn accept(
-    door: &Door,
-    own_spec: Option<MachineSpec>,
-    backing: Backing,
-) -> Result<Arrived, MigrationError> {
+pub fn accept(door: &Door, own_spec: Option<MachineSpec>) -> Result<Arrived, MigrationError> {
     let broken = MigrationError::connection;
     // The threads that receive memory are the process's first.
     sandbox::keep_one_heap();
     let control = door.next().map_err(broken("wait for a source"))?;
     let mut control = Handover(control);
-    let arrived = take(door, &mut control, own_spec, backing);
+    let arrived = take(door, &mut control, own_spec);
     if let Err(error) = &arrived {
         control.fail(&chain(error));
     }
@@ -136,7 +132,6 @@ fn take(
     door: &Door,
     control: &mut Handover,
     own_spec: Option<MachineSpec>,
-    backing: Backing,
 ) -> Result<(MachineSpec, MachineState, Ram), MigrationError> {
     let broken = MigrationError::connection;
     let control = &mut control.0;
@@ -148,7 +143,7 @@ fn take(
     };
     hello.check()?;
     let spec = own_spec.unwrap_or_else(|| hello.spec.clone());
-    let memory = Arc::new(prepare(&hello, &spec, backing)?);
+    let memory = Arc::new(prepare(&hello, &spec)?);
     send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
     let receivers = (0..hello.data_connections).map(|index| {
         let stream = next(door)?;
@@ -186,7 +181,7 @@ fn next(door: &Door) -> Result<UnixStream, MigrationError> {
 }
 
 /// What can be told before anything is sent: whether this host can have the machine. Its RAM, if so.
-fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, MigrationError> {
+fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Ram, MigrationError> {
     let refused = |error: &dyn std::error::Error| MigrationError::Refused(chain(error));
     if !(1..=CONNECTIONS_MAX).contains(&hello.data_connections) {
         return Err(MigrationError::Refused(format!(
@@ -212,6 +207,7 @@ fn prepare(hello: &Hello, spec: &MachineSpec, backing: Backing) -> Result<Ram, M
     })?;
     let bits = cpuid::address_bits(&wanted);
     let board = Board::of(spec.profile);
+    let backing = spec.services.memory_backing.into();
     allocate(board, spec.memory_mib, bits, backing).map_err(|error| refused(&error))
 }
 
