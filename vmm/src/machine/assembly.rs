@@ -157,7 +157,7 @@ pub(super) fn build(
     start: Start,
     voice: &GuestVoice,
 ) -> Result<Parts, BuildError> {
-    if backing != Backing::Anonymous || !start.memory_is_fresh() {
+    if backing != Backing::Anonymous || !start.memory_is_own() {
         opened.touched = None;
     }
     let board = Board::of(spec.profile);

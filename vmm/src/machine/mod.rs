@@ -85,11 +85,11 @@ pub enum Start {
 }
 
 impl Start {
-    /// Whether RAM is allocated for the machine, instead of being there or being a file.
-    fn memory_is_fresh(&self) -> bool {
+    /// Whether RAM was allocated for the machine, instead of being a file that others have.
+    fn memory_is_own(&self) -> bool {
         match self {
             Self::PowerOn => true,
-            Self::Saved(saved) => matches!(saved.memory, SavedMemory::File(_, image::Mode::Read)),
+            Self::Saved(saved) => !matches!(saved.memory, SavedMemory::File(_, image::Mode::Map)),
         }
     }
 }
