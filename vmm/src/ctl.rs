@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 use crate::cli::NetworkArguments;
 use crate::relay::{self, Relay};
 use crate::resources::{CardEnd, image_files};
-use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE};
+use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE, packed};
 use crate::socket;
 
 /// Most connections for memory.
@@ -39,8 +39,7 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
     match request {
         Request::Snapshot => {
             let body: Snapshot = serde_json::from_value(Value::Object(body.clone()))?;
-            let taken = snapshot(client, Path::new(&body.to))?;
-            Ok(serde_json::to_value(taken)?)
+            Ok(serde_json::to_value(snapshot(client, &body)?)?)
         }
         Request::Migrate => {
             let body: Migrate = serde_json::from_value(Value::Object(body.clone()))?;
@@ -246,19 +245,20 @@ fn for_relay(body: &Migrate, count: usize) -> Vec<OsString> {
 }
 
 /// Makes `directory` and lets the machine write itself into it. Leaves nothing there when that fails.
-pub fn snapshot(client: &Client, directory: &Path) -> anyhow::Result<SnapshotTaken> {
+pub fn snapshot(client: &Client, body: &Snapshot) -> anyhow::Result<SnapshotTaken> {
+    let directory = Path::new(&body.to);
     let context = || format!("snapshot {}", directory.display());
     // A guest's RAM has its secrets in it.
     let made = DirBuilder::new().mode(0o700).create(directory);
     made.with_context(context)?;
-    let taken = write_into(client, directory).with_context(context);
+    let taken = write_into(client, directory, body).with_context(context);
     if taken.is_err() {
         let _ = std::fs::remove_dir_all(directory);
     }
     taken
 }
 
-fn write_into(client: &Client, directory: &Path) -> anyhow::Result<SnapshotTaken> {
+fn write_into(client: &Client, directory: &Path, body: &Snapshot) -> anyhow::Result<SnapshotTaken> {
     let create = |name: &str| {
         let mut options = File::options();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
@@ -269,15 +269,44 @@ fn write_into(client: &Client, directory: &Path) -> anyhow::Result<SnapshotTaken
         create(STATE_FILE)?,
         create(MEMORY_FILE)?,
     ];
-    let body = Snapshot {
-        to: directory.display().to_string(),
-    };
+    let mut body = body.clone();
+    let mut sent: Vec<&File> = files.iter().collect();
+    let parent = body.parent.take().map(|parent| {
+        let parent = Path::new(&parent);
+        let state = parent.join(STATE_FILE);
+        let file = File::open(&state).with_context(|| format!("parent {}", state.display()))?;
+        anyhow::Ok((file, way_to(parent, directory)?))
+    });
+    let parent = parent.transpose()?;
+    if let Some((file, way)) = &parent {
+        sent.push(file);
+        body.parent = Some(way.clone());
+    }
+    let descriptors: Vec<_> = sent.into_iter().map(File::as_fd).collect();
     let client = client.clone().with_timeout(SNAPSHOT_TIMEOUT);
-    let descriptors = files.each_ref().map(File::as_fd);
     let taken = client.ask_with_files(Request::Snapshot, &body, &descriptors)?;
+    if body.packed == Some(true) {
+        let new = format!("{MEMORY_FILE}.new");
+        let compressed = create(&new)?;
+        packed::compress(&files[2], &compressed)?;
+        compressed.sync_all()?;
+        std::fs::rename(directory.join(new), directory.join(MEMORY_FILE))?;
+    }
     for file in &files {
         file.sync_all()?;
     }
     File::open(directory)?.sync_all()?;
     Ok(taken)
+}
+
+/// The way from a snapshot's directory to its parent's: one that stays right when both are moved, where they are
+/// neighbours.
+fn way_to(parent: &Path, child: &Path) -> anyhow::Result<String> {
+    let (parent, child) = (parent.canonicalize()?, child.canonicalize()?);
+    let way = match (parent.parent() == child.parent(), parent.file_name()) {
+        (true, Some(name)) => Path::new("..").join(name),
+        _ => parent,
+    };
+    let way = way.to_str().map(str::to_owned);
+    way.context("the parent's path is not UTF-8")
 }

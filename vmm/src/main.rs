@@ -88,10 +88,10 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
     let start = match &arguments.restore {
         None => Start::PowerOn,
         Some(snapshot) => {
-            let (state, memory) = saved::open(snapshot)?;
+            let (state, layers) = saved::open(snapshot)?;
             Start::Saved(Box::new(SavedStart {
                 state,
-                memory: SavedMemory::File(memory, arguments.memory_mode),
+                memory: SavedMemory::Files(layers, arguments.memory_mode),
                 absence: Absence::Unseen,
                 handover: None,
             }))

@@ -16,9 +16,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use atoll_vmm::board::MICRO;
+use atoll_vmm::memory::{Backing, allocate};
+use atoll_vmm::saved::packed::Packed;
+use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::Request;
 use guest::{Guest, Place, kvm, shell};
 use rustix::fs::{SeekFrom, seek};
+use vm_memory::{Bytes, GuestAddress};
 
 /// Rounds of snapshot and restore; `make soak` asks for more.
 fn rounds() -> usize {
@@ -103,6 +108,144 @@ fn memory_is_the_same_page_by_page() {
     assert!(first == pages(&guest.path("third/memory")));
     guest.client().act(Request::Resume).unwrap();
     serial.end_load();
+}
+
+/// The pages of RAM with something in them, as a restore would have it.
+fn restored_pages(snapshot: &Path, memory_mib: u64) -> BTreeMap<u64, Vec<u8>> {
+    let (_, layers) = saved::open(snapshot).unwrap();
+    let ram = allocate(&MICRO, memory_mib, 40, Backing::Anonymous).unwrap();
+    for layer in layers {
+        match layer.packed {
+            true => Packed::open(layer.file, memory_mib << 20)
+                .unwrap()
+                .read(&ram),
+            false => image::read(&ram, &layer.file),
+        }
+        .unwrap();
+    }
+    let mut pages = BTreeMap::new();
+    for page in 0..memory_mib << 8 {
+        let mut bytes = vec![0; 4096];
+        ram.read_slice(&mut bytes, GuestAddress(page * 4096))
+            .unwrap();
+        if !image::is_zero(&bytes) {
+            pages.insert(page, bytes);
+        }
+    }
+    pages
+}
+
+/// A guest that writes its memory and its disk; snapshots that have only what it wrote since the last one.
+#[test]
+fn children_of_a_snapshot_have_what_was_written_since() {
+    if !kvm() {
+        return;
+    }
+    for (packed, mode) in [("false", "map"), ("true", "read")] {
+        let mut guest = Place::new().start(&shell("32", "2"));
+        let mut serial = guest.serial();
+        serial.start_load("");
+        let mut done = serial.load_beyond(0);
+        let first = [
+            "snapshot", "--to", "0", "--packed", packed, "--track", "true",
+        ];
+        guest.ctl(&first).unwrap();
+        for (parent, child) in [("0", "1"), ("1", "2"), ("2", "3")] {
+            done = serial.load_beyond(done);
+            let child = [
+                "snapshot", "--to", child, "--parent", parent, "--track", "true",
+            ];
+            let taken = guest.ctl(&child).unwrap();
+            println!("{taken}");
+        }
+        done = serial.load_beyond(done);
+        guest.client().act(Request::Pause).unwrap();
+        guest
+            .ctl(&["snapshot", "--to", "4", "--parent", "3"])
+            .unwrap();
+        guest.ctl(&["snapshot", "--to", "whole"]).unwrap();
+        guest
+            .ctl(&["snapshot", "--to", "packed", "--packed", "true"])
+            .unwrap();
+        let whole = pages(&guest.path("whole/memory"));
+        let zero = |page: &Vec<u8>| image::is_zero(page);
+        let whole: BTreeMap<_, _> = whole.into_iter().filter(|(_, page)| !zero(page)).collect();
+        assert!(whole == restored_pages(&guest.path("4"), 32));
+        assert!(whole == restored_pages(&guest.path("packed"), 32));
+
+        let place = Place::like(&guest);
+        for name in ["0", "1", "2", "3", "4"] {
+            guest::link_directory(&guest.path(name), &place.path(name));
+        }
+        drop(guest);
+        let mut copy = place.start(&["run", "--restore", "4", "--memory-mode", mode]);
+        serial = copy.serial();
+        done = serial.load_beyond(done);
+        assert!(serial.end_load() >= done);
+        serial.wait_for("probe> ");
+        serial.type_line("report");
+        serial.wait_for("everything works");
+    }
+}
+
+#[test]
+fn a_child_needs_the_last_snapshot_and_its_log() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    guest.serial().wait_for("probe> ");
+    let child = |to, parent| guest.ctl(&["snapshot", "--to", to, "--parent", parent]);
+    let tracked = |to| {
+        guest
+            .ctl(&["snapshot", "--to", to, "--track", "true"])
+            .unwrap()
+    };
+    let not_last = "is not the machine's last snapshot, or was taken without --track true";
+    guest.ctl(&["snapshot", "--to", "plain"]).unwrap();
+    let refused = child("a", "plain").unwrap_err();
+    assert!(refused.contains(not_last), "{refused}");
+    assert!(!guest.path("a").exists());
+    tracked("first");
+    tracked("second");
+    let refused = child("a", "first").unwrap_err();
+    assert!(refused.contains(not_last), "{refused}");
+    let refused = child("a", "nowhere").unwrap_err();
+    assert!(
+        refused.contains("parent nowhere/state.json: No such file"),
+        "{refused}"
+    );
+    child("a", "second").unwrap();
+    // It did not ask for a log that goes on.
+    let refused = child("b", "a").unwrap_err();
+    assert!(refused.contains(not_last), "{refused}");
+
+    let place = guest.place.clone();
+    let restore = |arguments: &[&str]| {
+        let output = place
+            .command(&[&["run", "--restore"], arguments].concat())
+            .output();
+        String::from_utf8(output.unwrap().stderr).unwrap()
+    };
+    std::fs::rename(guest.path("second"), guest.path("elsewhere")).unwrap();
+    let said = restore(&["a"]);
+    assert!(
+        said.contains("a/../second/state.json: No such file"),
+        "{said}"
+    );
+    std::fs::rename(guest.path("first"), guest.path("second")).unwrap();
+    let said = restore(&["a"]);
+    assert!(
+        said.contains("its parent is another snapshot than a/../second"),
+        "{said}"
+    );
+    guest
+        .ctl(&["snapshot", "--to", "packed", "--packed", "true"])
+        .unwrap();
+    guest.ctl(&["shutdown"]).unwrap();
+    guest.ended();
+    let said = restore(&["packed", "--memory-mode", "map"]);
+    assert!(said.contains("cannot be mapped"), "{said}");
 }
 
 #[test]

@@ -464,18 +464,29 @@ pub struct Acted {
     pub state: MachineState,
 }
 
-/// Body of [`Request::Snapshot`]; its files come as descriptors.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Body of [`Request::Snapshot`]; its files come as descriptors: `spec.json`, `state.json` and `memory`, which are
+/// written, and the parent's `state.json`, where there is one.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Snapshot {
     /// The directory in which the files are: for the log.
     pub to: String,
+    /// Whether memory is written as the pages that are not zero; who asked compresses them then.
+    #[serde(default)]
+    pub packed: Option<bool>,
+    /// Whether what the guest writes from now on is logged, so that the next snapshot may have this one as its parent.
+    #[serde(default)]
+    pub track: Option<bool>,
+    /// The last snapshot, which was tracked: its directory, from that of this one, which has only the pages that were
+    /// written since.
+    #[serde(default)]
+    pub parent: Option<String>,
 }
 
 /// Answer of [`Request::Snapshot`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotTaken {
-    /// Bytes of RAM that were not zero, by page.
+    /// Bytes of RAM that were written to the snapshot and not zero, by page.
     pub memory_bytes: u64,
     /// For how long the machine was held, in microseconds.
     pub held_us: u64,

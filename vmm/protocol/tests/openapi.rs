@@ -398,7 +398,13 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         error: Some("e".into()),
     };
     check("MigrationInfo", info);
-    check("Snapshot", Snapshot { to: "d".into() });
+    let snapshot = Snapshot {
+        to: "d".into(),
+        packed: Some(true),
+        track: Some(true),
+        parent: Some("../before".into()),
+    };
+    check("Snapshot", snapshot);
     let (memory_bytes, held_us) = (1, 1);
     let taken = SnapshotTaken {
         memory_bytes,

@@ -93,6 +93,9 @@ pub enum BuildError {
     /// The RAM of a saved machine.
     #[error("read the saved memory")]
     Image(#[source] io::Error),
+    /// There is nothing to map.
+    #[error("a packed snapshot's memory cannot be mapped: it is read (--memory-mode read)")]
+    PackedMapping,
     /// A thread or an eventfd could not be made.
     #[error("{what}")]
     Host {

@@ -67,7 +67,8 @@ pub(super) fn renew(device: &GenerationId, built_with: &[u8]) -> io::Result<()> 
     Ok(())
 }
 
-fn random() -> io::Result<[u8; 16]> {
+/// Sixteen random bytes.
+pub(super) fn random() -> io::Result<[u8; 16]> {
     let mut value = [0; 16];
     rustix::rand::getrandom(&mut value, rustix::rand::GetRandomFlags::empty())?;
     Ok(value)

@@ -119,6 +119,8 @@ impl Machine {
         };
         let failed = |error: &dyn std::error::Error| api::refusal(500, chain(error));
         let progress = Arc::new(Progress::new(&plan).map_err(|error| failed(&error))?);
+        // There is one log, and the move takes from it.
+        self.tracked = None;
         let log = WriteLog::start(self.parts.machine.clone(), self.parts.memory.clone());
         let log = log.map_err(|error| failed(&error))?;
         let (touched, events) = (self.parts.touched.clone(), self.events.clone());

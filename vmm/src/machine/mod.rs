@@ -39,7 +39,6 @@ mod saved;
 mod services;
 mod snapshot;
 
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
@@ -53,7 +52,8 @@ use crate::memory::{Backing, MemoryError};
 use crate::migration::MigrationError;
 use crate::migration::target::Handover;
 use crate::sandbox::{self, Confinement, SandboxError};
-use crate::saved::{MachineState, image};
+use crate::saved::packed::Packed;
+use crate::saved::{Layer, MachineState, image};
 use crate::{check, vcpu};
 
 pub use assembly::BuildError;
@@ -89,7 +89,7 @@ impl Start {
     fn memory_is_own(&self) -> bool {
         match self {
             Self::PowerOn => true,
-            Self::Saved(saved) => !matches!(saved.memory, SavedMemory::File(_, image::Mode::Map)),
+            Self::Saved(saved) => !matches!(saved.memory, SavedMemory::Files(_, image::Mode::Map)),
         }
     }
 }
@@ -108,8 +108,8 @@ pub struct SavedStart {
 
 /// RAM of a saved machine.
 pub enum SavedMemory {
-    /// In a file (`saved::image`).
-    File(File, image::Mode),
+    /// In files: the first has all of it, each further one what was written since (`crate::saved::open`).
+    Files(Vec<Layer>, image::Mode),
     /// Here already.
     Ram(Ram),
 }
@@ -121,17 +121,29 @@ impl SavedMemory {
         memory_mib: u64,
         fresh: impl FnOnce() -> Result<Ram, MemoryError>,
     ) -> Result<Ram, BuildError> {
-        match self {
-            Self::Ram(ram) => Ok(ram),
-            Self::File(file, image::Mode::Map) => {
-                image::map(board, memory_mib, &file).map_err(BuildError::Image)
-            }
-            Self::File(file, image::Mode::Read) => {
+        let (layers, mode) = match self {
+            Self::Ram(ram) => return Ok(ram),
+            Self::Files(layers, mode) => (layers, mode),
+        };
+        let mut layers = layers.into_iter();
+        let first = layers.next().expect("a snapshot has at least its own");
+        let read = |layer: Layer, ram: &Ram| match layer.packed {
+            true => Packed::open(layer.file, memory_mib << 20)?.read(ram),
+            false => image::read(ram, &layer.file),
+        };
+        let ram = match mode {
+            image::Mode::Map if first.packed => return Err(BuildError::PackedMapping),
+            image::Mode::Map => image::map(board, memory_mib, &first.file),
+            image::Mode::Read => {
                 let ram = fresh()?;
-                image::read(&ram, &file).map_err(BuildError::Image)?;
-                Ok(ram)
+                read(first, &ram).map(|()| ram)
             }
+        };
+        let ram = ram.map_err(BuildError::Image)?;
+        for layer in layers {
+            read(layer, &ram).map_err(BuildError::Image)?;
         }
+        Ok(ram)
     }
 }
 

@@ -30,6 +30,7 @@ use super::export::Export;
 use super::handover::{Migration, MigrationEvent};
 use super::mirror::Mirroring;
 use super::parts::Parts;
+use super::snapshot::Tracked;
 use super::{Outcome, RunError, controls, counters};
 use crate::api::{self, Answer, Asked};
 use crate::layout;
@@ -140,6 +141,8 @@ pub(super) struct Machine {
     pub(super) migration: Option<Migration>,
     pub(super) export: Option<Export>,
     pub(super) mirrors: Vec<Mirroring>,
+    /// The snapshot that may have a child.
+    pub(super) tracked: Option<Tracked>,
     /// What the guest said while it was held for its move.
     pub(super) deferred: Vec<Event>,
 }
@@ -157,6 +160,7 @@ impl Machine {
             migration: None,
             export: None,
             mirrors: Vec::new(),
+            tracked: None,
             deferred: Vec::new(),
         }
     }

@@ -133,6 +133,7 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
             .zip(&parts.cpuid)
             .map(|(vcpu, cpuid)| VcpuSaved::new(vcpu, cpuid))
             .collect(),
+        snapshot: None,
     })
 }
 

@@ -2,10 +2,17 @@
 //! The request `snapshot`: a held machine's spec, state and RAM into three files of the asker.
 //!
 //! ```text
-//! hold ─► state (JSON) ─► memory (holes for zeroes) ─► spec.json, state.json ─► release
+//! hold ─► state (JSON) ─► memory (holes for zeroes, or packed) ─► spec.json, state.json ─► release
 //! ```
-//! The state's file is written last: a directory in which it is empty is no snapshot. Not here: the formats
-//! (`crate::saved`), the names of the files (`crate::ctl`), the machine's disks, whose copy is the asker's affair.
+//! The state's file is written last: a directory in which it is empty is no snapshot.
+//!
+//! **Children.** With `track` what is written to RAM is logged from that snapshot on. The next one may then name it as its
+//! parent, and has only the pages that were written since, so the machine is held for a moment. The log costs the guest
+//! a fault for each page that it writes first. It ends with a snapshot that does not ask for it, with a move of the
+//! machine, and with a child that could not be written, since what it has taken from the log is in no file then.
+//!
+//! Not here: the formats (`crate::saved`), the names of the files (`crate::ctl`), the machine's disks, whose copy is the
+//! asker's affair.
 
 use std::fs::File;
 use std::io;
@@ -15,9 +22,14 @@ use atoll_devices::virtio::Act;
 use atoll_vmm_protocol::api::{Snapshot, SnapshotTaken};
 
 use super::owner::Machine;
-use super::{RunError, saved};
+use super::{RunError, generation, saved};
 use crate::api::{self, Answer, Asked};
-use crate::saved::image;
+use crate::kvm::dirty::WriteLog;
+use crate::saved::packed::{self, Wanted};
+use crate::saved::{MachineState, Parent, SnapshotForm, image};
+
+/// Longest state of a parent that is looked at.
+const STATE_BYTES_MAX: u64 = 64 << 20;
 
 /// Files of a snapshot, in the order in which they come with the request.
 struct Files {
@@ -36,22 +48,33 @@ impl Files {
     }
 }
 
+/// The last snapshot, and what was written to RAM since.
+pub(super) struct Tracked {
+    id: String,
+    log: WriteLog,
+}
+
 impl Machine {
     /// Holds the machine for as long as its RAM takes to be written.
     pub(super) fn snapshot(&mut self, mut asked: Asked) -> Result<Answer, RunError> {
-        let files = Files::of(&mut asked);
-        let body = api::body(asked.body);
-        let (files, Snapshot { to }) = match files.and_then(|files| Ok((files, body?))) {
-            Ok(asked) => asked,
+        let planned = Files::of(&mut asked).and_then(|files| {
+            let parent = asked.files.pop_front().map(File::from);
+            let body: Snapshot = api::body(asked.body)?;
+            let form = self.form_of(&body, parent)?;
+            Ok((files, body, form))
+        });
+        let (files, body, form) = match planned {
+            Ok(planned) => planned,
             Err(refused) => return Ok(refused),
         };
-        if let Some(text) = self.parts.obstacle(Act::Snapshot) {
-            return Ok(api::refusal(409, text));
-        }
         let (written, held_us) = self.while_held(|machine| {
             machine.settle_mirrors();
-            machine.write_snapshot(&files)
+            let written = machine.write_snapshot(&files, &form);
+            let track = body.track.unwrap_or(false) && written.is_ok();
+            machine.track(track.then_some(&form));
+            written
         })?;
+        let to = body.to;
         Ok(match written {
             Ok(memory_bytes) => {
                 tracing::info!(name = self.spec.name, to, memory_bytes, held_us, "snapshot");
@@ -65,14 +88,78 @@ impl Machine {
         })
     }
 
-    fn write_snapshot(&self, files: &Files) -> anyhow::Result<u64> {
-        let state = saved::save(&self.parts, &self.spec)?;
+    /// What the snapshot will be among others, if it can be that. `parent` is the state of the one that it names.
+    fn form_of(&self, body: &Snapshot, parent: Option<File>) -> Result<SnapshotForm, Answer> {
+        let tracks = body.track == Some(true) || body.parent.is_some();
+        // What a device outside of this process writes is in no log.
+        let acts = [Some(Act::Snapshot), tracks.then_some(Act::Migration)];
+        if let Some(text) = acts
+            .into_iter()
+            .flatten()
+            .find_map(|act| self.parts.obstacle(act))
+        {
+            return Err(api::refusal(409, text));
+        }
+        let id = generation::random();
+        let id = id.map_err(|error| api::refusal(500, format!("take a random number: {error}")))?;
+        let parent = body.parent.as_ref().map(|directory| {
+            let file = parent.ok_or_else(|| api::refusal(400, "the parent's state.json is missing"))?;
+            let known = form_in(&file).map(|form| form.id);
+            let tracked = self.tracked.as_ref().map(|tracked| tracked.id.clone());
+            match known.filter(|id| Some(id) == tracked.as_ref()) {
+                Some(id) => Ok(Parent { id, directory: directory.into() }),
+                None => Err(api::refusal(
+                    409,
+                    format!(
+                        "{directory} is not the machine's last snapshot, or was taken without --track true: \
+                         what was written since is not known"
+                    ),
+                )),
+            }
+        });
+        let parent = parent.transpose()?;
+        Ok(SnapshotForm {
+            id: atoll_devices::state::hex::encode(&id),
+            packed: body.packed == Some(true) || parent.is_some(),
+            parent,
+        })
+    }
+
+    /// From now on what is written is for a child of this snapshot; or no more.
+    fn track(&mut self, form: Option<&SnapshotForm>) {
+        let Some(SnapshotForm { id, .. }) = form else {
+            self.tracked = None;
+            return;
+        };
+        // The log of a parent has been emptied for this one, and goes on.
+        let log = match self.tracked.take() {
+            Some(tracked) => Ok(tracked.log),
+            None => WriteLog::start(self.parts.machine.clone(), self.parts.memory.clone()),
+        };
+        match log {
+            Ok(log) => {
+                self.tracked = Some(Tracked {
+                    id: id.clone(),
+                    log,
+                })
+            }
+            Err(error) => tracing::warn!(%error, "the snapshot will have no children"),
+        }
+    }
+
+    fn write_snapshot(&self, files: &Files, form: &SnapshotForm) -> anyhow::Result<u64> {
+        let mut state = saved::save(&self.parts, &self.spec)?;
         let spec = serde_json::to_vec_pretty(&self.spec)?;
-        let memory_bytes = image::write(
-            &self.parts.memory,
-            self.parts.touched.as_deref(),
-            &files.memory,
-        )?;
+        let (ram, touched) = (&self.parts.memory, self.parts.touched.as_deref());
+        // Emptied also for one that has all: the next child's pages are those since this one.
+        let tracked = self.tracked.as_ref();
+        let pages = tracked.map(|tracked| tracked.log.take()).transpose()?;
+        let memory_bytes = match (form.packed, &form.parent, &pages) {
+            (_, Some(_), Some(pages)) => packed::write(ram, Wanted::Written(pages), &files.memory)?,
+            (true, ..) => packed::write(ram, Wanted::All(touched), &files.memory)?,
+            (false, ..) => image::write(ram, touched, &files.memory)?,
+        };
+        state.snapshot = Some(form.clone());
         let whole = |file: &File, bytes: &[u8]| -> io::Result<()> {
             file.set_len(0)?;
             file.write_all_at(bytes, 0)
@@ -81,4 +168,12 @@ impl Machine {
         whole(&files.state, &state.to_json())?;
         Ok(memory_bytes)
     }
+}
+
+/// What the state in a file says of its snapshot.
+fn form_in(file: &File) -> Option<SnapshotForm> {
+    let size = file.metadata().ok()?.len();
+    let mut bytes = vec![0; usize::try_from(size.min(STATE_BYTES_MAX)).ok()?];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    MachineState::from_json(&bytes).ok()?.snapshot
 }

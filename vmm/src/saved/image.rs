@@ -38,6 +38,7 @@ pub enum Mode {
 /// `/proc/PID/pagemap` (kernel `Documentation/admin-guide/mm/pagemap.rst`): eight bytes a page, bit 63 "in RAM", bit
 /// 62 "in swap". A page of private anonymous memory that is neither is zero. It is not so with memory that is a
 /// file, which is why only who made the RAM may use this.
+#[derive(Debug)]
 pub struct Touched(File);
 
 impl Touched {

@@ -10,9 +10,11 @@
 //! The head is read before anything else, so that the state of a newer program is refused with its version, not
 //! with a parser's complaint. The format only grows: fields that come later have a default.
 //!
-//! Not here: taking the state out of a machine and putting it back (`machine::saved`), RAM (`image`).
+//! Not here: taking the state out of a machine and putting it back (`machine::saved`), RAM (`image`,
+//! `packed`).
 
 pub mod image;
+pub mod packed;
 mod vcpu;
 
 use std::collections::BTreeMap;
@@ -26,12 +28,15 @@ use serde::{Deserialize, Serialize};
 
 pub use vcpu::{VcpuSaved, entries, leaves};
 
-/// Files of a snapshot in its directory: the spec of the machine, its state, and its RAM (`image`).
+/// Files of a snapshot in its directory: the spec of the machine, its state, and its RAM (`image`, or `packed`).
 pub const SPEC_FILE: &str = "spec.json";
 /// See [`SPEC_FILE`].
 pub const STATE_FILE: &str = "state.json";
 /// See [`SPEC_FILE`].
 pub const MEMORY_FILE: &str = "memory";
+
+/// Most snapshots of which each is the parent of the next.
+const GENERATIONS_MAX: usize = 256;
 
 /// What the first field of a state says.
 pub const FORMAT: &str = "atoll-machine-state";
@@ -55,6 +60,17 @@ pub enum ReadError {
     /// JSON of something else.
     #[error("machine state: the format is {0:?}, expected {FORMAT:?}")]
     Foreign(String),
+    /// A snapshot that needs another one, which is not where it was.
+    #[error("snapshot {directory}: its parent is another snapshot than {parent}")]
+    Parent {
+        /// The child.
+        directory: PathBuf,
+        /// Where the parent should be.
+        parent: PathBuf,
+    },
+    /// More of them than anybody makes.
+    #[error("snapshot {0}: more than {GENERATIONS_MAX} snapshots need each other")]
+    Generations(PathBuf),
     /// Written by a newer program.
     #[error(
         "machine state: version {found}, written by atoll-vmm {program}; this program knows versions up to {VERSION}"
@@ -107,6 +123,30 @@ pub struct MachineState {
     pub clock: ClockState,
     /// One a vCPU.
     pub vcpus: Vec<VcpuSaved>,
+    /// How its RAM is written. Absent in migrations, and in snapshots of programs that had only one way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotForm>,
+}
+
+/// A snapshot among others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotForm {
+    /// Its own: 32 random digits.
+    pub id: String,
+    /// Its RAM is a file of [`packed`], otherwise one of [`image`].
+    pub packed: bool,
+    /// The snapshot whose RAM this one changes. Absent where this one has all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
+}
+
+/// A snapshot that another one needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Its id.
+    pub id: String,
+    /// Its directory, from that of the child.
+    pub directory: PathBuf,
 }
 
 /// State of one device, under its name in the machine.
@@ -158,15 +198,51 @@ impl MachineState {
     }
 }
 
-/// Reads the state of the snapshot in `directory`, and opens its RAM.
-pub fn open(directory: &Path) -> Result<(MachineState, File), ReadError> {
+/// RAM as one snapshot has it: all, or what its parent's lacks.
+#[derive(Debug)]
+pub struct Layer {
+    /// Its file.
+    pub file: File,
+    /// See [`SnapshotForm::packed`].
+    pub packed: bool,
+}
+
+/// Reads the state of the snapshot in `directory`, and opens its RAM: the layers of it and of those that it needs, the
+/// one that has all first.
+pub fn open(directory: &Path) -> Result<(MachineState, Vec<Layer>), ReadError> {
+    let (state, layer) = open_one(directory)?;
+    let mut layers = vec![layer];
+    let (mut child, mut form) = (directory.to_owned(), state.snapshot.clone());
+    while let Some(parent) = form.and_then(|form| form.parent) {
+        if layers.len() == GENERATIONS_MAX {
+            return Err(ReadError::Generations(directory.to_owned()));
+        }
+        let there = child.join(&parent.directory);
+        let (state, layer) = open_one(&there)?;
+        form = state.snapshot;
+        if form.as_ref().is_none_or(|form| form.id != parent.id) {
+            return Err(ReadError::Parent {
+                directory: child,
+                parent: there,
+            });
+        }
+        layers.push(layer);
+        child = there;
+    }
+    layers.reverse();
+    Ok((state, layers))
+}
+
+fn open_one(directory: &Path) -> Result<(MachineState, Layer), ReadError> {
     let failed = |name: &str| {
         let path = directory.join(name);
         move |source| ReadError::File { path, source }
     };
     let state = std::fs::read(directory.join(STATE_FILE)).map_err(failed(STATE_FILE))?;
-    let memory = File::open(directory.join(MEMORY_FILE)).map_err(failed(MEMORY_FILE))?;
-    Ok((MachineState::from_json(&state)?, memory))
+    let file = File::open(directory.join(MEMORY_FILE)).map_err(failed(MEMORY_FILE))?;
+    let state = MachineState::from_json(&state)?;
+    let packed = state.snapshot.as_ref().is_some_and(|form| form.packed);
+    Ok((state, Layer { file, packed }))
 }
 
 /// A structure of the kernel's stable interface, written as its bytes in hexadecimal.

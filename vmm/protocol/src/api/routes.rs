@@ -66,12 +66,32 @@ pub const ROUTES: &[Route] = &[
         method: "PUT",
         path: "/snapshot",
         summary: "Write the machine to a directory; it is held meanwhile (go on: run --restore)",
-        parameters: &[Parameter {
-            name: "to",
-            kind: ParameterKind::Text,
-            required: true,
-            summary: "The directory, which is made",
-        }],
+        parameters: &[
+            Parameter {
+                name: "to",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "The directory, which is made",
+            },
+            Parameter {
+                name: "packed",
+                kind: ParameterKind::Switch,
+                required: false,
+                summary: "Whether memory is written as the pages that are not zero, which ctl then compresses (zstd); such a snapshot cannot be mapped",
+            },
+            Parameter {
+                name: "track",
+                kind: ParameterKind::Switch,
+                required: false,
+                summary: "Whether the next snapshot may have this one as its parent; false when absent",
+            },
+            Parameter {
+                name: "parent",
+                kind: ParameterKind::Text,
+                required: false,
+                summary: "The last snapshot's directory: the new one has only what was written since, and needs it",
+            },
+        ],
         answer: "SnapshotTaken",
     },
     Route {
