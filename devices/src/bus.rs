@@ -19,16 +19,16 @@ pub trait BusDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// One row of a bus table.
+/// One row of a bus table: a range of addresses and the device that answers there. Built by the VMM's build table.
 #[derive(Clone)]
 pub struct BusRange {
-    /// First address (port number or guest-physical).
+    /// First address: a port number or a guest-physical address, as the bus is of ports or of memory.
     pub base: u64,
-    /// Addresses covered, at least 1.
+    /// Addresses covered, at least 1; with `base` it ends within the 64-bit address space.
     pub size: u64,
-    /// Shown in errors and logs.
+    /// Shown in errors and logs, to the machine's operator: `serial port`.
     pub name: &'static str,
-    /// Who answers.
+    /// Who answers; called with offsets from `base`, by several vCPUs at once.
     pub device: Arc<dyn BusDevice>,
 }
 
@@ -64,7 +64,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Sorts `ranges` and refuses overlaps.
+    /// Makes the bus's table, for good: sorts `ranges`, and refuses those that overlap, are empty or wrap.
     pub fn new(mut ranges: Vec<BusRange>) -> Result<Self, BusError> {
         ranges.sort_by_key(|range| range.base);
         for range in &ranges {
@@ -89,7 +89,7 @@ impl Bus {
         })
     }
 
-    /// The rows, by address.
+    /// The rows in ascending order of their addresses, none of which two rows share.
     pub fn ranges(&self) -> &[BusRange] {
         &self.ranges
     }

@@ -96,7 +96,8 @@ impl ConsolePort {
         }
     }
 
-    /// The guest's output. Never blocks.
+    /// Takes the guest's output, by the device's thread or a vCPU. Never blocks: where no client reads, the oldest
+    /// bytes of the backlog are lost; without a backend all of them are.
     pub fn write(&self, data: &[u8]) {
         let Some(wake) = &self.wake else { return };
         let mut buffers = self.lock();
@@ -130,7 +131,8 @@ impl ConsolePort {
         count
     }
 
-    /// Bytes that wait to be read.
+    /// Bytes that were typed and wait for [`ConsolePort::read`]; bounded, since the console's thread reads no more of
+    /// its clients while the buffer is full.
     pub fn input_size(&self) -> usize {
         self.lock().input.len()
     }
@@ -168,7 +170,8 @@ pub struct ConsoleEnd {
 }
 
 impl ConsoleEnd {
-    /// Opens the backend. Makes no thread.
+    /// Opens the backend: makes the pseudo-terminal, or creates the socket and listens. Needs the file system, so it
+    /// comes before the sandbox; makes no thread and does not wait for a client.
     pub fn open(backend: &ConsoleBackend) -> Result<Self, ConsoleError> {
         let mut end = Self {
             clients: None,

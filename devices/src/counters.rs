@@ -24,14 +24,14 @@ impl Counter {
 /// A snapshot as the control API shows it: `(name, value)`.
 pub type CounterList = Vec<(&'static str, u64)>;
 
-/// What every virtqueue counts.
+/// What every virtqueue counts, from the making of its device on: a reset by the driver does not clear it.
 #[derive(Debug, Default)]
 pub struct QueueCounters {
     /// Wake-ups of the queue's thread by the driver's doorbell.
     pub doorbells: Counter,
     /// Descriptor chains taken from the available ring.
     pub chains: Counter,
-    /// Interrupts sent, after suppression.
+    /// Interrupts sent: those left that the driver has not suppressed by flag or event index, VIRTIO 1.2 §2.7.7.
     pub interrupts: Counter,
     /// Mistakes of the driver (each of them ends in NEEDS_RESET or an error status).
     pub guest_errors: Counter,
@@ -49,7 +49,7 @@ impl QueueCounters {
     }
 }
 
-/// What every disk counts.
+/// What every disk counts, whichever controller it is on: requests that were given to its backend, and their bytes.
 #[derive(Debug, Default)]
 pub struct DiskCounters {
     reads: Counter,
@@ -82,7 +82,7 @@ impl DiskCounters {
         self.errors.add(1);
     }
 
-    /// These numbers as a device's list.
+    /// These numbers with their names in the control API, read one by one: not of one instant.
     pub fn list(&self) -> CounterList {
         vec![
             ("reads", self.reads.value()),

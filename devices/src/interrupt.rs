@@ -24,7 +24,8 @@ pub trait IrqLine: Send + Sync {
 pub struct MsiMessage {
     /// Guest-physical address of the write that the interrupt is.
     pub address: u64,
-    /// Its payload.
+    /// What is written there: on x86 the vector and how it is delivered (Intel SDM vol. 3A, "Message Data Register
+    /// Format").
     pub data: u32,
 }
 

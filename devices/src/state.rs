@@ -33,11 +33,11 @@ pub trait DeviceState: Send + Sync {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Saved {
-    /// Whose it is.
+    /// [`SavedState::KIND`] of the device that wrote it; a device of another kind refuses it.
     pub kind: String,
-    /// Version of `state`.
+    /// Version of `state`, from 1; one above [`SavedState::VERSION`] of the reading program is refused.
     pub version: u32,
-    /// The payload.
+    /// The payload, in the form of that kind and version; looked at only when both have been checked.
     pub state: serde_json::Value,
 }
 
@@ -153,18 +153,18 @@ pub mod hex {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    /// Writes them.
+    /// Writes the bytes as one string of lower-case digits, two a byte; called by serde.
     pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&encode(bytes))
     }
 
-    /// Reads them.
+    /// Reads such a string, of either case; anything but pairs of digits is an error of the document.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
         decode(&text).ok_or_else(|| D::Error::custom("expected pairs of hexadecimal digits"))
     }
 
-    /// Two digits a byte.
+    /// The same as text: two lower-case digits a byte, the high one first.
     pub fn encode(bytes: &[u8]) -> String {
         let digit = |value: u8| char::from_digit(value.into(), 16).expect("below 16");
         bytes

@@ -45,17 +45,17 @@ pub(crate) const ALIGNMENT: usize = 64;
 /// Offsets of the PM blocks from their base, as an ICH9 has them (Intel ICH9 datasheet §13.8.3), which firmware
 /// for a Q35 board relies on.
 pub const PM1_EVENT: u16 = 0x00;
-/// PM1 control register.
+/// PM1 control register, two bytes (ACPI 6.5 §4.8.3.2).
 pub const PM1_CONTROL: u16 = 0x04;
-/// Power management timer.
+/// Power management timer, four bytes (§4.8.3.3).
 pub const PM_TIMER: u16 = 0x08;
 /// Status and enable registers of general-purpose events, eight bytes each.
 pub const GPE0: u16 = 0x20;
-/// Bytes of both.
+/// Bytes of status and enable registers together.
 pub const GPE0_BYTES: u8 = 16;
 /// `SLP_TYPx` of soft-off in the PM1 control register: OVMF writes it without asking ACPI.
 pub const PC_SLEEP_TYPE_OFF: u8 = 0;
-/// Ports of the PM blocks.
+/// Ports of the PM blocks, from their base: as many as PMBASE of an ICH9 decodes.
 pub const PM_PORT_COUNT: u8 = 0x80;
 /// The ICH9's SMI command and status ports. Nothing answers there; software that finds them free would not mind.
 const APM_PORT: u16 = 0xb2;
@@ -92,7 +92,7 @@ pub enum Power {
 /// A device that only ACPI tells the guest of: an entry under `\\_SB` of the DSDT.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcpiDevice {
-    /// Four characters, unique: `VGEN`.
+    /// Its name in AML: four characters, unique among the machine's devices: `VGEN`.
     pub name: &'static str,
     /// `_HID`: an EISA name (`PNP0B00`, seven characters) or any other string.
     pub hid: &'static str,
@@ -131,11 +131,11 @@ pub fn generation_id(address: u32, event: u8) -> AcpiDevice {
 /// Slots of bus 0 whose content may change while the guest runs; the registers are `atoll-devices`' `PciHotplug`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PciHotplug {
-    /// First port of the registers.
+    /// First port of the registers, whose number is `PciHotplug::SIZE` of `atoll-devices`.
     pub port: u16,
     /// The event that lets the guest read them: a number of the board's (see [`Power`]).
     pub event: u8,
-    /// The slots, one bit each.
+    /// The slots of bus 0 that may change, one bit each, that of slot 0 lowest.
     pub slots: u32,
 }
 
@@ -146,29 +146,29 @@ pub struct Platform {
     pub tables_address: u64,
     /// vCPUs; the local APIC ids are 0 to one less.
     pub cpu_count: u8,
-    /// Registers of the local APICs.
+    /// Registers of the local APICs, at the same address for each processor.
     pub lapic_address: u32,
     /// Registers of the I/O APIC, which takes the GSIs from 0.
     pub ioapic_address: u32,
-    /// PCI configuration space by memory (ECAM).
+    /// PCI configuration space by memory (ECAM), of `bus_count` buses; told in the MCFG.
     pub ecam_address: u32,
     /// Buses in it, from 0; each takes 1 MiB.
     pub bus_count: u8,
-    /// First address for BARs.
+    /// First address for BARs below 4 GiB.
     pub window_address: u32,
-    /// Length of that window.
+    /// Length of that window, bytes.
     pub window_size: u32,
     /// First and last address for BARs above 4 GiB.
     pub high_window: Option<(u64, u64)>,
     /// First port of the 16550 serial port COM1.
     pub serial_port: u16,
-    /// Its interrupt.
+    /// Interrupt of the serial port, edge-triggered.
     pub serial_gsi: u32,
-    /// Power registers and events.
+    /// Power registers, and how the guest hears of events.
     pub power: Power,
-    /// Devices that only ACPI tells of.
+    /// Devices that only ACPI tells of, in the DSDT's order.
     pub devices: Vec<AcpiDevice>,
-    /// Whether functions come and go.
+    /// Slots whose functions come and go; without it none does.
     pub hotplug: Option<PciHotplug>,
 }
 
@@ -189,7 +189,7 @@ pub fn ports(first: u16, count: u8) -> Vec<u8> {
     resources(vec![&aml::IO::new(first, first, 1, count)])
 }
 
-/// The same with an edge-triggered interrupt.
+/// A `_CRS` of one range of ports and one edge-triggered, active-high interrupt that is not shared.
 #[must_use]
 pub fn ports_and_interrupt(first: u16, count: u8, gsi: u32) -> Vec<u8> {
     let interrupt = aml::Interrupt::new(true, true, false, false, gsi);

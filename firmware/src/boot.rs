@@ -4,7 +4,7 @@
 //! Two protocols say the same: Linux's zero page (kernel `Documentation/arch/x86/boot.rst`, for a bzImage)
 //! and PVH's `hvm_start_info` (Xen `include/public/arch-x86/hvm/start_info.h`, for an ELF with a PVH note).
 
-/// Bytes of Linux's `struct boot_params`.
+/// Bytes of Linux's `struct boot_params`, the zero page: what [`zero_page`] returns.
 pub const ZERO_PAGE_BYTES: usize = 4096;
 /// Most entries of the zero page's memory map (`E820_MAX_ENTRIES_ZEROPAGE`).
 pub const E820_ENTRIES_MAX: usize = 128;
@@ -25,14 +25,14 @@ pub enum MemoryKind {
     Reserved = 2,
 }
 
-/// One range of the memory map.
+/// One range of the memory map that firmware or a kernel reads; ranges ascend and do not overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryRange {
-    /// First address.
+    /// First guest-physical address.
     pub base: u64,
-    /// Length in bytes.
+    /// Length, bytes, at least 1.
     pub size: u64,
-    /// What it is.
+    /// What the guest may do with it.
     pub kind: MemoryKind,
 }
 
@@ -62,7 +62,7 @@ pub struct Parameters<'a> {
     pub cmdline_size: u32,
     /// Address and size of the initial RAM disk.
     pub initrd: Option<(u64, u64)>,
-    /// Address of ACPI's RSDP.
+    /// Address of ACPI's RSDP; the rest of the tables is found from there.
     pub rsdp_address: u64,
 }
 

@@ -29,15 +29,15 @@ pub struct Identity {
     pub uuid: [u8; 16],
     /// `Atoll` unless the user says something else; likewise the following.
     pub manufacturer: Option<String>,
-    /// Product.
+    /// Product name, type 1.
     pub product: Option<String>,
-    /// Version.
+    /// Version, type 1.
     pub version: Option<String>,
-    /// Serial number.
+    /// Serial number, type 1.
     pub serial: Option<String>,
-    /// Stock keeping unit.
+    /// Stock keeping unit, type 1.
     pub sku: Option<String>,
-    /// Family.
+    /// Family, type 1.
     pub family: Option<String>,
     /// Texts for the guest's software (type 11).
     pub options: Vec<String>,

@@ -11,17 +11,17 @@ use crate::acpi::{self, ALIGNMENT, Placed, Platform};
 pub const RSDP_FILE: &str = "etc/acpi/rsdp";
 /// Name of the file with all other tables.
 pub const TABLES_FILE: &str = "etc/acpi/tables";
-/// Name of the script's file.
+/// Name of the file with the script, which firmware looks for first.
 pub const SCRIPT_FILE: &str = "etc/table-loader";
 
 /// File with the generation id, which firmware puts into a page of its own; and the file into which it writes where
 /// that page is (QEMU `docs/specs/vmgenid.rst`, whose names OVMF takes from the script).
 pub const GENERATION_FILE: &str = "etc/vmgenid_guid";
-/// See [`GENERATION_FILE`]: eight bytes, little-endian.
+/// File that firmware writes the page's guest-physical address to: eight bytes, little-endian.
 pub const GENERATION_ADDRESS_FILE: &str = "etc/vmgenid_addr";
 /// Where the id is in its file: behind what a table's header would be, since OVMF looks for tables where pointers point.
 pub const GENERATION_OFFSET: u32 = 40;
-/// The page.
+/// Bytes of the file: a page, so that nothing else shares it.
 pub const GENERATION_FILE_BYTES: usize = 4096;
 
 /// Bytes of one command of the script.
@@ -54,11 +54,11 @@ const RSDP_EXTENDED_CHECKSUM: (u32, u32) = (32, 36);
 /// pointers and checksums.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableFiles {
-    /// Content of [`RSDP_FILE`].
+    /// Content of [`RSDP_FILE`]: its pointer and checksums are what the script sets.
     pub rsdp: Vec<u8>,
-    /// Content of [`TABLES_FILE`].
+    /// Content of [`TABLES_FILE`]: pointers are offsets into the file until the script has run.
     pub tables: Vec<u8>,
-    /// Content of [`SCRIPT_FILE`].
+    /// Content of [`SCRIPT_FILE`]: commands of 128 bytes, in the order of their execution.
     pub script: Vec<u8>,
 }
 

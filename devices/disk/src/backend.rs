@@ -17,7 +17,7 @@ pub const SECTOR_BYTES: u64 = 512;
 pub struct Geometry {
     /// Size in bytes, a multiple of 512.
     pub size_bytes: u64,
-    /// Writes are refused.
+    /// Requests that change the disk are refused with [`io::ErrorKind::ReadOnlyFilesystem`].
     pub read_only: bool,
 }
 
@@ -28,7 +28,7 @@ pub struct Abilities {
     pub block_bytes: u32,
     /// Discards free space, in units of this many bytes; none are taken when absent.
     pub discard_bytes: Option<u32>,
-    /// [`Operation::WriteZeroes`] is taken.
+    /// [`Operation::WriteZeroes`] is taken; without it the request is refused.
     pub write_zeroes: bool,
     /// Longest range that one request discards or zeroes.
     pub range_bytes_max: u32,
@@ -45,7 +45,7 @@ impl Default for Abilities {
     }
 }
 
-/// Why a disk keeps its size.
+/// Why a disk keeps its size, which nothing has been done to then.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
     /// The guest may have data there.
@@ -154,7 +154,7 @@ pub trait BlockQueue: Send {
 pub struct Request {
     /// The caller's key, returned with the completion; the queue does not look at it.
     pub token: u64,
-    /// What to do.
+    /// What to do; with what length, where no data moves.
     pub operation: Operation,
     /// First byte on the disk; 0 for a flush.
     pub offset_bytes: u64,
@@ -162,7 +162,7 @@ pub struct Request {
     pub segments: Segments,
 }
 
-/// What a request does.
+/// What a request does. When a write is durable that no flush follows is [`crate::Cache`]'s matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// Disk to memory.
@@ -198,7 +198,7 @@ pub enum Space {
 /// a write has reached the disk then is not known.
 #[derive(Debug)]
 pub struct Completion {
-    /// The request's token.
+    /// [`Request::token`] of the request that has ended.
     pub token: u64,
     /// Whether *all* bytes were transferred; a short transfer is an error.
     pub result: io::Result<()>,

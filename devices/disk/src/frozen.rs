@@ -99,7 +99,7 @@ impl Freezable {
 }
 
 impl Frozen {
-    /// Size at that moment, in bytes.
+    /// Size of the disk at that moment, bytes: a later growth is not in it.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
@@ -169,7 +169,7 @@ impl Frozen {
 }
 
 impl FrozenReader {
-    /// Size of the disk, in bytes.
+    /// Size of the disk at the frozen moment, bytes.
     pub fn size_bytes(&self) -> u64 {
         self.frozen.size_bytes
     }

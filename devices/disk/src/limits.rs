@@ -23,21 +23,21 @@ use crate::layer::{Layer, QueueLayer};
 /// How long a held request waits at most before its limits are looked at again: they may have been raised.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// One rate; absent is without limit.
+/// One rate, of bytes or of requests; without `per_second` there is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rate {
-    /// Units in a second.
+    /// Units in a second, on average; `None` is without limit.
     pub per_second: Option<u64>,
     /// Units that may come at once after idleness; a tenth of a second's when absent.
     pub burst: Option<u64>,
 }
 
-/// Bytes and operations of one direction.
+/// Bytes and requests of one direction, each held by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limit {
-    /// Bytes.
+    /// Bytes of data.
     pub bytes: Rate,
-    /// Requests.
+    /// Requests, whatever their size.
     pub operations: Rate,
 }
 
@@ -45,11 +45,11 @@ pub struct Limit {
 /// flush from neither.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits {
-    /// Both directions together.
+    /// Both directions together, beside what each has.
     pub total: Limit,
-    /// Reads.
+    /// Reads alone.
     pub read: Limit,
-    /// Writes, discards and zeroes.
+    /// Writes, discards and writes of zeroes.
     pub write: Limit,
 }
 

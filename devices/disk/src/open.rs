@@ -19,7 +19,7 @@ use crate::raw::RawBackend;
 use crate::uring;
 use crate::zeroes::DetectZeroes;
 
-/// How requests reach the kernel.
+/// How the requests of an image's queue reach the kernel. [`Engine::best`] finds out what this process may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
     /// io_uring: one system call for a batch, completions as they come.
@@ -110,25 +110,25 @@ impl Format {
     }
 }
 
-/// Where a disk's sectors are.
+/// Where a disk's sectors are: an image, its format, and what is behind it. Nothing of it is probed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
-    /// Image file or block device.
+    /// Path of the image file or block device, opened by [`open`] or [`files`] only.
     pub path: PathBuf,
-    /// Its format.
+    /// Format of that image, by the user's word: what the image's bytes look like is never asked.
     pub format: Format,
     /// The images behind it, nearest first: exactly those that the images' own headers name.
     pub backing: Vec<(PathBuf, Format)>,
 }
 
-/// How to open a disk.
+/// How to open a disk. The default is to read and write it by the host's page cache.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OpenOptions {
     /// Refuse writes; several readers may then share the image.
     pub read_only: bool,
     /// `None` takes the best one for the image.
     pub engine: Option<Engine>,
-    /// See [`Cache`].
+    /// When writes are durable, and whether the host caches sectors.
     pub cache: Cache,
     /// Give space back that the guest discards.
     pub discard: bool,
@@ -401,7 +401,8 @@ impl OpenedDisk {
     }
 }
 
-/// Opens a disk in one step.
+/// Opens a disk in one step, for whoever shares no files: opens, locks and checks all images, and makes the
+/// decorators that `options` ask for. Blocks on the file system; makes no thread.
 pub fn open(source: &Source, options: OpenOptions) -> Result<Arc<dyn BlockBackend>, OpenError> {
     files(source, options)?.backend()
 }

@@ -206,7 +206,7 @@ impl RawBackend {
         })
     }
 
-    /// The engine in use.
+    /// The engine in use: the one that was asked for, or the best one for the image.
     pub fn engine(&self) -> Engine {
         self.engine
     }

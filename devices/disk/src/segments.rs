@@ -17,7 +17,7 @@ pub struct Segments {
 unsafe impl Send for Segments {}
 
 impl Segments {
-    /// An empty list.
+    /// An empty list, which allocates when the first range is appended.
     pub fn new() -> Self {
         Self::default()
     }
@@ -38,17 +38,17 @@ impl Segments {
         self.total_bytes = self.total_bytes.saturating_add(length_bytes as u64);
     }
 
-    /// Sum of all lengths.
+    /// Sum of all lengths, bytes; saturates.
     pub fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
 
-    /// Number of ranges.
+    /// Number of ranges, of which some may be empty.
     pub fn count(&self) -> usize {
         self.ranges.len()
     }
 
-    /// Empties the list, keeping its capacity.
+    /// Empties the list and keeps its capacity, for the next request. The ranges' memory is not touched.
     pub fn clear(&mut self) {
         self.ranges.clear();
         self.total_bytes = 0;

@@ -45,7 +45,7 @@ pub enum MisfitError {
 }
 
 impl Switchable {
-    /// A disk that `first` serves.
+    /// A disk that `first` serves. The guest is told of `first`'s abilities, which bind every later backend.
     pub fn new(first: Arc<dyn BlockBackend>) -> Self {
         Self {
             abilities: first.abilities(),
@@ -83,7 +83,7 @@ impl Switchable {
         Ok(())
     }
 
-    /// What serves it now.
+    /// What serves it now; another one may a moment later, when its queues have been closed.
     pub fn current(&self) -> Arc<dyn BlockBackend> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         current.clone()

@@ -48,9 +48,9 @@ pub trait DoorbellSink: Send + Sync {
 /// A range of guest-physical addresses where BARs may be; the VMM's layout says which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
-    /// First address.
+    /// First guest-physical address of the window.
     pub base: u64,
-    /// Bytes.
+    /// Bytes of the window.
     pub size: u64,
 }
 
@@ -432,9 +432,9 @@ pub struct ConfigPorts {
 }
 
 impl ConfigPorts {
-    /// First port.
+    /// First port: the address register of configuration mechanism #1, PCI 3.0 §3.2.2.3.2.
     pub const BASE: u64 = 0xcf8;
-    /// Ports.
+    /// Ports: four of the address register, four of the data register.
     pub const SIZE: u64 = 8;
     /// What software writes to port 0xcf9: a full reset, on the transition of bit 2.
     pub const RESET_VALUE: u8 = 0x06;

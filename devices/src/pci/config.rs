@@ -29,38 +29,38 @@ const INTERRUPT_LINE: usize = 0x3c;
 /// Where capabilities begin.
 const CAPABILITIES_START: usize = 0x40;
 
-/// What a function says it is.
+/// What a function says it is: the registers by which a guest chooses its driver, PCI 3.0 §6.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// Vendor.
+    /// Vendor ID: 0x1af4 for virtio.
     pub vendor: u16,
-    /// Device of that vendor.
+    /// Device ID, a number of that vendor's.
     pub device: u16,
-    /// Vendor of the subsystem.
+    /// Subsystem vendor ID, PCI 3.0 §6.2.4.
     pub subsystem_vendor: u16,
-    /// Subsystem.
+    /// Subsystem ID, a number of the subsystem's vendor.
     pub subsystem: u16,
     /// Base class, sub class, programming interface: `0xCCSSPP`.
     pub class: u32,
-    /// Revision.
+    /// Revision ID, a number of the vendor's.
     pub revision: u8,
 }
 
 /// One 64-bit memory BAR; it takes two of the six registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bar {
-    /// Register index: 0, 2 or 4.
+    /// Index of the first of its two registers: 0, 2 or 4.
     pub index: usize,
-    /// Power of two, at least 16.
+    /// Bytes that it decodes: a power of two, at least 16.
     pub size: u64,
 }
 
 /// One entry of the capability list, without its two-byte header.
 #[derive(Debug, Clone)]
 pub struct Capability {
-    /// Capability ID.
+    /// Capability ID, PCI 3.0 appendix H: 0x09 for a vendor's own, 0x11 for MSI-X.
     pub id: u8,
-    /// Bytes after the `next` pointer.
+    /// Bytes behind the ID and the `next` pointer, as at power-on.
     pub body: Vec<u8>,
     /// Which bits of `body` the guest may write; missing bytes are read-only.
     pub writable: Vec<u8>,

@@ -70,7 +70,7 @@ pub struct PciHotplug {
 }
 
 impl PciHotplug {
-    /// Ports of the block.
+    /// Ports of the block, from the base that the VMM's layout gives it.
     pub const SIZE: u16 = 12;
 
     /// Registers for `bus`. Each pulse of `event` lets the guest read them.

@@ -23,11 +23,11 @@ pub const SLOT_COUNT: usize = 32;
 
 /// An address which, when the guest writes to it, does nothing but signal an eventfd.
 pub struct Doorbell {
-    /// BAR it lies in.
+    /// Index of the BAR it lies in, as in [`Bar::index`].
     pub bar: usize,
-    /// Offset in that BAR.
+    /// Bytes from the beginning of that BAR to the address.
     pub offset: u64,
-    /// What to signal.
+    /// What a write there signals, whatever its value and size.
     pub event: EventFd,
 }
 

@@ -25,7 +25,7 @@ pub struct DebugPort {
 }
 
 impl DebugPort {
-    /// Its address.
+    /// Port that OVMF writes its log to, a byte at a time.
     pub const PORT: u16 = 0x402;
 
     /// A port that writes to the end of `log`.

@@ -22,7 +22,7 @@ use crate::bus::BusDevice;
 use crate::rate_limited::{RateLimit, warn_limited};
 use crate::state::{DeviceState, Saved, SavedState, StateError};
 
-/// Unit of erasure.
+/// Unit of erasure, bytes: an erased block reads as ones.
 pub const BLOCK_BYTES: u64 = 4096;
 /// Commands (Intel 28FxxxJ3 datasheet, table "Command Definitions").
 const READ_ARRAY: u8 = 0xff;

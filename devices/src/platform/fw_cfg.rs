@@ -170,9 +170,10 @@ impl DeviceState for FwCfg {
 struct Refused;
 
 impl FwCfg {
-    /// First port.
+    /// First port, the selector's; data is at the port after it, the DMA address four ports on (QEMU
+    /// `docs/specs/fw_cfg.rst`).
     pub const PORT: u16 = 0x510;
-    /// Ports.
+    /// Ports: from the selector to the end of the DMA address register.
     pub const SIZE: u16 = 12;
 
     /// A device with these items, whose DMA goes to `memory`.
@@ -187,7 +188,8 @@ impl FwCfg {
         }
     }
 
-    /// Nothing is selected, as at power-on.
+    /// Puts the device back to power-on: nothing is selected; items stay. Called by the machine's owner while vCPUs
+    /// are held.
     pub fn reset(&self) {
         *self.lock() = State::default();
     }

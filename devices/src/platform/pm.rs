@@ -91,7 +91,7 @@ impl IrqLine for PowerButton {
 }
 
 impl AcpiPm {
-    /// Ports of the block.
+    /// Ports of the block, as those at an ICH9's PMBASE.
     pub const SIZE: u16 = 0x80;
 
     /// Registers that tell `control` of soft-off and drive `sci`, which is level-triggered.

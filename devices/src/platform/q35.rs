@@ -7,7 +7,7 @@
 
 use crate::pci::{ConfigSpace, Identity, PciDevice};
 
-/// Slot of the LPC bridge.
+/// Slot of the LPC bridge, where an ICH9 has it (0:1f.0).
 pub const LPC_SLOT: usize = 0x1f;
 
 /// Host bridge: PCI Express base address (Intel 3 Series Express Chipset datasheet §5.1.16), eight bytes.
@@ -35,7 +35,7 @@ const PIRQ_DISABLED: u8 = 1 << 7;
 /// Root complex base address (§13.1.37).
 const ROOT_COMPLEX: usize = 0xf0;
 
-/// Configuration space of the host bridge.
+/// Configuration space of the host bridge at power-on, for [`crate::pci::PciBus`]'s slot 0.
 #[must_use]
 pub fn host_bridge() -> ConfigSpace {
     let mut space = ConfigSpace::new(Identity {
@@ -55,7 +55,7 @@ pub fn host_bridge() -> ConfigSpace {
 
 /// The LPC bridge, with its PM ports enabled at `pm_base` from power-on.
 pub struct LpcBridge {
-    /// First of the PM ports.
+    /// First port of the PM block, which PMBASE shows at power-on; to write another one there moves nothing.
     pub pm_base: u16,
 }
 

@@ -21,7 +21,7 @@ const A20: u8 = 1 << 1;
 pub struct KeyboardReset(pub Arc<dyn MachineControl>);
 
 impl KeyboardReset {
-    /// Its address.
+    /// Port of the 8042's commands; only the reset pulse (0xfe) does something.
     pub const PORT: u16 = 0x64;
 }
 
@@ -63,7 +63,7 @@ pub struct SystemControl {
 }
 
 impl SystemControl {
-    /// Its address.
+    /// Port of a PC's system control register A.
     pub const PORT: u16 = 0x92;
 
     /// A port that tells `control` of resets.
@@ -75,7 +75,7 @@ impl SystemControl {
         }
     }
 
-    /// As at power-on.
+    /// Puts the register back to what it is at power-on; called by the machine's owner while vCPUs are held.
     pub fn reset(&self) {
         self.value.store(A20, Ordering::SeqCst);
     }

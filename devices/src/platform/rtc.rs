@@ -100,9 +100,9 @@ struct Moment {
 }
 
 impl Rtc {
-    /// First port.
+    /// First port: the index register; the data register is the port after it.
     pub const PORT: u16 = 0x70;
-    /// Ports.
+    /// Ports: index and data.
     pub const SIZE: u16 = 2;
 
     /// A clock of a machine with that much RAM below and above 4 GiB; `line` is edge-triggered.

@@ -57,7 +57,7 @@ pub struct Serial {
 impl Serial {
     /// First port of COM1; its interrupt is IRQ 4.
     pub const COM1: u64 = 0x3f8;
-    /// Ports.
+    /// Ports: the eight registers of a 16550.
     pub const SIZE: u64 = 8;
 
     /// Connects the guest's side (`irq`, edge-triggered) with the host's (`port`).

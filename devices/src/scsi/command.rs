@@ -51,10 +51,10 @@ pub enum Command {
     GetEventStatus { classes: u8, allocation: usize },
 }
 
-/// Fields of MODE SENSE.
+/// Fields of MODE SENSE(6) and (10), SPC-4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModeSense {
-    /// Page; 0x3f for all.
+    /// Page code; 0x3f asks for all pages.
     pub page: u8,
     /// The 10-byte form, with an 8-byte header.
     pub long: bool,
@@ -62,27 +62,27 @@ pub struct ModeSense {
     pub changeable: bool,
 }
 
-/// Fields of WRITE SAME.
+/// Fields of WRITE SAME(10) and (16), SBC-3: one block's data, written to each of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WriteSame {
-    /// First block.
+    /// First logical block of the range.
     pub block: u64,
-    /// Blocks.
+    /// Logical blocks in the range.
     pub count: u32,
-    /// The unit may free them.
+    /// The unit may free the blocks, if they read as zeroes then.
     pub unmap: bool,
-    /// There is no data: zeroes.
+    /// NDOB, of the 16-byte command: no data comes with it, and zeroes are written.
     pub no_data: bool,
 }
 
-/// Fields of READ TOC.
+/// Fields of READ TOC/PMA/ATIP, MMC-5: which form of a disc's table of contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadToc {
-    /// 0: tracks, 1: sessions.
+    /// Form of the answer: 0 for tracks, 1 for sessions.
     pub format: u8,
-    /// First track to be told.
+    /// First track or session to be told of.
     pub first: u8,
-    /// Addresses in minutes, seconds, frames.
+    /// Addresses are told as minutes, seconds and frames, not as logical blocks.
     pub msf: bool,
 }
 

@@ -22,7 +22,7 @@ const PATTERN_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of an UNMAP parameter list with its one descriptor. SBC-3 §5.28.
 const UNMAP_LIST_BYTES: usize = 24;
 
-/// What a unit is.
+/// What a unit is to its driver: its peripheral device type and its commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TargetKind {
     /// A disk.
@@ -33,7 +33,7 @@ pub enum TargetKind {
 
 /// What a unit is made of: its medium, what it says that it is, and what it may be asked for.
 pub struct TargetOptions {
-    /// Its kind.
+    /// What the unit is; for good.
     pub kind: TargetKind,
     /// What the guest reads as its serial number, at most 64 bytes of it.
     pub serial: String,
@@ -64,7 +64,7 @@ struct State {
     event: u8,
 }
 
-/// The saved form of a unit.
+/// The saved form of a unit: what the guest has done to it and not yet been told, not its medium's content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetState {
     /// Size of the medium; absent when there is none.
@@ -143,7 +143,7 @@ impl Target {
         }
     }
 
-    /// Its kind.
+    /// What the unit is, as in [`TargetOptions::kind`].
     pub fn kind(&self) -> TargetKind {
         self.kind
     }
@@ -216,7 +216,7 @@ impl Target {
         Ok(())
     }
 
-    /// Takes the state out.
+    /// Takes the unit's state out. The machine is paused: no request is with the backend.
     pub fn save(&self) -> TargetState {
         let state = self.lock();
         let size = state.medium.as_ref().map(|medium| medium.geometry());

@@ -36,7 +36,7 @@ const F_STATISTICS: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 const F_REPORTING: u64 = 1 << 5;
 
-/// What a balloon can do.
+/// Optional features that a balloon offers to its driver, VIRTIO 1.2 §5.5.3; fixed, since the driver has seen them.
 #[derive(Debug, Clone, Copy)]
 pub struct BalloonOptions {
     /// The guest may take pages back when it runs out of memory, without asking.
@@ -67,7 +67,7 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    /// An empty balloon.
+    /// A balloon that has nothing and wants nothing: its target is 0 until [`Balloon::set_target`].
     pub fn new(options: BalloonOptions) -> Self {
         Self {
             options,

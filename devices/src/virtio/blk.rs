@@ -46,18 +46,18 @@ const LINGER: Duration = Duration::from_micros(50);
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// [`SECTOR_BYTES`] for 32-bit fields.
 const SECTOR_BYTES_U32: u32 = 512;
-/// Bytes of the identification string, §5.2.6.
+/// Bytes of the identification that VIRTIO_BLK_T_GET_ID returns, padded with zeroes, VIRTIO 1.2 §5.2.6.
 pub const SERIAL_BYTES: usize = 20;
 
-/// What a disk is made of.
+/// What a disk is made of, by the VMM: a backend that is open already, and how the guest sees it.
 pub struct BlkOptions {
-    /// In logs and thread names: `blk0`.
+    /// Name of the disk in logs, and of its threads with the queue's number behind it: `disk0`, `disk0-q0`.
     pub name: String,
-    /// The opened disk.
+    /// The opened disk, which every queue opens a queue of its own of when the driver starts it.
     pub backend: Arc<dyn BlockBackend>,
     /// Identification that the guest reads, cut to [`SERIAL_BYTES`].
     pub serial: String,
-    /// Virtqueues, at least 1.
+    /// Virtqueues, at least 1 (0 counts as 1). More than one is offered to the driver as VIRTIO_BLK_F_MQ.
     pub queue_count: u16,
 }
 

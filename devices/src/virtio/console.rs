@@ -39,7 +39,7 @@ struct Counters {
     written: Counter,
 }
 
-/// One port of the device.
+/// One port of the device, VIRTIO 1.2 §5.3: a pair of queues, with a console's host end behind it.
 pub struct PortOptions {
     /// The host's end, which no other device may use.
     pub port: Arc<ConsolePort>,

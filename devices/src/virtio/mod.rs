@@ -36,23 +36,23 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::counters::{CounterList, QueueCounters};
 use crate::state::DeviceState;
 
-/// Device ID numbers. VIRTIO 1.2 §5.
+/// Device ID numbers, VIRTIO 1.2 §5; on PCI a function's device ID is 0x1040 more (§4.1.2).
 pub mod device_id {
-    /// Network card.
+    /// Network card, §5.1.
     pub const NET: u16 = 1;
-    /// Block device.
+    /// Block device, §5.2.
     pub const BLOCK: u16 = 2;
-    /// Console.
+    /// Console and its ports, §5.3.
     pub const CONSOLE: u16 = 3;
-    /// Entropy source.
+    /// Entropy source, §5.4.
     pub const RNG: u16 = 4;
-    /// Memory balloon.
+    /// Memory balloon, §5.5.
     pub const BALLOON: u16 = 5;
-    /// SCSI host.
+    /// SCSI host, §5.6.
     pub const SCSI: u16 = 8;
-    /// Socket device.
+    /// Socket device, §5.10.
     pub const VSOCK: u16 = 19;
-    /// File system.
+    /// File system, §5.11.
     pub const FS: u16 = 26;
 }
 
@@ -62,11 +62,12 @@ pub struct QueueStart {
     pub index: u16,
     /// The rings, checked to lie in guest RAM, with the interrupt that belongs to them.
     pub queue: DeviceQueue,
-    /// Feature bits that the driver accepted.
+    /// Feature bits that the driver accepted, of those that the device and its transport offered; fixed until a
+    /// reset.
     pub features: u64,
     /// Signalled by the driver (ioeventfd). Never read: only its edges count.
     pub doorbell: EventFd,
-    /// To be counted into.
+    /// Numbers of this queue that whoever serves it adds to; they outlive the queue's stop.
     pub counters: Arc<QueueCounters>,
 }
 
@@ -74,9 +75,9 @@ pub struct QueueStart {
 #[derive(Debug, thiserror::Error)]
 #[error("start queue {index}")]
 pub struct StartError {
-    /// The queue.
+    /// Position of the queue in the device's list.
     pub index: u16,
-    /// Why.
+    /// What the host refused: a thread, an eventfd, a ring, or the backend's own queue.
     #[source]
     pub source: std::io::Error,
 }

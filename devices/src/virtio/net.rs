@@ -97,13 +97,13 @@ const CARD_FEATURES: [u32; 7] = [
     VIRTIO_NET_F_GUEST_ANNOUNCE,
 ];
 
-/// What a card is made of.
+/// What a card is made of, by the VMM: its host's end is open or connected already.
 pub struct NetOptions {
-    /// In logs and thread names: `net0`.
+    /// Name of the card in logs and thread names: `net0`.
     pub name: String,
-    /// The host's end.
+    /// The host's end; with it the card's number of queue pairs.
     pub host: HostEnd,
-    /// Address that the guest reads.
+    /// Address that the guest reads in the card's configuration, §5.1.4; the driver may use another one.
     pub mac: Mac,
     /// MTU that the guest reads; none is announced when absent.
     pub mtu: Option<u16>,
@@ -296,7 +296,7 @@ impl Net {
         self.shared.send_limit.set(send);
     }
 
-    /// Whether either direction is limited.
+    /// Whether either direction is held to a rate by [`Net::set_limits`].
     pub fn is_limited(&self) -> bool {
         self.shared.receive_limit.is_set() || self.shared.send_limit.is_set()
     }

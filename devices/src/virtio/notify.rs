@@ -164,7 +164,7 @@ impl QueueInterrupt {
         self.device.0.msix.event(self.vector())
     }
 
-    /// The device this queue belongs to.
+    /// The device that the queue belongs to: for its configuration interrupt, its log lines, and NEEDS_RESET.
     pub fn device(&self) -> &DeviceInterrupts {
         &self.device
     }

@@ -52,9 +52,9 @@ const CAPABILITY_MSIX: u8 = 0x11;
 
 /// What the VMM gives to one virtio function.
 pub struct VirtioPciOptions {
-    /// In logs and thread names: `disk0`.
+    /// Name of the device in logs and thread names: `disk0`.
     pub name: String,
-    /// Guest RAM.
+    /// Guest RAM: where rings and buffers may be. Nothing else is reachable for the driver.
     pub memory: Memory,
     /// Its vectors: best one a queue and one for configuration changes. With fewer, the driver shares them.
     pub msix: Arc<dyn MsixSink>,
@@ -64,9 +64,9 @@ pub struct VirtioPciOptions {
 #[derive(Debug, thiserror::Error)]
 #[error("{device}: resume")]
 pub struct PauseError {
-    /// The device.
+    /// Name of the device, as in [`VirtioPciOptions::name`].
     pub device: String,
-    /// Why.
+    /// Which queue, and what the host refused.
     #[source]
     pub source: StartError,
 }
@@ -188,7 +188,7 @@ impl VirtioPci {
         })
     }
 
-    /// Name in logs.
+    /// Name of the device in logs, as in [`VirtioPciOptions::name`].
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -74,9 +74,10 @@ pub enum QueueError {
 /// A piece of guest RAM, checked to exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
-    /// Guest-physical address.
+    /// Guest-physical address of the first byte; `size` bytes from there on are RAM, of one region or of several that
+    /// adjoin.
     pub address: u64,
-    /// Bytes, at least 1.
+    /// Bytes, at least 1: empty descriptors yield no segment.
     pub size: u32,
 }
 
@@ -199,7 +200,7 @@ pub struct GuestBuffers<'a> {
 }
 
 impl<'a> GuestBuffers<'a> {
-    /// Bytes.
+    /// Bytes in all segments, without those that were skipped or not taken.
     pub fn size(&self) -> u64 {
         self.size - self.skip
     }
@@ -216,7 +217,7 @@ impl<'a> GuestBuffers<'a> {
         (size <= self.size).then_some(Self { size, ..self })
     }
 
-    /// The RAM that it is in.
+    /// The RAM that all segments were checked against; it stays mapped for as long as the chain has it.
     pub fn ram(&self) -> &'a Arc<Ram> {
         self.ram
     }
@@ -322,7 +323,7 @@ impl DeviceQueue {
         })
     }
 
-    /// Entries of the rings.
+    /// Entries of each ring: a power of two that the driver chose, at most the device's own (VIRTIO 1.2 §2.7).
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
@@ -430,12 +431,12 @@ impl DeviceQueue {
         &self.memory
     }
 
-    /// The interrupt of this queue.
+    /// How the driver is told of used buffers; for those who serve a queue without [`DeviceQueue::signal`].
     pub fn interrupt(&self) -> &QueueInterrupt {
         &self.interrupt
     }
 
-    /// What it counts.
+    /// What this queue counts; the same numbers that the control API shows for it.
     pub fn counters(&self) -> &QueueCounters {
         &self.counters
     }

@@ -26,7 +26,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A new one.
+    /// An entropy source with its one queue; it needs nothing of the host but getrandom(2).
     pub fn new() -> Self {
         Self::default()
     }

@@ -41,7 +41,8 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const SECTORS_MAX: u32 = 0xffff;
 /// Requests that a driver may queue for one unit.
 const COMMANDS_MAX: u32 = 128;
-/// Highest target number.
+/// Highest target number, told as `max_target`; a target is one byte of a request's `lun` (VIRTIO 1.2 §5.6.4,
+/// §5.6.6.1).
 pub const TARGET_MAX: u8 = 254;
 /// A unit may come and go (§5.6.3).
 const F_HOTPLUG: u64 = 1 << 1;
@@ -55,13 +56,13 @@ const REQUEST_QUEUES: u16 = 2;
 /// The units by target number, shared with the queues.
 type Targets = Arc<Mutex<BTreeMap<u8, Arc<Target>>>>;
 
-/// What a controller is made of.
+/// What a controller is made of, by the VMM; units may come and go afterwards.
 pub struct ScsiOptions {
-    /// In logs and thread names: `scsi`.
+    /// Name of the controller in logs and thread names: `scsi`.
     pub name: String,
-    /// Request queues, at least 1.
+    /// Request queues, at least 1 (0 counts as 1), beside the control and the event queue, §5.6.2.
     pub queue_count: u16,
-    /// The units that it starts with.
+    /// The units that it starts with, by target number, up to [`TARGET_MAX`]; each is LUN 0 of its target.
     pub targets: BTreeMap<u8, Arc<Target>>,
 }
 
@@ -77,7 +78,7 @@ pub struct Scsi {
 }
 
 impl Scsi {
-    /// A controller with its units.
+    /// A controller with its units. Fails where the host gives no eventfd.
     pub fn new(options: ScsiOptions) -> std::io::Result<Self> {
         Ok(Self {
             name: options.name,

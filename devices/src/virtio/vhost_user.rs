@@ -43,7 +43,7 @@ pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
 /// What a kind of device is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceKind {
-    /// As users call it.
+    /// Name of the kind on the command line and in specs: `blk`.
     pub name: &'static str,
     /// Virtio's number for it, VIRTIO 1.2 §5.
     pub id: u16,

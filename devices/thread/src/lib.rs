@@ -56,7 +56,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Every kind.
+    /// Every kind, in the order of declaration: a kind's number is its index here.
     pub const ALL: &[Self] = &[
         Self::Owner,
         Self::Starter,

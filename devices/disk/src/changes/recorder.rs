@@ -35,7 +35,7 @@ impl CheckpointId {
 pub struct Changes {
     /// The checkpoint whose copy this one completes; `None`: it takes all blocks, and needs no other.
     pub since: Option<CheckpointId>,
-    /// The blocks.
+    /// The blocks that were written since, or all; their size is the set's own.
     pub blocks: BlockSet,
 }
 

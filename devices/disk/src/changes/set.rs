@@ -61,12 +61,12 @@ impl BlockSet {
         &self.words
     }
 
-    /// Size of the disk, in bytes.
+    /// Size of the disk, bytes; the last block may be cut off there.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
 
-    /// Size of a block, in bytes.
+    /// Size of a block, bytes: what one bit stands for.
     pub fn block_bytes(&self) -> u32 {
         self.block_bytes
     }

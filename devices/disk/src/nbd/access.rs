@@ -14,7 +14,7 @@ use crate::frozen::FrozenReader;
 /// Most that one request to a disk moves.
 pub(super) const PIECE_BYTES_MAX: usize = 1 << 20;
 
-/// See the module. One a connection.
+/// What one connection does with the export that it has chosen: requests one after the other, which block its thread.
 pub struct Access(Opened);
 
 enum Opened {

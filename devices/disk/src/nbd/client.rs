@@ -76,7 +76,8 @@ pub enum NbdClientError {
     Connection(#[from] io::Error),
 }
 
-/// See the module.
+/// A disk that an NBD server has, over connections that its requests share. A connection that breaks is given up;
+/// with the last one every request fails.
 pub struct NbdBackend {
     geometry: Arc<SharedGeometry>,
     abilities: Abilities,

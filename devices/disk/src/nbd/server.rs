@@ -50,12 +50,12 @@ impl NbdServer {
         })
     }
 
-    /// What is served.
+    /// What is served, in the order in which clients list it.
     pub fn exports(&self) -> &[Export] {
         &self.shared.exports
     }
 
-    /// Clients now.
+    /// Connections that are served now, at most [`CONNECTIONS_MAX`].
     pub fn connection_count(&self) -> usize {
         self.shared.streams().open.len()
     }

@@ -28,7 +28,7 @@ impl Default for Qcow2Options {
     }
 }
 
-/// Why there is no new image.
+/// Why there is no new image. Nothing is left at its path, but what was there before.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// No image can be like this.
@@ -101,7 +101,7 @@ pub fn resize(source: &Source, size_bytes: u64) -> Result<(), ResizeImageError> 
     Ok(())
 }
 
-/// Why an image keeps its size.
+/// Why [`resize`] has not changed an image's size.
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeImageError {
     /// It cannot be opened for writing.

@@ -42,7 +42,7 @@ const COMPRESSION_TYPE_BIT: usize = 3;
 const ZLIB: u8 = 0;
 const ZSTD: u8 = 1;
 
-/// What is wrong with an image.
+/// What is wrong with an image, or why its tables cannot be read. Every one is before its first request.
 #[derive(Debug, thiserror::Error)]
 pub enum Qcow2Error {
     /// Not the format that the spec says.

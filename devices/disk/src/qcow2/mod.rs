@@ -57,7 +57,8 @@ use crate::pool::Pooled;
 
 type Image = FormatAccess<ImageStorage>;
 
-/// An open qcow2 disk.
+/// An open qcow2 disk, locked by its files: while queues are open its reference counts are in memory, and the image
+/// is marked as in use.
 pub struct Qcow2Backend {
     image: Arc<OpenImage>,
     geometry: Arc<SharedGeometry>,

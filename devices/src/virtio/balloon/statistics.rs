@@ -18,21 +18,21 @@ const ENTRIES_MAX: usize = 64;
 /// Numbers about the guest's memory, in bytes but for the counts. Absent where the guest told none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Statistics {
-    /// Swapped in and out since boot.
+    /// Bytes swapped in since the guest's boot (VIRTIO_BALLOON_S_SWAP_IN, §5.5.6.4).
     pub swapped_in: Option<u64>,
-    /// See `swapped_in`.
+    /// Bytes swapped out since the guest's boot (VIRTIO_BALLOON_S_SWAP_OUT).
     pub swapped_out: Option<u64>,
-    /// Page faults with and without input.
+    /// Page faults that waited for a disk, a count since boot (VIRTIO_BALLOON_S_MAJFLT).
     pub major_faults: Option<u64>,
-    /// See `major_faults`.
+    /// Page faults that did not, a count since boot (VIRTIO_BALLOON_S_MINFLT).
     pub minor_faults: Option<u64>,
-    /// Not used for anything.
+    /// Bytes that are not used for anything (VIRTIO_BALLOON_S_MEMFREE).
     pub free: Option<u64>,
-    /// All that the guest's kernel has.
+    /// Bytes that the guest's kernel manages, which are fewer than its RAM has (VIRTIO_BALLOON_S_MEMTOT).
     pub total: Option<u64>,
     /// What a program could get without swapping.
     pub available: Option<u64>,
-    /// Files in memory.
+    /// Bytes of files in memory, which can be dropped without input or output (VIRTIO_BALLOON_S_CACHES).
     pub caches: Option<u64>,
 }
 

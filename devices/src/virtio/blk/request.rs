@@ -16,7 +16,7 @@ const RANGE_BYTES: usize = 16;
 /// Its only flag: the device may free the space of what it zeroes.
 const FLAG_UNMAP: u32 = 1;
 
-/// Value of the status byte, §5.2.6.
+/// What the driver reads in a request's status byte, VIRTIO 1.2 §5.2.6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
@@ -66,9 +66,9 @@ pub enum Action<'a> {
 /// A request parsed once from its chain; nothing of its header is read again.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
-    /// Guest-physical address of the status byte.
+    /// Guest-physical address of the status byte: the last byte of the chain's writable part.
     pub status: u64,
-    /// What to do.
+    /// What the driver wants done, checked; or the answer that it gets instead.
     pub action: Action<'a>,
 }
 

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// An Ethernet address.
+/// An Ethernet address, in the order of its bytes on the wire.
 pub type Mac = [u8; 6];
 
 /// Addresses that one table may have; a driver with more gets everything of that kind. Our choice.

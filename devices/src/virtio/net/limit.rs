@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use atoll_disk::TokenBucket;
 
-/// How much one direction may carry.
+/// How much one direction of a card may carry, its Ethernet headers included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
-    /// Average.
+    /// Bytes in a second, on average.
     pub bytes_per_second: u64,
     /// What an idle card may carry at once; 0 for a tenth of a second's worth.
     pub burst_bytes: u64,

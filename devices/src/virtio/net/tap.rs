@@ -21,7 +21,7 @@ use virtio_bindings::virtio_net::{
 
 use crate::virtio::GuestBuffers;
 
-/// Bytes of `struct virtio_net_hdr_v1`.
+/// Bytes of `struct virtio_net_hdr_v1` before each packet, VIRTIO 1.2 §5.1.6: its `num_buffers` is always there.
 pub const HEADER_BYTES: usize = 12;
 /// Pieces of a packet that are written without a copy: a header, and 17 pages of data in either half.
 const PIECES_MAX: usize = 36;
@@ -55,7 +55,7 @@ const TUN_F_UFO: u32 = 0x10;
 const TUN_F_USO4: u32 = 0x20;
 const TUN_F_USO6: u32 = 0x40;
 
-/// Why a tap cannot be used.
+/// Why a tap cannot be used. All of them are before the guest's start, and the operator's to mend.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// Longer than the kernel's 15 bytes, empty, or with a zero or a slash in it.
@@ -292,7 +292,7 @@ impl Tap {
         Ok(())
     }
 
-    /// The descriptor, for another process's [`Tap::from_file`].
+    /// The tap's descriptor, which goes on being attached; for another process's [`Tap::from_file`].
     pub fn into_file(self) -> File {
         self.file
     }

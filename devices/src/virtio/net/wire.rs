@@ -42,7 +42,7 @@ const UFO_FEATURES: [u32; 2] = [VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_UFO];
 /// All of them: what a vhost-user backend may have, and its card's driver.
 pub(in crate::virtio) const BACKEND_FEATURES: u64 = bits(&PACKET_FEATURES) | bits(&USO_FEATURES);
 
-/// What a card is connected with.
+/// What a card is connected with. All pairs of one card have the same.
 pub enum HostEnd {
     /// A tap.
     Tap {

@@ -65,11 +65,11 @@ pub enum VhostUserError {
     Connect(#[source] io::Error),
 }
 
-/// How to reach the other process.
+/// How to reach the other process, how long to wait for it, and what to do when it ends.
 pub struct BackendOptions {
     /// The device's name, in logs and thread names: `net0`.
     pub name: String,
-    /// Connected with it.
+    /// A connection with it, of which nothing has been read or written.
     pub stream: UnixStream,
     /// Where to look for another one when it has ended.
     pub reconnect: Option<PathBuf>,

@@ -17,7 +17,7 @@ use crate::virtio::{
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
-/// Bytes of a tag, §5.11.4.
+/// Bytes of a file system's tag in its configuration, padded with zeroes, VIRTIO 1.2 §5.11.4.
 pub const TAG_BYTES_MAX: usize = 36;
 /// Where a disk tells its number of queues, §5.2.4.
 const BLK_QUEUE_COUNT: usize = 34;
@@ -57,7 +57,7 @@ const GONE: &str = "the process that serves it is gone";
 /// How many queues and how much configuration, where it is not as the kind has it.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Layout {
-    /// Virtqueues.
+    /// Virtqueues, all of which the backend serves; it is refused when it has fewer.
     pub queue_count: Option<u16>,
     /// Bytes of configuration space that the backend keeps.
     pub config_bytes: Option<u16>,
