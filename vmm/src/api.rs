@@ -28,10 +28,10 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest path of a Unix socket, without its final zero (`sockaddr_un`, unix(7)).
 const PATH_BYTES_MAX: usize = 107;
 
-/// A request as it came.
+/// A request as it came, its path and method known to be in the API's table, its body not looked at.
 #[derive(Debug)]
 pub struct Asked {
-    /// What is asked for.
+    /// What is asked for: one of the API's table.
     pub request: Request,
     /// An empty object when there is none; see [`body`].
     pub body: Value,
@@ -53,7 +53,7 @@ impl Asked {
 /// An answer: HTTP status and JSON body.
 pub type Answer = (u16, Vec<u8>);
 
-/// Why there is no control API.
+/// Why there is no control API, and so no machine: all of them are before its start.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     /// Another machine has it.
@@ -78,7 +78,7 @@ pub enum ApiError {
     },
 }
 
-/// A refusal with a sentence.
+/// A refusal with a sentence for the caller: `status` is HTTP's, 400 and above.
 #[must_use]
 pub fn refusal(status: u16, error: impl Into<String>) -> Answer {
     let refused = Refused {

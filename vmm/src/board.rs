@@ -22,15 +22,15 @@ use crate::layout;
 /// One board: its address map and which parts it has. A constant; what is in it is migration ABI (`layout.rs`).
 #[derive(Debug)]
 pub struct Board {
-    /// Its name in the spec.
+    /// The name by which a spec chooses it.
     pub profile: Profile,
     /// End (exclusive) of RAM below the holes for devices under 4 GiB.
     pub low_ram_end: u64,
-    /// PCI configuration space by memory.
+    /// First address of PCI configuration space by memory (ECAM), 1 MiB a bus.
     pub ecam: u32,
     /// Window for the BARs of PCI devices below 4 GiB.
     pub window: u32,
-    /// Its length.
+    /// Length of that window, bytes.
     pub window_bytes: u32,
     /// Whether BARs may also be above RAM. Firmware puts 64-bit BARs there.
     pub high_window: bool,
@@ -43,7 +43,7 @@ pub struct Board {
     pub events: &'static [u8],
 }
 
-/// Direct kernel boot.
+/// The smallest machine: a kernel is booted directly, and ACPI is hardware-reduced.
 pub const MICRO: Board = Board {
     profile: Profile::Micro,
     low_ram_end: 3 << 30,
@@ -61,7 +61,7 @@ pub const MICRO: Board = Board {
     events: &[6, 7, 9, 10, 11, 12, 16, 17, 18, 19],
 };
 
-/// A PC.
+/// A machine for firmware and stock disk images: a Q35's map, with a PC's power management.
 pub const PC: Board = Board {
     profile: Profile::Pc,
     low_ram_end: 2 << 30,
@@ -78,7 +78,7 @@ pub const PC: Board = Board {
 };
 
 impl Board {
-    /// The board of that name.
+    /// The board of that name; there is one for each.
     #[must_use]
     pub fn of(profile: Profile) -> &'static Self {
         match profile {

@@ -31,7 +31,7 @@ const VSOCK_CID_MIN: u32 = 3;
 const PORT_COUNT_MAX: usize = 16;
 /// Bytes of a port's name. Our choice.
 const PORT_NAME_BYTES_MAX: usize = 64;
-/// Most virtqueues of a disk.
+/// Most virtqueues of a disk. Our choice.
 pub const QUEUE_COUNT_MAX: u16 = 16;
 /// Most pairs of queues of a network card, as PVE has it.
 const NET_QUEUE_PAIRS_MAX: u16 = 64;

@@ -20,10 +20,10 @@ use crate::machine::BuildError;
 const END: u64 = 1 << 32;
 /// Most bytes of code and variables together: what is below belongs to local APICs.
 const BYTES_MAX: u64 = 16 << 20;
-/// Where Debian's firmware is.
+/// Directory of the firmware images that Debian's package `ovmf` installs.
 pub const PACKAGED: &str = "/usr/share/OVMF/";
 
-/// Why this firmware cannot be used.
+/// Why this firmware cannot be used. Every one is before the guest's first instruction.
 #[derive(Debug, thiserror::Error)]
 pub enum FlashError {
     /// A file cannot be opened or read.
@@ -66,7 +66,7 @@ pub struct FirmwareFiles {
     code: Vec<u8>,
     vars: Vec<u8>,
     vars_file: File,
-    /// Where the debug port writes.
+    /// Where the debug port writes firmware's log, at the file's end.
     pub log: Option<File>,
 }
 
@@ -74,11 +74,11 @@ pub struct FirmwareFiles {
 pub struct FirmwareImages {
     /// Kept for as long as the machine: KVM reads it.
     pub code: Arc<GuestRegionMmap>,
-    /// First address of the variables.
+    /// First guest-physical address of the variables, which end where the code begins.
     pub vars_base: u64,
-    /// Their bytes.
+    /// The variables' bytes as the guest sees them.
     pub vars: Arc<GuestRegionMmap>,
-    /// The same on disk, locked.
+    /// Their file, locked against other machines for as long as it is open.
     pub vars_file: File,
 }
 
@@ -114,7 +114,7 @@ impl FirmwareFiles {
         })
     }
 
-    /// Bytes of code and of variables.
+    /// Bytes of the code and of the variables, in this order.
     #[must_use]
     pub fn sizes(&self) -> (u64, u64) {
         (self.code.len() as u64, self.vars.len() as u64)
@@ -146,7 +146,7 @@ pub struct FlashSlot {
 }
 
 impl FlashSlot {
-    /// Shows the variables to the guest.
+    /// Shows the variables to the guest, in a memory slot of their own that it cannot write.
     pub fn new(machine: VirtualMachine, vars: Arc<GuestRegionMmap>) -> Result<Self, KvmError> {
         machine.set_rom(VARS_SLOT, &vars)?;
         Ok(Self { machine, vars })

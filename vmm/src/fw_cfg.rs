@@ -14,14 +14,14 @@ use atoll_firmware::table_loader::{self, RSDP_FILE, SCRIPT_FILE, TABLES_FILE};
 /// `hw/acpi/ich9.c`, read by OVMF's `QemuFwCfgS3Lib`).
 const SYSTEM_STATES: [u8; 6] = [128, 0, 0, 1, 2, 128];
 
-/// A device in the boot order.
+/// A device in the boot order that firmware is told of, in the file `bootorder`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BootEntry {
-    /// Lowest first.
+    /// Its place, as the user's `bootindex`: the lowest is tried first.
     pub index: u16,
-    /// PCI slot.
+    /// PCI slot of the function on bus 0.
     pub slot: usize,
-    /// What is there.
+    /// What is there, and where behind the function.
     pub kind: BootKind,
 }
 

@@ -23,19 +23,19 @@ pub const MACHINE_VERSION: u32 = 1;
 /// Most vCPUs: local APIC ids are bytes, and 255 is the broadcast.
 pub const CPU_COUNT_MAX: u8 = 255;
 
-/// Boot GDT, four descriptors.
+/// Boot GDT: four descriptors of eight bytes.
 pub const GDT: u64 = 0x500;
-/// Boot IDT, one empty gate.
+/// Boot IDT: one empty gate, as interrupts are off until a kernel has its own.
 pub const IDT: u64 = 0x520;
-/// PVH start_info with its lists.
+/// PVH's `hvm_start_info`, with its memory map and module list behind it.
 pub const PVH_START_INFO: u64 = 0x6000;
-/// Linux zero page.
+/// Linux's zero page (`struct boot_params`), 4096 bytes.
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Stack pointer at the first instruction of a Linux kernel.
 pub const BOOT_STACK: u64 = 0x8ff0;
 /// PML4, PDPT and page directory of the boot identity map.
 pub const PAGE_TABLES: u64 = 0x9000;
-/// Kernel command line.
+/// Kernel command line, ended by a zero byte.
 pub const CMDLINE: u64 = 0x2_0000;
 /// Bytes for it, its final zero included.
 pub const CMDLINE_BYTES_MAX: u64 = 0x1_0000;
@@ -50,34 +50,34 @@ pub const SMBIOS: u64 = 0xf_0000;
 /// Where a PC's processors begin after a reset, as real mode sees it (F000:FFF0): a kernel that gives up on
 /// other ways to restart jumps here. Also the end of the SMBIOS tables' room.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
-/// Kernel image.
+/// First address for a kernel's image, the end of a PC's first MiB.
 pub const KERNEL: u64 = 0x10_0000;
-/// PCI buses.
+/// PCI buses, each with 32 slots; the only one is 0.
 pub const BUS_COUNT: u8 = 1;
-/// I/O APIC, where KVM's is.
+/// Registers of the I/O APIC, where KVM's are and a PC's.
 pub const IOAPIC: u32 = 0xfec0_0000;
-/// Local APICs, where KVM's are.
+/// Registers of the local APICs, where KVM's are and a PC's.
 pub const LAPIC: u32 = 0xfee0_0000;
 /// Start of the RAM that does not fit below the holes under 4 GiB.
 pub const HIGH_RAM: u64 = 4 << 30;
 
-/// COM1.
+/// First port of the serial port COM1.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Ports of COM1.
+/// Ports of COM1: a 16550's eight registers.
 pub const SERIAL_PORT_COUNT: u16 = 8;
-/// Interrupt of COM1.
+/// Interrupt of COM1, a pin of the I/O APIC.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the CMOS clock on the `pc` board: a PC's.
 pub const CLOCK_GSI: u32 = 8;
 /// Sleep control and sleep status registers, then the reset register: a byte each.
 pub const POWER_PORT: u16 = 0x600;
-/// Ports of the power registers.
+/// Ports from [`POWER_PORT`] on.
 pub const POWER_PORT_COUNT: u16 = 3;
 /// `pc`: first port of the PM blocks, where an ICH9's PMBASE is set by OVMF.
 pub const PM_PORT: u16 = 0x600;
 /// Address register of PCI configuration mechanism #1; the data register is four ports on.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
-/// Ports of that mechanism.
+/// Ports from [`PCI_CONFIG_PORT`] on: both registers of that mechanism.
 pub const PCI_CONFIG_PORT_COUNT: u16 = 8;
 /// Registers of PCI hot-plug: our choice, where nothing of a PC's is.
 pub const PCI_HOTPLUG_PORT: u16 = 0xae00;

@@ -72,7 +72,7 @@ pub enum NetError {
     },
 }
 
-/// A disk's images, open and locked.
+/// A disk's images, open and locked, with all that backups, mirrors and rate limits put before them.
 pub struct Medium {
     pub(crate) backend: Arc<Limited>,
     /// None of a disk that is only read.
@@ -147,7 +147,8 @@ impl Record {
 }
 
 impl Medium {
-    /// Opens the images. Makes no thread.
+    /// Opens and locks the images that the spec names, and the record of changes. Blocks on the file system; makes no
+    /// thread.
     pub fn open(disk: &DiskSpec) -> Result<Self, OpenError> {
         let files = opened(unlocked(disk)?, disk)?;
         let record = disk.changes.as_deref().map(record_file).transpose()?;
@@ -317,7 +318,7 @@ pub fn limits(spec: &DiskLimits) -> Limits {
     }
 }
 
-/// A network card's end.
+/// A network card's end on the host, opened by this process or by one that has handed it over.
 pub enum CardEnd {
     /// A tap.
     Tap {
@@ -375,7 +376,7 @@ impl CardEnd {
         Ok(Self::Tap { taps, kernel })
     }
 
-    /// The files for another process.
+    /// The files for another process, in the order in which [`CardEnd::take`] takes them.
     pub fn into_files(self) -> Vec<File> {
         match self {
             Self::Backend(stream) => vec![File::from(OwnedFd::from(stream))],
@@ -387,7 +388,7 @@ impl CardEnd {
         }
     }
 
-    /// For the card `name`.
+    /// The end as the card `name` takes it; `net` is the spec that it was opened for.
     pub fn into_host(self, name: &str, net: &NetSpec) -> HostEnd {
         match (self, &net.vhost_user) {
             (Self::Tap { taps, kernel }, _) => HostEnd::Tap { taps, kernel },

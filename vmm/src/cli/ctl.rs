@@ -27,9 +27,9 @@ pub struct CtlArguments {
 /// A request of the control API with its body. The sub-commands and their options are made from [`ROUTES`].
 #[derive(Debug)]
 pub struct CtlRequest {
-    /// Its row.
+    /// Its row in the API's table.
     pub route: &'static Route,
-    /// Its parameters by name.
+    /// Its body: parameters by name, those that were given.
     pub body: serde_json::Map<String, Value>,
 }
 

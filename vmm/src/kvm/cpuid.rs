@@ -7,12 +7,12 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// One vCPU among all.
+/// One vCPU among all of its machine: what APIC ids and topology follow from.
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
     /// Its number, which is also its local APIC id.
     pub id: u8,
-    /// vCPUs in the machine.
+    /// vCPUs in the machine, this one included.
     pub count: u8,
 }
 

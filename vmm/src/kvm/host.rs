@@ -21,7 +21,7 @@ use super::cpu::features::MSR_ARCH_CAPABILITIES;
 use super::cpu::{HostCpu, HostExtras};
 use crate::board::Board;
 
-/// Where KVM is.
+/// Path of KVM's device, opened before the sandbox.
 pub const DEVICE: &str = "/dev/kvm";
 /// The only version of the API there is.
 const API_VERSION: i32 = 12;
@@ -216,7 +216,7 @@ impl Machine {
 }
 
 impl VirtualMachine {
-    /// The kernel's interface to it.
+    /// The kernel's interface to the machine, for ioctls that have no method here.
     #[must_use]
     pub fn fd(&self) -> &VmFd {
         &self.machine.fd

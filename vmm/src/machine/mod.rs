@@ -70,13 +70,13 @@ pub struct Options {
     pub api_socket: Option<PathBuf>,
     /// What holds the guest's memory, when it is not what the spec says.
     pub backing: Backing,
-    /// What SIGTERM and SIGINT do.
+    /// What SIGTERM and SIGINT do to the machine.
     pub signals: Signals,
     /// What the process may do once everything is open. For good, and for the whole process.
     pub confinement: Confinement,
 }
 
-/// Where a machine begins.
+/// Where a machine begins: at its first instruction, or where a saved one was held.
 pub enum Start {
     /// At its first instruction.
     PowerOn,
@@ -96,9 +96,9 @@ impl Start {
 
 /// A saved machine, and how it goes on.
 pub struct SavedStart {
-    /// Everything but RAM.
+    /// Everything but RAM: vCPUs, interrupt controllers, devices, clocks.
     pub state: MachineState,
-    /// RAM.
+    /// RAM, to be mapped from its file or here already.
     pub memory: SavedMemory,
     /// What the guest is told about the time between.
     pub absence: Absence,
@@ -106,7 +106,7 @@ pub struct SavedStart {
     pub handover: Option<Handover>,
 }
 
-/// RAM of a saved machine.
+/// RAM of a saved machine: how this process comes by it.
 pub enum SavedMemory {
     /// In files: the first has all of it, each further one what was written since (`crate::saved::open`).
     Files(Vec<Layer>, image::Mode),

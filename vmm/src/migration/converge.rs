@@ -24,12 +24,12 @@ const LATE_ROUNDS: usize = 5;
 /// Rounds in which an end has to come, whatever they are like, unless the move is to go on.
 const ROUNDS_MAX: u32 = 60;
 
-/// What a caller wants.
+/// What a caller wants of a migration's course.
 #[derive(Debug, Clone, Copy)]
 pub struct Convergence {
     /// How long the guest may stand still.
     pub downtime_limit: Duration,
-    /// What is sent at most.
+    /// Most bytes in a second on all connections together; `None` is without limit.
     pub max_bytes_per_second: Option<u64>,
     /// Whether its vCPUs may be slowed down.
     pub throttle: bool,
@@ -37,20 +37,20 @@ pub struct Convergence {
     pub when_late: WhenLate,
 }
 
-/// A round that is over.
+/// What one round of copying was, measured.
 #[derive(Debug, Clone, Copy)]
 pub struct Round {
-    /// Bytes of memory that were its.
+    /// Bytes of memory that the round had to send.
     pub written: u64,
     /// Bytes that it took on the connections: less, where memory is zero.
     pub sent: u64,
-    /// How long it took.
+    /// How long the round took.
     pub time: Duration,
     /// Bytes of memory that the guest has written meanwhile.
     pub left: u64,
 }
 
-/// What comes after a round.
+/// What comes after a round of copying.
 #[derive(Debug)]
 pub enum Next {
     /// The guest is held, and the rest is sent.
@@ -63,7 +63,7 @@ pub enum Next {
     GiveUp(MigrationError),
 }
 
-/// Rounds so far.
+/// The rounds so far, and what they tell of the ones to come.
 #[derive(Debug)]
 pub struct Rounds {
     convergence: Convergence,
@@ -77,7 +77,7 @@ pub struct Rounds {
 }
 
 impl Rounds {
-    /// None.
+    /// No round so far.
     #[must_use]
     pub fn new(convergence: Convergence) -> Self {
         Self {
@@ -89,7 +89,7 @@ impl Rounds {
         }
     }
 
-    /// How many.
+    /// Rounds so far, the first one of all memory.
     #[must_use]
     pub fn count(&self) -> u32 {
         self.count

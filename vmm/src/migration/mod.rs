@@ -71,9 +71,9 @@ pub enum Message {
 pub struct Hello {
     format: String,
     version: u32,
-    /// Version of the source's `atoll-vmm`.
+    /// Version of the source's `atoll-vmm`, for messages.
     pub program: String,
-    /// The machine.
+    /// The machine's spec, as the source runs it.
     pub spec: MachineSpec,
     /// Version of its address map and devices.
     pub machine_version: u32,
@@ -82,12 +82,12 @@ pub struct Hello {
     /// Number and value of its MSRs that tell features.
     #[serde(default)]
     pub feature_msrs: Vec<(u32, u64)>,
-    /// Connections that will bring pages.
+    /// Connections that will bring pages, beside the one for messages.
     pub data_connections: usize,
 }
 
 impl Hello {
-    /// Of this program's version.
+    /// The first message of a migration by this program, in its version.
     #[must_use]
     pub fn new(spec: MachineSpec, cpu: &GuestCpu, data_connections: usize) -> Self {
         Self {
@@ -122,7 +122,7 @@ impl Hello {
     }
 }
 
-/// Why a migration did not happen.
+/// Why a migration did not happen: the machine is the source's, but for [`MigrationError::Doubt`].
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// The connection broke.

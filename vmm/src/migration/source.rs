@@ -36,11 +36,11 @@ const CANCELLED: u8 = 2;
 
 /// What is asked of a migration: where to, over how many connections, how long the guest may stand still.
 pub struct Plan {
-    /// Messages.
+    /// The connection for messages.
     pub control: UnixStream,
-    /// Pages.
+    /// Connections for pages, which are shared out among them.
     pub data: Vec<UnixStream>,
-    /// When the guest is held.
+    /// When the guest is held for the last pages, and what is done to get there.
     pub convergence: Convergence,
     /// The connections are a tunnel's: their end is not the end of the target.
     pub relayed: bool,
@@ -63,7 +63,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Of a migration that begins.
+    /// The progress of a migration that begins now: no round, no byte, not cancelled.
     pub fn new(plan: &Plan) -> io::Result<Self> {
         let control = std::iter::once(&plan.control);
         Ok(Self {
@@ -104,12 +104,12 @@ impl Progress {
         self.decision.load(Ordering::SeqCst) == CANCELLED
     }
 
-    /// Notes the stage.
+    /// Notes the stage for whoever asks, and why it failed if it did.
     pub fn set_stage(&self, stage: MigrationStage, error: Option<String>) {
         *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = (stage, error);
     }
 
-    /// As the control API tells it.
+    /// How far it is, as the control API tells it. Never waits for the migration.
     pub fn info(&self) -> MigrationInfo {
         let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
         let elapsed = self.started.elapsed().as_millis();

@@ -38,13 +38,13 @@ const BUFFER_BYTES: usize = 1 << 20;
 
 /// A machine that has come, and is still the source's.
 pub struct Arrived {
-    /// How to build it.
+    /// How to build the machine: the source's spec.
     pub spec: MachineSpec,
-    /// Everything but RAM.
+    /// Everything but RAM: vCPUs, interrupt controllers, devices, clocks.
     pub state: MachineState,
-    /// RAM.
+    /// The machine's RAM, all of its pages here.
     pub memory: Ram,
-    /// The last step.
+    /// The last step: until it is done the machine is the source's.
     pub handover: Handover,
 }
 

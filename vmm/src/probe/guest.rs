@@ -31,10 +31,10 @@ const HOST_ADDRESS: &str = "169.254.77.1";
 const GUEST_ADDRESS: &str = "169.254.77.2";
 const TAP: &str = "probe0";
 
-/// What came of a run.
+/// What came of one run of the probe guest.
 #[derive(Debug)]
 pub struct Run {
-    /// The guest's report.
+    /// The guest's report, one object of JSON (`firmware/probe`, `report.rs`).
     pub report: Value,
     /// What could not be tried, and what went wrong beside the report.
     pub notes: Vec<String>,
@@ -42,7 +42,7 @@ pub struct Run {
     pub elapsed: Duration,
 }
 
-/// Why there is no report.
+/// Why there is no report: the host, KVM, or the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// The host refused something that has nothing to do with KVM.

@@ -39,9 +39,9 @@ pub const UID_BASE: u32 = 4_290_000_000;
 /// How the process that runs a machine is confined. The default is not at all: the process is not the machine's alone.
 #[derive(Debug, Clone, Default)]
 pub struct Confinement {
-    /// Jail and landlock.
+    /// Jail and landlock, and the user to become there; `None` leaves both out.
     pub sandbox: Option<Identity>,
-    /// System-call filters.
+    /// What happens with a system call that a thread's filter denies.
     pub seccomp: Seccomp,
     /// Descriptor of the log, for the line that names a denied call; standard error when absent.
     pub log: Option<RawFd>,
@@ -50,9 +50,9 @@ pub struct Confinement {
 /// The user that a machine runs as, if root starts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// User number.
+    /// User number, real, effective and saved.
     pub uid: u32,
-    /// Group number.
+    /// Group number, the only group that is left.
     pub gid: u32,
 }
 

@@ -30,9 +30,9 @@ pub use vcpu::{VcpuSaved, entries, leaves};
 
 /// Files of a snapshot in its directory: the spec of the machine, its state, and its RAM (`image`, or `packed`).
 pub const SPEC_FILE: &str = "spec.json";
-/// See [`SPEC_FILE`].
+/// File of the machine's state but RAM ([`MachineState`], JSON).
 pub const STATE_FILE: &str = "state.json";
-/// See [`SPEC_FILE`].
+/// File of the machine's RAM (`image`), sparse where it is zero.
 pub const MEMORY_FILE: &str = "memory";
 
 /// Most snapshots of which each is the parent of the next.
@@ -43,7 +43,7 @@ pub const FORMAT: &str = "atoll-machine-state";
 /// Newest version that this program writes and reads.
 pub const VERSION: u32 = 1;
 
-/// Why a state cannot be read.
+/// Why a machine's state cannot be read. Nothing has been built from it then.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// Not JSON, or cut off.
@@ -97,17 +97,17 @@ struct Head {
 /// A machine at rest, without its RAM.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MachineState {
-    /// [`FORMAT`].
+    /// [`FORMAT`], or this is no state.
     pub format: String,
-    /// [`VERSION`] of the writer.
+    /// [`VERSION`] of the program that wrote it.
     pub version: u32,
     /// Version of the `atoll-vmm` that wrote it.
     pub program: String,
     /// Version of the address map and of the devices (`layout.rs`).
     pub machine_version: u32,
-    /// vCPUs.
+    /// vCPUs of the machine.
     pub cpu_count: u8,
-    /// Guest RAM.
+    /// Guest RAM, MiB.
     pub memory_mib: u64,
     /// Slot of each PCI function, by its name. Absent where it is the order of the spec that gives them.
     #[serde(default)]
@@ -115,13 +115,13 @@ pub struct MachineState {
     /// The disk that the machine boots from, if it has one.
     #[serde(default)]
     pub boot_disk: Option<String>,
-    /// Every device.
+    /// The state of every device, each under its name in the machine.
     pub devices: Vec<DeviceEntry>,
     /// Interrupt controllers that vCPUs share.
     pub chips: Vec<Raw<kvm_irqchip>>,
     /// Time when the machine was held.
     pub clock: ClockState,
-    /// One a vCPU.
+    /// State of each vCPU, in the order of their numbers.
     pub vcpus: Vec<VcpuSaved>,
     /// How its RAM is written. Absent in migrations, and in snapshots of programs that had only one way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -152,18 +152,18 @@ pub struct Parent {
 /// State of one device, under its name in the machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DeviceEntry {
-    /// `disk0`, `serial port`.
+    /// Name of the device in the machine: `disk0`, `serial port`.
     pub name: String,
-    /// Its state.
+    /// Its state, versioned by its kind.
     pub device: Saved,
 }
 
 /// Time when the machine was held, in nanoseconds.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct ClockState {
-    /// The guest's paravirtual clock.
+    /// The guest's paravirtual clock, as `KVM_GET_CLOCK` told it.
     pub guest_ns: u64,
-    /// The host's real time, since 1970.
+    /// The host's real time: nanoseconds since 1970.
     pub realtime_ns: u64,
     /// Ticks of the time stamp counter a millisecond; 0 when KVM does not say.
     pub tsc_khz: u32,

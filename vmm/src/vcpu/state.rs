@@ -39,9 +39,9 @@ const MSRS_VMX: std::ops::RangeInclusive<u32> = 0x480..=0x491;
 /// What belongs to the state of a machine's vCPUs, beside what every vCPU has.
 #[derive(Debug)]
 pub struct Scope {
-    /// MSRs that KVM lists.
+    /// MSRs that are saved and set: those that KVM lists (`KVM_GET_MSR_INDEX_LIST`).
     pub msr_indices: Vec<u32>,
-    /// The guest sees VMX or SVM.
+    /// The guest sees VMX or SVM: what its own guests are doing is state, too.
     pub nested: bool,
 }
 

@@ -63,20 +63,20 @@ pub enum Report {
 /// The buses that exits are answered from.
 #[derive(Clone)]
 pub struct Buses {
-    /// I/O ports.
+    /// I/O ports: `KVM_EXIT_IO`.
     pub ports: Bus,
-    /// Guest-physical addresses that are not RAM.
+    /// Guest-physical addresses that are not RAM: `KVM_EXIT_MMIO`.
     pub memory: Bus,
 }
 
-/// Exits so far, by kind.
+/// Exits to this process so far, by kind: those that KVM answers itself are not counted.
 #[derive(Debug, Default)]
 pub struct Exits {
-    /// Port accesses.
+    /// Accesses to I/O ports.
     pub port: AtomicU64,
-    /// Memory-mapped accesses.
+    /// Accesses to guest-physical addresses that are not RAM.
     pub mmio: AtomicU64,
-    /// All others.
+    /// All others, of which a running guest has few.
     pub other: AtomicU64,
 }
 
@@ -209,7 +209,7 @@ impl Vcpu {
         entered.recv().unwrap_or_else(|_| Err(ended()))
     }
 
-    /// Exits so far.
+    /// Exits of this vCPU so far; may be read while it runs.
     #[must_use]
     pub fn exits(&self) -> &Exits {
         &self.exits

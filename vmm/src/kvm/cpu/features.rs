@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// Where a register is.
+/// Where a register is whose bits are features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Location {
     /// Leaf, index and register ([`EAX`] and so on) of CPUID.
@@ -26,19 +26,19 @@ pub enum Location {
 
 /// Number of a register in a leaf's answer.
 pub const EAX: usize = 0;
-/// See [`EAX`].
+/// Number of EBX, as [`EAX`].
 pub const EBX: usize = 1;
-/// See [`EAX`].
+/// Number of ECX, as [`EAX`].
 pub const ECX: usize = 2;
-/// See [`EAX`].
+/// Number of EDX, as [`EAX`].
 pub const EDX: usize = 3;
 
-/// IA32_ARCH_CAPABILITIES.
+/// IA32_ARCH_CAPABILITIES, Intel SDM vol. 4 table 2-2.
 pub const MSR_ARCH_CAPABILITIES: u32 = 0x10a;
 
-/// One register, whose bits are features.
+/// One register whose bits are features, and which of them have names.
 pub struct Register {
-    /// Where.
+    /// Where the register is; no two rows have the same.
     pub location: Location,
     /// Bits that are no features: what a vCPU's place in the machine says, what KVM copies from control registers, and
     /// what repeats another register.
@@ -267,7 +267,7 @@ fn plain(name: &str) -> String {
     letters.map(|letter| letter.to_ascii_lowercase()).collect()
 }
 
-/// The feature of that name.
+/// The feature of that name. Case and everything but letters and digits do not matter: `sse4_1` is `SSE4.1`.
 #[must_use]
 pub fn find(name: &str) -> Option<Feature> {
     INDEX.by_name.get(&plain(name)).copied()
@@ -303,13 +303,13 @@ impl Feature {
         &INDEX.rows[self.0]
     }
 
-    /// QEMU's name.
+    /// Its name, as QEMU calls it.
     #[must_use]
     pub fn name(self) -> &'static str {
         self.row().name
     }
 
-    /// Where it is.
+    /// The register that its bit is in.
     #[must_use]
     pub fn location(self) -> Location {
         REGISTERS[self.row().register].location
@@ -325,7 +325,7 @@ impl Feature {
 pub struct FeatureSet([u64; REGISTERS.len()]);
 
 impl FeatureSet {
-    /// Of nothing.
+    /// The set without any feature, named or not.
     pub const EMPTY: Self = Self([0; REGISTERS.len()]);
 
     /// What a table of CPUID says: the bits of every register that is known to have features, the rest left out.
@@ -365,13 +365,13 @@ impl FeatureSet {
         u32::try_from(bits).expect("registers of CPUID have 32 bits")
     }
 
-    /// Whether it is in.
+    /// Whether the feature's bit is in the set.
     #[must_use]
     pub fn has(&self, feature: Feature) -> bool {
         self.0[feature.row().register] & feature.mask() != 0
     }
 
-    /// Puts it in.
+    /// Puts the feature in, and nothing that it needs.
     pub fn insert(&mut self, feature: Feature) {
         self.0[feature.row().register] |= feature.mask();
     }
@@ -391,7 +391,7 @@ impl FeatureSet {
         set
     }
 
-    /// What is in either.
+    /// The set of everything that is in either, bits without a name included.
     #[must_use]
     pub fn with_all(&self, other: &Self) -> Self {
         let mut set = *self;
@@ -413,7 +413,7 @@ impl FeatureSet {
         set
     }
 
-    /// Whether there is nothing in it.
+    /// Whether there is no bit in the set, with or without a name.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::EMPTY

@@ -45,7 +45,7 @@ pub struct HostExtras {
 }
 
 impl HostCpu {
-    /// From `KVM_GET_SUPPORTED_CPUID`.
+    /// The host's CPU by the answer of `KVM_GET_SUPPORTED_CPUID`, and by what that does not tell.
     #[must_use]
     pub fn new(entries: &[kvm_cpuid_entry2], extras: HostExtras) -> Self {
         let features = FeatureSet::of_cpuid(entries);
@@ -79,7 +79,7 @@ impl HostCpu {
         &self.entries
     }
 
-    /// All features.
+    /// All features that a guest can be given here, with or without a name.
     #[must_use]
     pub fn features(&self) -> &FeatureSet {
         &self.features
@@ -91,13 +91,13 @@ impl HostCpu {
         runs_guests(&self.features)
     }
 
-    /// Vendor as leaf 0 has it.
+    /// Vendor as leaf 0 has it, 12 characters: `GenuineIntel`.
     #[must_use]
     pub fn vendor_name(&self) -> String {
         vendor_name(&self.entries)
     }
 
-    /// Which of the two kinds.
+    /// Which of the known vendors it is, after [`HostCpu::vendor_name`].
     #[must_use]
     pub fn vendor(&self) -> Vendor {
         Vendor::of(&self.vendor_name())
@@ -110,7 +110,7 @@ pub(super) fn vendor_name(entries: &[kvm_cpuid_entry2]) -> String {
     String::from_utf8_lossy(bytes.as_flattened()).into_owned()
 }
 
-/// The CPU of one machine.
+/// The CPU of one machine: what each of its vCPUs answers, but for its own place.
 #[derive(Debug, Clone)]
 pub struct GuestCpu {
     /// Leaves of CPUID, but for what depends on a vCPU's place in the machine.

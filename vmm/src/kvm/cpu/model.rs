@@ -130,9 +130,9 @@ pub struct Wanted {
     pub from_host: bool,
     /// What is added to that, or everything. Complete: each feature has what it needs, unless the host gives that.
     pub added: FeatureSet,
-    /// What is taken from that.
+    /// Features that the user takes from that.
     pub removed: Vec<Feature>,
-    /// What it says that it is.
+    /// Vendor, family, model, stepping, name and highest leaves that the guest reads, where they are not the host's.
     pub identity: CpuModel,
     /// The guest is not told of KVM.
     pub hidden: bool,
@@ -141,13 +141,13 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Highest basic leaf.
+    /// Highest basic leaf of CPUID that the guest is told of.
     #[must_use]
     pub fn level(&self) -> u32 {
         self.identity.level.unwrap_or(LEVEL)
     }
 
-    /// Highest extended leaf.
+    /// Highest extended leaf of CPUID (0x8000_0000 and above), for a guest with these features.
     #[must_use]
     pub fn level_extended(&self, features: &FeatureSet) -> u32 {
         let needed = features.features().filter_map(leaf).max().unwrap_or(0);
