@@ -244,6 +244,7 @@ fn mount_points_and_cards_come_and_go() {
         volumes(&ground).await;
         folders(&ground).await;
         cards(&ground).await;
+        devices(&ground).await;
         ground
             .update(&[("nameserver", "10.64.0.1")], &[])
             .await
@@ -324,6 +325,34 @@ async fn folders(ground: &Ground) {
         std::fs::read_to_string(folder.join("file")).unwrap(),
         "shared\n"
     );
+}
+
+/// A device of the host comes, with its owner and mode, changes, and goes.
+async fn devices(ground: &Ground) {
+    let opens = || ground.sh("exec 3</dev/net/tun && echo opened") == "opened\n";
+    let applied = ground
+        .update(&[("dev0", "/dev/net/tun,mode=0600,uid=7")], &[])
+        .await
+        .unwrap();
+    assert_eq!((applied.now.len(), applied.pending.len()), (1, 0));
+    let stat = || ground.sh("stat -c %t:%T-%a-%u /dev/net/tun");
+    assert_eq!(stat(), "a:c8-600-7\n");
+    assert!(opens());
+    let value = "/dev/net/tun,mode=0666,deny-write=1";
+    ground.update(&[("dev0", value)], &[]).await.unwrap();
+    assert_eq!(stat(), "a:c8-666-0\n");
+    assert!(
+        opens()
+            && !ground
+                .sh("exec 3<>/dev/net/tun && echo opened")
+                .starts_with("opened")
+    );
+    let refused = ground.update(&[("dev0", "/dev/none")], &[]).await;
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("/dev/none is no device"), "{refused}");
+    assert!(opens(), "the former has come back");
+    ground.update(&[], &["dev0"]).await.unwrap();
+    assert!(!opens() && stat().contains("No such file"));
 }
 
 /// A second card comes, loses its link, gets another address, and goes.

@@ -1,6 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! What a change of its config does to a container that runs: limits, mount points and network cards that come and go,
-//! the resolver's file. Called by `update` before the config is written; what failed half way is taken back.
+//! What a change of its config does to a container that runs: limits, mount points, devices and network cards that come
+//! and go, the resolver's file. Called by `update` before the config is written; what failed half way is taken back.
+
+use serde_json::{Value, json};
 
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
@@ -62,6 +64,9 @@ async fn exchange(
     if is_member(key, "net") {
         return exchange_card(seat, key, former, new).await;
     }
+    if is_member(key, "dev") {
+        return exchange_device(seat, key, former, new).await;
+    }
     if !is_member(key, "mp") || former.is_some() == new.is_some() {
         return Ok(());
     }
@@ -85,7 +90,7 @@ async fn plug(seat: &Seat, point: &Mount) -> Result<(), Error> {
     mount_point(seat, point).await?;
     let unprivileged = bundle::is_unprivileged(&seat.config()?);
     let entry = point.entry(&seat.run_folder(), unprivileged);
-    let result = mounts(seat, "add", &serde_json::json!([entry])).await;
+    let result = change(seat, ["mounts", "add"], &json!([entry])).await;
     if result.is_err() {
         leave(seat, point).await?;
     }
@@ -93,8 +98,8 @@ async fn plug(seat: &Seat, point: &Mount) -> Result<(), Error> {
 }
 
 async fn unplug(seat: &Seat, point: &Mount) -> Result<(), Error> {
-    let entry = serde_json::json!([{ "destination": point.destination }]);
-    mounts(seat, "remove", &entry).await?;
+    let entry = json!([{ "destination": point.destination }]);
+    change(seat, ["mounts", "remove"], &entry).await?;
     leave(seat, point).await
 }
 
@@ -110,21 +115,46 @@ async fn leave(seat: &Seat, point: &Mount) -> Result<(), Error> {
         .map_err(|e| Error::failed(format!("remove {}", folder.display()), e))
 }
 
-/// The runtime's command for mounts, which takes a list of them in a file.
-async fn mounts(seat: &Seat, verb: &str, list: &serde_json::Value) -> Result<(), Error> {
-    let path = seat.run_folder().join("mounts.json");
+/// The runtime's commands for mounts and devices, which take a list of them in a file.
+async fn change(seat: &Seat, command: [&str; 2], list: &Value) -> Result<(), Error> {
+    let path = seat.run_folder().join("change.json");
     tokio::fs::write(&path, list.to_string())
         .await
         .map_err(|e| Error::failed(format!("write {}", path.display()), e))?;
     let container = Container::new(seat.clone());
     let result = container
-        .command(&["mounts", verb], &[&path.to_string_lossy()])
+        .command(&command, &[&path.to_string_lossy()])
         .await;
     tokio::fs::remove_file(&path)
         .await
         .map_err(|e| Error::failed(format!("remove {}", path.display()), e))?;
     result?;
     Ok(())
+}
+
+/// A device goes, and another one comes; when that cannot, the former comes back.
+async fn exchange_device(
+    seat: &Seat,
+    key: &str,
+    former: Option<&str>,
+    new: Option<&str>,
+) -> Result<(), Error> {
+    if let Some(former) = former {
+        let former = keys::properties(seat.kind, key, former)?;
+        let place = json!([{ "path": former.get("path") }]);
+        change(seat, ["devices", "remove"], &place).await?;
+    }
+    let Some(new) = new else { return Ok(()) };
+    let added = add_device(seat, key, new).await;
+    if let (Err(_), Some(former)) = (&added, former) {
+        add_device(seat, key, former).await?;
+    }
+    added
+}
+
+async fn add_device(seat: &Seat, key: &str, value: &str) -> Result<(), Error> {
+    let device = bundle::device(key, &keys::properties(seat.kind, key, value)?)?;
+    change(seat, ["devices", "add"], &json!([device])).await
 }
 
 /// A card whose change concerns the host alone is connected anew; any other goes, and another one comes.

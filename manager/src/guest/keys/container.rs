@@ -40,7 +40,8 @@ pub const CONTAINER: &[Key] = &[
     Key::new(
         Param::new("dev[n]", DEVICE, "Device of the host that the container may use.").family(256),
         System(VmConfigDisk),
-    ),
+    )
+    .now(),
     Key::new(
         Param::new("memory", Kind::Integer { min: 16, max: 1 << 30 }, "Memory in MiB.").default("512"),
         Guest(VmConfigMemory),

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::{image, lxc};
 use crate::oci::Images;
+use crate::schema::Properties;
 
 /// Device of FUSE. Linux `Documentation/admin-guide/devices.txt`: 10 is misc, 229 is fuse.
 const FUSE: HostDevice = HostDevice {
@@ -30,6 +31,26 @@ pub struct HostDevice {
     pub major: u32,
     /// Which of the driver's devices.
     pub minor: u32,
+}
+
+impl HostDevice {
+    /// Members of config.json's two lists.
+    fn node_and_rule(
+        self,
+        path: &str,
+        mode: u32,
+        (uid, gid): (u32, u32),
+        access: &str,
+    ) -> (Value, Value) {
+        let Self { kind, major, minor } = self;
+        let kind = kind.to_string();
+        (
+            json!({
+                "path": path, "type": kind, "major": major, "minor": minor, "fileMode": mode, "uid": uid, "gid": gid,
+            }),
+            json!({ "allow": true, "type": kind, "major": major, "minor": minor, "access": access }),
+        )
+    }
 }
 
 /// What this host has of what a config names; looked up before the bundle is made, which is a pure function.
@@ -86,39 +107,43 @@ impl Facts {
 pub(super) fn all(config: &GuestConfig, facts: &Facts) -> Result<(Vec<Value>, Vec<Value>), Error> {
     let mut nodes = Vec::new();
     let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
-    let mut add = |path: &str,
-                   device: HostDevice,
-                   mode: u32,
-                   (uid, gid): (u32, u32),
-                   access: &str| {
-        let HostDevice { kind, major, minor } = device;
-        let kind = kind.to_string();
-        nodes.push(json!({
-            "path": path, "type": kind, "major": major, "minor": minor, "fileMode": mode, "uid": uid, "gid": gid,
-        }));
-        rules.push(json!({ "allow": true, "type": kind, "major": major, "minor": minor, "access": access }));
-    };
     let features = config.properties("features")?.unwrap_or_default();
     if features.is_set("fuse") {
-        add("/dev/fuse", FUSE, 0o666, (0, 0), "rwm");
+        let (node, rule) = FUSE.node_and_rule("/dev/fuse", 0o666, (0, 0), "rwm");
+        nodes.push(node);
+        rules.push(rule);
     }
     for (key, _) in config.family("dev[n]") {
         let value = config.properties(key)?.unwrap_or_default();
-        let path = value.get("path").unwrap_or_default();
-        let device = facts.devices.get(Path::new(path)).copied();
-        let device = device
-            .ok_or_else(|| Error::refused(format!("{key}: {path} is no device of this host")))?;
-        let mode = value
-            .get("mode")
-            .map_or(Ok(MODE), |text| u32::from_str_radix(text, 8));
-        let mode = mode.map_err(|_| Error::refused(format!("{key}: mode is not octal")))?;
-        let owner = |name: &str| value.number(name).unwrap_or(0);
-        let access = if value.is_set("deny-write") {
-            "rm"
-        } else {
-            "rwm"
-        };
-        add(path, device, mode, (owner("uid"), owner("gid")), access);
+        let (node, rule) = node_and_rule(key, &value, facts)?;
+        nodes.push(node);
+        rules.push(rule);
     }
     Ok((nodes, rules))
+}
+
+/// The device of one key for a container that runs, as the runtime's command takes it: the node with its `access`.
+pub fn device(key: &str, value: &Properties) -> Result<Value, Error> {
+    let mut facts = Facts::default();
+    facts.look(Path::new(value.get("path").unwrap_or_default()));
+    let (mut node, rule) = node_and_rule(key, value, &facts)?;
+    node["access"] = rule["access"].clone();
+    Ok(node)
+}
+
+fn node_and_rule(key: &str, value: &Properties, facts: &Facts) -> Result<(Value, Value), Error> {
+    let path = value.get("path").unwrap_or_default();
+    let device = facts.devices.get(Path::new(path)).copied();
+    let device =
+        device.ok_or_else(|| Error::refused(format!("{key}: {path} is no device of this host")))?;
+    let mode = value
+        .get("mode")
+        .map_or(Ok(MODE), |text| u32::from_str_radix(text, 8));
+    let mode = mode.map_err(|_| Error::refused(format!("{key}: mode is not octal")))?;
+    let owner = |name: &str| value.number(name).unwrap_or(0);
+    let access = match value.is_set("deny-write") {
+        true => "rm",
+        false => "rwm",
+    };
+    Ok(device.node_and_rule(path, mode, (owner("uid"), owner("gid")), access))
 }

@@ -23,7 +23,7 @@ use crate::guest::config::GuestConfig;
 use crate::guest::container::{idmap, image, lxc, terminal};
 use crate::id::GuestId;
 
-pub use devices::{Facts, HostDevice};
+pub use devices::{Facts, HostDevice, device};
 pub use mounts::{Mount, Source, volumes};
 pub use network::{Link, cards, identity};
 
