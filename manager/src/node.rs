@@ -9,6 +9,8 @@ use crate::access::Access;
 use crate::cluster::Cluster;
 use crate::error::Error;
 use crate::guest::Guests;
+use crate::guest::container::health::Healths;
+use crate::guest::container::watch::Watch;
 use crate::guest::lock::Locks;
 use crate::guest::site::Site;
 use crate::id::InvalidId;
@@ -81,6 +83,7 @@ impl Node {
             store: store.clone(),
             storage: storage.clone(),
             images: Images::new(settings.images_dir()),
+            health: Healths::default(),
             locks: Locks::default(),
             agents: Locks::default(),
         };
@@ -151,7 +154,12 @@ impl Node {
             shared.cluster.clone(),
             shared.metrics.clone(),
         );
-        tokio::join!(reconciler.run(stop.clone()), sampler.run(stop));
+        let watch = Watch::new(shared.guests.clone());
+        tokio::join!(
+            reconciler.run(stop.clone()),
+            watch.run(stop.clone()),
+            sampler.run(stop)
+        );
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use atoll_manager::guest::bulk::{StartAll, StopAll};
+use atoll_manager::guest::container::health::{Health, State};
 use atoll_manager::guest::{Action, Ask, ConfigUpdate, Console};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::shell::Shell;
@@ -112,6 +113,14 @@ impl Ground {
             Console::Line { socket, tty } if tty == expected => socket,
             other => panic!("{other:?}"),
         }
+    }
+
+    fn sh(&self, script: &str) {
+        let root = self.state.path().join("run/ct");
+        let (root, name) = (root.to_str().unwrap(), format!("ct-{}", self.id));
+        let runtime = world::bin_dir().join("atoll-ct");
+        let words = ["--root", root, "exec", &name, "sh", "-c", script];
+        world::run(runtime.to_str().unwrap(), &words);
     }
 
     async fn set(&self, keys: &[(&str, &str)]) {
@@ -329,6 +338,83 @@ async fn goes(ground: &Ground) {
     let gone = ground.node.guests().status(kind, id).await.unwrap_err();
     let text = format!("Configuration file 'nodes/n1/lxc/{id}.conf' does not exist");
     assert_eq!(gone.to_string(), text);
+}
+
+/// A container is asked whether it works as long as it runs; one that does not is started again if its config wants
+/// that. What is late is ended in the container, too.
+#[test]
+fn a_container_that_does_not_work_is_started_again() {
+    const NAME: &str = "a_container_that_does_not_work_is_started_again";
+    world::isolated(NAME, async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        let command = "/bin/sh\0-c\0[ -e /late ] && sleep 4321; [ -e /works ] || { echo broken >&2; exit 1; }";
+        let keys = [
+            ("health-command", command),
+            ("health", "interval=1,timeout=1,retries=2"),
+        ];
+        ground.create_with(ground.id, &keys).await;
+        let stop = CancellationToken::new();
+        let reconciler = {
+            let (node, stop) = (ground.node.clone(), stop.clone());
+            tokio::spawn(async move { node.run(stop).await })
+        };
+        assert_eq!(ground.act(Action::Start).await, "OK");
+        let health = async |state: State, message: &str| {
+            let deadline = Instant::now() + world::PATIENCE;
+            loop {
+                let health = ground.node.guests().health(ground.id);
+                let said = |health: &Health| health.message.clone().unwrap_or_default();
+                if let Some(health) = &health
+                    && health.state == state
+                    && said(health).contains(message)
+                {
+                    return;
+                }
+                assert!(Instant::now() < deadline, "{state:?} {message}: {health:?}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        health(State::Unhealthy, "broken").await;
+        let first = ground.pid().await.unwrap();
+        ground.sh("touch /works");
+        health(State::Healthy, "").await;
+        ground.sh("touch /late");
+        health(State::Unhealthy, "killed").await;
+        ground.sh("rm /late");
+        health(State::Healthy, "").await;
+        let group = format!("ct-{}", ground.id);
+        let left = world::processes_of(&group);
+        assert!(!left.iter().any(|line| line.contains("4321")), "{left:?}");
+        assert_eq!(
+            ground.pid().await,
+            Some(first),
+            "its config wants no restart"
+        );
+
+        ground.set(&[("restart", "on-failure")]).await;
+        ground.sh("rm /works");
+        let deadline = Instant::now() + world::PATIENCE;
+        while ground.pid().await.is_none_or(|pid| pid == first) {
+            assert!(Instant::now() < deadline, "not started again");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let log = ground.logs_of("vzunhealthy").concat().join("\n");
+        assert!(
+            log.contains("not healthy 2 times in a row") && log.contains("broken"),
+            "{log}"
+        );
+        ground.set(&[("restart", "no")]).await;
+        wait_idle(&ground).await;
+        ground.sh("touch /works");
+        health(State::Healthy, "").await;
+        assert_eq!(ground.act(Action::Stop).await, "OK");
+        assert_eq!(ground.node.guests().health(ground.id), None);
+        stop.cancel();
+        reconciler.await.unwrap().unwrap();
+        ground.node.network().teardown().await.unwrap();
+    });
 }
 
 /// What the console shows follows `cmode` at once; which terminals there are, `console` and `tty` at the next start.

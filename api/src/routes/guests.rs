@@ -321,6 +321,14 @@ async fn status(call: Call) -> Result<Answer, Refusal> {
     let status = node.guests().status(kind, id).await?;
     let mut row = status_row(&status);
     row["ha"] = json!({ "managed": 0 });
+    // Atoll's own, in Docker's words.
+    if let Some(health) = node.guests().health(id).filter(|_| kind != GuestKind::Vm) {
+        row["health"] = json!(health.state.as_str());
+        row["health-failures"] = json!(health.failures);
+        if let Some(message) = health.message {
+            row["health-message"] = json!(message);
+        }
+    }
     if kind == GuestKind::Vm {
         let paused = status.running && node.guests().is_paused(kind, id).await;
         row["qmpstatus"] = json!(match (status.running, paused) {

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::guest::bulk::{self, StartAll, StopAll};
 use crate::guest::clone::{self, Cloning, Wish};
 use crate::guest::config::{Applied, ConfigUpdate};
+use crate::guest::container::health::Health;
 use crate::guest::create::{Draft, Params};
 use crate::guest::destroy::{self, Destroy};
 use crate::guest::lock::Guard;
@@ -522,6 +523,13 @@ impl Guests {
     /// Whether a running guest's CPUs are held. Asks the guest's process.
     pub async fn is_paused(&self, kind: GuestKind, id: GuestId) -> bool {
         guest(&self.site.seat(kind, id)).is_paused().await
+    }
+
+    /// What the watch knows of a running container that has a health command.
+    pub fn health(&self, id: GuestId) -> Option<Health> {
+        let seat = self.site.seat(GuestKind::Container, id);
+        let process = guest(&seat).process()?;
+        self.site.health.get(id, process.pid())
     }
 
     /// Where a running guest's console is.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
+use crate::guest::container::health::Healths;
 use crate::guest::lock::{Guard, Locks};
 use crate::guest::stored::{self, Stored};
 use crate::guest::update;
@@ -29,6 +30,8 @@ pub struct Site {
     pub storage: Storages,
     /// OCI images of containers.
     pub images: Images,
+    /// Whether containers work.
+    pub health: Healths,
     /// Who works on which guest.
     pub locks: Locks,
     /// Who talks to which guest's agent.

@@ -20,6 +20,7 @@ pub mod root;
 pub mod setup;
 pub mod start;
 pub mod terminal;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -103,8 +104,31 @@ impl Container {
     pub fn ended_by_itself(&self) -> Option<restart::Ended> {
         let exit = self.exit()?;
         (!self.asked_file().exists()).then(|| restart::Ended {
-            failed: exit["exitCode"] != 0,
+            failed: exit["exitCode"] != 0 || self.given_up_file().exists(),
         })
+    }
+
+    /// Has a container that does not work power off, and does not wait for that. It has failed then, whatever the exit
+    /// code of its program.
+    async fn give_up(&self, task: &TaskContext) -> Result<(), Error> {
+        self.halt(&self.given_up_file(), task).await
+    }
+
+    /// Sends init the signal to power off, once `mark` says why.
+    async fn halt(&self, mark: &Path, task: &TaskContext) -> Result<(), Error> {
+        let signal = tokio::fs::read_to_string(self.halt_file()).await;
+        let signal = signal.unwrap_or_else(|_| "SIGPWR".to_owned());
+        task.log(&format!("sending {signal} to init"));
+        tokio::fs::write(mark, "")
+            .await
+            .map_err(|e| Error::failed(format!("write {}", mark.display()), e))?;
+        self.command(&["kill"], &[&signal]).await?;
+        Ok(())
+    }
+
+    /// Made when it is given up because it does not work.
+    fn given_up_file(&self) -> PathBuf {
+        self.seat.run_folder().join("given-up")
     }
 
     /// Made when it is asked to power off.
@@ -174,15 +198,7 @@ impl Guest for Container {
     }
 
     async fn power_off(&self, task: &TaskContext) -> Result<(), Error> {
-        let signal = tokio::fs::read_to_string(self.halt_file()).await;
-        let signal = signal.unwrap_or_else(|_| "SIGPWR".to_owned());
-        task.log(&format!("sending {signal} to init"));
-        let asked = self.asked_file();
-        tokio::fs::write(&asked, "")
-            .await
-            .map_err(|e| Error::failed(format!("write {}", asked.display()), e))?;
-        self.command(&["kill"], &[&signal]).await?;
-        Ok(())
+        self.halt(&self.asked_file(), task).await
     }
 
     /// The runtime kills, thaws and collects whatever there is.

@@ -133,7 +133,7 @@ pub const CONTAINER: &[Key] = &[
     .server()
     .own(),
     Key::new(
-        Param::new("restart", RESTART, "Whether it is started again when its program ends by itself."),
+        Param::new("restart", RESTART, "Whether it is started again when its program ends by itself, or is ended because it does not work."),
         Guest(VmConfigOptions),
     )
     .now()
@@ -142,7 +142,7 @@ pub const CONTAINER: &[Key] = &[
         Param::new(
             "health-command",
             Kind::List { length_max: 4096 },
-            "Program with its arguments that is run inside to find out whether the container works.",
+            "Program with its arguments that is run inside, again and again, to find out whether the container works.",
         ),
         Guest(VmConfigOptions),
     )
