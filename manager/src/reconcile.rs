@@ -19,6 +19,7 @@ use crate::cluster::GuestSummary;
 use crate::error::Error;
 use crate::guest::bulk::StartAll;
 use crate::guest::container::Container;
+use crate::guest::container::lxcfs;
 use crate::guest::container::restart::{self, Row, Verdict};
 use crate::guest::hold::Hold;
 use crate::guest::site::Seat;
@@ -32,7 +33,7 @@ use crate::task;
 
 /// Time between two looks.
 const TICK: Duration = Duration::from_secs(2);
-/// Time between two looks at the network, which nothing of ours changes meanwhile.
+/// Time between two looks at the network and at lxcfs, which nothing of ours changes meanwhile.
 const NETWORK_EVERY: Duration = Duration::from_secs(30);
 /// Who starts guests with the node.
 const USER: &str = "root@pam";
@@ -172,6 +173,7 @@ impl Reconciler {
             .is_none_or(|at| at.elapsed() >= NETWORK_EVERY)
         {
             self.network_at = Some(Instant::now());
+            self.mend_views().await;
             if let Err(error) = self.network.ensure().await {
                 tracing::warn!(error = error.chain(), "the guests' network is not complete");
             }
@@ -192,6 +194,21 @@ impl Reconciler {
             remember_boot(&self.boot_file());
         }
         self.first = false;
+    }
+
+    /// Looks whether lxcfs was restarted under containers that nobody works on.
+    async fn mend_views(&self) {
+        let site = self.guests.site();
+        for (kind, id) in site.run_folders() {
+            let Some(_guard) = site.locks.try_acquire(id) else {
+                continue;
+            };
+            if kind == GuestKind::Container
+                && let Err(error) = lxcfs::mend(&site.seat(kind, id)).await
+            {
+                tracing::warn!(guest = %id, error = error.chain(), "files of lxcfs");
+            }
+        }
     }
 
     /// Guests without a folder of a run have nothing to look at: a tick costs what runs, not what is configured.

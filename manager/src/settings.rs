@@ -14,6 +14,8 @@ pub struct Settings {
     pub bin_dir: PathBuf,
     /// Where the firmware of virtual machines is: Debian's package `ovmf`.
     pub firmware_dir: PathBuf,
+    /// Where lxcfs is mounted, if it runs: Debian's package of that name.
+    pub lxcfs_dir: PathBuf,
     /// The NAT bridge for guests, `vmbr0`.
     pub bridge: String,
     /// The bridge's own address with its prefix length; guests get theirs from the same net.
@@ -30,6 +32,7 @@ impl Settings {
             state: state.into(),
             bin_dir: PathBuf::from("/usr/lib/atoll"),
             firmware_dir: PathBuf::from("/usr/share/OVMF"),
+            lxcfs_dir: PathBuf::from("/var/lib/lxcfs"),
             bridge: "vmbr0".to_owned(),
             bridge_address: "10.64.0.1/24".to_owned(),
             workers_max: 8,

@@ -8,10 +8,11 @@ mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use atoll_manager::error::Error;
+use atoll_manager::guest::container::lxcfs;
 use atoll_manager::guest::{Action, Applied, ConfigUpdate};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::task::Upid;
@@ -39,6 +40,7 @@ impl Ground {
         }
         let mut settings = Settings::new("n1", state.path());
         settings.bin_dir = world::bin_dir();
+        settings.lxcfs_dir = state.path().join("lxcfs");
         let node = Node::open(settings).await.unwrap();
         let storage = node.settings().storage_dir();
         node.storage().ensure_local(&storage).await.unwrap();
@@ -182,6 +184,106 @@ fn a_config_of_pve_starts_unchanged() {
             status.contains("host program failed"),
             "a script can refuse a start: {status}"
         );
+        assert_eq!(ground.left(), "");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+/// lxcfs, ended with the test.
+struct Lxcfs(std::process::Child, PathBuf);
+
+impl Lxcfs {
+    /// Mounted in that folder; nothing where it cannot run.
+    fn start(folder: &Path) -> Option<Self> {
+        if !Path::new("/usr/bin/lxcfs").exists() || !Path::new("/dev/fuse").exists() {
+            println!("ATOLL-SKIP: no lxcfs or no FUSE here (apt-get install lxcfs)");
+            return None;
+        }
+        std::fs::create_dir(folder).unwrap();
+        let pid_file = folder.with_extension("pid");
+        let mut lxcfs = Command::new("/usr/bin/lxcfs");
+        lxcfs
+            .args(["-f", "--enable-cfs", "-p"])
+            .arg(pid_file)
+            .arg(folder);
+        let lxcfs = Self(lxcfs.spawn().unwrap(), folder.to_owned());
+        world::until("lxcfs", || folder.join("proc/meminfo").exists());
+        Some(lxcfs)
+    }
+}
+
+impl Drop for Lxcfs {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+        // As its unit does when it ends; what is bound in containers stays.
+        world::run("umount", &[self.1.to_str().unwrap()]);
+        std::fs::remove_dir(&self.1).unwrap();
+    }
+}
+
+#[test]
+fn proc_tells_the_containers_own_limits() {
+    world::isolated("proc_tells_the_containers_own_limits", async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        let params = [
+            ("rootfs", "local:0.0625"),
+            ("memory", "64"),
+            ("cores", "1"),
+            ("features", "nesting=1"),
+        ];
+        assert_eq!(ground.create(&params).await.0, "OK");
+        let (status, log) = ground.act(Action::Start).await;
+        assert!(
+            status == "OK" && log.contains("lxcfs is not running"),
+            "{log}"
+        );
+        let total = |ground: &Ground| ground.sh("grep MemTotal /proc/meminfo");
+        let host = std::fs::read_to_string("/proc/meminfo").unwrap();
+        assert!(host.contains(&total(&ground)), "the host's");
+        assert_eq!(ground.act(Action::Stop).await.0, "OK");
+
+        let Some(lxcfs) = Lxcfs::start(&ground.path("lxcfs")) else {
+            return;
+        };
+        let (status, log) = ground.act(Action::Start).await;
+        assert!(status == "OK" && !log.contains("lxcfs"), "{log}");
+        let words: Vec<String> = total(&ground)
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(words, ["MemTotal:", "65536", "kB"]);
+        assert_eq!(ground.sh("grep -c ^processor /proc/cpuinfo"), "1\n");
+        assert_eq!(ground.sh("grep -c '^cpu[0-9]' /proc/stat"), "1\n");
+        let uptime = ground.sh("cat /proc/uptime");
+        let uptime: f64 = uptime.split(' ').next().unwrap().parse().unwrap();
+        assert!(uptime < 3600.0, "its own: {uptime}");
+        // The kernel still lets it mount a proc for a container of its own.
+        let inner = ground.sh("busybox unshare -Upfr --mount-proc true && echo mounted");
+        assert_eq!(inner, "mounted\n");
+
+        // Another daemon takes its place: the first is dead in the container, and the reconciler binds the second's.
+        drop(lxcfs);
+        assert!(total(&ground).contains("not connected"));
+        let seat = ground.node.guests().site().seat(KIND, ground.id);
+        lxcfs::mend(&seat).await.unwrap();
+        assert!(host.contains(&total(&ground)), "the kernel's meanwhile");
+        let lxcfs = Lxcfs::start(&ground.path("lxcfs")).unwrap();
+        lxcfs::mend(&seat).await.unwrap();
+        assert!(total(&ground).contains(" 65536 kB"), "{}", total(&ground));
+        lxcfs::mend(&seat).await.unwrap();
+        assert_eq!(ground.sh("grep -c lxcfs /proc/mounts"), "8\n");
+        assert_eq!(ground.act(Action::Stop).await.0, "OK");
+        drop(lxcfs);
+        let (status, log) = ground.act(Action::Start).await;
+        assert!(
+            status == "OK" && log.contains("lxcfs is not running"),
+            "{log}"
+        );
+        assert!(host.contains(&total(&ground)), "a dead one is passed over");
+        assert_eq!(ground.act(Action::Stop).await.0, "OK");
         assert_eq!(ground.left(), "");
         ground.node.network().teardown().await.unwrap();
     });

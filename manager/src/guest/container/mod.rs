@@ -13,6 +13,7 @@ pub mod idmap;
 pub mod image;
 pub mod import;
 pub mod lxc;
+pub mod lxcfs;
 pub mod plug;
 pub mod renew;
 pub mod restart;

@@ -116,7 +116,7 @@ async fn leave(seat: &Seat, point: &Mount) -> Result<(), Error> {
 }
 
 /// The runtime's commands for mounts and devices, which take a list of them in a file.
-async fn change(seat: &Seat, command: [&str; 2], list: &Value) -> Result<(), Error> {
+pub(super) async fn change(seat: &Seat, command: [&str; 2], list: &Value) -> Result<(), Error> {
     let path = seat.run_folder().join("change.json");
     tokio::fs::write(&path, list.to_string())
         .await

@@ -116,7 +116,13 @@ fn halt_signal(root: &GuestRoot) -> &'static str {
 
 async fn write_bundle(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let (config, folder) = (start.config()?, start.seat.run_folder());
-    let facts = Facts::gather(config, &start.seat.site.images)?;
+    let site = &start.seat.site;
+    let facts = Facts::gather(config, &site.images, &site.settings.lxcfs_dir)?;
+    if facts.views.is_empty() {
+        task.log(
+            "lxcfs is not running: /proc tells the host's memory, CPUs and load (install lxcfs)",
+        );
+    }
     let bundle = bundle::bundle(start.seat.id, config, &folder, &facts)?;
     bundle.notes.iter().for_each(|note| task.log(note));
     let text = serde_json::to_vec_pretty(&bundle.config);

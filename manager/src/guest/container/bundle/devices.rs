@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::views;
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::{image, lxc};
@@ -62,12 +63,17 @@ pub struct Facts {
     pub present: BTreeSet<PathBuf>,
     /// Layers of its image, the topmost first.
     pub layers: Vec<PathBuf>,
+    /// Files of lxcfs, which show the container its own limits.
+    pub views: Vec<PathBuf>,
 }
 
 impl Facts {
-    /// Looks at every path of the host that a config names.
-    pub fn gather(config: &GuestConfig, images: &Images) -> Result<Self, Error> {
-        let mut facts = Self::default();
+    /// Looks at every path of the host that a config names, and for lxcfs in its folder. Reads from lxcfs.
+    pub fn gather(config: &GuestConfig, images: &Images, lxcfs: &Path) -> Result<Self, Error> {
+        let mut facts = Self {
+            views: views::find(lxcfs),
+            ..Self::default()
+        };
         if let Some(digest) = image::digest(config)? {
             facts.layers = images.layers(&images.get(&digest)?);
         }

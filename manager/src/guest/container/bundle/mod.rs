@@ -12,6 +12,7 @@ mod network;
 mod seccomp;
 #[cfg(test)]
 mod tests;
+mod views;
 
 use std::path::Path;
 
@@ -165,7 +166,7 @@ pub fn bundle(
         "root": { "path": rootfs, "readonly": root.is_set("ro") },
         "annotations": annotations,
         "process": process(config),
-        "mounts": mounts::all(config, folder)?,
+        "mounts": mounts::all(config, folder, facts)?,
         "linux": linux,
     });
     lxc::apply(&config.current.raw, id, bundle, facts)

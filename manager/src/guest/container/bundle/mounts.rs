@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::is_unprivileged;
+use super::{Facts, is_unprivileged, views};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::image;
@@ -105,7 +105,7 @@ impl Mount {
 }
 
 /// Every mount of the bundle.
-pub(super) fn all(config: &GuestConfig, folder: &Path) -> Result<Value, Error> {
+pub(super) fn all(config: &GuestConfig, folder: &Path, facts: &Facts) -> Result<Value, Error> {
     let features = config.properties("features")?.unwrap_or_default();
     let sys = match features.is_set("force_rw_sys") {
         true => "nosuid,noexec,nodev,rw",
@@ -121,6 +121,7 @@ pub(super) fn all(config: &GuestConfig, folder: &Path) -> Result<Value, Error> {
         "cgroup",
         "nosuid,noexec,nodev,relatime,rw",
     ));
+    mounts.extend(views::mounts(&facts.views, features.is_set("nesting")));
     // An image has files of its own there.
     if config.get(image::KEY).is_none() {
         mounts.push(kernel("/run", "tmpfs", "nosuid,nodev,mode=755"));

@@ -149,6 +149,30 @@ fn a_program_of_its_own() {
 }
 
 #[test]
+fn lxcfs_lies_over_proc() {
+    let bundle = |text: &str, views: &[&str]| {
+        let mut facts = facts();
+        let at = Path::new("/var/lib/lxcfs");
+        facts.views = views.iter().map(|name| at.join(name)).collect();
+        let id = "101".parse().unwrap();
+        super::bundle(id, &config(text), Path::new("/run/ct-101"), &facts).unwrap()
+    };
+    let with = bundle("", &["proc/meminfo", "proc/stat"]).config;
+    let meminfo = json!({
+        "destination": "/proc/meminfo", "type": "bind", "source": "/var/lib/lxcfs/proc/meminfo",
+        "options": ["bind", "nosuid", "noexec", "nodev"],
+    });
+    assert_eq!(mount(&with, "/proc/meminfo"), meminfo);
+    assert_eq!(mount(&with, "/proc/uptime"), Value::Null);
+    assert_eq!(mount(&with, "/dev/.lxc/proc"), Value::Null);
+    let nesting = bundle("features: nesting=1\n", &["proc/meminfo"]).config;
+    assert_eq!(mount(&nesting, "/dev/.lxc/proc")["type"], "proc");
+    assert_eq!(mount(&nesting, "/dev/.lxc/sys")["type"], "sysfs");
+    let without = bundle("features: nesting=1\n", &[]).config;
+    assert_eq!(mount(&without, "/dev/.lxc/proc"), Value::Null);
+}
+
+#[test]
 fn terminals_as_init_finds_them() {
     let bundle = built("console: 0\ntty: 3\n");
     assert_eq!(bundle["process"]["terminal"], false);
