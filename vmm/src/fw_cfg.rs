@@ -25,7 +25,7 @@ pub struct BootEntry {
     pub kind: BootKind,
 }
 
-/// What a machine can boot from.
+/// What a machine can boot from, as firmware's device paths tell it apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum BootKind {
     /// A virtio-blk disk.

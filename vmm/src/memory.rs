@@ -26,7 +26,7 @@ pub enum Backing {
     Huge(HugePage),
 }
 
-/// Sizes of huge pages on x86-64.
+/// Sizes of huge pages that x86-64 has and a spec may ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HugePage {
     /// 2 MiB.

@@ -25,7 +25,7 @@ impl WriteLog {
         Ok(Self { machine, memory })
     }
 
-    /// The RAM whose log it is.
+    /// The RAM whose log this is; its regions are those of [`WriteLog::take`]'s answer.
     #[must_use]
     pub fn memory(&self) -> &Arc<Ram> {
         &self.memory

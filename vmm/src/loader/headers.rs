@@ -27,7 +27,7 @@ const SYSTEM_SIZE: usize = 0x1f4;
 const SECTOR_BYTES: u64 = 512;
 const HEADER_BYTES: usize = 0x1f8;
 
-/// What is wrong with an image.
+/// What is wrong with a kernel's image, by its first bytes: told before anything of it is loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
     /// The file cannot be read.

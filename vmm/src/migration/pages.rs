@@ -29,7 +29,7 @@ const STRIPE_WORDS: usize = 8;
 /// Pages to send: a bit a page, of each region.
 pub type Dirty = Vec<Vec<u64>>;
 
-/// Every page.
+/// The set of every page of `ram`, for a first round.
 #[must_use]
 pub fn all(ram: &Ram) -> Dirty {
     ram.iter()
@@ -50,34 +50,34 @@ pub fn merge(pages: &mut Dirty, others: &Dirty) {
     words.for_each(|(word, other)| *word |= other);
 }
 
-/// Bytes of these pages.
+/// Bytes of these pages, whatever is in them.
 #[must_use]
 pub fn size_bytes(dirty: &Dirty) -> u64 {
     let words = dirty.iter().flatten();
     words.map(|word| u64::from(word.count_ones())).sum::<u64>() * PAGE_BYTES as u64
 }
 
-/// One of several connections.
+/// One of several connections: which pages of each round are its to send.
 #[derive(Debug, Clone, Copy)]
 pub struct Stripe {
-    /// Its number.
+    /// Number of the connection, from 0.
     pub index: usize,
-    /// How many there are.
+    /// How many connections there are; the same for all rounds of a migration.
     pub count: usize,
 }
 
 /// What a round of sending is about: which pages, and whether those that are zero are left out.
 pub struct Round<'a> {
-    /// Where pages are.
+    /// The RAM that pages are read from, which the guest may be writing to.
     pub ram: &'a Ram,
-    /// Which.
+    /// Which pages are sent, of all connections.
     pub dirty: &'a Dirty,
     /// In the first round what is zero is not sent, as the target's RAM is zero; and what this tells was never
     /// touched is not looked at.
     pub first: Option<Option<&'a Touched>>,
-    /// Counts bytes as they go.
+    /// Bytes are added here as they go, headers included, for whoever looks at the progress.
     pub sent: &'a AtomicU64,
-    /// How fast they may go.
+    /// How fast they may go; shared by all connections.
     pub pace: &'a Pace,
 }
 
@@ -90,7 +90,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// `None` is no limit.
+    /// A limit that holds from now on; `None` is without limit.
     #[must_use]
     pub fn new(bytes_per_second: Option<u64>) -> Self {
         Self {

@@ -68,7 +68,7 @@ impl Handover {
         Ok(())
     }
 
-    /// Another handle of the same connection.
+    /// Another handle of the same connection, to tell the source of a failure when the first is in use.
     pub fn try_clone(&self) -> std::io::Result<Self> {
         self.0.try_clone().map(Self)
     }
@@ -81,7 +81,7 @@ impl Handover {
     }
 }
 
-/// Where a source's connections come from.
+/// Where a source's connections come from, the one for messages first.
 #[derive(Debug)]
 pub enum Door {
     /// This host.

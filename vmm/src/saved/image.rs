@@ -48,7 +48,8 @@ impl Touched {
         File::open("/proc/self/pagemap").ok().map(Self)
     }
 
-    /// Whether any of these pages exists.
+    /// Whether any page in `length` bytes from `address` on, both multiples of a page, was ever touched. Pages of
+    /// which nothing can be learnt count as touched.
     #[must_use]
     pub fn any(&self, address: usize, length: usize) -> bool {
         let mut entries = vec![0; length / PAGE_BYTES * 8];

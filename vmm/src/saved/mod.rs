@@ -117,7 +117,7 @@ pub struct MachineState {
     pub boot_disk: Option<String>,
     /// The state of every device, each under its name in the machine.
     pub devices: Vec<DeviceEntry>,
-    /// Interrupt controllers that vCPUs share.
+    /// Interrupt controllers that vCPUs share, as `KVM_GET_IRQCHIP` told each.
     pub chips: Vec<Raw<kvm_irqchip>>,
     /// Time when the machine was held.
     pub clock: ClockState,
@@ -128,10 +128,10 @@ pub struct MachineState {
     pub snapshot: Option<SnapshotForm>,
 }
 
-/// A snapshot among others.
+/// How a snapshot's RAM is written, and which other snapshot it needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotForm {
-    /// Its own: 32 random digits.
+    /// Name of this snapshot, by which a child knows its parent: 32 random digits.
     pub id: String,
     /// Its RAM is a file of [`packed`], otherwise one of [`image`].
     pub packed: bool,
@@ -140,10 +140,10 @@ pub struct SnapshotForm {
     pub parent: Option<Parent>,
 }
 
-/// A snapshot that another one needs.
+/// The snapshot that another one needs, and how it is found and known again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parent {
-    /// Its id.
+    /// Its [`SnapshotForm::id`]: another snapshot in its place is refused.
     pub id: String,
     /// Its directory, from that of the child.
     pub directory: PathBuf,
@@ -191,7 +191,7 @@ impl MachineState {
         serde_json::from_slice(bytes).map_err(ReadError::Damaged)
     }
 
-    /// What each vCPU answers to CPUID.
+    /// What each vCPU answers to CPUID, in the order of their numbers.
     #[must_use]
     pub fn cpuid(&self) -> Vec<Vec<kvm_cpuid_entry2>> {
         self.vcpus.iter().map(VcpuSaved::cpuid).collect()
@@ -201,9 +201,9 @@ impl MachineState {
 /// RAM as one snapshot has it: all, or what its parent's lacks.
 #[derive(Debug)]
 pub struct Layer {
-    /// Its file.
+    /// The file of its RAM, open for reading.
     pub file: File,
-    /// See [`SnapshotForm::packed`].
+    /// The form of that file, as in [`SnapshotForm::packed`].
     pub packed: bool,
 }
 

@@ -51,7 +51,7 @@ struct Block {
     bytes: u32,
 }
 
-/// What of RAM is written.
+/// Which pages of RAM are written to the file.
 #[derive(Debug, Clone, Copy)]
 pub enum Wanted<'a> {
     /// What is not zero. RAM that is private and anonymous tells what has never been touched.

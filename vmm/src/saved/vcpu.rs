@@ -23,7 +23,7 @@ use crate::vcpu::state::VcpuState;
 pub struct VcpuSaved {
     /// Function, index, flags, EAX, EBX, ECX, EDX of each leaf.
     cpuid: Vec<[u32; 7]>,
-    /// Time stamp counter.
+    /// Time stamp counter when the vCPU was held, ticks.
     pub tsc: u64,
     /// Number and value of each, in the order of restoring.
     msrs: Vec<(u32, u64)>,
@@ -99,7 +99,7 @@ pub fn leaves(cpuid: &[kvm_cpuid_entry2]) -> Vec<[u32; 7]> {
     cpuid.iter().map(leaf).collect()
 }
 
-/// What [`leaves`] was made from.
+/// Leaves in KVM's form: the inverse of [`leaves`].
 #[must_use]
 pub fn entries(leaves: &[[u32; 7]]) -> Vec<kvm_cpuid_entry2> {
     let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
@@ -136,13 +136,13 @@ impl VcpuSaved {
         }
     }
 
-    /// What it answers to CPUID.
+    /// What the vCPU answers to CPUID, its own place in the machine included.
     #[must_use]
     pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
         entries(&self.cpuid)
     }
 
-    /// Number and value of each MSR.
+    /// Number and value of each saved MSR, in the order of restoring.
     #[must_use]
     pub fn msrs(&self) -> &[(u32, u64)] {
         &self.msrs

@@ -119,7 +119,7 @@ pub struct ChangeFile<M = File> {
 }
 
 impl<M: Medium> ChangeFile<M> {
-    /// Nothing is read or written yet.
+    /// A record of changes on `medium`, of which nothing is read or written yet.
     pub fn new(medium: M) -> Self {
         Self { medium }
     }

@@ -57,7 +57,7 @@ const CMP_LEGACY: u64 = 1 << 1;
 /// Leaf 0x8000_0001 EDX, on AMD: the same bits of leaf 1 EDX once more.
 pub const AMD_ALIASES: u32 = 0x0183_f3ff;
 
-/// Every register with features.
+/// Every register with features; a set's words are in this order.
 #[rustfmt::skip]
 pub const REGISTERS: &[Register] = &[
     Register { location: Location::Cpuid(0x1, 0, EDX), others: HT, bits: &[
