@@ -11,7 +11,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryLoadGuard};
 
 use super::QueueInterrupt;
 use crate::counters::QueueCounters;
@@ -142,7 +142,7 @@ impl Chain {
 
     fn fill(
         &mut self,
-        ram: Arc<Ram>,
+        ram: &GuestMemoryLoadGuard<Ram>,
         descriptors: virtio_queue::DescriptorChain<&Ram>,
     ) -> Result<(), QueueError> {
         let head = descriptors.head_index();
@@ -163,7 +163,7 @@ impl Chain {
             let bytes = usize::try_from(size).expect("64-bit host");
             if address.checked_add(u64::from(size)).is_none()
                 || size != 0
-                    && !GuestMemoryBackend::check_range(&*ram, GuestAddress(address), bytes)
+                    && !GuestMemoryBackend::check_range(&**ram, GuestAddress(address), bytes)
             {
                 return Err(QueueError::Range {
                     head,
@@ -182,7 +182,15 @@ impl Chain {
         if !ended {
             return Err(QueueError::Chain { head });
         }
-        self.ram = Some(ram);
+        // Guest RAM changes when memory is plugged in. Otherwise the count of its holders, which every queue's thread
+        // would write for each chain, is left alone.
+        let known = self
+            .ram
+            .as_ref()
+            .is_some_and(|known| std::ptr::eq(&**known, &**ram));
+        if !known {
+            self.ram = Some(ram.clone().into_inner());
+        }
         Ok(())
     }
 }
@@ -330,12 +338,12 @@ impl DeviceQueue {
 
     /// Takes the next chain into `chain`. `false` when the driver has offered no more.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
-        let ram = self.memory.memory().into_inner();
+        let ram = self.memory.memory();
         let Some(descriptors) = self.queue.iter(&*ram)?.next() else {
             return Ok(false);
         };
         self.counters.chains.add(1);
-        chain.fill(ram.clone(), descriptors)?;
+        chain.fill(&ram, descriptors)?;
         Ok(true)
     }
 
