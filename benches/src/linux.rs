@@ -32,7 +32,7 @@ use crate::tap::{self, Tap};
 
 const PEERS: &[Monitor] = &[CLOUD_HYPERVISOR, FIRECRACKER, QEMU_Q35];
 /// Turns at most.
-const TURNS_MAX: usize = 9;
+const TURNS_MAX: usize = 7;
 const START_TURNS_MAX: usize = 3;
 /// Of one measurement.
 const TIME: Duration = Duration::from_millis(400);
