@@ -192,6 +192,10 @@ pub struct HostArguments {
     /// Append the log to this file instead of standard error
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
+    /// Enter this control group (a directory of a cgroup hierarchy) before memory is taken; may be repeated, for
+    /// hierarchies of version 1
+    #[arg(long, value_name = "DIRECTORY")]
+    pub cgroup: Vec<PathBuf>,
     #[command(flatten)]
     #[expect(
         missing_docs,

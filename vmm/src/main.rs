@@ -98,7 +98,7 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         }
     };
     check::spec(&spec)?;
-    write_pid(&arguments.host)?;
+    settle(&arguments.host)?;
     run_on(&arguments.host, log, &spec, start)
 }
 
@@ -107,7 +107,7 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
     let log = log_to(arguments.host.log_file.as_deref())?;
     let own_spec = arguments.spec.as_deref().map(read_spec).transpose()?;
     let door = open_door(arguments)?;
-    write_pid(&arguments.host)?;
+    settle(&arguments.host)?;
     let arrived = target::accept(&door, own_spec);
     drop(door);
     if let Some(socket) = &arguments.socket {
@@ -148,12 +148,22 @@ fn open_door(arguments: &ReceiveArguments) -> anyhow::Result<Door> {
     Ok(Door::Here(listener))
 }
 
-fn write_pid(host: &HostArguments) -> anyhow::Result<()> {
-    let Some(path) = &host.pid_file else {
-        return Ok(());
-    };
-    std::fs::write(path, format!("{}\n", std::process::id()))
-        .with_context(|| format!("pid file {}", path.display()))
+/// Goes where the caller wants the process counted and limited, and says which one it is.
+fn settle(host: &HostArguments) -> anyhow::Result<()> {
+    let pid = std::process::id();
+    for group in &host.cgroup {
+        std::fs::write(group.join("cgroup.procs"), pid.to_string()).with_context(|| {
+            format!(
+                "enter control group {} (made with mkdir below a mounted hierarchy?)",
+                group.display()
+            )
+        })?;
+    }
+    match &host.pid_file {
+        Some(path) => std::fs::write(path, format!("{pid}\n"))
+            .with_context(|| format!("pid file {}", path.display())),
+        None => Ok(()),
+    }
 }
 
 fn run_on(

@@ -122,6 +122,55 @@ fn a_machine_of_roots_is_nobody_and_sees_nothing() {
     assert!(core.unwrap().contains(" 0  "), "{limits}");
 }
 
+/// A control group that goes with the test.
+struct Group(PathBuf);
+
+impl Group {
+    /// `None` where no hierarchy that can limit processes is mounted and writable.
+    fn make() -> Option<Self> {
+        let name = format!("atoll-test-{}", std::process::id());
+        let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/pids"];
+        let root = roots
+            .iter()
+            .map(Path::new)
+            .find(|root| root.join("cgroup.procs").exists());
+        let group = root
+            .map(|root| root.join(name))
+            .filter(|group| fs::create_dir(group).is_ok());
+        if group.is_none() {
+            println!(
+                "ATOLL-SKIP: no control group can be made below {}",
+                roots.join(" or ")
+            );
+        }
+        group.map(Self)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Fails while a process is in it; what is killed leaves it a moment later.
+        for _ in 0..100 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn a_machine_is_counted_in_its_control_group() {
+    let Some(group) = Group::make() else {
+        return;
+    };
+    let Some(guest) = Guest::start(&["--cgroup", group.0.to_str().unwrap()]) else {
+        return;
+    };
+    let members = fs::read_to_string(group.0.join("cgroup.procs")).unwrap();
+    assert_eq!(members.trim(), guest.process.id().to_string());
+}
+
 #[test]
 fn every_thread_has_its_filter_and_vcpus_only_one() {
     let Some(guest) = Guest::start(&[]) else {

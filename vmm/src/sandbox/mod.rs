@@ -13,8 +13,9 @@
 //! | `seccomp` | everybody | system calls, by kind of thread (`filters`) |
 //!
 //! No PID namespace: only a child could enter it, and then two processes would be the machine; signals to others are
-//! denied by landlock, seccomp and the uid. The control group is the caller's affair. There is no limit on the size
-//! of files (RLIMIT_FSIZE): those that the process can grow are the guest's disks, and may be resized while it runs.
+//! denied by landlock, seccomp and the uid. The control group is the caller's, who limits it (`--cgroup`, `atolld`).
+//! There is no limit on the size of files (RLIMIT_FSIZE): those that the process can grow are the guest's disks, and
+//! may be resized while it runs.
 
 mod filters;
 mod jail;
