@@ -24,7 +24,7 @@ use crate::guest::container::restart::{self, Row, Verdict};
 use crate::guest::hold::Hold;
 use crate::guest::site::Seat;
 use crate::guest::snapshot::take;
-use crate::guest::vm::{Vm, mirror};
+use crate::guest::vm::{Vm, mirror, saved, suspend};
 use crate::guest::{Action, Guests, Phase, disks, guest};
 use crate::id::{GuestId, GuestKind};
 use crate::network::Network;
@@ -96,8 +96,10 @@ pub enum Remedy {
     Discard(GuestKind, GuestId),
     /// Let a guest go on that a daemon was holding when it ended.
     LetGo(GuestKind, GuestId),
-    /// Remove snapshots that a daemon was taking when it ended.
+    /// Remove snapshots that a daemon was taking when it ended, or what there is of a suspension.
     Abandon(GuestKind, GuestId),
+    /// End a machine that is suspended to disk, or keep it that goes on from there.
+    Settle(GuestKind, GuestId),
 }
 
 /// The decision. Pure: the same world gives the same remedies, and a world without fault none.
@@ -112,7 +114,13 @@ pub fn decide(world: &World) -> Vec<Remedy> {
             remedies.push(Remedy::Discard(kind, id));
             continue;
         }
-        if world.first && view.lock.as_deref() == Some(take::LOCK) {
+        let lock = view.lock.as_deref();
+        let is_cut_off = lock == Some(take::LOCK) || lock == Some(suspend::LOCK);
+        if lock == Some(saved::SUSPENDED) {
+            if matches!(view.phase, Phase::Running { .. }) {
+                remedies.push(Remedy::Settle(kind, id));
+            }
+        } else if world.first && is_cut_off {
             remedies.push(Remedy::Abandon(kind, id));
         } else if world.first && view.held {
             remedies.push(Remedy::LetGo(kind, id));
@@ -264,6 +272,7 @@ impl Reconciler {
         | Remedy::Start(kind, id)
         | Remedy::Discard(kind, id)
         | Remedy::LetGo(kind, id)
+        | Remedy::Settle(kind, id)
         | Remedy::Abandon(kind, id)) = remedy
         else {
             return self.start_all();
@@ -289,6 +298,7 @@ impl Reconciler {
         }
         match remedy {
             Remedy::Discard(..) => discard(&seat).await?,
+            Remedy::Settle(..) => saved::settle(&Vm::new(seat.clone())).await?,
             Remedy::LetGo(..) => {
                 if kind == GuestKind::Vm && guest.process().is_some() {
                     mirror::settle(&Vm::new(seat.clone()), &seat.config()?).await?;
@@ -496,6 +506,35 @@ mod tests {
             ..world(vec![draft])
         };
         check(&first, &[Remedy::Discard(GuestKind::Vm, id)]);
+    }
+
+    #[test]
+    fn a_suspension_is_brought_to_its_end() {
+        let suspended = View {
+            phase: Phase::Running { pid: 1 },
+            held: true,
+            lock: Some("suspended".to_owned()),
+            ..view("100")
+        };
+        let (kind, id) = (suspended.kind, suspended.id);
+        for first in [false, true] {
+            let world = |view: &View| World {
+                first,
+                ..world(vec![view.clone()])
+            };
+            check(&world(&suspended), &[Remedy::Settle(kind, id)]);
+            let ended = View {
+                phase: Phase::Ended,
+                ..suspended.clone()
+            };
+            check(&world(&ended), &[Remedy::CleanUp(kind, id)]);
+            let unfinished = View {
+                lock: Some("suspending".to_owned()),
+                ..suspended.clone()
+            };
+            let abandoned = [Remedy::Abandon(kind, id)];
+            check(&world(&unfinished), if first { &abandoned } else { &[] });
+        }
     }
 
     #[test]

@@ -23,10 +23,12 @@ use atoll_manager::guest::snapshot::take::{self, Take};
 use atoll_manager::guest::start::Start;
 use atoll_manager::guest::stop::{SHUTDOWN, STOP, Stop};
 use atoll_manager::guest::tables::TABLES;
-use atoll_manager::guest::{Ask, clone, container, start, stop, vm};
+use atoll_manager::guest::vm::suspend::{self, Suspend};
+use atoll_manager::guest::{Ask, Phase, clone, container, guest, start, stop, vm};
 use atoll_manager::id::{GuestId, GuestKind};
+use atoll_manager::reconcile::Reconciler;
 use atoll_manager::storage::name::Format;
-use atoll_manager::task::{self, TaskContext, TaskStep, fault, run_steps};
+use atoll_manager::task::{self, Fault, TaskContext, TaskStep, fault, run_steps};
 use atoll_manager::{Node, Settings};
 
 /// What a task can leave behind: files, store keys, mounts, links, control groups.
@@ -90,6 +92,17 @@ impl Ground {
         let groups = String::from_utf8_lossy(&groups.unwrap().stdout).into_owned();
         traces.extend(groups.lines().map(str::to_owned));
         traces
+    }
+
+    /// What there is while the guest runs, its process's log left out, and whether it is held.
+    async fn running(&self) -> (bool, Traces) {
+        let paused = self.node.guests().is_paused(self.kind, self.id).await;
+        let log = format!("{} ", self.seat().run_folder().join("log").display());
+        let traces = self.traces().await.into_iter();
+        (
+            paused,
+            traces.filter(|trace| !trace.starts_with(&log)).collect(),
+        )
     }
 
     /// Runs a table that must succeed.
@@ -223,25 +236,76 @@ async fn held_while_copied(ground: &Ground) {
     assert!(!paused().await);
     let delete = Delete::new(ground.seat(), "running".into());
     ground.pass(delete::STEPS, delete).await;
-    abandoned(ground).await;
+    if ground.kind == GuestKind::Container {
+        return abandoned(ground, take::STEPS, take).await;
+    }
+    let with_memory = || Take::new(ground.seat(), "warm".into(), String::new()).with_memory();
+    let state = async |ground: &&Ground| ground.running().await;
+    fault::fails_cleanly(take::STEPS, async || (ground, with_memory()), state).await;
+    let suspend = || Suspend::new(ground.seat(), None);
+    fault::fails_cleanly(suspend::STEPS, async || (ground, suspend()), state).await;
+    abandoned(ground, take::STEPS, with_memory).await;
+    abandoned(ground, suspend::STEPS, suspend).await;
+    suspended(ground).await;
 }
 
-/// What a daemon leaves that is killed while it takes a snapshot of the running guest: the next one lets the guest go
+/// A daemon that is killed when the suspension is complete, and the next one at the end of the start after it: the
+/// machine ends, and goes on, and nothing of it is left.
+async fn suspended(ground: &Ground) {
+    let reconcile = async || {
+        let (guests, network) = (ground.node.guests().clone(), ground.node.network().clone());
+        Reconciler::new(guests, network).tick().await;
+    };
+    // The first one notes the start of the host.
+    reconcile().await;
+    let before = ground.running().await;
+    ground
+        .pass(suspend::STEPS, Suspend::new(ground.seat(), None))
+        .await;
+    let phase = || guest(&ground.seat()).phase();
+    for _ in 0..100 {
+        reconcile().await;
+        if phase() == Phase::Stopped {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(phase(), Phase::Stopped);
+    let failed = Fault {
+        step: start_steps() - 1,
+        moment: task::Moment::After,
+    };
+    let task = TaskContext::detached(fault::upid(), Some(failed));
+    assert!(start(&ground.seat(), &task).await.is_err());
+    assert_eq!(phase(), Phase::Stopped);
+    assert_eq!(
+        ground.seat().config().unwrap().get("lock"),
+        Some("suspended")
+    );
+    ground
+        .pass(vm::start::STEPS, Start::new(ground.seat()))
+        .await;
+    reconcile().await;
+    assert_eq!(ground.running().await, before);
+}
+
+fn start_steps() -> usize {
+    vm::start::STEPS.len()
+}
+
+/// What a daemon leaves that is killed in one of these tables, with the guest held: the next one lets the guest go
 /// on and removes the rest, at whatever step that fails at first.
-async fn abandoned(ground: &Ground) {
+async fn abandoned<C>(ground: &Ground, steps: &[TaskStep<C>], context: impl Fn() -> C) {
     let cut_off = async || {
-        let mut take = Take::new(ground.seat(), "cut-off".into(), String::new());
+        let mut context = context();
         let task = TaskContext::detached(fault::upid(), None);
-        for step in &take::STEPS[..3] {
-            (step.run)(&mut take, &task).await.unwrap();
+        for step in &steps[..3] {
+            (step.run)(&mut context, &task).await.unwrap();
         }
         ground
     };
     let abandon = async |ground: &&Ground| Abandon::new(ground.seat());
-    let state = async |ground: &&Ground| {
-        let paused = ground.node.guests().is_paused(ground.kind, ground.id).await;
-        (paused, ground.traces().await)
-    };
+    let state = async |ground: &&Ground| ground.running().await;
     let before = state(&ground).await;
     fault::can_be_repeated(abandon::STEPS, abandon::STEPS, cut_off, abandon, state).await;
     assert_eq!(state(&ground).await, before);
@@ -407,6 +471,7 @@ fn no_table_is_left_out() {
     let tested = [
         "qmcreate",
         "qmstart",
+        "qmsuspend",
         "vzcreate",
         "vzstart",
         // In tests/images.rs.

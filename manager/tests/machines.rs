@@ -6,10 +6,13 @@
 mod world;
 
 use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use atoll_manager::guest::move_disk::{self, Move, Wish};
 use atoll_manager::guest::vm::Vm;
-use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate, Console};
+use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate, Console, snapshot};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::reconcile::Reconciler;
 use atoll_manager::storage::name::parse_format;
@@ -70,6 +73,7 @@ fn a_machine_lives_and_leaves_nothing() {
         let node = runs(node, &state, id).await;
         changes_its_disc(&node, &state, id).await;
         moves_its_disks(&node, &state, id).await;
+        goes_on_from_its_memory(&node, &state, id).await;
         devices_come_and_go(&node, id).await;
         ends(&node, &state, id).await;
         node.network().teardown().await.unwrap();
@@ -99,6 +103,103 @@ async fn new_guests_boot_by_firmware(node: &Node, state: &tempfile::TempDir, id:
         (status.as_str(), config.get("efidisk0")),
         ("WARNINGS: 1", None)
     );
+}
+
+/// The probe's load, which checks its memory and its disk, and tells its rounds on the serial port.
+struct Load {
+    serial: UnixStream,
+    text: String,
+}
+
+impl Load {
+    fn of(node: &Node, id: GuestId) -> Self {
+        let console = node.guests().console(KIND, id).unwrap();
+        let Console::Line { socket, .. } = console else {
+            panic!("a machine's console is a line: {console:?}");
+        };
+        let serial = UnixStream::connect(socket).unwrap();
+        let timeout = Duration::from_secs(1);
+        serial.set_read_timeout(Some(timeout)).unwrap();
+        let text = String::new();
+        Self { serial, text }
+    }
+
+    fn type_line(&mut self, line: &str) {
+        self.serial.write_all(line.as_bytes()).unwrap();
+        self.serial.write_all(b"\r").unwrap();
+    }
+
+    fn wait_for(&mut self, expected: &str) -> String {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(at) = self.text.find(expected) {
+                let rest = self.text.split_off(at + expected.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            let so_far = &self.text;
+            assert!(Instant::now() < deadline, "no {expected:?} in {so_far:?}");
+            let mut chunk = [0; 4096];
+            if let Ok(count) = self.serial.read(&mut chunk) {
+                let said = String::from_utf8_lossy(&chunk[..count]);
+                self.text.push_str(&said);
+            }
+        }
+    }
+
+    /// The next rounds that it tells.
+    fn rounds(&mut self) -> u64 {
+        loop {
+            self.wait_for("load ");
+            if let Ok(rounds) = self.wait_for("\r\n").trim().parse() {
+                return rounds;
+            }
+        }
+    }
+}
+
+/// Suspended to disk and started, and taken back to a snapshot with its memory: the load goes on from that moment, with
+/// a memory and a disk that are as it left them.
+async fn goes_on_from_its_memory(node: &Node, state: &tempfile::TempDir, id: GuestId) {
+    let seat = node.guests().site().seat(KIND, id);
+    let images = state.path().join(format!("storage/images/{id}"));
+    let mut load = Load::of(node, id);
+    load.type_line("");
+    load.wait_for("probe> ");
+    load.type_line("load");
+    let first = load.rounds();
+    let snapshot = node.guests().snapshot(KIND, id, "warm", "", true, USER);
+    assert_eq!(done(node, snapshot).await, "OK");
+    let kept = images.join(format!("vm-{id}-state-warm.raw"));
+    assert!(std::fs::metadata(&kept).unwrap().len() > 64 << 20);
+    assert!(snapshot::list(&seat.config().unwrap())[0].has_memory);
+    let later = std::iter::repeat_with(|| load.rounds()).find(|rounds| *rounds > 4 * first);
+
+    let suspended = node.guests().suspend_to_disk(id, None, USER);
+    assert_eq!(done(node, suspended).await, "OK");
+    let config = seat.config().unwrap();
+    let volume = format!("local:{id}/vm-{id}-state-suspend.raw");
+    assert_eq!(config.get("lock"), Some("suspended"));
+    assert_eq!(config.get("vmstate"), Some(volume.as_str()));
+    assert!(!state.path().join(format!("run/vm-{id}")).exists());
+    let resumed = node.guests().act(KIND, id, Action::Resume, USER);
+    assert_eq!(done(node, resumed).await, "OK");
+    let mut load = Load::of(node, id);
+    assert!(load.rounds() > later.unwrap());
+    let config = seat.config().unwrap();
+    assert_eq!((config.get("lock"), config.get("vmstate")), (None, None));
+    assert!(!images.join(format!("vm-{id}-state-suspend.raw")).exists());
+
+    let back = node.guests().roll_back(KIND, id, "warm", false, USER);
+    assert_eq!(done(node, back).await, "OK");
+    let mut load = Load::of(node, id);
+    let rounds = load.rounds();
+    assert!(rounds >= first && rounds < later.unwrap(), "{rounds}");
+    load.type_line("");
+    let said = load.wait_for("load ended after ");
+    assert!(!said.contains("FAILED"), "{said}");
+    let deleted = node.guests().delete_snapshot(KIND, id, "warm", USER);
+    assert_eq!(done(node, deleted).await, "OK");
+    assert!(!kept.exists());
 }
 
 /// A disc goes in and out of its drive while the machine runs; everything else of a drive waits.

@@ -53,7 +53,14 @@ pub enum Command {
     /// Shut a guest down and start it again.
     Reboot(Target),
     /// Halt a guest where it is.
-    Suspend(Target),
+    Suspend {
+        /// The guest.
+        #[command(flatten)]
+        target: Target,
+        /// Write the memory of a virtual machine to a volume and end it; its next start goes on from there.
+        #[arg(long)]
+        to_disk: bool,
+    },
     /// Let a suspended guest go on.
     Resume(Target),
     /// Remove a guest and its volumes.
@@ -103,14 +110,16 @@ pub async fn run(
     command: Command,
     output: Output,
 ) -> Result<(), CliError> {
-    let act = |target: Target, method, below: &'static str| async move {
+    let act_with = |target: Target, method, below: &'static str, params| async move {
+        let params: &[(&str, &str)] = params;
         let path = format!("{}{below}", path(client, kind, target.id).await?);
-        let data = client.call(method, &path, NO_PARAMS).await?;
+        let data = client.call(method, &path, params).await?;
         match task::of(&data) {
             Some(upid) if !target.no_wait => task::follow(client, upid).await,
             _ => show(&data, output),
         }
     };
+    let act = |target, method, below| act_with(target, method, below, &[]);
     match command {
         Command::List => show(&list(client, kind).await?, output),
         Command::Create { node, rest } => {
@@ -131,7 +140,10 @@ pub async fn run(
         Command::Shutdown(target) => act(target, Method::Post, "/status/shutdown").await,
         Command::Stop(target) => act(target, Method::Post, "/status/stop").await,
         Command::Reboot(target) => act(target, Method::Post, "/status/reboot").await,
-        Command::Suspend(target) => act(target, Method::Post, "/status/suspend").await,
+        Command::Suspend { target, to_disk } => {
+            let params: &[_] = if to_disk { &[("todisk", "1")] } else { &[] };
+            act_with(target, Method::Post, "/status/suspend", params).await
+        }
         Command::Resume(target) => act(target, Method::Post, "/status/resume").await,
         Command::Delete(target) => act(target, Method::Delete, "").await,
         Command::Status { id } => {

@@ -6,7 +6,9 @@ use std::time::Duration;
 use atoll_manager::access::{Check, Privilege};
 use atoll_manager::error::Error;
 use atoll_manager::guest::{Action, Ask};
-use atoll_manager::schema::{Kind, Param};
+use atoll_manager::id::GuestKind;
+use atoll_manager::schema::{Kind, Param, format};
+use atoll_manager::storage::name::StorageName;
 use serde_json::json;
 
 use super::guests::{id, kind, stored};
@@ -102,7 +104,12 @@ macro_rules! rows {
                 Param::new(
                     "todisk",
                     Kind::Boolean,
-                    "Keeping the state on disk is not there yet.",
+                    "Write a virtual machine's memory to a volume and end it; its next start goes on from there.",
+                ),
+                Param::new(
+                    "statestorage",
+                    Kind::Format(format::STORAGE_ID),
+                    "Storage of that volume; vmstatestorage of the config, or the first disk's, when it is not given.",
                 ),
             ])
             .returns(Returns::Upid)
@@ -188,11 +195,31 @@ async fn reset(call: Call) -> Result<Answer, Refusal> {
 }
 
 async fn suspend(call: Call) -> Result<Answer, Refusal> {
-    if call.values.flag("todisk") {
-        let text = "suspending to disk is not there yet: leave todisk out to suspend in memory";
+    if !call.values.flag("todisk") {
+        return act(&call, Action::Suspend);
+    }
+    if kind(&call) == GuestKind::Container {
+        let text = "containers cannot be suspended to disk: leave todisk out to suspend in memory";
         return Err(Error::invalid("todisk", text).into());
     }
-    act(&call, Action::Suspend)
+    let storage = call.values.text("statestorage").map(|name| name.parse());
+    let storage = storage.transpose();
+    let storage: Option<StorageName> =
+        storage.map_err(|error| Error::invalid("statestorage", format!("{error}")))?;
+    let vm = (format!("/vms/{}", id(&call)), Privilege::VmConfigDisk);
+    let place = storage.as_ref().map(|storage| {
+        let path = format!("/storage/{storage}");
+        (path, Privilege::DatastoreAllocateSpace)
+    });
+    for (path, privilege) in [Some(vm), place].into_iter().flatten() {
+        if !call.caller().has(&path, privilege) {
+            let text = format!("Permission check failed ({path}, {privilege})");
+            return Err(Error::Denied(text).into());
+        }
+    }
+    let guests = call.daemon.node.guests();
+    let upid = guests.suspend_to_disk(id(&call), storage, call.caller().identity())?;
+    Ok(Answer::Data(json!(upid.to_string())))
 }
 
 async fn resume(call: Call) -> Result<Answer, Refusal> {

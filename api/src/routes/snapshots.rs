@@ -176,7 +176,7 @@ macro_rules! rows {
 const STATE: Param = Param::new(
     "vmstate",
     Kind::Boolean,
-    "Keep the memory, too. Not there yet.",
+    "Keep the memory, too, if the machine runs: it is held until that is written, and goes on from there after a rollback.",
 );
 
 pub const VMS: &[Route] = rows!("/nodes/{node}/qemu/{vmid}", take: &[SNAPSHOT, DESCRIPTION, STATE], clone: "name", disk: "disk");
@@ -193,7 +193,7 @@ async fn list(call: Call) -> Result<Answer, Refusal> {
             ("snaptime", row.time.map(|time| json!(time))),
             ("parent", row.parent.map(|parent| json!(parent))),
             ("snapstate", row.state.map(|state| json!(state))),
-            ("vmstate", Some(json!(0))),
+            ("vmstate", Some(json!(u8::from(row.has_memory)))),
         ])
     });
     // PVE's last row: where the guest is now.
@@ -213,16 +213,13 @@ async fn list(call: Call) -> Result<Answer, Refusal> {
 }
 
 async fn take(call: Call) -> Result<Answer, Refusal> {
-    if call.values.flag("vmstate") {
-        let text = "keeping the memory is not there yet: leave vmstate out to keep the disks";
-        return Err(Error::invalid("vmstate", text).into());
-    }
     let guests = call.daemon.node.guests();
     let upid = guests.snapshot(
         kind(&call),
         id(&call),
         call.values.required("snapname"),
         call.values.text("description").unwrap_or_default(),
+        call.values.flag("vmstate"),
         call.caller().identity(),
     )?;
     Ok(Answer::Data(json!(upid.to_string())))

@@ -171,6 +171,32 @@ async function takeSnapshot(browser) {
   await picture(browser, '22-snapshots');
 }
 
+/** A snapshot with the memory, and back to it: the guest goes on. */
+async function keepTheMemory({ page }) {
+  await page.getByRole('button', { name: 'Take snapshot' }).click();
+  const dialog = page.getByRole('dialog');
+  await dialog.getByLabel('Name').fill('warm');
+  await dialog.getByLabel('Keep the memory, too').check();
+  await dialog.getByLabel('Name').press('Enter');
+  await taskEnds(page, 60);
+  await page.getByRole('button', { name: 'Roll back: warm' }).click();
+  await page.getByRole('dialog').getByRole('button', { name: 'Roll back' }).click();
+  await taskEnds(page, 60);
+  await guestState(page, 'running', 20);
+  await page.getByRole('button', { name: 'Delete: warm' }).click();
+  await page.getByRole('dialog').getByRole('button', { name: 'Delete' }).click();
+  await taskEnds(page, 60);
+}
+
+async function suspendToDisk({ page }) {
+  await page.getByRole('button', { name: 'More' }).click();
+  await page.getByRole('menuitem', { name: 'Suspend to disk' }).click();
+  await page.getByRole('dialog').getByRole('button', { name: 'Suspend to disk' }).click();
+  await guestState(page, 'stopped', 60);
+  await page.getByRole('button', { name: 'Start', exact: true }).click();
+  await guestState(page, 'running', 60);
+}
+
 async function goBack({ page }) {
   await page.getByRole('button', { name: 'Roll back: first' }).click();
   await page.getByRole('dialog').getByRole('button', { name: 'Roll back' }).click();
@@ -222,6 +248,8 @@ await runSteps([
   ['change it and revert that', changeAndRevert],
   ['note something', takeNotes],
   ['take a snapshot', takeSnapshot],
+  ['keep the memory, too', keepTheMemory],
+  ['suspend it to disk', suspendToDisk],
   ['go back to it', goBack],
   ['clone it, and delete both', cloneIt],
   ['open a shell of the node', openShell],

@@ -8,7 +8,7 @@ use atoll_disk::Format;
 use crate::error::Error;
 use crate::guest::keys;
 use crate::guest::site::Seat;
-use crate::guest::vm::{boot, cloud_init, drives};
+use crate::guest::vm::{boot, cloud_init, drives, saved};
 use crate::id::GuestKind;
 use crate::storage::Storages;
 use crate::storage::convert::{Image, convert};
@@ -66,9 +66,9 @@ pub fn is_disk(kind: GuestKind, key: &str) -> bool {
     })
 }
 
-/// Whether a config key holds a volume: a disk, or one that was taken out.
+/// Whether a config key holds a volume: a disk, one that was taken out, or the memory of a suspended machine.
 pub fn holds_volume(kind: GuestKind, key: &str) -> bool {
-    key.starts_with("unused") || is_disk(kind, key)
+    key.starts_with("unused") || key == saved::KEY || is_disk(kind, key)
 }
 
 /// Reads a disk's value as a user gives it.

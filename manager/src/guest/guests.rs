@@ -20,14 +20,16 @@ use crate::guest::site::{Seat, Site};
 use crate::guest::snapshot::roll_back::RollBack;
 use crate::guest::snapshot::take::Take;
 use crate::guest::status::{self, CpuMeter, RunningCache, RunningGuests, Status};
-use crate::guest::vm::Vm;
 use crate::guest::vm::capabilities::{CpuModel, CpuModels};
+use crate::guest::vm::suspend::Suspend;
+use crate::guest::vm::{Vm, saved};
 use crate::guest::{
-    Ask, Console, Guest, Phase, container, guest, shutdown, snapshot, start, stop, stored,
-    template, update, view, vm,
+    Ask, Console, Guest, Phase, container, guest, shutdown, snapshot, start, start_from, stop,
+    stored, template, update, view, vm,
 };
 use crate::id::{GuestId, GuestKind};
 use crate::network::interfaces::{self, Inner};
+use crate::storage::name::StorageName;
 use crate::task::{NewTask, TaskContext, Tasks, Upid, run_steps};
 
 /// Parameters of a creation that are no config keys.
@@ -219,6 +221,7 @@ impl Guests {
                     let (_guard, guest) = hold_running(&seat).await?;
                     guest.pause().await
                 }
+                Action::Resume if is_suspended(&seat)? => start(&seat, &task).await,
                 Action::Resume => {
                     let (_guard, guest) = hold_running(&seat).await?;
                     guest.resume().await
@@ -329,6 +332,7 @@ impl Guests {
         id: GuestId,
         name: &str,
         description: &str,
+        with_memory: bool,
         user: impl ToString,
     ) -> Result<Upid, Error> {
         let seat = self.site.seat(kind, id);
@@ -339,11 +343,30 @@ impl Guests {
             )));
         }
         let new = NewTask::new(word(kind, "qmsnapshot", "vzsnapshot"), id, user);
-        let take = Take::new(seat, name.to_owned(), description.to_owned());
+        let mut take = Take::new(seat, name.to_owned(), description.to_owned());
+        if with_memory {
+            take = take.with_memory();
+        }
         self.tasks.spawn_steps(new, snapshot::take::STEPS, take)
     }
 
-    /// Takes a guest back to a snapshot, and starts it then if `starts`: task `qmrollback` or `vzrollback`.
+    /// Writes a machine's memory to a volume and ends it; its next start goes on from there. Task `qmsuspend`.
+    pub fn suspend_to_disk(
+        &self,
+        id: GuestId,
+        storage: Option<StorageName>,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let seat = self.site.seat(GuestKind::Vm, id);
+        seat.config()?;
+        let suspend = Suspend::new(seat, storage);
+        let new = NewTask::new("qmsuspend", id, user);
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            vm::suspend::run(suspend, &task).await
+        })
+    }
+
+    /// Takes a guest back to a snapshot, and starts it then if `starts`, or if the snapshot has its memory: task `qmrollback` or `vzrollback`.
     pub fn roll_back(
         &self,
         kind: GuestKind,
@@ -358,10 +381,11 @@ impl Guests {
         let mut back = RollBack::new(seat.clone(), name.to_owned());
         self.tasks.spawn(new, async move |task: TaskContext| {
             run_steps(snapshot::roll_back::STEPS, &mut back, &task).await?;
+            let memory = back.memory();
             // The lock is free again before the start asks for it.
             drop(back);
-            match starts {
-                true => start(&seat, &task).await,
+            match starts || memory.is_some() {
+                true => start_from(&seat, memory, &task).await,
                 false => Ok(()),
             }
         })
@@ -574,6 +598,10 @@ impl Guests {
             .resize_console(tty, columns, rows)
             .await
     }
+}
+
+fn is_suspended(seat: &Seat) -> Result<bool, Error> {
+    Ok(seat.config()?.get("lock") == Some(saved::SUSPENDED))
 }
 
 /// A running guest, which nobody else works on while the guard lives.

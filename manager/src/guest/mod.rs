@@ -48,6 +48,7 @@ use crate::error::Error;
 use crate::guest::site::Seat;
 use crate::id::GuestKind;
 use crate::process::Process;
+use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, run_steps};
 
 pub use config::{Applied, ConfigUpdate, GuestConfig, PendingRow};
@@ -177,11 +178,28 @@ pub fn guest(seat: &Seat) -> Box<dyn Guest> {
     }
 }
 
-/// Starts a guest within a task.
+/// Starts a guest within a task; one that is suspended to disk goes on.
 pub async fn start(seat: &Seat, task: &TaskContext) -> Result<(), Error> {
+    start_from(seat, None, task).await
+}
+
+/// Starts a guest within a task from a snapshot's state, if there is one.
+pub async fn start_from(
+    seat: &Seat,
+    saved: Option<VolumeId>,
+    task: &TaskContext,
+) -> Result<(), Error> {
     let seat = seat.clone();
     match seat.kind {
-        GuestKind::Vm => run_steps(vm::start::STEPS, &mut Start::new(seat), task).await,
+        GuestKind::Vm => {
+            let mut start = Start::from_saved(seat, saved);
+            run_steps(vm::start::STEPS, &mut start, task).await?;
+            // Not a step: a machine that runs is never taken back to what is forgotten here.
+            match start.saved {
+                Some(_) => vm::saved::forget(&start.seat).await,
+                None => Ok(()),
+            }
+        }
         GuestKind::Container => {
             run_steps(container::start::STEPS, &mut Start::new(seat), task).await
         }

@@ -6,8 +6,10 @@ use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
+use crate::guest::vm::saved;
 use crate::guest::{Phase, guest};
 use crate::id::GuestKind;
+use crate::storage::name::VolumeId;
 use crate::task::TaskContext;
 
 /// What the steps hand on; `M` is what one kind of guest makes on the way.
@@ -17,6 +19,8 @@ pub struct Start<M> {
     pub seat: Seat,
     /// What was made so far: a machine's spec, a container's process.
     pub made: Option<M>,
+    /// The volume of the saved state that a machine goes on from.
+    pub saved: Option<VolumeId>,
     guard: Option<Guard>,
     config: Option<GuestConfig>,
 }
@@ -27,8 +31,17 @@ impl<M> Start<M> {
         Self {
             seat,
             made: None,
+            saved: None,
             guard: None,
             config: None,
+        }
+    }
+
+    /// A start that goes on from a snapshot's state.
+    pub fn from_saved(seat: Seat, saved: Option<VolumeId>) -> Self {
+        Self {
+            saved,
+            ..Self::new(seat)
         }
     }
 
@@ -39,10 +52,33 @@ impl<M> Start<M> {
     }
 }
 
+/// The config and the saved state of a machine that is suspended to disk.
+fn suspended(seat: &Seat) -> Result<Option<(GuestConfig, VolumeId)>, Error> {
+    let config = seat.config()?;
+    if config.get("lock") != Some(saved::SUSPENDED) {
+        return Ok(None);
+    }
+    let volume = saved::of(&config.current.values);
+    let volume = volume.ok_or_else(|| {
+        let title = seat.title();
+        Error::refused(format!(
+            "{title} is suspended, but its config names no saved memory: unlock it to start afresh"
+        ))
+    })?;
+    Ok(Some((config, volume)))
+}
+
 /// The first step: takes the guest's lock, makes pending changes current, and removes what its last run left.
 pub async fn read_config<M>(start: &mut Start<M>, _: &TaskContext) -> Result<(), Error> {
     start.guard = Some(start.seat.lock().await?);
-    let config = start.seat.settled().await?;
+    let config = match suspended(&start.seat)? {
+        // As it was when it was suspended: what is pending waits for a start from nothing.
+        Some((config, saved)) => {
+            start.saved = Some(saved);
+            config
+        }
+        None => start.seat.settled().await?,
+    };
     let guest = guest(&start.seat);
     match guest.phase() {
         Phase::Running { .. } => {

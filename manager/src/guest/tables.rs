@@ -29,6 +29,7 @@ pub struct Table {
 pub const TABLES: &[Table] = &[
     Table::new("qmcreate", Promise::Undone, || names(vm::create::STEPS)),
     Table::new("qmstart", Promise::Undone, || names(vm::start::STEPS)),
+    Table::new("qmsuspend", Promise::Undone, || names(vm::suspend::STEPS)),
     Table::new("vzcreate", Promise::Undone, || {
         names(container::create::STEPS)
     }),

@@ -2,7 +2,7 @@
 // The buttons that start, stop and delete a guest.
 import { Button, Checkbox, Group, Menu, Modal, Stack, Text, TextInput } from '@mantine/core';
 import { notifications } from '@mantine/notifications';
-import { IconChevronDown, IconCopy, IconDotsVertical, IconPlayerPause, IconPlayerPlay, IconPlayerStop, IconPower, IconRefresh, IconRotate, IconTemplate, IconTrash } from '@tabler/icons-react';
+import { IconChevronDown, IconCopy, IconDotsVertical, IconMoon, IconPlayerPause, IconPlayerPlay, IconPlayerStop, IconPower, IconRefresh, IconRotate, IconTemplate, IconTrash } from '@tabler/icons-react';
 import { useMutation } from '@tanstack/react-query';
 import { useNavigate } from '@tanstack/react-router';
 import { useState, useSyncExternalStore, type FormEvent } from 'react';
@@ -18,12 +18,12 @@ import { watchTask } from '../tasks/watch';
 import { CloneDialog } from './CloneDialog';
 import { fits, may, POWER_ACTIONS, stateOf, type PowerAction } from './actions';
 
-const ICONS = { start: IconPlayerPlay, shutdown: IconPower, stop: IconPlayerStop, reboot: IconRefresh, reset: IconRotate, suspend: IconPlayerPause, resume: IconPlayerPlay } as const;
+const ICONS = { start: IconPlayerPlay, shutdown: IconPower, stop: IconPlayerStop, reboot: IconRefresh, reset: IconRotate, suspend: IconPlayerPause, hibernate: IconMoon, resume: IconPlayerPlay } as const;
 const FRONT = ['start', 'resume', 'shutdown'];
 
 function usePower(guest: Guest) {
   return useMutation({
-    mutationFn: (action: PowerAction) => call<string>('POST', `${guestPath(guest)}/status/${action.name}`),
+    mutationFn: (action: PowerAction) => call<string>('POST', `${guestPath(guest)}/status/${action.call ?? action.name}`, action.params),
     onSuccess: (upid) => void watchTask(upid),
     onError: (error, action) =>
       notifications.show({ color: 'red', title: `${action.label}: ${guestTitle(guest)}`, message: errorText(error), autoClose: false, closeButtonProps: { 'aria-label': 'Dismiss' } }),

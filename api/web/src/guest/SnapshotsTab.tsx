@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The snapshots of a guest: taken, gone back to, removed.
-import { ActionIcon, Button, Group, Modal, Stack, Text, Textarea, TextInput, Tooltip } from '@mantine/core';
+import { ActionIcon, Button, Checkbox, Group, Modal, Stack, Text, Textarea, TextInput, Tooltip } from '@mantine/core';
 import { IconArrowBackUp, IconCamera, IconTrash } from '@tabler/icons-react';
 import { useMutation } from '@tanstack/react-query';
 import { DataTable } from 'mantine-datatable';
@@ -36,7 +36,10 @@ function useTask(begin: () => Promise<string>, onClose: () => void) {
 function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
   const [name, setName] = useState('');
   const [description, setDescription] = useState('');
-  const take = useTask(() => call<string>('POST', `${guestPath(guest)}/snapshot`, { snapname: name, ...(description ? { description } : {}) }), onClose);
+  const [memory, setMemory] = useState(false);
+  const keepsMemory = memory && guest.type === 'qemu';
+  const parameters = { snapname: name, ...(description ? { description } : {}), ...(keepsMemory ? { vmstate: true } : {}) };
+  const take = useTask(() => call<string>('POST', `${guestPath(guest)}/snapshot`, parameters), onClose);
   const valid = NAME.test(name);
   const submit = (event: FormEvent) => {
     event.preventDefault();
@@ -46,7 +49,7 @@ function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
     <Modal opened onClose={onClose} title={`Take a snapshot of ${guestTitle(guest)}`}>
       <form onSubmit={submit}>
         <Stack gap="sm">
-          {guest.status === 'running' && <Text size="sm">The guest stands still while its disks are copied. Its memory is not kept.</Text>}
+          {guest.status === 'running' && <Text size="sm">The guest stands still while its disks are copied{keepsMemory && ' and its memory is written'}.</Text>}
           <TextInput
             label="Name"
             data-autofocus
@@ -55,6 +58,14 @@ function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
             onChange={(event) => setName(event.currentTarget.value)}
             error={name && !valid ? 'A letter first, then letters, digits, - and _; 2 to 40 in all.' : undefined}
           />
+          {guest.status === 'running' && guest.type === 'qemu' && (
+            <Checkbox
+              label="Keep the memory, too"
+              description="Going back goes on from this moment. Without it the guest starts anew."
+              checked={memory}
+              onChange={(event) => setMemory(event.currentTarget.checked)}
+            />
+          )}
           <Textarea label="Notes" autosize minRows={2} value={description} onChange={(event) => setDescription(event.currentTarget.value)} />
           <ErrorNote error={take.error} />
           <Group justify="flex-end" gap="xs">
@@ -74,7 +85,7 @@ function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
 type What = 'rollback' | 'delete';
 
 const WORDS = {
-  rollback: { title: 'Roll back', text: 'The guest becomes what it was then, stopped. What it has done since is lost.' },
+  rollback: { title: 'Roll back', text: 'The guest becomes what it was then: stopped, or going on from there when the snapshot has its memory. What it has done since is lost.' },
   delete: { title: 'Delete', text: 'The snapshot is removed. The guest stays as it is.' },
 } as const;
 

@@ -5,8 +5,12 @@ import type { Session } from '../api/session';
 
 /** Power actions, in the order of the buttons. */
 export interface PowerAction {
-  name: 'start' | 'shutdown' | 'stop' | 'reboot' | 'reset' | 'suspend' | 'resume';
+  name: 'start' | 'shutdown' | 'stop' | 'reboot' | 'reset' | 'suspend' | 'hibernate' | 'resume';
   label: string;
+  /** The call below the guest's `status`, when it is not the name. */
+  call?: string;
+  /** Parameters of the call. */
+  params?: Record<string, boolean>;
   /** States in which the action makes sense. */
   from: readonly string[];
   /** Only for this kind. */
@@ -23,6 +27,15 @@ export const POWER_ACTIONS: readonly PowerAction[] = [
   { name: 'shutdown', label: 'Shut down', from: UP, confirm: 'The guest is asked to shut down in order.' },
   { name: 'reboot', label: 'Reboot', from: UP, confirm: 'The guest is asked to shut down in order, and then started again.' },
   { name: 'suspend', label: 'Pause', from: UP },
+  {
+    name: 'hibernate',
+    label: 'Suspend to disk',
+    call: 'suspend',
+    params: { todisk: true },
+    from: [...UP, ...FROZEN],
+    only: 'qemu',
+    confirm: 'The VM stands still while its memory is written to a volume, and then ends. Its next start goes on from there.',
+  },
   { name: 'resume', label: 'Resume', from: FROZEN },
   { name: 'reset', label: 'Reset', from: [...UP, ...FROZEN], only: 'qemu', confirm: 'The VM restarts at once, as by its reset button. What it has not written to disk is lost.' },
   { name: 'stop', label: 'Stop', from: [...UP, ...FROZEN], confirm: 'The guest stops at once, as by pulling its plug. What it has not written to disk is lost.' },
@@ -34,7 +47,8 @@ export function stateOf(guest: Pick<Guest, 'status'>, qmpstatus?: string): strin
 }
 
 export function fits(action: PowerAction, guest: Guest, state: string): boolean {
-  return action.from.includes(state) && (action.only === undefined || action.only === guest.type) && !guest.lock;
+  const locked = guest.lock && !(guest.lock === 'suspended' && action.name === 'start');
+  return action.from.includes(state) && (action.only === undefined || action.only === guest.type) && !locked;
 }
 
 /** Whether the user has a privilege on guests somewhere; unknown counts as yes, since the server decides. */

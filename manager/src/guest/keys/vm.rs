@@ -9,7 +9,8 @@ use crate::access::Privilege::{
     VmConfigOptions,
 };
 use crate::schema::format::{
-    ADDRESS_LIST, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS, VOLUME_ID,
+    ADDRESS_LIST, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS, STORAGE_ID,
+    VOLUME_ID,
 };
 use crate::schema::{Format, Kind, Param, split_list};
 
@@ -214,6 +215,15 @@ pub const VM: &[Key] = &[
         Guest(VmConfigHwType),
     )
     .no_effect("Guests always run on KVM."),
+    Key::new(
+        Param::new(
+            "vmstatestorage",
+            Kind::Format(STORAGE_ID),
+            "Storage of the memory that snapshots and suspensions keep; the first disk's when it is not given.",
+        ),
+        Guest(VmConfigOptions),
+    )
+    .now(),
     Key::new(
         Param::new("tablet", Kind::Boolean, "Pointing device.").default("1"),
         Guest(VmConfigHwType),

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The end of snapshots that a daemon was taking when it was killed: the guest goes on, and what there is of them is
-//! removed. A task `qmdelsnapshot` or `vzdelsnapshot` that the reconciler starts with the next daemon.
+//! The end of snapshots that a daemon was taking when it was killed, and of suspensions to disk: the guest goes on, and
+//! what there is of them is removed. A task `qmdelsnapshot` or `vzdelsnapshot` that the reconciler starts with the next daemon.
 
 use super::locked_by;
 use super::take::{LOCK, PREPARING};
@@ -10,6 +10,7 @@ use crate::guest::hold::Hold;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
 use crate::guest::stored::Stored;
+use crate::guest::vm::{saved, suspend};
 use crate::step;
 use crate::task::{TaskContext, TaskStep};
 
@@ -36,8 +37,8 @@ pub const STEPS: &[TaskStep<Abandon>] = &[
 
 async fn release(abandon: &mut Abandon, task: &TaskContext) -> Result<(), Error> {
     abandon.guard = Some(abandon.seat.lock().await?);
-    locked_by(&abandon.seat, LOCK)?;
-    task.log("atolld ended while it was taking a snapshot of this guest");
+    cut_off(&abandon.seat)?;
+    task.log("atolld ended while it was taking a snapshot of this guest, or suspending it");
     let mut hold = Hold::left(&abandon.seat);
     if hold.is_taken() {
         hold.release(&abandon.seat).await?;
@@ -55,8 +56,14 @@ async fn remove(abandon: &mut Abandon, task: &TaskContext) -> Result<(), Error> 
             let storage = abandon.seat.site.storage.open(&volume.storage)?;
             storage.free_snapshot(&volume.name, &name).await?;
         }
+        if let Some(volume) = saved::of(values) {
+            disks::free_own(&abandon.seat, &volume).await?;
+        }
     }
-    Ok(())
+    match saved::of(&stored.config.current.values) {
+        Some(volume) => disks::free_own(&abandon.seat, &volume).await,
+        None => Ok(()),
+    }
 }
 
 async fn write_config(abandon: &mut Abandon, _: &TaskContext) -> Result<(), Error> {
@@ -65,7 +72,13 @@ async fn write_config(abandon: &mut Abandon, _: &TaskContext) -> Result<(), Erro
         stored.config.sections.remove(&name);
     }
     stored.config.unset("lock");
+    stored.config.unset(saved::KEY);
     stored.save(&abandon.seat.site.store).await
+}
+
+/// The config of a guest whose lock is of one of the tasks that end here, or nobody's any more.
+fn cut_off(seat: &Seat) -> Result<Stored, Error> {
+    locked_by(seat, LOCK).or_else(|_| locked_by(seat, suspend::LOCK))
 }
 
 /// Names of the snapshots that were being taken.

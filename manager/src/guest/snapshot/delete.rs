@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::guest::disks;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
+use crate::guest::vm::saved;
 use crate::step;
 use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, TaskStep};
@@ -20,6 +21,7 @@ pub struct Delete {
     name: String,
     guard: Option<Guard>,
     volumes: Vec<VolumeId>,
+    memory: Option<VolumeId>,
 }
 
 impl Delete {
@@ -30,6 +32,7 @@ impl Delete {
             name,
             guard: None,
             volumes: Vec::new(),
+            memory: None,
         }
     }
 }
@@ -45,6 +48,7 @@ async fn lock(delete: &mut Delete, _: &TaskContext) -> Result<(), Error> {
     delete.guard = Some(delete.seat.lock().await?);
     let mut stored = locked_by(&delete.seat, LOCK)?;
     let section = find(&stored.config, &delete.name)?;
+    delete.memory = saved::of(&section.values);
     delete.volumes = disks::own_volumes(&delete.seat, &section.values)
         .into_iter()
         .map(|(_, volume)| volume)
@@ -58,7 +62,10 @@ async fn remove(delete: &mut Delete, _: &TaskContext) -> Result<(), Error> {
         let storage = delete.seat.site.storage.open(&volume.storage)?;
         storage.free_snapshot(&volume.name, &delete.name).await?;
     }
-    Ok(())
+    match &delete.memory {
+        Some(volume) => disks::free_own(&delete.seat, volume).await,
+        None => Ok(()),
+    }
 }
 
 async fn write_config(delete: &mut Delete, _: &TaskContext) -> Result<(), Error> {

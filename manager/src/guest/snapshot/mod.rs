@@ -12,7 +12,8 @@
 //! ```
 //!
 //! A running guest is held while its disks are copied, so that all of them are of the same moment; where the storage
-//! can share extents that is short. The guest's memory is not part of it yet: after going back it starts afresh.
+//! can share extents that is short. A machine's memory is part of it on request (`vmstate` names its volume, see
+//! `vm::saved`): then it is held for as long as that takes to be written, and goes on from there after going back.
 //! Tables: `take`, `roll_back`, `delete`, and `abandon` for what a killed daemon was taking.
 
 pub mod abandon;
@@ -45,6 +46,8 @@ pub struct Row {
     pub time: Option<i64>,
     /// What is being done with it, when it is not done yet.
     pub state: Option<String>,
+    /// The memory is part of it.
+    pub has_memory: bool,
 }
 
 /// All snapshots, the oldest first.
@@ -59,6 +62,7 @@ pub fn list(config: &GuestConfig) -> Vec<Row> {
             parent: value("parent"),
             time: value("snaptime").and_then(|time| time.parse().ok()),
             state: value("snapstate"),
+            has_memory: value("vmstate").is_some(),
         })
     };
     let mut rows: Vec<Row> = config.sections.iter().filter_map(row).collect();

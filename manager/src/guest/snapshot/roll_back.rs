@@ -8,8 +8,10 @@ use crate::error::Error;
 use crate::guest::config::{ConfigUpdate, Reach, Section};
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
+use crate::guest::vm::saved;
 use crate::guest::{disks, guest, hardware, update};
 use crate::step;
+use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, TaskStep};
 
 /// Value of the config's `lock` meanwhile. It stays after a failure, since the disks are no guest's then; going back
@@ -34,6 +36,11 @@ impl RollBack {
             guard: None,
             section: Section::default(),
         }
+    }
+
+    /// The volume of the memory that the guest is to go on with, once the snapshot was found.
+    pub fn memory(&self) -> Option<VolumeId> {
+        saved::of(&self.section.values)
     }
 }
 
@@ -62,6 +69,9 @@ async fn look(back: &mut RollBack, _: &TaskContext) -> Result<(), Error> {
     for (_, volume) in disks::own_volumes(&back.seat, &back.section.values) {
         let storage = back.seat.site.storage.open(&volume.storage)?;
         storage.snapshot_path(&volume.name, &back.name).await?;
+    }
+    if let Some(volume) = back.memory() {
+        back.seat.site.storage.path(&volume).await?;
     }
     Ok(())
 }

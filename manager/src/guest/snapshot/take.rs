@@ -6,10 +6,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{PRESENT_KEYS, check_name, set_description};
 use crate::error::Error;
 use crate::guest::config::Section;
-use crate::guest::disks;
 use crate::guest::hold::Hold;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
+use crate::guest::vm::{Vm, saved};
+use crate::guest::{disks, guest};
+use crate::id::GuestKind;
 use crate::step;
 use crate::storage::name::VolumeId;
 use crate::task::{TaskContext, TaskStep};
@@ -25,9 +27,12 @@ pub struct Take {
     seat: Seat,
     name: String,
     description: String,
+    /// The memory, too, if the guest is a machine that runs.
+    with_memory: bool,
     guard: Option<Guard>,
     hold: Hold,
     noted: bool,
+    memory: Option<VolumeId>,
     volumes: Vec<VolumeId>,
 }
 
@@ -38,11 +43,19 @@ impl Take {
             seat,
             name,
             description,
+            with_memory: false,
             guard: None,
             hold: Hold::default(),
             noted: false,
+            memory: None,
             volumes: Vec::new(),
         }
+    }
+
+    /// The same with the memory, when the machine runs.
+    pub fn with_memory(mut self) -> Self {
+        self.with_memory = true;
+        self
     }
 }
 
@@ -50,6 +63,7 @@ impl Take {
 pub const STEPS: &[TaskStep<Take>] = &[
     step!("note the snapshot", note, undo forget),
     step!("hold the guest", hold, undo release),
+    step!("write the memory", write_memory, undo remove_memory),
     step!("copy disks", copy, undo remove),
     step!("let the guest go on", release),
     step!("write the configuration", write_config),
@@ -89,6 +103,14 @@ async fn note(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
         .into_iter()
         .map(|(_, volume)| volume)
         .collect();
+    let is_machine = take.seat.kind == GuestKind::Vm;
+    if take.with_memory && is_machine && guest(&take.seat).process().is_some() {
+        let volume = saved::volume(&take.seat, &section.values, None, &take.name)?;
+        section
+            .values
+            .insert(saved::KEY.to_owned(), volume.to_string());
+        take.memory = Some(volume);
+    }
     config.sections.insert(take.name.clone(), section);
     config.set("lock", LOCK);
     stored.save(&take.seat.site.store).await?;
@@ -116,6 +138,20 @@ async fn hold(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
 
 async fn release(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
     take.hold.release(&take.seat).await
+}
+
+async fn write_memory(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    match &take.memory {
+        Some(volume) => saved::write(&Vm::new(take.seat.clone()), volume, task).await,
+        None => Ok(()),
+    }
+}
+
+async fn remove_memory(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
+    match &take.memory {
+        Some(volume) => disks::free_own(&take.seat, volume).await,
+        None => Ok(()),
+    }
 }
 
 async fn copy(take: &mut Take, task: &TaskContext) -> Result<(), Error> {

@@ -13,8 +13,11 @@ pub mod drives;
 pub mod live;
 pub mod mirror;
 pub mod resolve;
+pub mod saved;
 pub mod start;
+pub mod suspend;
 
+use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -22,6 +25,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use atoll_vmm_protocol::api::{
     Acted, Added, Info, MachineState, MirrorInfo, Mirrors, Removal, RemoveDevice, Request,
+    Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::{Client, ClientError};
 use atoll_vmm_protocol::spec::MachineSpec;
@@ -41,6 +45,8 @@ use crate::task::TaskContext;
 const END_MAX: Duration = Duration::from_secs(10);
 /// Longest wait for one answer of a running machine.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Longest wait until a machine has written its memory.
+const WRITE_MAX: Duration = Duration::from_secs(3600);
 
 /// A virtual machine of this node, running or not.
 #[derive(Debug, Clone)]
@@ -82,7 +88,7 @@ impl Vm {
         &self,
         request: Request,
         body: impl Serialize + Send + 'static,
-        file: std::fs::File,
+        file: File,
     ) -> Result<(), Error> {
         let _: Acted = self
             .ask(move |client| client.ask_with_files(request, &body, &[file.as_fd()]))
@@ -118,6 +124,22 @@ impl Vm {
     /// Asks the guest to let a device go, and waits as long as the body says.
     pub async fn remove_device(&self, body: RemoveDevice) -> Result<Removal, Error> {
         self.ask(move |client| client.remove_device(&body)).await
+    }
+
+    /// Makes it write its spec, its state and its memory to these files; it is held meanwhile. `to` is for its log.
+    pub async fn write_state(&self, files: [File; 3], to: String) -> Result<SnapshotTaken, Error> {
+        let question = move |client: &Client| {
+            let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+            client.ask_with_files(
+                Request::Snapshot,
+                &Snapshot {
+                    to,
+                    ..Snapshot::default()
+                },
+                &files,
+            )
+        };
+        self.ask_within(WRITE_MAX, question).await
     }
 
     /// Mirrors of its disks, and how they ended.
@@ -164,7 +186,15 @@ impl Vm {
         &self,
         question: impl FnOnce(&Client) -> Result<T, ClientError> + Send + 'static,
     ) -> Result<T, Error> {
-        let client = Client::new(self.api_socket()).with_timeout(ANSWER_MAX);
+        self.ask_within(ANSWER_MAX, question).await
+    }
+
+    async fn ask_within<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        question: impl FnOnce(&Client) -> Result<T, ClientError> + Send + 'static,
+    ) -> Result<T, Error> {
+        let client = Client::new(self.api_socket()).with_timeout(patience);
         let answer = tokio::task::spawn_blocking(move || question(&client)).await;
         answer
             .map_err(|e| Error::failed("ask the virtual machine", e))?

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::exec::Program;
 use crate::guest::site::Seat;
 use crate::guest::vm::resolve::{self, Places};
-use crate::guest::vm::{Vm, boot, cloud_init};
+use crate::guest::vm::{Vm, boot, cloud_init, saved};
 use crate::guest::{Guest, disks, start};
 use crate::network::link;
 use crate::process::Process;
@@ -35,6 +35,7 @@ pub const STEPS: &[TaskStep<Start>] = &[
     step!("resolve the spec", resolve_spec),
     step!("write the cloud-init drive", write_cloud_init),
     step!("make the run folder", make_folder, undo remove_folder),
+    step!("bring the saved memory", bring_saved),
     step!("make the firmware's variables", make_variables),
     step!("create taps", create_taps, undo delete_taps),
     step!("start the process", start_process, undo end_process),
@@ -68,6 +69,9 @@ async fn resolve_spec(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn write_cloud_init(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    if start.saved.is_some() {
+        return Ok(()); // The guest has the drive as it was.
+    }
     let config = start.config()?;
     for (key, volume) in disks::own_volumes(&start.seat, &config.current.values) {
         if !cloud_init::is_drive(&volume.name) {
@@ -91,6 +95,14 @@ async fn make_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     tokio::fs::write(&path, spec)
         .await
         .map_err(|e| Error::failed(format!("write {}", path.display()), e))
+}
+
+async fn bring_saved(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let Some(volume) = &start.saved else {
+        return Ok(());
+    };
+    task.log(&format!("going on from {volume}"));
+    saved::bring(&start.seat, volume).await
 }
 
 /// A guest with firmware and no volume for its variables gets some that last for this run, as in PVE.
@@ -124,13 +136,16 @@ async fn delete_taps(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
 
 async fn start_process(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let vm = vm(start);
-    let child = Program::new(start.seat.site.program("atoll-vmm"))
+    let mut program = Program::new(start.seat.site.program("atoll-vmm"))
         .arg("run")
         .arg("--spec")
         .arg(vm.spec_file())
         .arg("--api-socket")
-        .arg(vm.api_socket())
-        .spawn_detached(&vm.log_file())?;
+        .arg(vm.api_socket());
+    if start.saved.is_some() {
+        program = program.arg("--restore").arg(saved::folder(&start.seat));
+    }
+    let child = program.spawn_detached(&vm.log_file())?;
     let pid = child.id().unwrap_or_default();
     let written = tokio::fs::write(vm.pid_file(), format!("{pid}\n")).await;
     if let Err(error) = written {
