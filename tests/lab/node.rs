@@ -103,6 +103,38 @@ fn an_imported_image_boots_by_uefi_and_leaves_nothing() {
     let change = "atoll set $node/qemu/121/config --ide2 local:iso/2.iso,media=cdrom";
     on_node(host, change, 60);
     assert_eq!(in_imported(host, read, 60), "disc 2");
+
+    // Suspended to disk it goes on where it was, with the new disc; a snapshot with memory brings that moment back.
+    in_imported(host, "echo kept > /run/mark", 60);
+    on_node(host, "atoll vm suspend 121 --to-disk", 300);
+    on_node(host, "atoll vm start 121", 120);
+    assert_eq!(in_imported(host, "cat /run/mark", 120), "kept");
+    on_node(
+        host,
+        "atoll create $node/qemu/121/snapshot --snapname warm --vmstate 1 --wait",
+        300,
+    );
+    in_imported(host, "rm /run/mark; echo lost > /var/lost; sync", 60);
+    on_node(
+        host,
+        "atoll create $node/qemu/121/snapshot/warm/rollback --wait",
+        300,
+    );
+    assert_eq!(
+        in_imported(
+            host,
+            "cat /run/mark; ls /var/lost 2>&1 | grep -c cannot",
+            120
+        ),
+        "kept\n1"
+    );
+    assert_eq!(in_imported(host, read, 60), "disc 2");
+    on_node(
+        host,
+        "atoll delete $node/qemu/121/snapshot/warm --wait",
+        120,
+    );
+
     let end = "atoll create $node/qemu/121/status/shutdown --timeout 180 --wait; \
         atoll get $node/qemu/121/status/current --output json | jq -r .status; atoll delete $node/qemu/121 --wait";
     assert!(on_node(host, end, 300).contains("stopped"));
