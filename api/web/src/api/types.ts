@@ -55,6 +55,10 @@ export interface GuestStatus {
   netout?: number;
   uptime?: number;
   pid?: number;
+  /** Atoll's own: what a container's health command has found, while it runs. */
+  health?: 'starting' | 'healthy' | 'unhealthy';
+  'health-failures'?: number;
+  'health-message'?: string;
 }
 
 interface Usage {

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // Names and states of guests and tasks in words.
-import type { Guest, Resource } from '../api/types';
+import type { Guest, GuestStatus, Resource } from '../api/types';
 
 export const KIND = { qemu: 'VM', lxc: 'Container' } as const;
 export const SHORT_KIND = { qemu: 'VM', lxc: 'CT' } as const;
@@ -8,6 +8,14 @@ export const SHORT_KIND = { qemu: 'VM', lxc: 'CT' } as const;
 /** "101 (db)". */
 export function guestTitle(guest: Pick<Guest, 'vmid' | 'name'>): string {
   return guest.name ? `${guest.vmid} (${guest.name})` : String(guest.vmid);
+}
+
+/** What a container's health command has found: "unhealthy, failed 3 times in a row: …". */
+export function healthText(status: Pick<GuestStatus, 'health' | 'health-failures' | 'health-message'>): string {
+  const failures = status['health-failures'] ?? 0;
+  const times = failures === 1 ? 'failed once' : `failed ${failures} times in a row`;
+  const message = status['health-message'];
+  return [status.health ?? '', failures ? `, ${times}` : '', message ? `: ${message}` : ''].join('');
 }
 
 /** Page of a resource, for links. */
@@ -44,6 +52,7 @@ const TASK_WORDS: Record<string, string> = {
   delsnapshot: 'delete snapshot',
   rollback: 'roll back',
   template: 'make template',
+  unhealthy: 'end, since it does not work',
 };
 
 const OTHER_TASKS: Record<string, string> = {
