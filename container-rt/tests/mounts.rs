@@ -172,56 +172,9 @@ fn other_mounts_are_refused() {
     assert!(ended.stderr.contains("is stopped"), "{}", ended.stderr);
 }
 
-/// A device that comes and goes, in a container with a user namespace and in one without; one of the start goes, too.
 #[test]
 fn devices_come_and_go() {
-    if !can_run() {
-        return;
-    }
-    for unprivileged in [true, false] {
-        let mut scene = Scene::new(&["sleep", "1000"]);
-        if unprivileged {
-            scene = scene.unprivileged();
-        }
-        let fuse = json!({ "path": "/dev/first", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666 });
-        scene.config["linux"]["devices"] = json!([fuse]);
-        let rule = json!({ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" });
-        scene.config["linux"]["resources"]["devices"] = json!([rule]);
-        scene.start(&[]);
-        let change = |verb: &str, list: Value| {
-            std::fs::write(scene.path("devices.json"), list.to_string()).unwrap();
-            scene.ct(&["devices", verb, "ID", "devices.json"])
-        };
-        let opens = |path: &str| {
-            let words = ["exec", "ID", "sh", "-c"];
-            let script = format!("exec 3<{path} && echo opened");
-            scene.ct(&[&words[..], &[&script]].concat()).stdout == "opened\n"
-        };
-        assert!(opens("/dev/first") && !opens("/dev/net/tun"));
-        let tun = json!([{
-            "path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200, "fileMode": 0o644, "uid": 7, "gid": 8,
-            "access": "rw",
-        }]);
-        change("add", tun.clone()).ok();
-        let said = scene
-            .exec("busybox stat -c %t:%T-%a-%u:%g /dev/net/tun")
-            .ok();
-        assert_eq!(said, "a:c8-644-7:8\n");
-        assert!(opens("/dev/net/tun"));
-        let again = change("add", tun);
-        assert!(again.stderr.contains("has it already"), "{}", again.stderr);
-        // Its own node of the same number is of no use once the device is taken away.
-        scene.exec("busybox mknod /dev/mine c 10 200").code.unwrap();
-        change("remove", json!([{ "path": "/dev/net/tun" }])).ok();
-        assert!(!opens("/dev/net/tun") && !opens("/dev/mine"));
-        assert!(scene.exec("busybox stat /dev/net/tun").code != Some(0));
-        change("remove", json!([{ "path": "/dev/first" }])).ok();
-        assert!(!opens("/dev/first") && opens("/dev/null"));
-        let missing = change("remove", json!([{ "path": "/dev/first" }]));
-        assert!(
-            missing.stderr.contains("has no /dev/first"),
-            "{}",
-            missing.stderr
-        );
+    if can_run() {
+        scene::devices::come_and_go();
     }
 }

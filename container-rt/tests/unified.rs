@@ -92,6 +92,13 @@ fn device_filter_is_enforced() {
 }
 
 #[test]
+fn the_filter_follows_devices_that_come_and_go() {
+    if on_unified("the_filter_follows_devices_that_come_and_go") {
+        scene::devices::come_and_go();
+    }
+}
+
+#[test]
 fn lifecycle_freezer_and_nested_removal() {
     if !on_unified("lifecycle_freezer_and_nested_removal") {
         return;

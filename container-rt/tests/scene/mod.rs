@@ -3,6 +3,8 @@
 //! its own, and `atoll-ct` to run on them. Dropping it deletes what containers are left, also after a failure.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod devices;
+
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
