@@ -46,6 +46,7 @@ impl QueueHandler for Transmit {
 
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
         queue.disable_doorbell()?;
+        let mut idle = true;
         for _ in 0..queue.size() {
             if let Some(wait) = self.shared.send_limit.wait() {
                 queue.signal()?;
@@ -54,6 +55,7 @@ impl QueueHandler for Transmit {
             if !queue.pop(&mut self.chain)? {
                 break;
             }
+            idle = false;
             let data = self.chain.readable();
             let size = data.size();
             if size < HEADER_BYTES as u64 + FRAME_BYTES_MIN || size > PACKET_BYTES_MAX as u64 {
@@ -83,6 +85,10 @@ impl QueueHandler for Transmit {
             queue.push(self.chain.head(), 0)?;
         }
         queue.signal()?;
+        // First the answers to what was sent. What the guest has added meanwhile needs no doorbell, which would be an exit.
+        if !idle {
+            return Ok(Progress::Again);
+        }
         let more = queue.enable_doorbell()?;
         Ok(Progress::again_if(more))
     }
