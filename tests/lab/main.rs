@@ -14,6 +14,7 @@ mod board;
 mod devices;
 mod disks;
 mod hotplug;
+mod migration;
 mod node;
 mod payload;
 mod rig;

@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod lab;
+pub mod strain;
 pub mod tree;
 
 /// Ends the calling test as skipped, with the reason in its output, where the summary counts it.

@@ -1,0 +1,188 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! The parts of the program `atoll-strain` (`src/bin/strain.rs`), which a guest runs while it moves.
+
+mod clocks;
+mod memory;
+mod stream;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+pub use stream::peer;
+
+/// A piece of work that goes on until it is told to stop.
+pub struct Part {
+    /// Its name in the report.
+    pub name: &'static str,
+    /// Counts what it does; an error is a check that has failed.
+    pub body: fn(&Shared) -> Result<()>,
+}
+
+/// What a guest does.
+pub const PARTS: [Part; 6] = [
+    Part {
+        name: "arithmetic",
+        body: arithmetic,
+    },
+    Part {
+        name: "memory",
+        body: memory::in_ram,
+    },
+    Part {
+        name: "disk",
+        body: memory::on_disk,
+    },
+    Part {
+        name: "stream",
+        body: stream::send,
+    },
+    Part {
+        name: "clocks0",
+        body: |shared| clocks::read(shared, 0),
+    },
+    Part {
+        name: "clocks1",
+        body: |shared| clocks::read(shared, 1),
+    },
+];
+
+/// What the parts have in common.
+pub struct Shared {
+    /// Ends them.
+    pub stop: AtomicBool,
+    peer: SocketAddr,
+    file: PathBuf,
+    counts: [AtomicU64; PARTS.len()],
+    latest: clocks::Latest,
+}
+
+/// What the report says.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// What each part has done so far, by its name.
+    pub counts: BTreeMap<String, u64>,
+    /// The longest time between two looks at a clock, in milliseconds.
+    pub longest_gap_ms: u64,
+}
+
+impl Shared {
+    /// For a connection to `peer`, and a disk with `file` on it.
+    #[must_use]
+    pub fn new(peer: SocketAddr, file: PathBuf) -> Self {
+        Self {
+            stop: AtomicBool::new(false),
+            peer,
+            file,
+            counts: Default::default(),
+            latest: clocks::Latest::default(),
+        }
+    }
+
+    /// A [`Report`] as JSON.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let counts = PARTS.iter().zip(&self.counts);
+        let report = Report {
+            counts: counts
+                .map(|(part, count)| (part.name.to_owned(), count.load(Ordering::Relaxed)))
+                .collect(),
+            longest_gap_ms: self.latest.longest_gap_ms(),
+        };
+        serde_json::to_string(&report).expect("names and numbers")
+    }
+
+    fn count(&self, name: &str) {
+        let index = PARTS.iter().position(|part| part.name == name);
+        let index = index.expect("a part counts under its own name");
+        self.counts[index].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn is_over(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Numbers that look random; each follows from the one before (xorshift64*, Vigna 2014).
+struct Numbers(u64);
+
+impl Numbers {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+/// A long computation, always the same, with integers and floating point: a register that is lost changes its result.
+fn arithmetic(shared: &Shared) -> Result<()> {
+    let compute = || {
+        let mut numbers = Numbers::new(1);
+        let (mut x, mut y, mut sum) = (0.3_f64, 0.7_f64, 0_u64);
+        for _ in 0..100_000 {
+            (x, y) = (3.99 * x * (1. - x), 3.98 * y * (1. - y));
+            sum = sum.rotate_left(7) ^ numbers.next() ^ x.to_bits() ^ y.to_bits();
+        }
+        sum
+    };
+    let expected = compute();
+    while !shared.is_over() {
+        let found = compute();
+        ensure!(found == expected, "{found:#x}, expected {expected:#x}");
+        shared.count("arithmetic");
+        // One of two cores has to be enough for everything else.
+        sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Waits for a while between two steps of a part.
+fn rest(shared: &Shared, milliseconds: u64) -> bool {
+    sleep(Duration::from_millis(milliseconds));
+    !shared.is_over()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On this machine, which does not move.
+    #[test]
+    fn every_part_works_and_stops() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let shared = Shared::new(listener.local_addr().unwrap(), folder.path().join("file"));
+        std::thread::scope(|scope| {
+            let peer = scope.spawn(|| stream::echo(&listener));
+            let parts = PARTS.map(|part| {
+                let shared = &shared;
+                scope.spawn(move || (part.body)(shared))
+            });
+            let all_count = || {
+                let report: Report = serde_json::from_str(&shared.report()).unwrap();
+                report.counts.values().all(|count| *count > 1)
+            };
+            while !all_count() && !parts.iter().any(|part| part.is_finished()) {
+                sleep(Duration::from_millis(1));
+            }
+            shared.stop.store(true, Ordering::Relaxed);
+            for part in parts {
+                part.join().unwrap().unwrap();
+            }
+            let echoed = peer.join().unwrap().unwrap();
+            let report: Report = serde_json::from_str(&shared.report()).unwrap();
+            assert_eq!(echoed, report.counts["stream"]);
+        });
+    }
+}
