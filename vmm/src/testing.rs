@@ -8,6 +8,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use atoll_devices::memory::Ram;
@@ -15,7 +16,7 @@ pub use atoll_devices::testing::replay::{Replay, Target};
 use atoll_vmm_protocol::http;
 use atoll_vmm_protocol::spec::{BootSpec, FirmwareSpec, KernelSpec, MachineSpec};
 use clap::Parser;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::board::{Board, MICRO};
 use crate::cli::{Cli, Command};
@@ -24,7 +25,8 @@ use crate::loader::BootFiles;
 use crate::memory::{self, Backing};
 use crate::migration::{self, Message, pages};
 use crate::probe::PROBE_ELF;
-use crate::saved::MachineState;
+use crate::saved::packed::{Packed, Wanted};
+use crate::saved::{self, MachineState};
 use crate::vcpu::setup::Entry;
 use crate::{api, check, fw_cfg, machine, terminal};
 
@@ -101,6 +103,17 @@ pub const TARGETS: &[Target] = &[
             rounds: 300,
             random_bytes_max: 200,
             mutated_bytes: 20_000,
+        },
+    },
+    Target {
+        name: "packed",
+        run: packed,
+        corpus: packed_corpus,
+        replay: Replay {
+            rounds: 500,
+            random_bytes_max: 200,
+            // Its header and index, and short frames between them.
+            mutated_bytes: 400,
         },
     },
     Target {
@@ -505,6 +518,50 @@ pub fn state_corpus() -> Vec<Vec<u8>> {
         newer.as_bytes().to_vec(),
         b"{}".to_vec(),
     ]
+}
+
+/// Reads the input as a snapshot's packed memory, and compresses it again.
+pub fn packed(input: &[u8]) {
+    let file = || tempfile::tempfile().expect("a temporary file");
+    let (from, to) = (file(), file());
+    from.write_all_at(input, 0)
+        .expect("a temporary file has room");
+    let ram = memory::allocate(&MICRO, 1, 40, Backing::Anonymous).expect("1 MiB");
+    let opened = Packed::open(from.try_clone().expect("a descriptor"), 1 << 20);
+    if let Err(error) = opened.and_then(|packed| packed.read(&ram)) {
+        assert_one_line(&error);
+    }
+    let compressed = saved::packed::compress(&from, &to);
+    if compressed.is_ok() {
+        let size = to.metadata().expect("a temporary file").len();
+        assert!(size <= 32 + (input.len() as u64 + 24) * 4096);
+    }
+}
+
+/// A few pages as a machine writes them, the same compressed, and zeroes that a child has.
+#[must_use]
+pub fn packed_corpus() -> Vec<Vec<u8>> {
+    let ram = memory::allocate(&MICRO, 1, 40, Backing::Anonymous).expect("1 MiB");
+    for page in [2, 3, 70] {
+        let at = GuestAddress(page * 4096);
+        ram.write_obj(page, at).expect("within 1 MiB");
+    }
+    let mut written = vec![vec![0; 4]];
+    written[0][1] = 0b111 << 5;
+    let mut all = Vec::new();
+    for wanted in [Wanted::All(None), Wanted::Written(&written)] {
+        let file = || tempfile::tempfile().expect("a temporary file");
+        let (plain, small) = (file(), file());
+        saved::packed::write(&ram, wanted, &plain).expect("RAM is readable");
+        saved::packed::compress(&plain, &small).expect("as it was written");
+        for file in [plain, small] {
+            let size = file.metadata().expect("a temporary file").len();
+            let mut bytes = vec![0; usize::try_from(size).expect("a few pages")];
+            file.read_exact_at(&mut bytes, 0).expect("all of it");
+            all.push(bytes);
+        }
+    }
+    all
 }
 
 /// Reads the input as what a migration's source sends on its two kinds of connection: messages, then pages. Nothing

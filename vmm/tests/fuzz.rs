@@ -54,6 +54,11 @@ fn state() {
 }
 
 #[test]
+fn packed() {
+    Target::replay(TARGETS, "packed");
+}
+
+#[test]
 fn migration() {
     Target::replay(TARGETS, "migration");
 }
