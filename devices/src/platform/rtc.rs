@@ -16,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::moment::{Moment, SECONDS_A_DAY};
 use super::timer::{Timer, TimerThread};
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
@@ -59,7 +60,6 @@ const D_VALID: u8 = 1 << 7;
 /// read them.
 const MEMORY_ABOVE_16_MIB: usize = 0x34;
 const MEMORY_ABOVE_4_GIB: usize = 0x5b;
-const SECONDS_A_DAY: i64 = 86_400;
 
 /// The CMOS clock, which shows the host's time in UTC, and its 128 bytes of memory (MC146818). It waits until
 /// [`Rtc::resume`]. Dropping it ends its thread.
@@ -85,18 +85,6 @@ struct State {
     /// When the next period ends, while those are enabled.
     period_end: Option<Instant>,
     held: bool,
-}
-
-/// A moment in the proleptic Gregorian calendar.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Moment {
-    year: i64,
-    month: i64,
-    day: i64,
-    /// Seconds since midnight.
-    second: i64,
-    /// 1 is Sunday.
-    weekday: i64,
 }
 
 impl Rtc {
@@ -381,42 +369,6 @@ impl State {
             second: self.decoded(HOURS) * 3600 + self.decoded(MINUTES) * 60 + self.decoded(SECONDS),
             weekday: 0,
         }
-    }
-}
-
-impl Moment {
-    fn at(unix_seconds: i64) -> Self {
-        let days = unix_seconds.div_euclid(SECONDS_A_DAY);
-        // Years begin in March here, so that the leap day is a year's last.
-        let shifted = days + 719_468;
-        let era = shifted.div_euclid(146_097);
-        let day_of_era = shifted.rem_euclid(146_097);
-        let year_of_era =
-            (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let march_month = (5 * day_of_year + 2) / 153;
-        let month = if march_month < 10 {
-            march_month + 3
-        } else {
-            march_month - 9
-        };
-        Self {
-            year: era * 400 + year_of_era + i64::from(month <= 2),
-            month,
-            day: day_of_year - (153 * march_month + 2) / 5 + 1,
-            second: unix_seconds.rem_euclid(SECONDS_A_DAY),
-            weekday: (days + 4).rem_euclid(7) + 1,
-        }
-    }
-
-    fn unix_seconds(self) -> i64 {
-        let year = self.year - i64::from(self.month <= 2);
-        let era = year.div_euclid(400);
-        let year_of_era = year.rem_euclid(400);
-        let march_month = (self.month + 9).rem_euclid(12);
-        let day_of_year = (153 * march_month + 2) / 5 + self.day - 1;
-        let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
-        (era * 146_097 + day_of_era - 719_468) * SECONDS_A_DAY + self.second
     }
 }
 
