@@ -95,13 +95,15 @@ struct Mapping {
 }
 
 struct State {
-    slots: [Option<Slot>; SLOT_COUNT],
+    /// Two configuration spaces take 1.1 KiB: those of slots that are empty would be most of a small machine's heap.
+    slots: [Option<Box<Slot>>; SLOT_COUNT],
 }
 
 impl State {
     /// What the guest finds in a slot.
     fn visible(&mut self, slot: usize) -> Option<&mut Slot> {
-        self.slots[slot].as_mut().filter(|slot| !slot.hidden)
+        let slot = self.slots[slot].as_deref_mut();
+        slot.filter(|slot| !slot.hidden)
     }
 }
 
@@ -131,13 +133,13 @@ impl PciBus {
         doorbells: Arc<dyn DoorbellSink>,
     ) -> Arc<Self> {
         let mut slots = [const { None }; SLOT_COUNT];
-        slots[0] = Some(Slot {
+        slots[0] = Some(Box::new(Slot {
             initial: config.clone(),
             config,
             device: None,
             doorbells: Vec::new(),
             hidden: false,
-        });
+        }));
         Arc::new(Self {
             windows,
             doorbells,
@@ -176,13 +178,13 @@ impl PciBus {
             config.set_bar_address(bar, base);
             next = base + bar.size;
         }
-        state.slots[slot] = Some(Slot {
+        state.slots[slot] = Some(Box::new(Slot {
             initial: config.clone(),
             config,
             doorbells: device.doorbells(),
             device: Some(device),
             hidden: false,
-        });
+        }));
         Ok(next)
     }
 
