@@ -9,9 +9,7 @@
 //! vol. 3 appendix E; for KVM's own, kernel `Documentation/virt/kvm/x86/cpuid.rst`. What needs what: SDM vol. 1 §13 to
 //! §15 (each extension's "detection" section), APM vol. 2 §15.
 
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::LazyLock;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -198,88 +196,123 @@ const OTHER_NAMES: &[(&str, &str)] = &[
     ("nrips", "nrip-save"),
 ];
 
-/// One named feature: a row of the `INDEX`.
+/// One named feature: its number in the table `ROWS`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Feature(usize);
 
-/// A bit of a register with what follows from the table.
+/// Most features that one needs by its row of the table.
+const NEEDS_MAX: usize = 2;
+
+/// Where a feature is in [`REGISTERS`], and the numbers of those that it needs by its row there. Made by the compiler,
+/// as numbers: every machine's process has this table, and what it had to compute or relocate would be memory of its
+/// own.
+#[derive(Clone, Copy)]
 struct Row {
-    name: &'static str,
-    register: usize,
+    register: u8,
+    /// Number in the register's list.
+    place: u8,
     bit: u8,
-    /// Everything without which it cannot be.
-    needs: FeatureSet,
-    /// Everything that cannot be without it, itself included.
-    needed_by: FeatureSet,
+    needs: [Option<u16>; NEEDS_MAX],
 }
 
-/// The table by number and by name, with what needs what followed to the end.
-struct Index {
-    rows: Vec<Row>,
-    by_name: HashMap<String, Feature>,
-}
-
-static INDEX: LazyLock<Index> = LazyLock::new(Index::new);
-
-impl Index {
-    fn new() -> Self {
-        let mut rows = Vec::new();
-        let mut by_name = HashMap::new();
-        for (register, row) in REGISTERS.iter().enumerate() {
-            for &(bit, name, _) in row.bits {
-                by_name.insert(plain(name), Feature(rows.len()));
-                let mut own = FeatureSet::EMPTY;
-                own.0[register] = 1 << bit;
-                rows.push(Row {
-                    name,
-                    register,
-                    bit,
-                    needs: FeatureSet::EMPTY,
-                    needed_by: own,
-                });
-            }
-        }
-        for (other, name) in OTHER_NAMES {
-            let feature = by_name.get(&plain(name)).copied();
-            by_name.insert(plain(other), feature.expect("a name of the table"));
-        }
-        let needs = REGISTERS.iter().flat_map(|row| row.bits);
-        let needs: Vec<Vec<Feature>> = needs
-            .map(|(.., names)| names.iter().map(|name| by_name[&plain(name)]).collect())
-            .collect();
-        for feature in 0..rows.len() {
-            let mut todo = needs[feature].clone();
-            while let Some(Feature(needed)) = todo.pop() {
-                let (register, bit) = (rows[needed].register, rows[needed].bit);
-                rows[feature].needs.0[register] |= 1 << bit;
-                let (register, bit) = (rows[feature].register, rows[feature].bit);
-                rows[needed].needed_by.0[register] |= 1 << bit;
-                todo.extend(&needs[needed]);
-            }
-        }
-        Self { rows, by_name }
+const COUNT: usize = {
+    let (mut count, mut register) = (0, 0);
+    while register < REGISTERS.len() {
+        count += REGISTERS[register].bits.len();
+        register += 1;
     }
+    count
+};
+
+static ROWS: [Row; COUNT] = rows();
+
+/// Fails to compile when a feature needs one that is not in the table.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a few registers, of 64 bits each"
+)]
+const fn rows() -> [Row; COUNT] {
+    let none = Row {
+        register: 0,
+        place: 0,
+        bit: 0,
+        needs: [None; NEEDS_MAX],
+    };
+    let mut rows = [none; COUNT];
+    let (mut number, mut register) = (0, 0);
+    while register < REGISTERS.len() {
+        let bits = REGISTERS[register].bits;
+        let mut place = 0;
+        while place < bits.len() {
+            let (bit, _, names) = bits[place];
+            let row = &mut rows[number];
+            *row = Row {
+                register: register as u8,
+                place: place as u8,
+                bit,
+                needs: [None; NEEDS_MAX],
+            };
+            let mut need = 0;
+            while need < names.len() {
+                row.needs[need] = Some(number_of(names[need]));
+                need += 1;
+            }
+            number += 1;
+            place += 1;
+        }
+        register += 1;
+    }
+    rows
+}
+
+/// The number of a name of the table, as it is written there.
+const fn number_of(name: &str) -> u16 {
+    let (mut number, mut register) = (0, 0);
+    while register < REGISTERS.len() {
+        let bits = REGISTERS[register].bits;
+        let mut place = 0;
+        while place < bits.len() {
+            if is_same(bits[place].1.as_bytes(), name.as_bytes()) {
+                return number;
+            }
+            number += 1;
+            place += 1;
+        }
+        register += 1;
+    }
+    panic!("a feature needs one that is not in the table")
+}
+
+const fn is_same(one: &[u8], other: &[u8]) -> bool {
+    let mut at = 0;
+    while at < one.len() && at < other.len() && one[at] == other[at] {
+        at += 1;
+    }
+    at == one.len() && at == other.len()
 }
 
 /// How names are compared: dashes, dots, underscores and capitals do not count.
-fn plain(name: &str) -> String {
-    let letters = name.chars().filter(char::is_ascii_alphanumeric);
-    letters.map(|letter| letter.to_ascii_lowercase()).collect()
+fn plain(name: &str) -> impl Iterator<Item = u8> {
+    let letters = name.bytes().filter(u8::is_ascii_alphanumeric);
+    letters.map(|letter| letter.to_ascii_lowercase())
 }
 
 /// The feature of that name. Case and everything but letters and digits do not matter: `sse4_1` is `SSE4.1`.
 #[must_use]
 pub fn find(name: &str) -> Option<Feature> {
-    INDEX.by_name.get(&plain(name)).copied()
+    let is = |other: &str| plain(other).eq(plain(name));
+    let other = OTHER_NAMES.iter().find(|(other, _)| is(other));
+    match other {
+        Some((_, name)) => all().find(|feature| feature.name() == *name),
+        None => all().find(|feature| is(feature.name())),
+    }
 }
 
 /// Names that begin as this one does, for whoever has mistyped one: those with most letters in common, at least three.
 #[must_use]
 pub fn similar(name: &str) -> Vec<&'static str> {
-    let wanted = plain(name);
     let alike = |feature: Feature| {
-        let name = plain(feature.name());
-        let pairs = name.bytes().zip(wanted.bytes());
+        let pairs = plain(feature.name()).zip(plain(name));
         pairs.take_while(|(one, other)| one == other).count()
     };
     let most = all().map(alike).max().unwrap_or(0);
@@ -289,7 +322,7 @@ pub fn similar(name: &str) -> Vec<&'static str> {
 
 /// Every named feature, in the order of the table.
 pub fn all() -> impl Iterator<Item = Feature> {
-    (0..INDEX.rows.len()).map(Feature)
+    (0..COUNT).map(Feature)
 }
 
 impl Feature {
@@ -300,19 +333,55 @@ impl Feature {
     }
 
     fn row(self) -> &'static Row {
-        &INDEX.rows[self.0]
+        &ROWS[self.0]
+    }
+
+    fn register(self) -> usize {
+        self.row().register.into()
+    }
+
+    /// What it needs by its own row.
+    fn needs(self) -> impl Iterator<Item = Self> {
+        let needs = self.row().needs.iter().flatten();
+        needs.map(|number| Self(usize::from(*number)))
+    }
+
+    /// Everything without which it cannot be.
+    fn needs_all(self) -> FeatureSet {
+        let mut set = FeatureSet::EMPTY;
+        let mut todo: Vec<Self> = self.needs().collect();
+        while let Some(needed) = todo.pop() {
+            set.insert(needed);
+            todo.extend(needed.needs());
+        }
+        set
+    }
+
+    /// Everything that cannot be without it, itself included.
+    fn needed_by(self) -> FeatureSet {
+        let mut set = FeatureSet::EMPTY;
+        set.insert(self);
+        loop {
+            let before = set;
+            for feature in all().filter(|feature| feature.needs().any(|need| before.has(need))) {
+                set.insert(feature);
+            }
+            if set == before {
+                return set;
+            }
+        }
     }
 
     /// Its name, as QEMU calls it.
     #[must_use]
     pub fn name(self) -> &'static str {
-        self.row().name
+        REGISTERS[self.register()].bits[usize::from(self.row().place)].1
     }
 
     /// The register that its bit is in.
     #[must_use]
     pub fn location(self) -> Location {
-        REGISTERS[self.row().register].location
+        REGISTERS[self.register()].location
     }
 
     fn mask(self) -> u64 {
@@ -368,17 +437,17 @@ impl FeatureSet {
     /// Whether the feature's bit is in the set.
     #[must_use]
     pub fn has(&self, feature: Feature) -> bool {
-        self.0[feature.row().register] & feature.mask() != 0
+        self.0[feature.register()] & feature.mask() != 0
     }
 
     /// Puts the feature in, and nothing that it needs.
     pub fn insert(&mut self, feature: Feature) {
-        self.0[feature.row().register] |= feature.mask();
+        self.0[feature.register()] |= feature.mask();
     }
 
     /// Takes it out, and all that need it.
     pub fn remove(&mut self, feature: Feature) {
-        *self = self.without(&feature.row().needed_by);
+        *self = self.without(&feature.needed_by());
     }
 
     /// What is in this set and not in that one.
@@ -427,7 +496,7 @@ impl FeatureSet {
     /// The first of the named features that lacks what it needs, and what that is.
     #[must_use]
     pub fn unmet(&self) -> Option<(Feature, Self)> {
-        let lacking = |feature: Feature| (feature, feature.row().needs.without(self));
+        let lacking = |feature: Feature| (feature, feature.needs_all().without(self));
         let mut lacking = self.features().map(lacking);
         lacking.find(|(_, missing)| !missing.is_empty())
     }
@@ -489,16 +558,19 @@ mod tests {
         let mut names = BTreeSet::new();
         let mut places = BTreeSet::new();
         for feature in all() {
-            let row = feature.row();
-            assert!(names.insert(plain(row.name)), "{}", row.name);
-            assert!(places.insert((row.register, row.bit)), "{}", row.name);
-            assert_eq!(REGISTERS[row.register].others & feature.mask(), 0);
-            assert_eq!(find(row.name), Some(feature));
-            assert!(!row.needs.has(feature), "{} needs itself", row.name);
+            let name = feature.name();
+            assert!(names.insert(plain(name).collect::<Vec<_>>()), "{name}");
+            let place = (feature.register(), feature.row().bit);
+            assert!(places.insert(place), "{name}");
+            assert_eq!(REGISTERS[feature.register()].others & feature.mask(), 0);
+            assert_eq!(find(name), Some(feature));
+            assert!(!feature.needs_all().has(feature), "{name} needs itself");
         }
         for (other, name) in OTHER_NAMES {
-            assert!(!names.contains(&plain(other)), "{other}");
-            assert!(names.contains(&plain(name)), "{name}");
+            let has = |name| names.contains(&plain(name).collect::<Vec<_>>());
+            assert!(!has(other), "{other}");
+            assert!(has(name), "{name}");
+            assert_eq!(find(other), find(name), "{other}");
         }
     }
 
