@@ -30,6 +30,8 @@ mod export;
 mod generation;
 mod handover;
 mod hotplug;
+
+mod leftovers;
 mod legacy;
 mod mirror;
 mod opened;
@@ -263,6 +265,7 @@ pub fn run_from(
             machine.announce();
         }
         // While the guest's first instructions run; before this thread looks at anything that comes from it.
+        leftovers::give_back();
         sandbox::seal_owner();
         machine.drive(&received)
     });
