@@ -34,17 +34,13 @@ pub struct CtlRequest {
 }
 
 impl Subcommand for CtlRequest {
+    /// Deferred: a process that starts a machine parses its own arguments, and needs not make these.
     fn augment_subcommands(command: clap::Command) -> clap::Command {
-        let one = |route: &'static Route| {
-            clap::Command::new(&route.path[1..])
-                .about(route.summary)
-                .args(route.parameters.iter().map(option))
-        };
         command
             .subcommand_required(true)
             .subcommand_value_name("REQUEST")
             .subcommand_help_heading("Requests")
-            .subcommands(ROUTES.iter().map(one))
+            .defer(|command| command.subcommands(ROUTES.iter().map(request)))
     }
 
     fn augment_subcommands_for_update(command: clap::Command) -> clap::Command {
@@ -85,6 +81,13 @@ impl FromArgMatches for CtlRequest {
         *self = Self::from_arg_matches(matches)?;
         Ok(())
     }
+}
+
+/// The sub-command of one row.
+fn request(route: &'static Route) -> clap::Command {
+    clap::Command::new(&route.path[1..])
+        .about(route.summary)
+        .args(route.parameters.iter().map(option))
 }
 
 fn spec_value(spec: &impl serde::Serialize) -> Value {
