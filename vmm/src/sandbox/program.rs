@@ -46,18 +46,19 @@ pub(super) fn compile<'a>(calls: impl Iterator<Item = &'a Call>, denied: u32) ->
         };
         ranges.set(number, outcome);
     }
+    let mut program = Backwards::default();
+    program.halve(&ranges.0, Miss::Return(denied));
     let architecture = sock_filter {
         jt: 1,
         ..instruction(JUMP_EQUAL, AUDIT_ARCH)
     };
-    let mut program = vec![
+    program.put(&[
         instruction(LOAD, ARCHITECTURE),
         architecture,
         instruction(RETURN, libc::SECCOMP_RET_KILL_PROCESS),
         instruction(LOAD, NUMBER),
-    ];
-    program.extend(halve(&ranges.0, Miss::Return(denied)));
-    program
+    ]);
+    program.turned()
 }
 
 /// What a value comes to.
@@ -105,8 +106,8 @@ impl Ranges {
 
 /// The conditions of one call, each tried when those before it do not hold.
 fn conditions(calls: &[&Call], denied: u32) -> BpfProgram {
-    let mut program = Vec::new();
-    for (left, call) in (0..calls.len()).rev().zip(calls) {
+    let mut program = Backwards::default();
+    for (left, call) in calls.iter().rev().enumerate() {
         let When::Argument {
             index,
             mask,
@@ -127,44 +128,60 @@ fn conditions(calls: &[&Call], denied: u32) -> BpfProgram {
             _ => Miss::Skip(0),
         };
         let argument = ARGUMENTS + ARGUMENT_BYTES * u32::from(index);
-        program.extend([instruction(LOAD, argument), instruction(AND, mask)]);
-        program.extend(halve(&ranges.0, miss));
+        program.halve(&ranges.0, miss);
+        program.put(&[instruction(LOAD, argument), instruction(AND, mask)]);
     }
-    program
+    program.turned()
 }
 
-/// Finds the range that the loaded value is in.
-fn halve(ranges: &[(u32, Outcome)], miss: Miss) -> BpfProgram {
-    let jump = |over: usize| {
-        let over = u32::try_from(over).expect("a program has at most 4,096 instructions");
-        instruction(JUMP, over)
-    };
-    if let [(_, outcome)] = ranges {
-        return match (outcome, miss) {
-            (Outcome::Allow, _) => vec![instruction(RETURN, libc::SECCOMP_RET_ALLOW)],
-            (Outcome::If(program), _) => program.clone(),
-            (Outcome::Miss, Miss::Return(answer)) => vec![instruction(RETURN, answer)],
-            (Outcome::Miss, Miss::Skip(over)) => vec![jump(over)],
-        };
+/// A program as it grows, its last instruction first: a jump says over how many it leads, which are there by then. One
+/// piece of memory, since each thread of each machine has this made, and what is freed stays with the thread.
+#[derive(Default)]
+struct Backwards(BpfProgram);
+
+impl Backwards {
+    /// Puts these before all that is there.
+    fn put(&mut self, instructions: &[sock_filter]) {
+        self.0.extend(instructions.iter().rev().cloned());
     }
-    let (below, above) = ranges.split_at(ranges.len() / 2);
-    let bound = instruction(JUMP_NOT_BELOW, above[0].0);
-    let above = halve(above, miss);
-    let below = halve(
-        below,
-        match miss {
-            Miss::Skip(over) => Miss::Skip(over + above.len()),
+
+    fn turned(mut self) -> BpfProgram {
+        self.0.reverse();
+        self.0.shrink_to_fit();
+        self.0
+    }
+
+    /// Before all that is there: finds the range that the loaded value is in.
+    fn halve(&mut self, ranges: &[(u32, Outcome)], miss: Miss) {
+        let jump = |over: usize| {
+            let over = u32::try_from(over).expect("a program has at most 4,096 instructions");
+            instruction(JUMP, over)
+        };
+        if let [(_, outcome)] = ranges {
+            return match (outcome, miss) {
+                (Outcome::Allow, _) => self.put(&[instruction(RETURN, libc::SECCOMP_RET_ALLOW)]),
+                (Outcome::If(program), _) => self.put(program),
+                (Outcome::Miss, Miss::Return(answer)) => self.put(&[instruction(RETURN, answer)]),
+                (Outcome::Miss, Miss::Skip(over)) => self.put(&[jump(over)]),
+            };
+        }
+        let (below, above) = ranges.split_at(ranges.len() / 2);
+        let bound = instruction(JUMP_NOT_BELOW, above[0].0);
+        let end = self.0.len();
+        self.halve(above, miss);
+        let above_count = self.0.len() - end;
+        let miss = match miss {
+            Miss::Skip(over) => Miss::Skip(over + above_count),
             answer @ Miss::Return(_) => answer,
-        },
-    );
-    let mut program = match u8::try_from(below.len()) {
-        Ok(jt) => vec![sock_filter { jt, ..bound }],
-        // A conditional jump does not reach farther.
-        Err(_) => vec![sock_filter { jf: 1, ..bound }, jump(below.len())],
-    };
-    program.extend(below);
-    program.extend(above);
-    program
+        };
+        self.halve(below, miss);
+        let below_count = self.0.len() - end - above_count;
+        match u8::try_from(below_count) {
+            Ok(jt) => self.put(&[sock_filter { jt, ..bound }]),
+            // A conditional jump does not reach farther.
+            Err(_) => self.put(&[sock_filter { jf: 1, ..bound }, jump(below_count)]),
+        }
+    }
 }
 
 fn instruction(code: u16, k: u32) -> sock_filter {
