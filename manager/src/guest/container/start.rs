@@ -117,10 +117,10 @@ fn halt_signal(root: &GuestRoot) -> &'static str {
 async fn write_bundle(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let (config, folder) = (start.config()?, start.seat.run_folder());
     let site = &start.seat.site;
-    let facts = Facts::gather(config, &site.images, &site.settings.lxcfs_dir)?;
+    let facts = Facts::gather(config, &site.images, &site.settings.lxcfs_dir).await?;
     if facts.views.is_empty() {
         task.log(
-            "lxcfs is not running: /proc tells the host's memory, CPUs and load (install lxcfs)",
+            "lxcfs is not running, or hangs: /proc tells the host's memory, CPUs and load (install lxcfs)",
         );
     }
     let bundle = bundle::bundle(start.seat.id, config, &folder, &facts)?;

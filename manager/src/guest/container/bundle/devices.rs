@@ -68,10 +68,15 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Looks at every path of the host that a config names, and for lxcfs in its folder. Reads from lxcfs.
-    pub fn gather(config: &GuestConfig, images: &Images, lxcfs: &Path) -> Result<Self, Error> {
+    /// Looks at every path of the host that a config names, and for lxcfs in its folder, for which it waits 2 s
+    /// at most.
+    pub async fn gather(
+        config: &GuestConfig,
+        images: &Images,
+        lxcfs: &Path,
+    ) -> Result<Self, Error> {
         let mut facts = Self {
-            views: views::find(lxcfs),
+            views: views::find(lxcfs).await,
             ..Self::default()
         };
         if let Some(digest) = image::digest(config)? {

@@ -9,6 +9,7 @@
 //! starts while it does not answer gets none.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -24,8 +25,20 @@ const FILES: &[&str] = &[
     "sys/devices/system/cpu/online",
 ];
 
+/// Longest wait for an answer of lxcfs: a daemon that hangs holds up no start.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+
 /// The files that lxcfs, mounted at `folder`, has. One that does not answer has none.
-pub(super) fn find(folder: &Path) -> Vec<PathBuf> {
+pub(super) async fn find(folder: &Path) -> Vec<PathBuf> {
+    let folder = folder.to_owned();
+    let found = tokio::task::spawn_blocking(move || look(&folder));
+    match tokio::time::timeout(ANSWER_MAX, found).await {
+        Ok(found) => found.unwrap_or_default(),
+        Err(_) => Vec::new(),
+    }
+}
+
+fn look(folder: &Path) -> Vec<PathBuf> {
     // Reading, since a dead one's files can still be looked up for a moment.
     if std::fs::read(folder.join("proc/meminfo")).is_err() {
         return Vec::new();
@@ -59,4 +72,26 @@ pub(super) fn mounts(views: &[PathBuf], has_nesting: bool) -> Vec<Value> {
         }
     }
     mounts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_daemon_that_hangs_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let proc = folder.path().join("proc");
+        std::fs::create_dir(&proc).unwrap();
+        std::fs::write(proc.join("meminfo"), "MemTotal: 1 kB\n").unwrap();
+        assert_eq!(find(folder.path()).await, [proc.join("meminfo")]);
+        // Opening a FIFO waits until somebody writes to it.
+        let file = proc.join("meminfo");
+        std::fs::remove_file(&file).unwrap();
+        let mode = rustix::fs::Mode::RUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        assert!(find(folder.path()).await.is_empty());
+        // The thread that waits goes before the runtime does.
+        drop(std::fs::File::options().write(true).open(&file).unwrap());
+    }
 }
