@@ -7,11 +7,11 @@ use std::time::Instant;
 use crate::Bench;
 use crate::monitor::{
     self, CLOUD_HYPERVISOR, FIRECRACKER, Guest, MEMORY_MIB, Monitor, OURS, Programs, QEMU_MICROVM,
-    Running,
+    Running, UNCONFINED,
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
 
-const PEERS: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR, QEMU_MICROVM];
+const PEERS: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR, QEMU_MICROVM, UNCONFINED];
 /// Machines of the rows that start many.
 const MANY: usize = 100;
 /// Turns of those rows: each is some hundred processes.
