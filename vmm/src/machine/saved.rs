@@ -188,8 +188,9 @@ pub(super) fn restore(
     parts.machine.set_irqchips(&chips)?;
     let away_ticks = u128::from(away_ns) * u128::from(state.clock.tsc_khz) / 1_000_000;
     let away_ticks = u64::try_from(away_ticks).unwrap_or(0);
-    for (vcpu, saved) in parts.vcpus.iter().zip(state.vcpus) {
-        vcpu.restore(&Arc::new(saved.into_state(away_ticks)), Tsc::Set)?;
+    let tsc = std::iter::once(Tsc::SetFirst).chain(std::iter::repeat(Tsc::Set));
+    for ((vcpu, saved), tsc) in parts.vcpus.iter().zip(state.vcpus).zip(tsc) {
+        vcpu.restore(&Arc::new(saved.into_state(away_ticks)), tsc)?;
     }
     let built_with = parts.generation.as_ref().map(|device| device.value());
     for ((name, device), saved) in built.iter().zip(entries) {

@@ -333,7 +333,7 @@ impl Body {
                 }
                 Some(Command::Restore(state, tsc, answer)) => {
                     let restored = state::restore(&self.fd, &state, tsc);
-                    if tsc == Tsc::Set {
+                    if tsc != Tsc::Keep {
                         // What was said when it was held is not part of its state.
                         self.excuse();
                     }
