@@ -138,8 +138,8 @@ pub fn serve(listener: &TcpListener, disk: &Path) -> anyhow::Result<()> {
             let socket = datagrams()?;
             meet(&mut control, &socket)?;
             let mut byte = [0];
-            while socket.recv(&mut byte)? == 1 && byte[0] != END {
-                socket.send(&byte)?;
+            while receive(&socket, &mut byte)? == 1 && byte[0] != END {
+                send(&socket, &byte)?;
             }
         }
         Work::UdpToHost => {
@@ -329,10 +329,10 @@ fn flood(socket: &UdpSocket, mut go_on: impl FnMut(u64) -> bool) -> anyhow::Resu
     let mut answer = [0; 9];
     loop {
         while sent - acknowledged < WINDOW {
-            socket.send(&data)?;
+            send(socket, &data)?;
             sent += 1;
         }
-        let size = socket.recv(&mut answer).context("datagrams were lost")?;
+        let size = receive(socket, &mut answer).context("datagrams were lost")?;
         if size == answer.len() && answer[0] == ACKNOWLEDGEMENT {
             let mut count = [0; 8];
             count.copy_from_slice(&answer[1..]);
@@ -353,7 +353,7 @@ fn acknowledge(socket: &UdpSocket, mut go_on: impl FnMut(u64) -> bool) -> anyhow
     let mut count = 0_u64;
     let mut data = [0; DATAGRAM_BYTES];
     loop {
-        socket.recv(&mut data).context("datagrams were lost")?;
+        receive(socket, &mut data).context("datagrams were lost")?;
         if data[0] == END {
             return Ok(count);
         }
@@ -367,7 +367,26 @@ fn acknowledge(socket: &UdpSocket, mut go_on: impl FnMut(u64) -> bool) -> anyhow
         }
         let mut answer = [ACKNOWLEDGEMENT; 9];
         answer[1..].copy_from_slice(&count.to_le_bytes());
-        socket.send(&answer)?;
+        send(socket, &answer)?;
+    }
+}
+
+/// Sends to an end that may be gone: it has said so before, which is still to be read. A host's own kernel tells by
+/// ICMP that nobody is at the port any more.
+fn send(socket: &UdpSocket, data: &[u8]) -> io::Result<()> {
+    match socket.send(data) {
+        Err(error) if error.kind() != io::ErrorKind::ConnectionRefused => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Receives what has come, also from an end that is gone.
+fn receive(socket: &UdpSocket, data: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.recv(data) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            received => return received,
+        }
     }
 }
 
