@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Devices beside disk and terminal, with the stock Debian cloud kernel, in two machines one after the other: queue
+//! Devices beside disk and terminal, with the stock Debian cloud kernel, in three machines one after the other: queue
 //! pairs in vhost-net, a balloon, an agent's channel, Unix sockets; then a directory of the host and the kernel's
-//! sockets. A script is the guest's first process, so that nothing else takes the host's time.
+//! sockets; then a card that DPDK's testpmd serves. A script is the guest's first process, so that nothing else takes the host's time.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::payload;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What both guests do; each step prints one line that the test waits for.
+/// What all guests do; each step prints one line that the test waits for.
 const IN_GUEST: &str = r#"#!/bin/bash
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys
@@ -69,6 +69,15 @@ perl /tmp/sockets.pl &
 while sleep 60; do :; done
 "#;
 
+/// What the third one does: counts the pings that are answered.
+const IN_THIRD: &str = r#"
+for i in $(seq 100); do [ -e /sys/class/net/eth0 ] && break; sleep 0.1; done
+echo "T-QUEUES" $(ls /sys/class/net/eth0/queues)
+ip address add 10.88.0.2/24 dev eth0; ip link set eth0 up
+count=0
+while sleep 1; do ping -c 1 -W 5 10.88.0.1 >/dev/null && echo "T-PING $((count += 1))"; done
+"#;
+
 /// Prepares a guest's disk with its script `in-guest`.
 const PREPARE: &str = r#"set -e
 mkdir -p /var/t/sockets /mnt/root; cd /var/t; rm -f console.log console.sock api.sock
@@ -105,6 +114,22 @@ setsid /payload/bin/virtiofsd --socket-path=/var/t/fs.sock --shared-dir=/var/t/s
 for i in $(seq 300); do [ -S fs.sock ] && break; sleep 0.1; done
 start --memory 384M,shared --fs tag=share,socket=/var/t/fs.sock --vsock cid=8,vhost
 "#;
+
+/// Answers pings to any address, on two pairs of queues; one of its threads polls.
+const TESTPMD: &str = r#"
+rm -f card.sock
+drivers=$(printf -- '-d /payload/testpmd/%s ' librte_bus_vdev.so.23 librte_net_vhost.so.23 librte_mempool_ring.so.23)
+setsid env RUNTIME_DIRECTORY=/var/t LD_LIBRARY_PATH=/payload/testpmd /payload/testpmd/dpdk-testpmd \
+  '--lcores=0@(0-1),1@(0-1)' -m64 --no-huge --no-pci --no-shconf --no-telemetry $drivers \
+  --vdev=net_vhost0,iface=/var/t/card.sock,queues=2 -- --forward-mode=icmpecho --total-num-mbufs=2048 --rxq=2 --txq=2 \
+  --auto-start < <(exec sleep infinity) >testpmd.log 2>&1 & echo $! >testpmd.pid
+for i in $(seq 300); do [ -S card.sock ] && break; sleep 0.1; done
+# The machine that connects again is not root any more.
+chmod 666 card.sock || { cat testpmd.log; exit 1; }
+"#;
+
+const START_THIRD: &str =
+    "start --memory 384M,shared --net vhost-user=/var/t/card.sock,reconnect,queues=2";
 
 /// Echoes 1 MiB through the guest's port 80, on the connected socket `s`.
 const ECHO: &str = r#"
@@ -261,13 +286,33 @@ fn second_machine(host: &Host) {
     control(host, "shutdown");
 }
 
+fn third_machine(host: &Host) {
+    start(host, IN_THIRD, &format!("{TESTPMD}{START_THIRD}"));
+    assert_eq!(hear(host, "T-QUEUES", 150), "rx-0 rx-1 tx-0 tx-1");
+    let answered = |host: &Host| hear(host, "T-PING", 90).parse::<u32>().unwrap();
+    let before = answered(host);
+    // The next one at the same place goes on where the first was killed.
+    host.check("kill -9 $(cat /var/t/testpmd.pid)", SECOND * 30)
+        .unwrap();
+    host.check(&format!("cd /var/t; {TESTPMD}"), SECOND * 90)
+        .unwrap();
+    let more = format!(
+        "for i in $(seq 120); do n=$(grep -ac '^T-PING' /var/t/console.log); [ $n -gt {} ] && exit 0; sleep 1; done; \
+         {WHAT_HAPPENED}; tail /var/t/testpmd.log; exit 1",
+        before + 8
+    );
+    host.check(&more, SECOND * 180).unwrap();
+    control(host, "shutdown");
+}
+
 #[test]
 fn linux_drives_queue_pairs_balloon_channel_sockets_and_a_directory() {
     let (hosts, _guard) = payload::start_with(1, |payload| {
         let from = lab::virtiofsd()?.join("bin/virtiofsd");
         std::fs::copy(from, payload.join("bin/virtiofsd"))?;
-        Ok(())
+        payload::add_testpmd(payload)
     });
     first_machine(&hosts[0]);
     second_machine(&hosts[0]);
+    third_machine(&hosts[0]);
 }

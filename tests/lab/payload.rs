@@ -35,6 +35,28 @@ pub fn start_with(
     (hosts, [around, work])
 }
 
+/// `testpmd/`: the program, the drivers that it loads by itself, and the libraries of all.
+pub fn add_testpmd(payload: &Path) -> anyhow::Result<()> {
+    let place = payload.join("testpmd");
+    std::fs::create_dir(&place)?;
+    let drivers = "/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0";
+    let drivers = ["bus_vdev", "net_vhost", "mempool_ring"]
+        .map(|name| format!("{drivers}/librte_{name}.so.23"));
+    let mut files = vec!["/usr/bin/dpdk-testpmd".to_owned()];
+    files.extend(drivers);
+    let told = Command::new("ldd").args(&files).output()?;
+    ensure!(told.status.success(), "ldd {files:?}: {told:?}");
+    let told = String::from_utf8(told.stdout)?;
+    let libraries = told.lines().filter_map(|line| line.split_once(" => /"));
+    let libraries = libraries.filter_map(|(_, path)| path.split_whitespace().next());
+    files.extend(libraries.map(|path| format!("/{path}")));
+    for file in files {
+        let name = Path::new(&file).file_name().context("a file's name")?;
+        std::fs::copy(&file, place.join(name)).with_context(|| format!("copy {file}"))?;
+    }
+    Ok(())
+}
+
 /// Two discs, `discs/1.iso` and `discs/2.iso`, each with a file `words` that names it.
 pub fn add_discs(payload: &Path) -> anyhow::Result<()> {
     let discs = payload.join("discs");
