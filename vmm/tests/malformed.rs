@@ -505,9 +505,9 @@ fn fields_that_are_wrong(case: &Case) {
     }
 }
 
-/// A state that this host could go on with, but for its memory.
+/// A state that this host could go on with, but for its memory, which is cut off.
 #[test]
-fn saved_memory_of_another_size() {
+fn saved_memory_that_is_cut_off() {
     let case = Case::new();
     std::fs::create_dir(case.path("saved")).unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/0.1.0-micro.json");
@@ -526,7 +526,8 @@ fn saved_memory_of_another_size() {
         case.write(name, &[0; 1 << 20]);
     }
     case.write("saved/spec.json", golden["spec"].to_string().as_bytes());
-    for bytes in [0, 4096, (8 << 20) - 1, (8 << 20) + 1] {
+    // A larger one has something else behind the memory, which is its keeper's affair.
+    for bytes in [0, 4096, (8 << 20) - 1] {
         let memory = std::fs::File::create(case.path("saved/memory")).unwrap();
         memory.set_len(bytes).unwrap();
         let expected = format!("the memory file has {bytes} bytes, the machine 8388608");
