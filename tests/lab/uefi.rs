@@ -160,7 +160,7 @@ fn a_raw_disk_boots_to_a_login_and_the_firmware_keeps_its_variables() {
     in_guest(&host, "a", "true", BOOT_SECONDS);
     assert_eq!(variable(&host, "a", "AtollTest", OWN), "6b657074");
     assert_eq!(variable(&host, "a", "BootOrder", GLOBAL), order);
-    in_guest(&host, "a", "systemctl --no-block poweroff; echo going", 60);
+    in_guest(&host, "a", "(sleep 2; systemctl poweroff) & echo going", 60);
     on_host(&host, "ended a 180", 180);
 }
 
@@ -196,6 +196,6 @@ fn boot_order_and_secure_boot_decide_what_starts() {
     assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "01");
     let said = in_guest(&host, "a", "dmesg | grep -i 'secure boot'", 60);
     assert!(said.contains("Secure boot enabled"), "{said}");
-    in_guest(&host, "a", "systemctl --no-block poweroff; echo going", 60);
+    in_guest(&host, "a", "(sleep 2; systemctl poweroff) & echo going", 60);
     on_host(&host, "ended a 180", 180);
 }

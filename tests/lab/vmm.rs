@@ -80,6 +80,15 @@ fn in_guest(host: &Host, command: &str, seconds: u32) -> String {
     output.text.trim().to_owned()
 }
 
+/// Waits until the machine was reset once.
+fn await_reset(host: &Host) {
+    let info = "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock info";
+    let reset = format!(
+        "for i in $(seq 120); do {info} | grep -q '\"reset_count\": 1' && exit; sleep 1; done; cat /var/t/vmm.log; exit 1"
+    );
+    host.check(&reset, SECOND * 240).unwrap();
+}
+
 /// Boots the guest and signs in. A triple fault while it boots, and nothing else, is printed and tried again, see the
 /// head of this file; returns how many there were.
 fn start(host: &Host, cpu_count: u8, vhost: &str) -> u32 {
@@ -226,7 +235,7 @@ fn four_vcpus_boot_and_power_off() {
     for _ in 0..boots {
         faults += start(host, 4, "off");
         ping_host(host);
-        in_guest(host, "systemctl --no-block poweroff; echo going", 60);
+        in_guest(host, "(sleep 2; systemctl poweroff) & echo going", 60);
         host.check("/var/t/wait-end 120", SECOND * 150).unwrap();
     }
     println!("{faults} triple faults in {} boots", boots + faults);
@@ -272,7 +281,7 @@ fn vhost_net_carries_streams_both_ways() {
     ping_host(host);
     host.check("pgrep vhost-", SECOND * 30).unwrap();
     streams_both_ways(host);
-    in_guest(host, "systemctl --no-block poweroff; echo going", 60);
+    in_guest(host, "(sleep 2; systemctl poweroff) & echo going", 60);
     host.check("/var/t/wait-end 120", SECOND * 150).unwrap();
     // The kernel's thread goes with the guest.
     assert_ne!(host.run("pgrep vhost-", SECOND * 30).unwrap().code, 0);
@@ -286,15 +295,11 @@ fn a_guest_restarts_itself_and_keeps_its_disk() {
     start(host, 1, "off");
     in_guest(
         host,
-        "touch /before-reboot; sync; systemctl --no-block reboot; echo going",
+        "touch /before-reboot; sync; (sleep 2; systemctl reboot) & echo going",
         120,
     );
+    await_reset(host);
     in_guest(host, "test -e /before-reboot", 240);
-    let info = host.check(
-        "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock info",
-        SECOND * 30,
-    );
-    assert!(info.unwrap().contains("\"reset_count\": 1"));
 }
 
 /// SVM is emulated by the lab, and the guest sees it by the CPU model `host`: what KVM has for its guests goes through a
@@ -323,10 +328,7 @@ fn a_guest_that_can_run_guests_goes_on_from_a_snapshot() {
          for i in $(seq 100); do [ -S /var/t/console.sock ] && exit; sleep 0.1; done; cat /var/t/vmm.log; exit 1";
     host.check(restore, SECOND * 60).unwrap();
     in_guest(host, "test -e /dev/shm/before", 120);
-    in_guest(host, "systemctl --no-block reboot; echo going", 120);
-    let reset = format!(
-        "for i in $(seq 120); do {control} info | grep -q '\"reset_count\": 1' && exit; sleep 1; done; cat /var/t/vmm.log; exit 1"
-    );
-    host.check(&reset, SECOND * 240).unwrap();
+    in_guest(host, "(sleep 2; systemctl reboot) & echo going", 120);
+    await_reset(host);
     in_guest(host, "! test -e /dev/shm/before", 240);
 }
