@@ -36,7 +36,7 @@ const STORAGE_KEY: &str = "vmstatestorage";
 /// Where such a volume goes when nothing says so.
 const STORAGE_DEFAULT: &str = "local";
 /// What the last 16 bytes begin with.
-const MAGIC: [u8; 8] = *b"ATOLLRAM";
+const MAGIC: [u8; 8] = *b"ATOLLVM1";
 /// Size of what is behind the state.
 const TAIL_BYTES: u64 = 16;
 /// Longest state that is read; one of 64 vCPUs has about 2 MiB.
