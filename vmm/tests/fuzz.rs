@@ -6,11 +6,7 @@ use atoll_vmm::testing::TARGETS;
 
 #[test]
 fn every_target_has_a_test() {
-    let text = include_str!("fuzz.rs");
-    for target in TARGETS {
-        let test = format!("\nfn {}()", target.name);
-        assert!(text.contains(&test), "{}", target.name);
-    }
+    Target::each_has_a_test(TARGETS, include_str!("fuzz.rs"));
 }
 
 #[test]

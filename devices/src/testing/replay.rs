@@ -57,6 +57,14 @@ impl Target {
         let target = all.iter().find(|target| target.name == name).unwrap();
         replay(target.replay, &(target.corpus)(), target.run);
     }
+
+    /// Panics unless every target has a test of its name in `source`, the text of the tests.
+    pub fn each_has_a_test(all: &[Self], source: &str) {
+        for target in all {
+            let test = format!("\nfn {}()", target.name);
+            assert!(source.contains(&test), "{}", target.name);
+        }
+    }
 }
 
 /// Bytes that bounds are off by.
