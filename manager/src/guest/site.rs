@@ -4,7 +4,7 @@
 //! Task tables hold it in their contexts; it knows no kind of guest in particular.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Error;
@@ -179,12 +179,16 @@ impl Seat {
 
     /// Removes the run folder, if there is one. Nothing may be mounted in it any more.
     pub async fn remove_run_folder(&self) -> Result<(), Error> {
-        let folder = self.run_folder();
-        match tokio::fs::remove_dir_all(&folder).await {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::failed(format!("remove {}", folder.display()), e))
-            }
-            _ => Ok(()),
+        remove_folder(&self.run_folder()).await
+    }
+}
+
+/// Removes a folder with all that is in it; removing what is not there is no error.
+pub async fn remove_folder(folder: &Path) -> Result<(), Error> {
+    match tokio::fs::remove_dir_all(folder).await {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::failed(format!("remove {}", folder.display()), e))
         }
+        _ => Ok(()),
     }
 }

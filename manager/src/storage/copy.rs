@@ -8,14 +8,13 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::exec::Program;
+use crate::storage::STAT_BLOCK_BYTES;
 use crate::task::TaskContext;
 
 /// Longest copy of one image.
 const COPY_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Time between two lines of progress.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
-/// Unit of `st_blocks`: stat(2).
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// Makes `to` what `from` is. `to` appears complete or not at all, and is on disk when this returns; what was there
 /// before is replaced.

@@ -30,7 +30,7 @@ use crate::storage::copy::copy;
 use crate::storage::incoming::Incoming;
 use crate::storage::name::{Content, FORMATS, VolumeName};
 use crate::storage::section::Section;
-use crate::storage::{Plugin, Space, Storage, Volume};
+use crate::storage::{Plugin, STAT_BLOCK_BYTES, Space, Storage, Volume};
 use crate::task::TaskContext;
 
 /// This plugin's row.
@@ -54,8 +54,6 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const SNAPSHOT_PREFIX: &str = "snap-";
 /// Disks that one guest may have here.
 const DISKS_MAX: u32 = 1024;
-/// Unit of `st_blocks`, whatever the file system's block size: stat(2).
-const STAT_BLOCK_BYTES: u64 = 512;
 
 fn open(section: &Section) -> Result<Arc<dyn Storage>, Error> {
     let path = section.keys.get("path").map(PathBuf::from);

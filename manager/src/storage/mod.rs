@@ -34,6 +34,9 @@ use crate::task::TaskContext;
 /// Key of the storages' configuration in the store.
 const CONFIG_KEY: &str = "storage.cfg";
 
+/// Unit of `st_blocks`, whatever the file system's block size: stat(2).
+pub const STAT_BLOCK_BYTES: u64 = 512;
+
 /// Every plugin that there is.
 pub const PLUGINS: &[Plugin] = &[dir::PLUGIN];
 

@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The end of snapshots that a daemon was taking when it was killed, and of suspensions to disk: the guest goes on, and
-//! what there is of them is removed. A task `qmdelsnapshot` or `vzdelsnapshot` that the reconciler starts with the next daemon.
+//! what there is of them is removed. A task `qmdelsnapshot` or `vzdelsnapshot` that the reconciler starts with the
+//! next daemon.
 
 use super::locked_by;
 use super::take::{LOCK, PREPARING};
@@ -56,14 +57,10 @@ async fn remove(abandon: &mut Abandon, task: &TaskContext) -> Result<(), Error> 
             let storage = abandon.seat.site.storage.open(&volume.storage)?;
             storage.free_snapshot(&volume.name, &name).await?;
         }
-        if let Some(volume) = saved::of(values) {
-            disks::free_own(&abandon.seat, &volume).await?;
-        }
+        saved::free(&abandon.seat, saved::of(values).as_ref()).await?;
     }
-    match saved::of(&stored.config.current.values) {
-        Some(volume) => disks::free_own(&abandon.seat, &volume).await,
-        None => Ok(()),
-    }
+    let suspended = saved::of(&stored.config.current.values);
+    saved::free(&abandon.seat, suspended.as_ref()).await
 }
 
 async fn write_config(abandon: &mut Abandon, _: &TaskContext) -> Result<(), Error> {

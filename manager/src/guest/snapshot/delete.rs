@@ -62,10 +62,7 @@ async fn remove(delete: &mut Delete, _: &TaskContext) -> Result<(), Error> {
         let storage = delete.seat.site.storage.open(&volume.storage)?;
         storage.free_snapshot(&volume.name, &delete.name).await?;
     }
-    match &delete.memory {
-        Some(volume) => disks::free_own(&delete.seat, volume).await,
-        None => Ok(()),
-    }
+    saved::free(&delete.seat, delete.memory.as_ref()).await
 }
 
 async fn write_config(delete: &mut Delete, _: &TaskContext) -> Result<(), Error> {

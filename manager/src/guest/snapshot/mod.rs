@@ -25,11 +25,12 @@ use crate::error::Error;
 use crate::guest::config::{GuestConfig, Section};
 use crate::guest::site::Seat;
 use crate::guest::stored::Stored;
+use crate::guest::vm::saved;
 
 /// Names that mean something else where snapshots are named.
 const RESERVED: &[&str] = &["current", "pending"];
 /// Keys of a snapshot that are not the guest's.
-const OWN_KEYS: &[&str] = &["snaptime", "snapstate", "vmstate"];
+const OWN_KEYS: &[&str] = &["snaptime", "snapstate", saved::KEY];
 /// Keys of a guest that say how it is now, and that no snapshot keeps.
 const PRESENT_KEYS: &[&str] = &["lock", "description"];
 
@@ -62,7 +63,7 @@ pub fn list(config: &GuestConfig) -> Vec<Row> {
             parent: value("parent"),
             time: value("snaptime").and_then(|time| time.parse().ok()),
             state: value("snapstate"),
-            has_memory: value("vmstate").is_some(),
+            has_memory: value(saved::KEY).is_some(),
         })
     };
     let mut rows: Vec<Row> = config.sections.iter().filter_map(row).collect();

@@ -148,10 +148,7 @@ async fn write_memory(take: &mut Take, task: &TaskContext) -> Result<(), Error> 
 }
 
 async fn remove_memory(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
-    match &take.memory {
-        Some(volume) => disks::free_own(&take.seat, volume).await,
-        None => Ok(()),
-    }
+    saved::free(&take.seat, take.memory.as_ref()).await
 }
 
 async fn copy(take: &mut Take, task: &TaskContext) -> Result<(), Error> {

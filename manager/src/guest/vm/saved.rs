@@ -23,7 +23,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::Vm;
 use crate::error::Error;
 use crate::guest::disks;
-use crate::guest::site::Seat;
+use crate::guest::site::{self, Seat};
+use crate::storage::STAT_BLOCK_BYTES;
 use crate::storage::name::{Format, StorageName, VolumeId, VolumeName};
 use crate::task::TaskContext;
 
@@ -43,8 +44,6 @@ const TAIL_BYTES: u64 = 16;
 const STATE_BYTES_MAX: u64 = 64 << 20;
 /// Time between two lines of progress.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
-/// Unit of `st_blocks`: stat(2).
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// The volume that a machine's memory goes to: on the storage that is asked for, or configured, or of the first disk.
 pub fn volume(
@@ -77,6 +76,14 @@ pub fn volume(
 /// The volume that these keys name, if there is one.
 pub fn of(values: &BTreeMap<String, String>) -> Option<VolumeId> {
     values.get(KEY)?.parse().ok()
+}
+
+/// Removes the volume, if there is one.
+pub async fn free(seat: &Seat, volume: Option<&VolumeId>) -> Result<(), Error> {
+    match volume {
+        Some(volume) => disks::free_own(seat, volume).await,
+        None => Ok(()),
+    }
 }
 
 /// Writes a held machine into a new volume; it is on the disk when this returns.
@@ -168,13 +175,7 @@ fn unpack(volume: &Path, folder: &Path) -> io::Result<()> {
 
 /// Removes that folder; removing what is not there is no error.
 pub async fn remove_folder(seat: &Seat) -> Result<(), Error> {
-    let folder = folder(seat);
-    match tokio::fs::remove_dir_all(&folder).await {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::failed(format!("remove {}", folder.display()), error))
-        }
-        _ => Ok(()),
-    }
+    site::remove_folder(&folder(seat)).await
 }
 
 /// A machine goes on from its state: nothing of that is needed any more, unless it is a snapshot's.
@@ -185,9 +186,7 @@ pub async fn forget(seat: &Seat) -> Result<(), Error> {
         stored.config.unset("lock");
         stored.config.unset(KEY);
         stored.save(&seat.site.store).await?;
-        if let Some(volume) = volume {
-            disks::free_own(seat, &volume).await?;
-        }
+        free(seat, volume.as_ref()).await?;
     }
     remove_folder(seat).await
 }

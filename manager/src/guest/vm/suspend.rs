@@ -9,10 +9,10 @@
 
 use super::{Vm, saved};
 use crate::error::Error;
+use crate::guest::Guest as _;
 use crate::guest::hold::Hold;
 use crate::guest::lock::Guard;
 use crate::guest::site::Seat;
-use crate::guest::{Guest as _, disks};
 use crate::step;
 use crate::storage::name::{StorageName, VolumeId};
 use crate::task::{TaskContext, TaskStep, run_steps};
@@ -105,10 +105,7 @@ async fn write(suspend: &mut Suspend, task: &TaskContext) -> Result<(), Error> {
 }
 
 async fn remove(suspend: &mut Suspend, _: &TaskContext) -> Result<(), Error> {
-    match &suspend.volume {
-        Some(volume) => disks::free_own(&suspend.seat, volume).await,
-        None => Ok(()),
-    }
+    saved::free(&suspend.seat, suspend.volume.as_ref()).await
 }
 
 async fn write_config(suspend: &mut Suspend, _: &TaskContext) -> Result<(), Error> {
