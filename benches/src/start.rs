@@ -128,19 +128,33 @@ pub fn beyond_guest_kib(running: &Running) -> anyhow::Result<f64> {
     Ok(pss_kib(&monitor::smaps(running)?))
 }
 
-/// Sum of `Pss` (proc(5)) over the mappings that are not as large as the guest's RAM, or larger.
+/// Sum of `Pss` (proc(5)) over the mappings but the guest's RAM: the writable ones without a gap between them that are
+/// as large together, or larger. One, as it is made, and several after advice or a mapping for a part of it.
 fn pss_kib(smaps: &str) -> f64 {
-    let number = |line: &str| -> Option<u64> { line.split_whitespace().nth(1)?.parse().ok() };
-    let mut size_kib = 0;
-    let mut sum_kib = 0;
+    let mut sums_kib = 0;
+    let (mut run_kib, mut run_end, mut run_bytes) = (0, "", 0);
+    let mut settle = |bytes, kib| {
+        if bytes < MEMORY_MIB << 20 {
+            sums_kib += kib;
+        }
+    };
     for line in smaps.lines() {
-        if line.starts_with("Size:") {
-            size_kib = number(line).unwrap_or_default();
-        } else if line.starts_with("Pss:") && size_kib < MEMORY_MIB << 10 {
-            sum_kib += number(line).unwrap_or_default();
+        let mut words = line.split_whitespace();
+        let (first, second) = (words.next().unwrap_or_default(), words.next());
+        if let (Some((start, end)), Some(access)) = (first.split_once('-'), second) {
+            if start != run_end || !access.starts_with("rw") {
+                settle(run_bytes, run_kib);
+                (run_bytes, run_kib) = (0, 0);
+            }
+            let address = |text| u64::from_str_radix(text, 16).unwrap_or_default();
+            run_bytes += address(end).saturating_sub(address(start));
+            run_end = if access.starts_with("rw") { end } else { "" };
+        } else if let ("Pss:", Some(kib)) = (first, second) {
+            run_kib += kib.parse().unwrap_or(0);
         }
     }
-    f64::from(u32::try_from(sum_kib).unwrap_or(u32::MAX))
+    settle(run_bytes, run_kib);
+    f64::from(sums_kib)
 }
 
 #[cfg(test)]
@@ -149,7 +163,10 @@ mod tests {
 
     #[test]
     fn guest_memory_is_left_out() {
-        let smaps = "Size: 131072 kB\nRss: 9 kB\nPss: 9000 kB\nSize: 4 kB\nPss: 3 kB\nSize: 8 kB\nPss: 2 kB\n";
-        assert!((pss_kib(smaps) - 5.0).abs() < f64::EPSILON);
+        // RAM is 128 MiB in two parts, which end where something read-only begins.
+        let smaps = "1000-3000 r--p 0 00:00 0 /bin\nPss: 3 kB\nPss_Dirty: 1 kB\n\
+            10000000-17000000 rw-p 0 00:00 0\nPss: 9000 kB\n17000000-18000000 rw-p 0 00:00 0\nPss: 70 kB\n\
+            18000000-18001000 r--p 0 00:00 0\nPss: 2 kB\n20000000-20010000 rw-p 0 00:00 0 [heap]\nPss: 4 kB\n";
+        assert!((pss_kib(smaps) - 9.0).abs() < f64::EPSILON);
     }
 }

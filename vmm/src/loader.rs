@@ -4,9 +4,11 @@
 //! Not here: the bytes of what they are told (crate `atoll-firmware`), the registers (`vcpu/setup.rs`).
 
 mod headers;
+mod source;
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use atoll_devices::memory::Ram;
@@ -17,6 +19,7 @@ use atoll_vmm_protocol::spec::KernelSpec;
 pub use headers::HeaderError;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use source::Source;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::board::Board;
@@ -190,17 +193,16 @@ impl BootFiles {
         Ok(image.entry)
     }
 
-    fn load_kernel(&mut self, memory: &Ram, low_end: u64) -> Result<Image, LoadError> {
-        let (path, file) = &mut self.kernel;
+    fn load_kernel(&self, memory: &Ram, low_end: u64) -> Result<Image, LoadError> {
+        let (path, file) = &self.kernel;
         let unreadable = |source| LoadError::File {
             what: "kernel",
             path: path.clone(),
             source,
         };
         let mut magic = [0; 4];
-        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
-        let read = file.read(&mut magic).map_err(unreadable)?;
-        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        let read = file.read_at(&mut magic, 0).map_err(unreadable)?;
+        let mut source = Source::of(file).map_err(unreadable)?;
         let start = Some(GuestAddress(layout::KERNEL));
         let damaged = |error: linux_loader::loader::Error| LoadError::Kernel {
             path: path.clone(),
@@ -213,11 +215,11 @@ impl BootFiles {
         let image = if read == magic.len() && magic == ELF_MAGIC {
             headers::check_elf(file, memory).map_err(headers)?;
             pvh_image(
-                &Elf::load(memory, None, file, start).map_err(damaged)?,
+                &Elf::load(memory, None, &mut source, start).map_err(damaged)?,
                 low_end,
             )
         } else if headers::check_bzimage(file).map_err(headers)? {
-            match BzImage::load(memory, start, file, None) {
+            match BzImage::load(memory, start, &mut source, None) {
                 Ok(loaded) => linux_image(&loaded, low_end),
                 Err(linux_loader::loader::Error::Bzimage(
                     linux_loader::loader::bzimage::Error::InvalidBzImage
@@ -236,12 +238,8 @@ impl BootFiles {
         Ok(image)
     }
 
-    fn load_initrd(
-        &mut self,
-        memory: &Ram,
-        image: &Image,
-    ) -> Result<Option<(u64, u64)>, LoadError> {
-        let Some((path, file)) = &mut self.initrd else {
+    fn load_initrd(&self, memory: &Ram, image: &Image) -> Result<Option<(u64, u64)>, LoadError> {
+        let Some((path, file)) = &self.initrd else {
             return Ok(None);
         };
         let unreadable = |source| LoadError::File {
@@ -249,8 +247,9 @@ impl BootFiles {
             path: path.clone(),
             source,
         };
-        let size = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
-        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        let mut source = Source::of(file).map_err(unreadable)?;
+        let size = source.seek(SeekFrom::End(0)).map_err(unreadable)?;
+        source.rewind().map_err(unreadable)?;
         let address =
             boot::initrd_address(size, image.end, image.initrd_ceiling).map_err(|source| {
                 LoadError::Initrd {
@@ -260,7 +259,7 @@ impl BootFiles {
             })?;
         let length = usize::try_from(size).expect("it fits into guest memory");
         memory
-            .read_exact_volatile_from(GuestAddress(address), file, length)
+            .read_exact_volatile_from(GuestAddress(address), &mut source, length)
             .map_err(|error| unreadable(io::Error::other(error)))?;
         Ok(Some((address, size)))
     }
