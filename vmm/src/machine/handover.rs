@@ -11,9 +11,10 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use atoll_devices::memory::Ram;
 use atoll_devices::virtio::Act;
 use atoll_disk::chain;
 use atoll_thread::Kind;
@@ -23,6 +24,7 @@ use super::disks::Disk;
 use super::owner::{Event, GuestEvent, Machine};
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
+use crate::kvm::VirtualMachine;
 use crate::kvm::dirty::WriteLog;
 use crate::migration::converge::Convergence;
 use crate::migration::source::{self, Plan, Progress};
@@ -46,6 +48,37 @@ pub(super) enum MigrationEvent {
     Hold(SyncSender<Result<Saved, MigrationError>>),
     /// It is over.
     Done(Result<(), MigrationError>),
+}
+
+/// The way from the thread `migrate` to the owner. Without an owner the machine has ended, and what is said to it is lost.
+#[derive(Clone)]
+struct Voice {
+    events: Sender<Event>,
+    machine: VirtualMachine,
+    memory: Arc<Ram>,
+}
+
+impl Voice {
+    fn tell(&self, event: MigrationEvent) {
+        let _ = self.events.send(Event::Migration(event));
+    }
+}
+
+impl source::Owner for Voice {
+    fn rest(&self, time: Duration) {
+        self.tell(MigrationEvent::Rest(time));
+    }
+
+    fn log(&self) -> Result<WriteLog, MigrationError> {
+        let log = WriteLog::start(self.machine.clone(), self.memory.clone());
+        log.map_err(|error| MigrationError::Refused(chain(&error)))
+    }
+
+    fn hold(&self) -> Result<Saved, MigrationError> {
+        let (sender, answer) = sync_channel(1);
+        self.tell(MigrationEvent::Hold(sender));
+        answer.recv().unwrap_or(Err(MigrationError::Ended))
+    }
 }
 
 /// The machine's migration, the last one or the one under way.
@@ -121,26 +154,15 @@ impl Machine {
         let progress = Arc::new(Progress::new(&plan).map_err(|error| failed(&error))?);
         // There is one log, and the move takes from it.
         self.tracked = None;
-        let log = WriteLog::start(self.parts.machine.clone(), self.parts.memory.clone());
-        let log = log.map_err(|error| failed(&error))?;
-        let (touched, events) = (self.parts.touched.clone(), self.events.clone());
-        let shared = progress.clone();
-        let resting = self.events.clone();
+        let owner = Voice {
+            events: self.events.clone(),
+            machine: self.parts.machine.clone(),
+            memory: self.parts.memory.clone(),
+        };
+        let (touched, shared) = (self.parts.touched.clone(), progress.clone());
         let body = move || {
-            let rest = move |time| {
-                // Without an owner the machine has ended.
-                let _ = resting.send(Event::Migration(MigrationEvent::Rest(time)));
-            };
-            let hold = || {
-                let (sender, answer) = sync_channel(1);
-                let asked = events.send(Event::Migration(MigrationEvent::Hold(sender)));
-                let answer = asked.ok().and_then(|()| answer.recv().ok());
-                answer.unwrap_or(Err(MigrationError::Ended))
-            };
-            let done = source::run(plan, hello, &log, touched, &shared, rest, hold);
-            drop(log);
-            // Without an owner the machine has ended.
-            let _ = events.send(Event::Migration(MigrationEvent::Done(done)));
+            let done = source::run(plan, hello, touched, &shared, &owner);
+            owner.tell(MigrationEvent::Done(done));
         };
         let thread = atoll_thread::spawn(Kind::Migration, "migrate", body);
         thread.map_err(|error| failed(&error))?;

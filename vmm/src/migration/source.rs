@@ -126,18 +126,28 @@ impl Progress {
     }
 }
 
-/// Moves the machine. `rest` makes its vCPUs rest for a while, and does not wait for that. `hold` stops it and takes its state; after that it stays held, whatever becomes of the
-/// migration: the caller lets it go on when the answer is an error other than [`MigrationError::Doubt`].
+/// What the machine's owner does for its move, asked from this module's threads.
+pub trait Owner: Clone + Send + 'static {
+    /// Makes its vCPUs rest for a while, and does not wait for that.
+    fn rest(&self, time: Duration);
+
+    /// Logs from now on what is written to its memory.
+    fn log(&self) -> Result<WriteLog, MigrationError>;
+
+    /// Stops it and takes its state. It stays held, whatever becomes of the migration: the owner lets it go on when that
+    /// ends with an error other than [`MigrationError::Doubt`].
+    fn hold(&self) -> Result<MachineState, MigrationError>;
+}
+
+/// Moves the machine.
 pub fn run(
     plan: Plan,
     hello: Hello,
-    log: &WriteLog,
     touched: Option<Arc<Touched>>,
     progress: &Arc<Progress>,
-    rest: impl Fn(Duration) + Send + 'static,
-    hold: impl FnOnce() -> Result<MachineState, MigrationError>,
+    owner: &impl Owner,
 ) -> Result<(), MigrationError> {
-    let migrated = attempt(plan, hello, log, touched, progress, rest, hold);
+    let migrated = attempt(plan, hello, touched, progress, owner);
     match migrated {
         Err(_) if progress.is_cancelled() => Err(MigrationError::Cancelled),
         migrated => migrated,
@@ -147,11 +157,9 @@ pub fn run(
 fn attempt(
     plan: Plan,
     hello: Hello,
-    log: &WriteLog,
     touched: Option<Arc<Touched>>,
     progress: &Arc<Progress>,
-    rest: impl Fn(Duration) + Send + 'static,
-    hold: impl FnOnce() -> Result<MachineState, MigrationError>,
+    owner: &impl Owner,
 ) -> Result<(), MigrationError> {
     let Plan {
         mut control,
@@ -168,14 +176,15 @@ fn attempt(
         _ => return Err(MigrationError::Unexpected("a welcome")),
     }
     let pace = Arc::new(Pace::new(convergence.max_bytes_per_second));
-    let senders = Senders::start(data, log, touched, progress, &pace)?;
-    let brake = Brake::start(progress.clone(), rest)?;
-    let mut last = copy_while_running(&senders, log, progress, convergence)?;
+    let log = owner.log()?;
+    let senders = Senders::start(data, &log, touched, progress, &pace)?;
+    let brake = Brake::start(progress.clone(), owner.clone())?;
+    let mut last = copy_while_running(&senders, &log, progress, convergence)?;
     drop(brake);
 
     progress.set_stage(MigrationStage::Switching, None);
     let held = Instant::now();
-    let state = hold()?;
+    let state = owner.hold()?;
     pages::merge(&mut last, &log.take().map_err(|error| refused(&error))?);
     progress
         .remaining
@@ -280,14 +289,14 @@ struct Brake {
 impl Brake {
     fn start(
         progress: Arc<Progress>,
-        rest: impl Fn(Duration) + Send + 'static,
+        owner: impl Owner,
     ) -> Result<Self, MigrationError> {
         let (released, waits) = channel();
         let body = move || {
             while let Err(RecvTimeoutError::Timeout) = waits.recv_timeout(BRAKE_PERIOD) {
                 match progress.throttle.load(Ordering::Relaxed) {
                     0 => {}
-                    percent => rest(BRAKE_PERIOD * u32::from(percent) / 100),
+                    percent => owner.rest(BRAKE_PERIOD * u32::from(percent) / 100),
                 }
             }
         };
