@@ -57,16 +57,21 @@ impl Copier {
         })
     }
 
-    /// Copies the blocks; nothing is in flight when this returns, unless an engine has failed: then the copier is of no
+    /// The blocks as [`Copier::copy`] takes them.
+    pub(super) fn chunks<'a>(&self, set: &'a BlockSet) -> impl Iterator<Item = Range<u64>> + 'a {
+        let chunk_bytes = self.chunk_bytes;
+        set.ranges()
+            .flat_map(move |range| pieces(range, chunk_bytes))
+    }
+
+    /// Copies the chunks; nothing is in flight when this returns, unless an engine has failed: then the copier is of no
     /// more use, and its drop waits. Blocks of zeroes become holes where the target has such. `admit` is asked before
     /// each chunk, with its bytes, and may wait, or end it.
     pub(super) fn copy(
         &mut self,
-        set: &BlockSet,
+        mut chunks: impl Iterator<Item = Range<u64>>,
         mut admit: impl FnMut(u64) -> ControlFlow<()>,
     ) -> Result<(), MirrorError> {
-        let chunk_bytes = self.chunk_bytes;
-        let mut chunks = set.ranges().flat_map(|range| pieces(range, chunk_bytes));
         let mut outcome = Ok(());
         loop {
             while outcome.is_ok()

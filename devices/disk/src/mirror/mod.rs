@@ -46,6 +46,9 @@ const BLOCK_BYTES: u32 = 64 << 10;
 const CHUNK_BYTES: u64 = 1 << 20;
 /// A pass of so much is small: the disk's queues need not be held for longer than such a pass takes.
 const READY_BYTES: u64 = 16 << 20;
+/// Written at most before it is made durable, bytes: the host of the target has a share of its memory to cache writes, and
+/// a flush that waits for all of that takes minutes, which nobody waits for.
+const UNFLUSHED_BYTES_MAX: u64 = 256 << 20;
 /// Pause after a small pass: a block that the guest writes all the time is not copied all the time.
 const IDLE: Duration = Duration::from_millis(100);
 /// The guest is not slowed down below this, bytes a second.
@@ -153,7 +156,8 @@ impl Mirror {
         let mut follower = Follower {
             copier,
             map: map.clone(),
-            unflushed: true,
+            unflushed_bytes: Some(0),
+            unflushed_bytes_max: UNFLUSHED_BYTES_MAX,
         };
         let telling = shared.clone();
         let body = move || {
@@ -236,25 +240,45 @@ impl Shared {
 struct Follower {
     copier: Copier,
     map: Arc<ChangeMap>,
-    /// The target has been written since it was flushed last.
-    unflushed: bool,
+    /// Written to the target since it was flushed last; none when that was the last.
+    unflushed_bytes: Option<u64>,
+    /// See [`UNFLUSHED_BYTES_MAX`].
+    unflushed_bytes_max: u64,
 }
 
 impl Follower {
-    /// Copies what was marked; or makes the copy durable, if nothing was. After an error the marks are gone.
+    /// Copies what was marked, and makes the copy durable, if nothing was, or if that will take long. After an error the
+    /// marks are gone.
     fn pass(
         &mut self,
         set: &BlockSet,
-        admit: impl FnMut(u64) -> ControlFlow<()>,
+        mut admit: impl FnMut(u64) -> ControlFlow<()>,
     ) -> Result<(), MirrorError> {
-        if !set.is_empty() {
-            self.unflushed = true;
-            return self.copier.copy(set, admit);
+        let mut chunks = self.copier.chunks(set).peekable();
+        // Whoever settles after a small pass waits for the flush of little more than that.
+        let most = match set.total_bytes() {
+            0 => 0,
+            bytes if bytes <= READY_BYTES => READY_BYTES.min(self.unflushed_bytes_max),
+            _ => self.unflushed_bytes_max,
+        };
+        loop {
+            let mut written = self.unflushed_bytes.unwrap_or(0);
+            let portion = std::iter::from_fn(|| {
+                let chunk = chunks.next_if(|_| written < most)?;
+                written += chunk.end - chunk.start;
+                Some(chunk)
+            });
+            self.copier.copy(portion, &mut admit)?;
+            if written > 0 {
+                self.unflushed_bytes = Some(written);
+            }
+            if written >= most && self.unflushed_bytes.take().is_some() {
+                self.copier.flush()?;
+            }
+            if chunks.peek().is_none() {
+                return Ok(());
+            }
         }
-        if std::mem::take(&mut self.unflushed) {
-            self.copier.flush()?;
-        }
-        Ok(())
     }
 }
 

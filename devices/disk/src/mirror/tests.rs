@@ -186,7 +186,8 @@ fn mirror(world: &mut World, dice: &mut Dice, seed: u64) -> bool {
     let mut follower = Follower {
         copier: Copier::open(&*switchable, &*target, CHUNK_BYTES).unwrap(),
         map: map.clone(),
-        unflushed: true,
+        unflushed_bytes: Some(0),
+        unflushed_bytes_max: 64 << 10,
     };
     for _ in 0..dice.roll(6) {
         for _ in 0..dice.roll(200) {
@@ -296,6 +297,38 @@ fn a_target_is_the_disk_at_the_switch_and_a_failure_is_nobody_elses() {
         switched > 30 && failed > 30,
         "{switched} switched, {failed} failed"
     );
+}
+
+/// However much there is to copy, a flush never has much to do.
+#[test]
+fn a_long_pass_is_made_durable_in_portions() {
+    let (unflushed, most) = (Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(0)));
+    let (now, seen) = (unflushed.clone(), most.clone());
+    let count = move |operation, _| {
+        match operation {
+            Operation::Flush => now.store(0, Ordering::Relaxed),
+            _ => drop(seen.fetch_max(now.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed)),
+        }
+        None
+    };
+    let (source, target) = (memory(), memory());
+    write(&source, 0, &[1; 4096]).unwrap();
+    let counted = Faulty::new(target.clone(), Arc::new(count));
+    let tracked = Tracked::new(Arc::new(source.clone()));
+    let mut follower = Follower {
+        copier: Copier::open(&source, &counted, CHUNK_BYTES).unwrap(),
+        map: tracked.watch(BLOCK_BYTES),
+        unflushed_bytes: Some(0),
+        unflushed_bytes_max: 4 * CHUNK_BYTES,
+    };
+    let go_on = |_| ControlFlow::Continue(());
+    let all = BlockSet::all(SIZE_BYTES, BLOCK_BYTES);
+    follower.pass(&all, go_on).unwrap();
+    assert_eq!(most.load(Ordering::Relaxed), 4);
+    assert!(content(&target) == content(&source));
+    let none = BlockSet::new(SIZE_BYTES, BLOCK_BYTES);
+    follower.pass(&none, go_on).unwrap();
+    assert_eq!(unflushed.load(Ordering::Relaxed), 0);
 }
 
 fn free() -> MirrorOptions {
