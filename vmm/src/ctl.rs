@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm_protocol::api::{
-    AddDisk, AddNet, BeginExport, BeginMirror, EndExport, Exported, InsertDisk, Migrate,
-    MigrationInfo, MigrationStage, RemovalStage, RemoveDevice, Request, Snapshot, SnapshotTaken,
+    AddDisk, AddNet, BeginExport, BeginMirror, DISK_CONNECTIONS, EndExport, Exported, InsertDisk,
+    Migrate, MigrationInfo, MigrationStage, RemovalStage, RemoveDevice, Request, Snapshot,
+    SnapshotTaken,
 };
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::DiskSpec;
@@ -27,7 +28,7 @@ use crate::resources::{CardEnd, image_files};
 use crate::saved::{MEMORY_FILE, SPEC_FILE, STATE_FILE, packed};
 use crate::socket;
 
-/// Most connections for memory.
+/// Most connections beside that for messages.
 const CONNECTIONS_MAX: usize = 64;
 /// How often a migration is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
@@ -149,6 +150,11 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         (1..=CONNECTIONS_MAX).contains(&count),
         "{count} connections: 1 to {CONNECTIONS_MAX}"
     );
+    let count = count + body.disks.len() * DISK_CONNECTIONS;
+    anyhow::ensure!(
+        count <= CONNECTIONS_MAX,
+        "{count} connections, {DISK_CONNECTIONS} of them a disk: at most {CONNECTIONS_MAX}"
+    );
     let (mut relay, sockets) = connect(body, count)?;
     let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
     // What is for the network stays here.
@@ -160,6 +166,7 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         max_bytes_per_second: body.max_bytes_per_second,
         throttle: body.throttle,
         when_late: body.when_late,
+        disks: body.disks.clone(),
         ..Migrate::default()
     };
     let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, &asked, &descriptors)?;

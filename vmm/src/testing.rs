@@ -594,8 +594,9 @@ pub fn migration_corpus() -> Vec<Vec<u8>> {
     let [whole, least] = spec_texts();
     let hello = |spec: &str| {
         format!(
-            r#"{{"hello":{{"format":"atoll-migration","version":1,"program":"0.1.0","spec":{spec},
-            "machine_version":1,"cpuid":[[0,0,0,1,2,3,4]],"data_connections":2}}}}"#
+            r#"{{"hello":{{"format":"atoll-migration","version":2,"program":"0.1.0","spec":{spec},
+            "machine_version":1,"cpuid":[[0,0,0,1,2,3,4]],"data_connections":2,
+            "disks":[{{"id":"disk0","size_bytes":512,"connections":2}}]}}}}"#
         )
     };
     let state = String::from_utf8(state_corpus().swap_remove(0)).expect("JSON");

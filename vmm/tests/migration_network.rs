@@ -94,6 +94,11 @@ fn target_for(source: &Guest, options: &[String]) -> (Guest, String) {
     let place = Place::new();
     std::fs::remove_file(place.path("disk")).unwrap();
     std::fs::hard_link(source.path("disk"), place.path("disk")).unwrap();
+    target_on(place, options)
+}
+
+/// The same with the disk of its place.
+fn target_on(place: Place, options: &[String]) -> (Guest, String) {
     let mut arguments = vec!["receive", "--listen", "tcp:127.0.0.1:0"];
     arguments.extend(options.iter().map(String::as_str));
     let mut target = place.start(&arguments);
@@ -150,6 +155,30 @@ fn a_guest_at_work_moves_over_tls_and_without() {
             "{connections}: {} ms, stood still for {} us, {} bytes",
             info.elapsed_ms, info.downtime_us, info.sent_bytes
         );
+        serial = target.serial();
+        done = serial.load_beyond(done);
+        guest = target;
+    }
+    assert!(serial.end_load() >= done);
+}
+
+/// The same with the content of its disk, through connections of their own.
+#[test]
+fn a_disk_moves_over_tls() {
+    if !relay_and_kvm() {
+        return;
+    }
+    let authority = Authority::new();
+    let [there, here] = ["target", "source"].map(|side| authority.options(side));
+    let mut guest = Place::new().start(&shell("32", "1"));
+    let mut serial = guest.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    for _ in 0..2 {
+        let (mut target, address) = target_on(Place::new(), &there);
+        let here = with(&here, &["--connections", "2", "--disks", "disk0"]);
+        let info = moved(begin(&guest, &address, &here), &mut guest, &target);
+        assert_eq!(info.disks.len(), 1);
         serial = target.serial();
         done = serial.load_beyond(done);
         guest = target;

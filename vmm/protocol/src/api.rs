@@ -492,6 +492,9 @@ pub struct SnapshotTaken {
     pub held_us: u64,
 }
 
+/// Connections of one disk that moves with its machine: one request a connection at a time.
+pub const DISK_CONNECTIONS: usize = 2;
+
 /// Body of [`Request::Migrate`]; its connections come as descriptors, that for messages first.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -516,6 +519,10 @@ pub struct Migrate {
     /// What to do when the guest writes faster all the same.
     #[serde(default)]
     pub when_late: Option<WhenLate>,
+    /// Disks whose content moves along, to images of the same size that the other side has: what these held is lost.
+    /// [`DISK_CONNECTIONS`] for each come behind those for memory. All others are opened by both sides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
     /// PEM file of the authorities that sign the other side's certificate. As all that follows: for whoever connects,
     /// over a network; the machine needs none of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -584,8 +591,26 @@ pub struct MigrationInfo {
     /// Of a hundred parts of their time, how many the guest's vCPUs are made to rest, so that it writes less.
     #[serde(default)]
     pub throttle_percent: u8,
+    /// The disks whose content moves along; until little is left of each, no memory is sent.
+    #[serde(default)]
+    pub disks: Vec<DiskMigration>,
     /// Why it did not happen.
     pub error: Option<String>,
+}
+
+/// How far a disk that moves with its machine is, or was in the end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMigration {
+    /// The disk.
+    pub id: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Copied so far; more than the size, when the guest writes meanwhile.
+    pub copied_bytes: u64,
+    /// What is left to copy now.
+    pub left_bytes: u64,
+    /// Copied in a second, as measured last.
+    pub bytes_per_second: u64,
 }
 
 /// Body of `PUT /begin-export`. A listening Unix socket comes as a descriptor, then for each disk an empty file that can

@@ -379,6 +379,7 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         max_bytes_per_second: Some(1),
         throttle: Some(true),
         when_late: Some(WhenLate::GoOn),
+        disks: vec!["disk0".into()],
         tls_ca: Some("a".into()),
         tls_cert: Some("c".into()),
         tls_key: Some("k".into()),
@@ -387,6 +388,14 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         silence_limit_ms: Some(1),
     };
     check("Migrate", migrate);
+    let disk = DiskMigration {
+        id: "disk0".into(),
+        size_bytes: 1,
+        copied_bytes: 1,
+        left_bytes: 1,
+        bytes_per_second: 1,
+    };
+    check("DiskMigration", disk.clone());
     let info = MigrationInfo {
         stage: MigrationStage::InDoubt,
         rounds: 1,
@@ -395,6 +404,7 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         elapsed_ms: 1,
         downtime_us: 1,
         throttle_percent: 1,
+        disks: vec![disk],
         error: Some("e".into()),
     };
     check("MigrationInfo", info);

@@ -44,7 +44,7 @@ struct ConnectArguments {
     /// Where the target listens: tcp:HOST:PORT
     #[arg(long, value_name = "ADDRESS")]
     to: String,
-    /// Connections for memory
+    /// Connections beside that for messages
     #[arg(long, value_name = "N")]
     connections: usize,
     /// Whom the target's certificate is for, if not the host of its address

@@ -18,7 +18,9 @@ use atoll_devices::memory::Ram;
 use atoll_devices::virtio::Act;
 use atoll_disk::chain;
 use atoll_thread::Kind;
-use atoll_vmm_protocol::api::{MachineState, Migrate, MigrationInfo, MigrationStage, Request};
+use atoll_vmm_protocol::api::{
+    DISK_CONNECTIONS, MachineState, Migrate, MigrationInfo, MigrationStage, Request,
+};
 
 use super::disks::Disk;
 use super::owner::{Event, GuestEvent, Machine};
@@ -27,6 +29,7 @@ use crate::api::{self, Answer, Asked};
 use crate::kvm::VirtualMachine;
 use crate::kvm::dirty::WriteLog;
 use crate::migration::converge::Convergence;
+use crate::migration::disks::{Following, Moving, MovingDisk, Target};
 use crate::migration::source::{self, Plan, Progress};
 use crate::migration::{Hello, MigrationError};
 use crate::saved::MachineState as Saved;
@@ -44,6 +47,11 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
 pub(super) enum MigrationEvent {
     /// Make the vCPUs rest for a while.
     Rest(Duration),
+    /// Copy disks to the target from now on.
+    Follow(
+        Vec<Target>,
+        SyncSender<Result<Vec<Following>, MigrationError>>,
+    ),
     /// Hold the machine and give its state.
     Hold(SyncSender<Result<Saved, MigrationError>>),
     /// It is over.
@@ -69,6 +77,12 @@ impl source::Owner for Voice {
         self.tell(MigrationEvent::Rest(time));
     }
 
+    fn follow(&self, targets: Vec<Target>) -> Result<Vec<Following>, MigrationError> {
+        let (sender, answer) = sync_channel(1);
+        self.tell(MigrationEvent::Follow(targets, sender));
+        answer.recv().unwrap_or(Err(MigrationError::Ended))
+    }
+
     fn log(&self) -> Result<WriteLog, MigrationError> {
         let log = WriteLog::start(self.machine.clone(), self.memory.clone());
         log.map_err(|error| MigrationError::Refused(chain(&error)))
@@ -87,6 +101,9 @@ pub(super) struct Migration {
     under_way: bool,
     held: bool,
     moved: Option<Instant>,
+    /// Disks whose content moves along, and the most that is copied of all of them in a second.
+    disks: Vec<String>,
+    bytes_per_second: Option<u64>,
 }
 
 impl Migration {
@@ -132,16 +149,19 @@ impl Machine {
             return Err(api::refusal(409, text));
         }
         let control = asked.file("the control connection")?;
-        let data: Vec<UnixStream> = asked.files.into_iter().map(UnixStream::from).collect();
+        let mut data: Vec<UnixStream> = asked.files.into_iter().map(UnixStream::from).collect();
+        let body: Migrate = api::body(asked.body)?;
+        let disks = self.moving_disks(&body.disks, &mut data)?;
         if data.is_empty() {
             return Err(api::refusal(400, "a migration needs a data connection"));
         }
-        let body: Migrate = api::body(asked.body)?;
         let limit_ms = body.downtime_limit_ms.unwrap_or(DOWNTIME_LIMIT_MS);
-        let hello = Hello::new(self.spec.clone(), &self.parts.first_cpu(), data.len());
+        let told = disks.iter().map(|moving| moving.disk.clone()).collect();
+        let hello = Hello::new(self.spec.clone(), &self.parts.first_cpu(), data.len(), told);
         let plan = Plan {
             control: UnixStream::from(std::os::fd::OwnedFd::from(control)),
             data,
+            disks,
             convergence: Convergence {
                 downtime_limit: Duration::from_millis(limit_ms),
                 max_bytes_per_second: body.max_bytes_per_second,
@@ -160,11 +180,11 @@ impl Machine {
             memory: self.parts.memory.clone(),
         };
         let (touched, shared) = (self.parts.touched.clone(), progress.clone());
-        let body = move || {
+        let work = move || {
             let done = source::run(plan, hello, touched, &shared, &owner);
             owner.tell(MigrationEvent::Done(done));
         };
-        let thread = atoll_thread::spawn(Kind::Migration, "migrate", body);
+        let thread = atoll_thread::spawn(Kind::Migration, "migrate", work);
         thread.map_err(|error| failed(&error))?;
         tracing::info!(name = self.spec.name, "migration begins");
         let info = progress.info();
@@ -173,6 +193,8 @@ impl Machine {
             under_way: true,
             held: false,
             moved: None,
+            disks: body.disks,
+            bytes_per_second: body.max_bytes_per_second,
         });
         Ok(info)
     }
@@ -209,6 +231,12 @@ impl Machine {
                 }
                 Ok(())
             }
+            MigrationEvent::Follow(targets, sender) => {
+                let limit = self.migration.as_ref().and_then(|it| it.bytes_per_second);
+                let following = self.follow_to(targets, limit)?;
+                let _ = sender.send(following);
+                Ok(())
+            }
             MigrationEvent::Hold(sender) => {
                 let state = self.hold_for_migration();
                 let _ = sender.send(state);
@@ -218,17 +246,54 @@ impl Machine {
         }
     }
 
+    /// The disks that move along, with the last of the connections.
+    fn moving_disks(
+        &self,
+        ids: &[String],
+        connections: &mut Vec<UnixStream>,
+    ) -> Result<Vec<Moving>, Answer> {
+        let count = ids.len() * DISK_CONNECTIONS;
+        let first = connections.len().checked_sub(count).ok_or_else(|| {
+            let text = format!("{} disks need {count} connections", ids.len());
+            api::refusal(400, text)
+        })?;
+        let mut rest = connections.split_off(first).into_iter();
+        let moving = ids.iter().enumerate().map(|(index, id)| {
+            if ids[..index].contains(id) {
+                return Err(api::refusal(400, format!("{id} is named twice")));
+            }
+            let size_bytes = self.movable_disk(id)?;
+            Ok(Moving {
+                disk: MovingDisk {
+                    id: id.clone(),
+                    size_bytes,
+                    connections: DISK_CONNECTIONS,
+                },
+                connections: rest.by_ref().take(DISK_CONNECTIONS).collect(),
+            })
+        });
+        moving.collect()
+    }
+
     fn hold_for_migration(&mut self) -> Result<Saved, MigrationError> {
         self.hold();
         if let Some(migration) = &mut self.migration {
             migration.held = true;
         }
-        // The target may be another host, which has none of this one's memory.
-        let mut flushed = self.parts.disks.iter().map(Disk::flush);
+        let moving = self.migration.as_ref().map(|it| it.disks.as_slice());
+        let moves = |disk: &Disk| moving.is_some_and(|ids| ids.iter().any(|id| id == disk.id()));
+        // Those that the target opens, too: it may be another host, which has none of this one's memory.
+        let shared: Vec<_> = self
+            .parts
+            .disks
+            .iter()
+            .filter(|disk| !moves(disk))
+            .collect();
+        let mut flushed = shared.iter().map(|disk| disk.flush());
         flushed
             .try_for_each(|flushed| flushed)
             .map_err(MigrationError::connection("write the disks back"))?;
-        for lock in self.parts.disks.iter().filter_map(Disk::lock) {
+        for lock in shared.iter().filter_map(|disk| disk.lock()) {
             let released = lock.release();
             released.map_err(MigrationError::connection("let the target have the disks"))?;
         }

@@ -10,9 +10,11 @@
 //! ```
 //! Until the switch the disk is where it was, whatever happens to the target, to this process or to the host.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use atoll_disk::{Mirror, MirrorOptions, SettleError, chain};
+use atoll_disk::{BlockBackend, Geometry, Mirror, MirrorOptions, SettleError, chain};
 use atoll_vmm_protocol::api::{
     Acted, BeginMirror, CancelMirror, CompleteMirror, MachineState, MirrorInfo, MirrorStage,
     Mirrors, Request,
@@ -24,6 +26,8 @@ use super::disks;
 use super::owner::Machine;
 use crate::api::{self, Answer, Asked};
 use crate::check;
+use crate::migration::MigrationError;
+use crate::migration::disks::{Following, Target};
 use crate::resources::Replacement;
 
 /// How long a guest stands still for the rest, unless it is said otherwise.
@@ -88,7 +92,10 @@ impl Machine {
             Ok(request) => request,
             Err(refused) => return Ok(refused),
         };
-        let (mirror, held_us) = self.while_held(|machine| machine.follow(&body, &target))?;
+        let (mirror, held_us) = self.while_held(|machine| {
+            let begun = machine.follow(&body.id, target.backend.clone(), body.bytes_per_second);
+            begun.map_err(|error| api::refusal(500, format!("mirror {}: {error}", body.id)))
+        })?;
         let mirror = match mirror {
             Ok(mirror) => mirror,
             Err(refused) => return Ok(refused),
@@ -162,21 +169,72 @@ impl Machine {
         spec
     }
 
-    /// Of a held machine.
-    fn follow(&self, body: &BeginMirror, target: &Replacement) -> Result<Mirror, Answer> {
-        let disk = disks::find(&self.parts, &body.id)?;
-        let (Some(backup), Some(limited)) = (disk.backup(), disk.limited()) else {
-            unreachable!("looked at before");
-        };
+    /// Of a held machine that has this disk.
+    fn follow(
+        &self,
+        id: &str,
+        target: Arc<dyn BlockBackend>,
+        bytes_per_second: Option<u64>,
+    ) -> io::Result<Mirror> {
+        let disk = self.parts.disks.iter().find(|disk| disk.id() == id);
+        let parts = disk.and_then(|disk| disk.backup().zip(disk.limited()));
+        let (backup, limited) = parts.expect("looked at before");
         let (tracked, limited) = (backup.tracked.clone(), limited.clone());
         let options = MirrorOptions {
-            bytes_per_second: body.bytes_per_second,
+            bytes_per_second,
             slow_down: Box::new(move |rate| limited.slow_writes(rate)),
         };
-        let target = target.backend.clone();
         // Opens queues, which may be io_urings.
-        let begun = atoll_thread::in_starter(move || Mirror::begin(tracked, &*target, options));
-        begun.map_err(|error| api::refusal(500, format!("mirror {}: {error}", body.id)))
+        atoll_thread::in_starter(move || Mirror::begin(tracked, &*target, options))
+    }
+
+    /// The size of a disk whose content can be moved with the machine.
+    pub(super) fn movable_disk(&self, id: &str) -> Result<u64, Answer> {
+        let disk = disks::find(&self.parts, id)?;
+        let refused = |text: &str| Err(api::refusal(409, format!("{id}: {text}")));
+        match disk.backup().map(|backup| backup.switchable.geometry()) {
+            None => refused("it is a drive, and only a disk is moved"),
+            Some(Geometry { read_only, .. }) if read_only => {
+                refused("it is read-only: copy its image before, and do not name it")
+            }
+            Some(geometry) => Ok(geometry.size_bytes),
+        }
+    }
+
+    /// Begins to copy disks to the target of the machine's move.
+    pub(super) fn follow_to(
+        &mut self,
+        targets: Vec<Target>,
+        bytes_per_second: Option<u64>,
+    ) -> Result<Result<Vec<Following>, MigrationError>, RunError> {
+        let failed = |id: &str, reason: String| MigrationError::Disk {
+            id: id.to_owned(),
+            reason,
+        };
+        let count = u64::try_from(targets.len()).unwrap_or(u64::MAX).max(1);
+        let share = bytes_per_second.map(|all| (all / count).max(1));
+        for Target { id, backend } in &targets {
+            let disk = self.parts.disks.iter().find(|disk| disk.id() == id);
+            let backup = disk.and_then(|disk| disk.backup());
+            // A guest may have let it go since it was looked at.
+            let Some(backup) = backup else {
+                return Ok(Err(failed(id, "it is gone".to_owned())));
+            };
+            if let Err(error) = backup.switchable.check(&**backend) {
+                let reason = format!("the target cannot take its place: {error}");
+                return Ok(Err(failed(id, reason)));
+            }
+        }
+        let (following, held_us) = self.while_held(|machine| {
+            let following = targets.into_iter().map(|Target { id, backend }| {
+                let begun = machine.follow(&id, backend, share);
+                let mirror = begun.map_err(|error| failed(&id, error.to_string()))?;
+                Ok(Following { id, mirror })
+            });
+            following.collect()
+        })?;
+        tracing::info!(name = self.spec.name, held_us, "disks are copied");
+        Ok(following)
     }
 
     /// Lets the target take the disk's place.

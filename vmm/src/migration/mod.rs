@@ -5,6 +5,7 @@
 //! source (thread migrate)                         target (atoll-vmm receive, before it is a machine)
 //!   Hello: spec, CPU, sizes        ──►            can this host have it?
 //!                                  ◄──  Welcome
+//!   disks, if they move along      ══►            see `disks`
 //!   RAM, round after round         ══►  pages     N data connections, each with its own part of RAM
 //!   hold; last pages; State        ──►            builds the machine, restores it, holds it
 //!                                  ◄──  Ready
@@ -24,6 +25,7 @@
 //! Not here: what the owner of the machine does meanwhile (`machine::handover`), networks and encryption (`relay`).
 
 pub mod converge;
+pub mod disks;
 pub mod pages;
 pub mod source;
 pub mod target;
@@ -33,13 +35,17 @@ use std::io::{self, Read, Write};
 use atoll_vmm_protocol::spec::MachineSpec;
 use serde::{Deserialize, Serialize};
 
+use self::disks::MovingDisk;
 use crate::kvm::cpu::GuestCpu;
 use crate::saved::MachineState;
 
 /// What the first field of a Hello says.
 const FORMAT: &str = "atoll-migration";
-/// Newest version of the protocol that this program speaks.
-const VERSION: u32 = 1;
+/// Newest version of the protocol that this program speaks. Of version 2 is a machine whose disks move along: whoever did
+/// not know of that would run it on other disks.
+const VERSION: u32 = 2;
+/// That of all others.
+const VERSION_WITHOUT_DISKS: u32 = 1;
 /// Longest message: the state of 255 vCPUs takes less than 10 MiB.
 const MESSAGE_BYTES_MAX: u32 = 64 << 20;
 
@@ -84,21 +90,34 @@ pub struct Hello {
     pub feature_msrs: Vec<(u32, u64)>,
     /// Connections that will bring pages, beside the one for messages.
     pub data_connections: usize,
+    /// Disks whose content moves along. Their connections come behind those for pages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<MovingDisk>,
 }
 
 impl Hello {
     /// The first message of a migration by this program, in its version.
     #[must_use]
-    pub fn new(spec: MachineSpec, cpu: &GuestCpu, data_connections: usize) -> Self {
+    pub fn new(
+        spec: MachineSpec,
+        cpu: &GuestCpu,
+        data_connections: usize,
+        disks: Vec<MovingDisk>,
+    ) -> Self {
+        let version = match disks.is_empty() {
+            true => VERSION_WITHOUT_DISKS,
+            false => VERSION,
+        };
         Self {
             format: FORMAT.to_owned(),
-            version: VERSION,
+            version,
             program: env!("CARGO_PKG_VERSION").to_owned(),
             spec,
             machine_version: crate::layout::MACHINE_VERSION,
             cpuid: crate::saved::leaves(&cpu.cpuid),
             feature_msrs: cpu.msrs.clone(),
             data_connections,
+            disks,
         }
     }
 
@@ -148,6 +167,14 @@ pub enum MigrationError {
         found: u32,
         /// Whose it is.
         program: String,
+    },
+    /// A disk that moves along cannot be copied.
+    #[error("{id}: {reason}")]
+    Disk {
+        /// Which.
+        id: String,
+        /// One sentence.
+        reason: String,
     },
     /// A message that makes no sense here.
     #[error("expected {0}, something else came")]
@@ -231,7 +258,7 @@ mod tests {
             cpuid: Vec::new(),
             msrs: Vec::new(),
         };
-        let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), &cpu, 1);
+        let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), &cpu, 1, Vec::new());
         hello.check().unwrap();
         hello.machine_version += 1;
         assert!(
@@ -241,10 +268,10 @@ mod tests {
                 .to_string()
                 .contains("is of version")
         );
-        hello.version += 1;
+        hello.version = VERSION + 1;
         let error = hello.check().unwrap_err().to_string();
         assert!(
-            error.starts_with("migration protocol 2 of atoll-vmm"),
+            error.starts_with("migration protocol 3 of atoll-vmm"),
             "{error}"
         );
     }

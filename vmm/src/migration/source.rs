@@ -15,6 +15,7 @@ use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
 use rustix::net::{Shutdown, shutdown};
 
 use super::converge::{Convergence, Next, Round, Rounds};
+use super::disks::{self, Course, Following, Moving, Target};
 use super::pages::{self, Dirty, Pace, Stripe};
 use super::{Hello, Message, MigrationError, receive, send};
 use crate::kvm::KvmError;
@@ -40,6 +41,8 @@ pub struct Plan {
     pub control: UnixStream,
     /// Connections for pages, which are shared out among them.
     pub data: Vec<UnixStream>,
+    /// Disks whose content moves along.
+    pub disks: Vec<Moving>,
     /// When the guest is held for the last pages, and what is done to get there.
     pub convergence: Convergence,
     /// The connections are a tunnel's: their end is not the end of the target.
@@ -58,6 +61,7 @@ pub struct Progress {
     downtime_us: AtomicU64,
     /// Leaf lock: stage, and why it failed.
     stage: Mutex<(MigrationStage, Option<String>)>,
+    disks: Course,
     /// Ended by a cancellation, so that nobody goes on waiting for them.
     sockets: Vec<UnixStream>,
 }
@@ -79,6 +83,7 @@ impl Progress {
                 .chain(&plan.data)
                 .map(UnixStream::try_clone)
                 .collect::<io::Result<_>>()?,
+            disks: Course::new(&plan.disks)?,
         })
     }
 
@@ -90,6 +95,7 @@ impl Progress {
                 // Fails when the other side has ended it.
                 let _ = shutdown(socket, Shutdown::Both);
             }
+            self.disks.cut();
         }
         cancelled || self.decision.load(Ordering::SeqCst) == CANCELLED
     }
@@ -100,8 +106,12 @@ impl Progress {
             .is_ok()
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub(super) fn is_cancelled(&self) -> bool {
         self.decision.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    pub(super) fn disks(&self) -> &Course {
+        &self.disks
     }
 
     /// Notes the stage for whoever asks, and why it failed if it did.
@@ -121,6 +131,7 @@ impl Progress {
             elapsed_ms: u64::try_from(elapsed).unwrap_or(u64::MAX),
             downtime_us: self.downtime_us.load(Ordering::Relaxed),
             throttle_percent: self.throttle.load(Ordering::Relaxed),
+            disks: self.disks.told(),
             error: stage.1.clone(),
         }
     }
@@ -130,6 +141,9 @@ impl Progress {
 pub trait Owner: Clone + Send + 'static {
     /// Makes its vCPUs rest for a while, and does not wait for that.
     fn rest(&self, time: Duration);
+
+    /// Begins to copy disks to the target, all of them as they are at one moment and what is written to them afterwards.
+    fn follow(&self, targets: Vec<Target>) -> Result<Vec<Following>, MigrationError>;
 
     /// Logs from now on what is written to its memory.
     fn log(&self) -> Result<WriteLog, MigrationError>;
@@ -148,6 +162,11 @@ pub fn run(
     owner: &impl Owner,
 ) -> Result<(), MigrationError> {
     let migrated = attempt(plan, hello, touched, progress, owner);
+    if migrated.is_err() {
+        // A target that is silent keeps nobody.
+        progress.disks.cut();
+        progress.disks.end();
+    }
     match migrated {
         Err(_) if progress.is_cancelled() => Err(MigrationError::Cancelled),
         migrated => migrated,
@@ -164,6 +183,7 @@ fn attempt(
     let Plan {
         mut control,
         data,
+        disks: moving,
         convergence,
         relayed,
     } = plan;
@@ -176,6 +196,7 @@ fn attempt(
         _ => return Err(MigrationError::Unexpected("a welcome")),
     }
     let pace = Arc::new(Pace::new(convergence.max_bytes_per_second));
+    disks::follow(moving, progress, owner)?;
     let log = owner.log()?;
     let senders = Senders::start(data, &log, touched, progress, &pace)?;
     let brake = Brake::start(progress.clone(), owner.clone())?;
@@ -185,6 +206,7 @@ fn attempt(
     progress.set_stage(MigrationStage::Switching, None);
     let held = Instant::now();
     let state = owner.hold()?;
+    disks::settle(progress)?;
     pages::merge(&mut last, &log.take().map_err(|error| refused(&error))?);
     progress
         .remaining
@@ -273,7 +295,8 @@ fn copy_while_running(
         });
         progress.rounds.store(rounds.count(), Ordering::Relaxed);
         match next {
-            Next::Switch => return Ok(dirty),
+            Next::Switch if progress.disks.is_ready()? => return Ok(dirty),
+            Next::Switch => disks::wait_until_ready(progress)?,
             Next::Throttle(percent) => progress.throttle.store(percent, Ordering::Relaxed),
             Next::GoOn => {}
             Next::GiveUp(error) => return Err(error),
@@ -287,10 +310,7 @@ struct Brake {
 }
 
 impl Brake {
-    fn start(
-        progress: Arc<Progress>,
-        owner: impl Owner,
-    ) -> Result<Self, MigrationError> {
+    fn start(progress: Arc<Progress>, owner: impl Owner) -> Result<Self, MigrationError> {
         let (released, waits) = channel();
         let body = move || {
             while let Err(RecvTimeoutError::Timeout) = waits.recv_timeout(BRAKE_PERIOD) {

@@ -17,6 +17,7 @@ use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::spec::{DiskBus, MachineSpec, Profile};
 
+use super::disks::Images;
 use super::{Hello, Message, MigrationError, pages, receive, send};
 use crate::board::Board;
 use crate::check;
@@ -27,8 +28,8 @@ use crate::relay::Relay;
 use crate::sandbox;
 use crate::saved::{MachineState, entries};
 
-/// How long a source that is there may be silent between two messages, a whole pass over RAM included.
-const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+/// How long a source that is there may be silent between two messages, in which it sends its disks and its RAM.
+const PATIENCE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long the data connections may take to come, once the first is there.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
 /// Most data connections.
@@ -144,6 +145,7 @@ fn take(
     hello.check()?;
     let spec = own_spec.unwrap_or_else(|| hello.spec.clone());
     let memory = Arc::new(prepare(&hello, &spec)?);
+    let images = Images::open(&hello.disks, &spec)?;
     send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
     let receivers = (0..hello.data_connections).map(|index| {
         let stream = next(door)?;
@@ -154,6 +156,7 @@ fn take(
         thread.map_err(broken("start a receiver's thread"))
     });
     let receivers: Vec<_> = receivers.collect::<Result<_, _>>()?;
+    let images = images.serve(|| next(door))?;
     let state = match receive(control).map_err(broken("receive the machine"))? {
         Message::State(state) => *state,
         Message::Failed { reason } => return Err(MigrationError::Other(reason)),
@@ -163,6 +166,7 @@ fn take(
         let received = receiver.join().expect("a receiver does not panic");
         received.map_err(broken("receive memory"))?;
     }
+    images.close()?;
     let memory = Arc::try_unwrap(memory).expect("the receivers have ended");
     Ok((spec, state, memory))
 }
@@ -183,10 +187,11 @@ fn next(door: &Door) -> Result<UnixStream, MigrationError> {
 /// What can be told before anything is sent: whether this host can have the machine. Its RAM, if so.
 fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Ram, MigrationError> {
     let refused = |error: &dyn std::error::Error| MigrationError::Refused(chain(error));
-    if !(1..=CONNECTIONS_MAX).contains(&hello.data_connections) {
+    let of_disks = hello.disks.iter().map(|disk| disk.connections);
+    let connections = of_disks.fold(hello.data_connections, usize::saturating_add);
+    if hello.data_connections == 0 || connections > CONNECTIONS_MAX {
         return Err(MigrationError::Refused(format!(
-            "{} data connections, from 1 to {CONNECTIONS_MAX} are possible",
-            hello.data_connections
+            "{connections} data connections, from 1 to {CONNECTIONS_MAX} are possible"
         )));
     }
     let same = |what: &str, source: u64, own: u64| match source == own {

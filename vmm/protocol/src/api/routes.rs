@@ -143,6 +143,12 @@ pub const ROUTES: &[Route] = &[
                 summary: "If the downtime limit cannot be kept all the same: cancel (default), or go-on",
             },
             Parameter {
+                name: "disks",
+                kind: ParameterKind::Texts,
+                required: false,
+                summary: "Disks whose content moves along, to the other side's images of the same size; it opens all others as they are",
+            },
+            Parameter {
                 name: "tls_ca",
                 kind: ParameterKind::Text,
                 required: false,
