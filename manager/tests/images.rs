@@ -10,70 +10,16 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use atoll_manager::error::Error;
 use atoll_manager::guest::container::renew::{self, Renew};
 use atoll_manager::guest::{Action, Ask};
 use atoll_manager::id::{GuestId, GuestKind};
-use atoll_manager::oci::image::Image;
-use atoll_manager::oci::{ImageError, Images, registry};
-use atoll_manager::task::{Upid, fault};
-use atoll_manager::{Node, Settings};
+
+use atoll_manager::oci::registry;
+use atoll_manager::task::fault;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+use world::ground::{Ground, Place, busybox, chain};
 use world::image::{Entry, Sample, file, folder, hard_link, layer, link, write_tar};
-
-/// A folder of images, and archives to take in.
-struct Place {
-    folder: tempfile::TempDir,
-    images: Images,
-}
-
-impl Place {
-    /// `None` where the owners of files cannot be set.
-    fn new() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            println!("ATOLL-SKIP: layers have owners (root is needed)");
-            return None;
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let images = Images::new(folder.path().join("images"));
-        Some(Self { folder, images })
-    }
-
-    fn archive(&self) -> PathBuf {
-        self.folder.path().join("image.tar")
-    }
-
-    fn take_in(&self, sample: &Sample) -> Result<(Image, Vec<String>), ImageError> {
-        sample.write(&self.archive());
-        self.take(&self.archive())
-    }
-
-    fn take(&self, archive: &Path) -> Result<(Image, Vec<String>), ImageError> {
-        let log = std::cell::RefCell::new(Vec::new());
-        let image = self
-            .images
-            .take_in(archive, &|line| log.borrow_mut().push(line.to_owned()))?;
-        Ok((image, log.into_inner()))
-    }
-
-    /// Whether nothing is left of what was refused.
-    fn is_empty(&self) -> bool {
-        let entries = std::fs::read_dir(self.folder.path().join("images/layers"));
-        entries.map_or(0, Iterator::count) == 0
-    }
-}
-
-/// The whole chain of an error.
-fn chain(error: &ImageError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
 
 #[test]
 fn layers_become_folders_of_overlayfs() {
@@ -399,104 +345,6 @@ impl Drop for Registry {
     fn drop(&mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
-    }
-}
-
-/// The host's busybox as an image's lowest layer.
-fn busybox() -> Option<Vec<u8>> {
-    let paths = ["/bin/busybox", "/usr/bin/busybox"];
-    let Some(bytes) = paths.iter().find_map(|path| std::fs::read(path).ok()) else {
-        println!("ATOLL-SKIP: no busybox here (apt-get install busybox-static)");
-        return None;
-    };
-    let program = Entry {
-        mode: 0o755,
-        content: &bytes,
-        ..file("bin/busybox", "")
-    };
-    let mut entries = vec![
-        folder("bin/"),
-        program,
-        folder("etc/"),
-        folder("proc/"),
-        folder("sys/"),
-        folder("dev/"),
-    ];
-    let applets = [
-        "sh", "cat", "sleep", "id", "stat", "ls", "true", "false", "touch",
-    ];
-    let paths: Vec<String> = applets.iter().map(|name| format!("bin/{name}")).collect();
-    entries.extend(paths.iter().map(|path| link(path, "busybox")));
-    entries.push(file(
-        "etc/passwd",
-        "root:x:0:0::/:/bin/sh\napp:x:7:8::/srv:/bin/sh\n",
-    ));
-    entries.push(folder("srv/"));
-    Some(layer(&entries))
-}
-
-struct Ground {
-    node: Node,
-    state: tempfile::TempDir,
-    id: GuestId,
-}
-
-impl Ground {
-    async fn new() -> Option<Self> {
-        if !world::has_binary("atoll-ct") {
-            return None;
-        }
-        let state = tempfile::Builder::new().prefix("at").tempdir().unwrap();
-        let mut settings = Settings::new("n1", state.path());
-        settings.bin_dir = world::bin_dir();
-        let node = Node::open(settings).await.unwrap();
-        let storage = node.settings().storage_dir();
-        node.storage().ensure_local(&storage).await.unwrap();
-        node.network().ensure().await.unwrap();
-        let id = world::guest_number().try_into().unwrap();
-        Some(Self { node, state, id })
-    }
-
-    fn archive(&self, name: &str) -> PathBuf {
-        self.state.path().join("storage/template/cache").join(name)
-    }
-
-    async fn done(&self, upid: Result<Upid, Error>) -> (String, String) {
-        let upid = upid.unwrap();
-        let status = self.node.tasks().wait(&upid).await.unwrap();
-        let log = format!("{:?}", self.node.tasks().log(&upid, 0, 0).unwrap());
-        println!("{upid}: {log}");
-        (status, log)
-    }
-
-    async fn create(&self, id: GuestId, params: &[(&str, &str)]) -> (String, String) {
-        let all = params
-            .iter()
-            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
-        let created =
-            self.node
-                .guests()
-                .create(GuestKind::Container, id, all.collect(), "root@pam");
-        self.done(created).await
-    }
-
-    async fn act(&self, id: GuestId, action: Action) -> String {
-        let upid = self
-            .node
-            .guests()
-            .act(GuestKind::Container, id, action, "root@pam");
-        self.done(upid).await.0
-    }
-
-    fn sh(&self, id: GuestId, script: &str) -> String {
-        let output = Command::new(world::bin_dir().join("atoll-ct"))
-            .arg("--root")
-            .arg(self.state.path().join("run/ct"))
-            .args(["exec", &format!("ct-{id}"), "sh", "-c", script])
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        text + &String::from_utf8_lossy(&output.stderr)
     }
 }
 

@@ -9,6 +9,7 @@
     reason = "test helpers, of which each test binary uses a part"
 )]
 
+pub mod ground;
 pub mod image;
 
 use std::future::Future;
