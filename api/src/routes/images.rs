@@ -1,18 +1,22 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! OCI images from registries: what tags there are, and pulling one into a storage, where it is a template like others.
+//! OCI images from registries: what tags there are, and pulling one into a storage, where it is a template like others;
+//! and writing one to an archive that other programs read.
 
 use atoll_manager::access::{Check, Privilege};
 use atoll_manager::error::Error;
+use atoll_manager::guest::container::export::{Export, From};
+use atoll_manager::id::GuestId;
+use atoll_manager::oci::export::Form;
 use atoll_manager::oci::registry;
-use atoll_manager::schema::Param;
+use atoll_manager::schema::{Kind, Param, format};
 use atoll_manager::storage::incoming::Existing;
-use atoll_manager::storage::name::{Content, VolumeName};
+use atoll_manager::storage::name::{Content, VolumeId, VolumeName};
 use atoll_manager::task::{NewTask, TaskContext};
 use serde_json::json;
 
 use super::parameters::text;
 use super::serve;
-use super::volumes::storage_name;
+use super::volumes::{TO_SEE, authorize, storage_name};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
 
@@ -59,6 +63,37 @@ pub const ROUTES: &[Route] = &[
         ACCESSES_NETWORK,
     ])),
     Route::post(
+        "/nodes/{node}/storage/{storage}/oci-export",
+        "Write an image to an archive in a storage: the one in another archive, or the one of a container.",
+        serve!(export),
+    )
+    .params(&[
+        Param::new("volume", text(512), "The image's archive: STORAGE:vztmpl/NAME.tar."),
+        Param::new(
+            "vmid",
+            Kind::NumberFormat(format::VMID),
+            "A container of this node, whose image it is. What the container has changed is not part of it.",
+        ),
+        Param::new(
+            "format",
+            Kind::Choice(&["oci", "docker"]),
+            "Kind of the new archive: an OCI image layout, or what docker load reads.",
+        )
+        .default("oci"),
+        Param::new(
+            "filename",
+            text(200),
+            "Name to give the file. It ends in .tar.",
+        )
+        .required(),
+    ])
+    .returns(Returns::Upid)
+    .check(Check::All {
+        path: "/storage/{storage}",
+        privileges: &[Privilege::DatastoreAllocateTemplate],
+    })
+    .own(),
+    Route::post(
         "/nodes/{node}/lxc/{vmid}/image",
         "Give a container another image, keeping its mount points: a snapshot is taken first, and when the container does \
          not work afterwards, it is taken back to it.",
@@ -87,8 +122,7 @@ async fn pull(call: Call) -> Result<Answer, Refusal> {
     let text = call.values.required("reference");
     let reference = registry::reference(text)?;
     let name = file_name(call.values.text("filename").unwrap_or(text));
-    let volume = VolumeName::file(Content::Vztmpl, &name)
-        .map_err(|_| Error::invalid("filename", format!("'{name}' is no name of a file")))?;
+    let volume = archive(&name)?;
     let storage = call.daemon.node.storage();
     let storage = storage.open_for(&storage_name(&call)?, Content::Vztmpl)?;
     let bytes_max = storage.space().await?.available_bytes;
@@ -106,12 +140,58 @@ async fn pull(call: Call) -> Result<Answer, Refusal> {
     Ok(Answer::Data(json!(upid.to_string())))
 }
 
+async fn export(call: Call) -> Result<Answer, Refusal> {
+    let guest: Option<GuestId> = call.values.number("vmid");
+    let from = match (call.values.text("volume"), guest) {
+        (Some(text), None) => {
+            let volume: VolumeId = text.parse().map_err(|_| {
+                Error::invalid("volume", format!("unable to parse volume ID '{text}'"))
+            })?;
+            authorize(call.caller(), &volume, TO_SEE)?;
+            From::Archive(volume)
+        }
+        // Of the guest itself it gives away no more than its config does.
+        (None, Some(id)) if call.caller().has(&format!("/vms/{id}"), Privilege::VmAudit) => {
+            From::Container(id)
+        }
+        (None, Some(id)) => {
+            let text = format!(
+                "Permission check failed (/vms/{id}, {})",
+                Privilege::VmAudit
+            );
+            return Err(Error::Denied(text).into());
+        }
+        _ => return Err(Error::invalid("volume", "either volume or vmid is needed").into()),
+    };
+    let form = match call.values.text("format") {
+        Some("docker") => Form::Docker,
+        _ => Form::Oci,
+    };
+    let to = VolumeId {
+        storage: storage_name(&call)?,
+        name: archive(&file_name(call.values.required("filename")))?,
+    };
+    // A storage that takes no templates is told at once.
+    let storage = call.daemon.node.storage();
+    storage.open_for(&to.storage, Content::Vztmpl)?;
+    let export = Export { from, form, to };
+    let user = call.caller().identity();
+    let upid = call.daemon.node.guests().export_image(export, user)?;
+    Ok(Answer::Data(json!(upid.to_string())))
+}
+
 async fn update(call: Call) -> Result<Answer, Refusal> {
     let (id, user) = (super::guests::id(&call), call.caller().identity());
     let template = call.values.required("ostemplate");
     let guests = call.daemon.node.guests();
     let upid = guests.update_image(id, template, user)?;
     Ok(Answer::Data(json!(upid.to_string())))
+}
+
+/// The volume of an archive.
+fn archive(name: &str) -> Result<VolumeName, Error> {
+    VolumeName::file(Content::Vztmpl, name)
+        .map_err(|_| Error::invalid("filename", format!("'{name}' is no name of a file")))
 }
 
 /// A file's name for an image: the last part of its own, with what a file's name cannot have replaced.

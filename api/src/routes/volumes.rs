@@ -209,7 +209,7 @@ fn volume(call: &Call) -> Result<VolumeId, Error> {
 }
 
 /// A guest's disks belong to who may see the guest, the rest to who may see the storage.
-fn authorize(caller: &Caller, volume: &VolumeId, needed: Needed) -> Result<(), Error> {
+pub fn authorize(caller: &Caller, volume: &VolumeId, needed: Needed) -> Result<(), Error> {
     let storage = format!("/storage/{}", volume.storage);
     let storage_has = caller.privileges(&storage);
     let guest = volume.name.owner().map(|guest| format!("/vms/{guest}"));
@@ -236,7 +236,7 @@ fn authorize(caller: &Caller, volume: &VolumeId, needed: Needed) -> Result<(), E
 
 /// What it takes to do something with a volume.
 #[derive(Clone, Copy)]
-struct Needed {
+pub struct Needed {
     /// On the guest that owns it.
     of_guest: Privilege,
     /// On the storage, when a guest owns it: one of these.
@@ -245,7 +245,8 @@ struct Needed {
     of_file: PrivilegeSet,
 }
 
-const TO_SEE: Needed = Needed {
+/// To see a volume.
+pub const TO_SEE: Needed = Needed {
     of_guest: Privilege::VmAudit,
     of_storage: PrivilegeSet::of(&[Privilege::DatastoreAudit, Privilege::DatastoreAllocateSpace]),
     of_file: PrivilegeSet::of(&[Privilege::DatastoreAudit, Privilege::DatastoreAllocateSpace]),

@@ -473,6 +473,19 @@ impl Guests {
         self.tasks.spawn_steps(new, container::renew::STEPS, renew)
     }
 
+    /// Writes an image to an archive in a storage: task `ociexport`.
+    pub fn export_image(
+        &self,
+        export: container::export::Export,
+        user: impl ToString,
+    ) -> Result<Upid, Error> {
+        let site = self.site.clone();
+        let new = NewTask::new("ociexport", export.to.to_string(), user);
+        self.tasks.spawn(new, async move |task: TaskContext| {
+            container::export::export(&site, export, &task).await
+        })
+    }
+
     /// Makes a guest a template: task `qmtemplate` or `vztemplate`.
     pub fn make_template(
         &self,

@@ -38,6 +38,33 @@ pub struct Packed {
     digest: Option<Digest>,
 }
 
+impl Packed {
+    /// Digest of the file, if it has one.
+    pub(super) fn digest(&self) -> Option<&Digest> {
+        self.digest.as_ref()
+    }
+}
+
+/// What is in an archive.
+#[derive(Debug)]
+pub struct Contents {
+    /// The image.
+    pub image: Image,
+    /// Its packed layers, in the order of the image's.
+    pub layers: Vec<Packed>,
+    /// The manifest of an image layout.
+    pub manifest: Option<RawManifest>,
+}
+
+/// A manifest byte for byte.
+#[derive(Debug)]
+pub struct RawManifest {
+    /// What it is.
+    pub media_type: String,
+    /// The bytes that its digest is of.
+    pub bytes: Vec<u8>,
+}
+
 /// A descriptor of image-spec.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -103,9 +130,9 @@ impl Archive {
         })
     }
 
-    /// The image in it, with its packed layers in the order of the image's.
-    pub fn image(&mut self) -> Result<(Image, Vec<Packed>), ImageError> {
-        let (image, layers) = if self.files.contains_key("index.json") {
+    /// The image in it.
+    pub fn contents(&self) -> Result<Contents, ImageError> {
+        let contents = if self.files.contains_key("index.json") {
             self.oci_image()?
         } else if self.files.contains_key("manifest.json") {
             self.docker_image()?
@@ -115,12 +142,12 @@ impl Archive {
                 self.path.display()
             )));
         };
-        if image.layers.len() != layers.len() {
+        if contents.image.layers.len() != contents.layers.len() {
             return Err(ImageError::Invalid(
                 "the manifest and the configuration have different numbers of layers".to_owned(),
             ));
         }
-        Ok((image, layers))
+        Ok(contents)
     }
 
     /// A layer's bytes, as they are packed. What reads them to the end may check them.
@@ -132,7 +159,7 @@ impl Archive {
         })
     }
 
-    fn oci_image(&self) -> Result<(Image, Vec<Packed>), ImageError> {
+    fn oci_image(&self) -> Result<Contents, ImageError> {
         let mut index: Index = self.document("index.json", None)?;
         for _ in 0..DEPTH_MAX {
             let chosen = choose(index.manifests)?;
@@ -147,7 +174,8 @@ impl Archive {
                 index = self.document(&file, Some(&chosen.digest))?;
                 continue;
             }
-            let manifest: Manifest = self.document(&file, Some(&chosen.digest))?;
+            let bytes = self.bytes(&file, Some(&chosen.digest))?;
+            let manifest: Manifest = parse(&file, &bytes)?;
             let config = self.bytes(
                 &blob_file(&manifest.config.digest),
                 Some(&manifest.config.digest),
@@ -157,14 +185,22 @@ impl Archive {
                 digest: Some(layer.digest.clone()),
             };
             let layers = manifest.layers.iter().map(packed).collect();
-            return Ok((Image::parse(chosen.digest, name, &config)?, layers));
+            let media_type = match chosen.media_type.is_empty() {
+                true => oci_client::manifest::OCI_IMAGE_MEDIA_TYPE.to_owned(),
+                false => chosen.media_type,
+            };
+            return Ok(Contents {
+                image: Image::parse(chosen.digest, name, &config)?,
+                layers,
+                manifest: Some(RawManifest { media_type, bytes }),
+            });
         }
         Err(ImageError::Invalid(
             "indexes lie too deep in each other".to_owned(),
         ))
     }
 
-    fn docker_image(&self) -> Result<(Image, Vec<Packed>), ImageError> {
+    fn docker_image(&self) -> Result<Contents, ImageError> {
         let mut saved: Vec<Saved> = self.document("manifest.json", None)?;
         let (Some(one), true) = (saved.pop(), saved.is_empty()) else {
             return Err(ImageError::Invalid(
@@ -177,10 +213,11 @@ impl Archive {
             .layers
             .into_iter()
             .map(|file| Packed { file, digest: None });
-        Ok((
-            Image::parse(Digest::of(&config), name, &config)?,
-            layers.collect(),
-        ))
+        Ok(Contents {
+            image: Image::parse(Digest::of(&config), name, &config)?,
+            layers: layers.collect(),
+            manifest: None,
+        })
     }
 
     fn document<T: DeserializeOwned>(
@@ -188,11 +225,7 @@ impl Archive {
         name: &str,
         digest: Option<&Digest>,
     ) -> Result<T, ImageError> {
-        let text = self.bytes(name, digest)?;
-        serde_json::from_slice(&text).map_err(|source| ImageError::Json {
-            what: format!("{name} of the image"),
-            source,
-        })
+        parse(name, &self.bytes(name, digest)?)
     }
 
     fn bytes(&self, name: &str, digest: Option<&Digest>) -> Result<Vec<u8>, ImageError> {
@@ -241,6 +274,13 @@ impl Read for Blob {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         self.reader.read(buffer)
     }
+}
+
+fn parse<T: DeserializeOwned>(name: &str, text: &[u8]) -> Result<T, ImageError> {
+    serde_json::from_slice(text).map_err(|source| ImageError::Json {
+        what: format!("{name} of the image"),
+        source,
+    })
 }
 
 fn blob_file(digest: &Digest) -> String {

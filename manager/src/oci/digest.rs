@@ -82,6 +82,11 @@ impl<R: Read> Hashing<R> {
         }
     }
 
+    /// Of what was read.
+    pub(super) fn finish(self) -> Digest {
+        Digest::from_hash(&self.context.finish())
+    }
+
     /// Reads what is left, and refuses when all of it is not what it should be.
     pub(super) fn verify(mut self, expected: &Digest) -> Result<R, ImageError> {
         io::copy(&mut self, &mut io::sink()).map_err(|source| ImageError::Io {

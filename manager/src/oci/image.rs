@@ -23,6 +23,10 @@ pub struct Image {
     pub layers: Vec<Digest>,
     /// How to run it.
     pub run: Run,
+    /// Its configuration, byte for byte: the digest of this is what others know the image by. Missing in records that
+    /// were written before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub configuration: Option<String>,
 }
 
 /// The member `config` of an image's configuration.
@@ -87,8 +91,12 @@ impl Image {
         name: Option<String>,
         text: &[u8],
     ) -> Result<Self, ImageError> {
+        let whole = std::str::from_utf8(text);
+        let whole = whole.map_err(|_| {
+            ImageError::Invalid("the image's configuration is not UTF-8".to_owned())
+        })?;
         let read: Configuration =
-            serde_json::from_slice(text).map_err(|source| ImageError::Json {
+            serde_json::from_str(whole).map_err(|source| ImageError::Json {
                 what: "the image's configuration".to_owned(),
                 source,
             })?;
@@ -109,6 +117,7 @@ impl Image {
             name,
             layers: read.rootfs.diff_ids,
             run: read.config.unwrap_or_default(),
+            configuration: Some(whole.to_owned()),
         })
     }
 }

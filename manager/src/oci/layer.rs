@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
@@ -18,6 +18,7 @@ use tar::{Entry, EntryType};
 
 use super::archive::Blob;
 use super::digest::{Digest, Hashing};
+use super::frame::{Recorder, Recording};
 use super::{Context, ImageError};
 use crate::guest::container::root::GuestRoot;
 
@@ -34,42 +35,68 @@ const PAX_XATTR: &str = "SCHILY.xattr.";
 /// Extended attributes that are taken over. What overlayfs or a security module of the host reads is not a layer's matter.
 const XATTRS: &[&str] = &["user.", "security.capability"];
 
-/// Unpacks a layer, whatever packs it, into an empty folder. Answers its bytes. The folder is not to be used after an
-/// error.
-pub(super) fn unpack(blob: Blob, id: &Digest, folder: &Path) -> Result<u64, ImageError> {
+/// Where a layer goes.
+pub(super) struct Target<'a> {
+    /// An empty folder.
+    pub(super) folder: &'a Path,
+    /// A file to write its frame to.
+    pub(super) frame: &'a Path,
+}
+
+/// Unpacks a layer, whatever packs it. Answers its bytes. The target is not to be used after an error.
+pub(super) fn unpack(blob: Blob, id: &Digest, target: &Target<'_>) -> Result<u64, ImageError> {
     let mut blob = BufReader::new(blob);
-    let packing = packing(&mut blob).at("read", folder)?;
+    let packing = packing(&mut blob).at("read", target.folder)?;
     match packing {
         Packing::Plain => {
-            let blob = unpack_tar(blob, id, folder)?;
+            let blob = unpack_tar(blob, id, target)?;
             blob.1.into_inner().verify()?;
             Ok(blob.0)
         }
         Packing::Gzip => {
             let (bytes, decoder) =
-                unpack_tar(flate2::bufread::MultiGzDecoder::new(blob), id, folder)?;
+                unpack_tar(flate2::bufread::MultiGzDecoder::new(blob), id, target)?;
             decoder.into_inner().into_inner().verify()?;
             Ok(bytes)
         }
         Packing::Zstd => {
             let decoder = ruzstd::decoding::StreamingDecoder::new(blob);
             let decoder = decoder.map_err(|e| ImageError::Invalid(format!("layer {id}: {e}")))?;
-            let (bytes, decoder) = unpack_tar(decoder, id, folder)?;
+            let (bytes, decoder) = unpack_tar(decoder, id, target)?;
             decoder.into_inner().into_inner().verify()?;
             Ok(bytes)
         }
     }
 }
 
-enum Packing {
+/// The tar in a layer, whatever packs it.
+pub(super) fn unpacked(blob: Blob) -> Result<Box<dyn Read>, ImageError> {
+    let mut blob = BufReader::new(blob);
+    let read = |source| ImageError::Io {
+        what: "read a layer".to_owned(),
+        source,
+    };
+    Ok(match packing(&mut blob).map_err(read)? {
+        Packing::Plain => Box::new(blob),
+        Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(blob)),
+        Packing::Zstd => {
+            let decoder = ruzstd::decoding::StreamingDecoder::new(blob);
+            Box::new(decoder.map_err(|e| ImageError::Invalid(format!("a layer: {e}")))?)
+        }
+    })
+}
+
+/// How a layer is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
     Plain,
     Gzip,
     Zstd,
 }
 
 /// By the first bytes: RFC 1952 and RFC 8878.
-fn packing(blob: &mut BufReader<Blob>) -> io::Result<Packing> {
-    let start = io::BufRead::fill_buf(blob)?;
+pub(super) fn packing(blob: &mut impl BufRead) -> io::Result<Packing> {
+    let start = blob.fill_buf()?;
     Ok(match start {
         [0x1f, 0x8b, ..] => Packing::Gzip,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Packing::Zstd,
@@ -77,10 +104,18 @@ fn packing(blob: &mut BufReader<Blob>) -> io::Result<Packing> {
     })
 }
 
-fn unpack_tar<R: Read>(reader: R, id: &Digest, folder: &Path) -> Result<(u64, R), ImageError> {
+fn unpack_tar<R: Read>(
+    reader: R,
+    id: &Digest,
+    target: &Target<'_>,
+) -> Result<(u64, R), ImageError> {
+    let folder = target.folder;
     let root = GuestRoot::open(folder).at("open", folder)?;
+    let frame = File::create(target.frame).at("make", target.frame)?;
     let mut bytes = 0;
-    let mut tar = tar::Archive::new(Hashing::new(reader));
+    let recording = Recording::new(Hashing::new(reader), frame);
+    let recorder = recording.recorder();
+    let mut tar = tar::Archive::new(recording);
     for (count, entry) in (0_u64..).zip(tar.entries().at("read", folder)?) {
         let mut entry = entry.map_err(|e| wrong(id, "an entry", e))?;
         bytes += entry.size();
@@ -89,9 +124,23 @@ fn unpack_tar<R: Read>(reader: R, id: &Digest, folder: &Path) -> Result<(u64, R)
         }
         let name = entry.path_bytes().into_owned();
         let name = PathBuf::from(OsStr::from_bytes(&name));
-        place(&root, &name, &mut entry).map_err(|e| wrong(id, &name.display().to_string(), e))?;
+        record(&recorder, &name, &entry)
+            .and_then(|()| place(&root, &name, &mut entry))
+            .map_err(|e| wrong(id, &name.display().to_string(), e))?;
     }
-    Ok((bytes, tar.into_inner().verify(id)?))
+    let recorded = tar.into_inner().finish();
+    let hashing = recorded.at("read to", target.frame)?;
+    Ok((bytes, hashing.verify(id)?))
+}
+
+/// A file's content need not be in the frame.
+fn record<R: Read>(recorder: &Recorder, path: &Path, entry: &Entry<'_, R>) -> io::Result<()> {
+    let kind = entry.header().entry_type();
+    let is_file = matches!(kind, EntryType::Regular | EntryType::Continuous);
+    match inside(path)?.filter(|path| is_file && path.to_str().is_some()) {
+        Some(path) => recorder.content(&path, entry.raw_file_position(), entry.size()),
+        None => Ok(()),
+    }
 }
 
 fn wrong(id: &Digest, name: &str, source: io::Error) -> ImageError {

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! registry ──► archive (a volume `vztmpl/NAME.tar`) ──► layers/DIFF_ID/…   unpacked once, read-only
+//!                                                   ├─► frames/DIFF_ID    the rest of its tar, to write it again
 //!                                                   └─► images/DIGEST.json  which layers, and how to run it
 //! ```
 //!
@@ -11,6 +12,8 @@
 
 pub mod archive;
 pub mod digest;
+pub mod export;
+mod frame;
 pub mod image;
 mod layer;
 pub mod registry;
@@ -49,11 +52,17 @@ pub enum ImageError {
     /// Its parts do not fit together, or it is for another kind of machine.
     #[error("{0}")]
     Invalid(String),
+    /// Somebody asked to stop.
+    #[error("stopped")]
+    Interrupted,
 }
 
 impl From<ImageError> for Error {
     fn from(error: ImageError) -> Self {
-        Error::failed("the image cannot be used", error)
+        match error {
+            ImageError::Interrupted => Error::Interrupted,
+            other => Error::failed("the image cannot be used", other),
+        }
     }
 }
 
@@ -89,36 +98,49 @@ impl Images {
 
     /// Takes an image in from an archive. Layers that are here already are not unpacked again. Blocks.
     pub fn take_in(&self, archive: &Path, log: &dyn Fn(&str)) -> Result<Image, ImageError> {
-        let mut archive = Archive::open(archive)?;
-        let (image, layers) = archive.image()?;
+        let archive = Archive::open(archive)?;
+        let archive::Contents { image, layers, .. } = archive.contents()?;
         for (id, layer) in image.layers.iter().zip(&layers) {
-            let target = self.layer(id);
-            if target.exists() {
+            if self.layer(id).exists() && self.frame(id).exists() {
                 log(&format!("layer {id} is here already"));
                 continue;
             }
-            let temporary = self
-                .folder
-                .join("layers")
-                .join(format!(".new-{}", uuid::Uuid::new_v4()));
-            std::fs::create_dir_all(&temporary).at("create", &temporary)?;
-            let unpacked = archive
-                .open_blob(layer)
-                .and_then(|blob| layer::unpack(blob, id, &temporary));
-            let bytes = unpacked.inspect_err(|_| {
-                std::fs::remove_dir_all(&temporary).ok();
-            })?;
-            match std::fs::rename(&temporary, &target) {
-                // Somebody else has unpacked it meanwhile.
-                Err(_) if target.exists() => {
-                    std::fs::remove_dir_all(&temporary).at("remove", &temporary)?
-                }
-                other => other.at("publish", &target)?,
-            }
+            let bytes = self.unpack(id, archive.open_blob(layer)?)?;
             log(&format!("layer {id}: {} MiB", bytes >> 20));
         }
         self.save(&image)?;
         Ok(image)
+    }
+
+    /// Unpacks a layer to where it belongs, its frame first: a layer without one cannot be written again.
+    fn unpack(&self, id: &Digest, blob: archive::Blob) -> Result<u64, ImageError> {
+        let name = format!(".new-{}", uuid::Uuid::new_v4());
+        let (folder, frame) = (
+            self.folder.join("layers").join(&name),
+            self.folder.join("frames").join(&name),
+        );
+        std::fs::create_dir_all(&folder).at("create", &folder)?;
+        let frames = self.folder.join("frames");
+        std::fs::create_dir_all(&frames).at("create", &frames)?;
+        let target = layer::Target {
+            folder: &folder,
+            frame: &frame,
+        };
+        let published = layer::unpack(blob, id, &target).and_then(|bytes| {
+            std::fs::rename(&frame, self.frame(id)).at("publish", &self.frame(id))?;
+            match std::fs::rename(&folder, self.layer(id)) {
+                // It was here without its frame, or somebody else has unpacked it meanwhile.
+                Err(_) if self.layer(id).exists() => {
+                    std::fs::remove_dir_all(&folder).at("remove", &folder)?;
+                }
+                other => other.at("publish", &self.layer(id))?,
+            }
+            Ok(bytes)
+        });
+        published.inspect_err(|_| {
+            std::fs::remove_dir_all(&folder).ok();
+            std::fs::remove_file(&frame).ok();
+        })
     }
 
     /// An image that was taken in.
@@ -157,6 +179,9 @@ impl Images {
         for path in entries(&self.folder.join("images"))?.filter(|(name, _)| gone(name, &kept)) {
             std::fs::remove_file(&path.1).at("remove", &path.1)?;
         }
+        for path in entries(&self.folder.join("frames"))?.filter(|(name, _)| gone(name, &layers)) {
+            std::fs::remove_file(&path.1).at("remove", &path.1)?;
+        }
         let mut count = 0;
         for path in entries(&self.folder.join("layers"))?.filter(|(name, _)| gone(name, &layers)) {
             std::fs::remove_dir_all(&path.1).at("remove", &path.1)?;
@@ -182,6 +207,10 @@ impl Images {
         self.folder
             .join("images")
             .join(format!("{}.json", digest.hex()))
+    }
+
+    fn frame(&self, id: &Digest) -> PathBuf {
+        self.folder.join("frames").join(id.hex())
     }
 
     fn layer(&self, id: &Digest) -> PathBuf {

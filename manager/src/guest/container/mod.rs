@@ -8,6 +8,7 @@
 
 pub mod bundle;
 pub mod create;
+pub mod export;
 pub mod health;
 pub mod idmap;
 pub mod image;

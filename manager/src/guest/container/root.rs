@@ -53,6 +53,13 @@ impl GuestRoot {
         Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
     }
 
+    /// Opens a regular file to read.
+    pub fn open_file(&self, path: &Path) -> io::Result<std::fs::File> {
+        let path = path.to_str().ok_or_else(not_utf8)?;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        Ok(regular(self.open_at(path, flags, Mode::empty())?)?.into())
+    }
+
     /// Writes a regular file. Its mode is kept when it exists; a missing folder is made.
     pub fn write(&self, path: &str, text: &str, mode: u32) -> io::Result<()> {
         if let Some((parent, _)) = path.rsplit_once('/') {
