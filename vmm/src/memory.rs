@@ -1,7 +1,10 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Guest RAM: where its bytes come from, and that there can be enough of them.
 //!
-//! Not here: which addresses are RAM (`layout.rs`), telling KVM (`kvm`).
+//! Not here: which addresses are RAM (`layout.rs`), telling KVM (`kvm`). RAM whose content comes later: `filling`.
+
+pub mod filling;
+mod userfault;
 
 use std::fs::File;
 use std::io;
@@ -13,6 +16,8 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::board::Board;
+
+pub use userfault::{Told, UserFault, UserFaultError};
 
 /// The smaller huge page of x86-64, which the host may put where it likes (transparent huge pages).
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;

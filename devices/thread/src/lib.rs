@@ -51,6 +51,8 @@ pub enum Kind {
     Backend,
     /// Carries a migration between a network and another process. Not in the process of a machine.
     Relay,
+    /// Fills guest memory while the guest runs.
+    Memory,
     /// Owns a disk that is served to others, until a signal ends it; the first thread of a process without a machine.
     Server,
 }
@@ -73,6 +75,7 @@ impl Kind {
         Self::Mirror,
         Self::Backend,
         Self::Relay,
+        Self::Memory,
         Self::Server,
     ];
 }

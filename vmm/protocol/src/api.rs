@@ -190,6 +190,17 @@ pub struct Info {
     pub devices: Vec<DeviceInfo>,
 }
 
+/// Memory that is read while the guest runs, as `GET /info` tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FillingInfo {
+    /// Everything is there, and its files are no longer needed.
+    pub complete: bool,
+    /// Read so far; what is zero is not counted.
+    pub filled_bytes: u64,
+    /// How often the guest or a device has waited for a page.
+    pub fault_count: u64,
+}
+
 /// One device of the PCI bus or of the SCSI host, as `GET /info` tells it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DeviceInfo {

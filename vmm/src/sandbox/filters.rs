@@ -80,6 +80,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Mirror => &[COMMON, WAIT, FILES, DISK],
         Kind::Backend => &[COMMON, WAIT, CHANNELS, VSOCK, BACKEND],
         Kind::Relay => &[COMMON, WAIT, CHANNELS, RELAY],
+        Kind::Memory => &[COMMON, FILES, MEMORY],
         Kind::Server => &[COMMON, FILES, CHANNELS, SIGNALS, SERVER],
     }
 }
@@ -173,8 +174,9 @@ const CHANNELS: &[Call] = &[
 
 const SIGNALS: &[Call] = &[call(libc::SYS_rt_sigtimedwait)];
 
-/// `linux/kvm.h`: KVMIO. `linux/vhost.h`: VHOST_VIRTIO. `linux/if_tun.h`: 'T'. `linux/fs.h`: block devices.
+/// `linux/kvm.h`: KVMIO. `linux/userfaultfd.h`: UFFDIO. `linux/vhost.h`: VHOST_VIRTIO. `linux/if_tun.h`: 'T'. `linux/fs.h`: block devices.
 const KVM: u32 = 0xae;
+const UFFD: u32 = 0xaa;
 const VHOST: u32 = 0xaf;
 const TUN: u32 = 0x54;
 const BLOCK: u32 = 0x12;
@@ -259,6 +261,13 @@ const RELAY: &[Call] = BACKEND;
 
 /// Its socket is removed where it can be reached.
 const SERVER: &[Call] = &[call(libc::SYS_unlink)];
+
+/// Pages of guest memory, where there are none.
+const MEMORY: &[Call] = &[ioctl(&[
+    nr(UFFD, 0x02), // UFFDIO_WAKE
+    nr(UFFD, 0x03), // UFFDIO_COPY
+    nr(UFFD, 0x04), // UFFDIO_ZEROPAGE
+])];
 
 /// The log of written pages, on and off.
 const MIGRATION: &[Call] = &[ioctl(&[

@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Guest RAM in a file: the ranges of the address map one after the other, pages of zeroes as holes.
 //!
-//! Read back in one of three ways ([`Mode`]). Not here: streams (`migration`).
+//! Read back in one of three ways ([`Mode`]; lazily: `layers`). Not here: streams (`migration`).
 
 use std::fs::File;
 use std::io;
@@ -140,7 +140,7 @@ pub fn read(ram: &Ram, file: &File) -> io::Result<()> {
 }
 
 /// The next range of the file that has data, at or after `from`.
-fn data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
+pub(super) fn data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
     match seek(file, SeekFrom::Data(from)) {
         Ok(start) => Ok(Some((start, seek(file, SeekFrom::Hole(start))?))),
         Err(Errno::NXIO) => Ok(None),
@@ -169,7 +169,8 @@ pub fn map(board: &Board, memory_mib: u64, file: &File) -> io::Result<Ram> {
     Ram::from_regions(regions).map_err(io::Error::other)
 }
 
-fn check_size(file: &File, expected: u64) -> io::Result<()> {
+/// Whether the file has so many bytes, or more.
+pub(super) fn check_size(file: &File, expected: u64) -> io::Result<()> {
     let size = file.metadata()?.len();
     // Whoever keeps the file may have put something of its own behind the memory.
     if size >= expected {

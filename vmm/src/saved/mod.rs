@@ -11,9 +11,10 @@
 //! with a parser's complaint. The format only grows: fields that come later have a default.
 //!
 //! Not here: taking the state out of a machine and putting it back (`machine::saved`), RAM (`image`,
-//! `packed`).
+//! `packed`, and `layers` of both).
 
 pub mod image;
+pub mod layers;
 pub mod packed;
 mod vcpu;
 

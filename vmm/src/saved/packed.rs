@@ -51,6 +51,13 @@ struct Block {
     bytes: u32,
 }
 
+impl Block {
+    /// The page behind its last; of one that was checked.
+    fn end(&self) -> u64 {
+        self.first_page + u64::from(self.pages)
+    }
+}
+
 /// Which pages of RAM are written to the file.
 #[derive(Debug, Clone, Copy)]
 pub enum Wanted<'a> {
@@ -268,6 +275,35 @@ impl Packed {
             }
         }
         Ok(())
+    }
+
+    /// The first page at or after this one that is in the file.
+    #[must_use]
+    pub fn next(&self, from: u64) -> Option<u64> {
+        let block = self.blocks.get(self.first_block_behind(from))?;
+        Some(block.first_page.max(from))
+    }
+
+    /// Puts those of the pages from `first` on into `pages` that are in the file; the others stay.
+    pub fn overlay(&self, first: u64, pages: &mut [u8]) -> io::Result<()> {
+        let mut buffer = vec![0; BLOCK_BYTES];
+        let end = first + (pages.len() / PAGE_BYTES) as u64;
+        let blocks = &self.blocks[self.first_block_behind(first)..];
+        for block in blocks.iter().take_while(|block| block.first_page < end) {
+            let content = &mut buffer[..index(block.pages) * PAGE_BYTES];
+            self.unpack(block, content)?;
+            let (from, to) = (block.first_page.max(first), block.end().min(end));
+            let offset =
+                |page: u64, of: u64| usize::try_from(page - of).expect("64-bit host") * PAGE_BYTES;
+            let content = &content[offset(from, block.first_page)..offset(to, block.first_page)];
+            pages[offset(from, first)..offset(to, first)].copy_from_slice(content);
+        }
+        Ok(())
+    }
+
+    /// Number of the first block that ends behind this page.
+    fn first_block_behind(&self, page: u64) -> usize {
+        self.blocks.partition_point(|block| block.end() <= page)
     }
 
     /// The content of one block.
