@@ -68,7 +68,7 @@ fn a_guest_at_work_goes_on_in_one_copy_after_another() {
     let mut done = serial.load_beyond(0);
     for round in 0..rounds() {
         guest.client().act(Request::Pause).unwrap();
-        let mode = ["read", "map"][round % 2];
+        let mode = ["read", "map", "lazy"][round % 3];
         let mut copy = copy_of(&guest, mode);
         drop(guest);
         serial = copy.serial();
@@ -141,7 +141,7 @@ fn children_of_a_snapshot_have_what_was_written_since() {
     if !kvm() {
         return;
     }
-    for (packed, mode) in [("false", "map"), ("true", "read")] {
+    for (packed, mode) in [("false", "map"), ("true", "read"), ("true", "lazy")] {
         let mut guest = Place::new().start(&shell("32", "2"));
         let mut serial = guest.serial();
         serial.start_load("");
@@ -260,7 +260,7 @@ fn two_copies_of_one_snapshot_live_apart() {
     assert!(taken["memory_bytes"].as_u64().unwrap() < 8 << 20, "{taken}");
     serial.type_line("echo the original goes on");
     serial.wait_for("goes on\r\n");
-    for mode in ["map", "map", "read"] {
+    for mode in ["map", "map", "read", "lazy", "lazy"] {
         let place = Place::like(&guest);
         guest::link_directory(&guest.path("snapshot"), &place.path("snapshot"));
         let mut copy = place.start(&["run", "--restore", "snapshot", "--memory-mode", mode]);

@@ -185,6 +185,9 @@ pub struct Info {
     /// The memory balloon, if it has one.
     #[serde(default)]
     pub balloon: Option<BalloonInfo>,
+    /// How far the memory is of a machine that runs while it is read.
+    #[serde(default)]
+    pub filling: Option<FillingInfo>,
     /// What is on the PCI bus, by slot, and the units of the SCSI host.
     #[serde(default)]
     pub devices: Vec<DeviceInfo>,

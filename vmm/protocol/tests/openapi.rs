@@ -186,6 +186,7 @@ fn schemas_are_the_types() {
             serial_path: Some("/p".into()),
             console_path: Some("/p".into()),
             balloon: Some(balloon.clone()),
+            filling: Some(FillingInfo::default()),
             devices: vec![device.clone()],
         },
     );

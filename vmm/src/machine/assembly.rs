@@ -18,7 +18,7 @@ use atoll_devices::platform::{AcpiPm, GenerationId, MachineControl, Serial, Watc
 use atoll_devices::state::DeviceState;
 use atoll_devices::virtio::balloon::Balloon;
 use atoll_devices::virtio::scsi::Scsi;
-use atoll_disk::OpenError;
+use atoll_disk::{OpenError, chain};
 use atoll_firmware::acpi::{self, AcpiDevice, Platform, Power};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -43,6 +43,7 @@ use crate::kvm::routes::Routes;
 use crate::kvm::{KvmError, VirtualMachine, cpuid};
 use crate::layout;
 use crate::loader::LoadError;
+use crate::memory::filling::{Filling, FillingError};
 use crate::memory::{self, Backing, MemoryError};
 use crate::power::PowerRegisters;
 use crate::resources::NetError;
@@ -94,8 +95,14 @@ pub enum BuildError {
     #[error("read the saved memory")]
     Image(#[source] io::Error),
     /// There is nothing to map.
-    #[error("a packed snapshot's memory cannot be mapped: it is read (--memory-mode read)")]
+    #[error("a packed snapshot's memory cannot be mapped: it is read (--memory-mode read or lazy)")]
     PackedMapping,
+    /// Others have the memory, and would see what is not there yet as zeroes; or its pages are too large.
+    #[error("shared memory and huge pages cannot be read lazily: --memory-mode read")]
+    LazyBacking,
+    /// The host cannot do it.
+    #[error(transparent)]
+    Filling(#[from] FillingError),
     /// A thread or an eventfd could not be made.
     #[error("{what}")]
     Host {
@@ -160,11 +167,9 @@ pub(super) fn build(
     start: Start,
     voice: &GuestVoice,
 ) -> Result<Parts, BuildError> {
-    if backing != Backing::Anonymous || !start.memory_is_own() {
-        opened.touched = None;
-    }
     let board = Board::of(spec.profile);
     let Ground {
+        filling,
         memory,
         cpus,
         saved,
@@ -222,6 +227,7 @@ pub(super) fn build(
         pristine,
         cpuid: cpus.cpuid,
         machine,
+        filling,
         memory,
     };
     match saved {
@@ -234,6 +240,8 @@ pub(super) fn build(
 /// What a machine stands on.
 struct Ground {
     memory: Arc<Ram>,
+    /// What brings its content, if that comes later.
+    filling: Option<Filling>,
     cpus: Cpus,
     /// What a saved machine consists of beside them.
     saved: Option<(MachineState, Absence)>,
@@ -284,6 +292,9 @@ fn ground(
     backing: Backing,
     start: Start,
 ) -> Result<Ground, BuildError> {
+    if backing != Backing::Anonymous || !start.memory_is_own() {
+        opened.touched = None;
+    }
     let board = Board::of(spec.profile);
     let fresh = |cpus: &Cpus| {
         let bits = cpus.address_bits();
@@ -296,6 +307,7 @@ fn ground(
             let cpus = Cpus::of(cpu, spec.cpu_count);
             return Ok(Ground {
                 memory: Arc::new(fresh(&cpus)?),
+                filling: None,
                 cpus,
                 saved: None,
             });
@@ -303,13 +315,32 @@ fn ground(
     };
     saved::check(&saved.state, spec, opened.kvm.cpu()?)?;
     let cpus = Cpus::saved(&saved.state);
+    if saved.memory.is_lazy() && backing != Backing::Anonymous {
+        return Err(BuildError::LazyBacking);
+    }
     let memory = saved.memory;
-    let memory = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;
+    let (memory, source) = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;
+    let memory = Arc::new(memory);
+    let fill = |source| {
+        let faults = opened.faults.take().expect("opened for lazy memory");
+        Filling::start(faults, memory.clone(), Box::new(source), end_without_memory)
+    };
     Ok(Ground {
-        memory: Arc::new(memory),
+        filling: source.map(fill).transpose()?,
+        memory,
         cpus,
         saved: Some((saved.state, saved.absence)),
     })
+}
+
+/// Ends the process: whoever waits for a page that cannot be read cannot be woken, and may be any thread.
+fn end_without_memory(error: io::Error) {
+    let error = chain(&error);
+    tracing::error!(
+        error,
+        "the saved memory cannot be read to its end: the machine ends"
+    );
+    std::process::exit(1)
 }
 
 impl<'a> Assembly<'a> {

@@ -179,7 +179,7 @@ impl Machine {
             machine: self.parts.machine.clone(),
             memory: self.parts.memory.clone(),
         };
-        let (touched, shared) = (self.parts.touched.clone(), progress.clone());
+        let (touched, shared) = (self.parts.touched(), progress.clone());
         let work = move || {
             let done = source::run(plan, hello, touched, &shared, &owner);
             owner.tell(MigrationEvent::Done(done));

@@ -54,6 +54,7 @@ use crate::memory::{Backing, MemoryError};
 use crate::migration::MigrationError;
 use crate::migration::target::Handover;
 use crate::sandbox::{self, Confinement, SandboxError};
+use crate::saved::layers::Layers;
 use crate::saved::packed::Packed;
 use crate::saved::{Layer, MachineState, image};
 use crate::{check, vcpu};
@@ -87,6 +88,11 @@ pub enum Start {
 }
 
 impl Start {
+    /// Whether the guest runs before its RAM is all read.
+    fn is_lazy(&self) -> bool {
+        matches!(self, Self::Saved(saved) if saved.memory.is_lazy())
+    }
+
     /// Whether RAM was allocated for the machine, instead of being a file that others have.
     fn memory_is_own(&self) -> bool {
         match self {
@@ -117,14 +123,24 @@ pub enum SavedMemory {
 }
 
 impl SavedMemory {
+    /// Whether the guest runs before its RAM is all read.
+    fn is_lazy(&self) -> bool {
+        matches!(self, Self::Files(_, image::Mode::Lazy))
+    }
+
+    /// RAM, with what it has still to be filled from.
     fn into_ram(
         self,
         board: &Board,
         memory_mib: u64,
         fresh: impl FnOnce() -> Result<Ram, MemoryError>,
-    ) -> Result<Ram, BuildError> {
+    ) -> Result<(Ram, Option<Layers>), BuildError> {
         let (layers, mode) = match self {
-            Self::Ram(ram) => return Ok(ram),
+            Self::Ram(ram) => return Ok((ram, None)),
+            Self::Files(layers, image::Mode::Lazy) => {
+                let source = Layers::open(layers, memory_mib << 20).map_err(BuildError::Image)?;
+                return Ok((fresh()?, Some(source)));
+            }
             Self::Files(layers, mode) => (layers, mode),
         };
         let mut layers = layers.into_iter();
@@ -136,7 +152,7 @@ impl SavedMemory {
         let ram = match mode {
             image::Mode::Map if first.packed => return Err(BuildError::PackedMapping),
             image::Mode::Map => image::map(board, memory_mib, &first.file),
-            image::Mode::Read => {
+            image::Mode::Read | image::Mode::Lazy => {
                 let ram = fresh()?;
                 read(first, &ram).map(|()| ram)
             }
@@ -145,7 +161,7 @@ impl SavedMemory {
         for layer in layers {
             read(layer, &ram).map_err(BuildError::Image)?;
         }
-        Ok(ram)
+        Ok((ram, None))
     }
 }
 

@@ -32,6 +32,8 @@ use crate::flash::FirmwareFiles;
 use crate::kvm::Kvm;
 use crate::kvm::cpu::{self, GuestCpu};
 use crate::loader::BootFiles;
+use crate::memory::UserFault;
+use crate::memory::filling::FillingError;
 use crate::resources::{CardEnd, Medium};
 use crate::saved::image::Touched;
 
@@ -50,6 +52,8 @@ pub(super) struct Opened {
     /// to). Absolute.
     pub(super) directories: Vec<PathBuf>,
     pub(super) touched: Option<Arc<Touched>>,
+    /// For memory that is read while the guest runs.
+    pub(super) faults: Option<UserFault>,
     /// In the spec's order; `None` for a drive without a disc.
     pub(super) disks: VecDeque<Option<Medium>>,
     /// In the spec's order.
@@ -106,7 +110,9 @@ impl Opened {
                 (None, Some(files))
             }
         };
+        let faults = start.is_lazy().then(UserFault::open).transpose();
         let mut opened = Self {
+            faults: faults.map_err(|error| BuildError::from(FillingError::from(error)))?,
             boot_files,
             firmware,
             kvm,

@@ -34,6 +34,7 @@ use super::snapshot::Tracked;
 use super::{Outcome, RunError, controls, counters};
 use crate::api::{self, Answer, Asked};
 use crate::layout;
+use crate::memory::filling::Filling;
 use crate::vcpu::{Report, Vcpu};
 
 /// What the owner is told.
@@ -330,6 +331,7 @@ impl Machine {
             serial_path: self.parts.serial_path.clone(),
             console_path: self.parts.console_path.clone(),
             balloon: controls::balloon(&self.parts, self.spec.memory_mib),
+            filling: self.parts.filling.as_ref().map(Filling::info),
             devices: self.device_infos(),
         }
     }

@@ -30,6 +30,7 @@ use crate::kvm::cpu::{GuestCpu, runs_guests};
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::layout;
 use crate::loader::BootFiles;
+use crate::memory::filling::Filling;
 use crate::saved::image::Touched;
 use crate::vcpu::Vcpu;
 use crate::vcpu::state::{Scope, Tsc, VcpuState};
@@ -59,7 +60,7 @@ pub(super) struct Parts {
     pub(super) _consoles: Vec<Console>,
     /// See [`super::opened::Opened`].
     pub(super) statm: Option<File>,
-    /// Only for RAM that is private and anonymous.
+    /// Only for RAM that is private and anonymous; see [`Parts::touched`].
     pub(super) touched: Option<Arc<Touched>>,
     pub(super) board: &'static Board,
     pub(super) platform: Platform,
@@ -73,6 +74,8 @@ pub(super) struct Parts {
     /// What is saved beside the bus, with the name under which it is; in the order of restoring.
     pub(super) board_states: Vec<(String, Arc<dyn DeviceState>)>,
     pub(super) machine: VirtualMachine,
+    /// What brings RAM that is read while the guest runs: it serves whatever is above.
+    pub(super) filling: Option<Filling>,
     pub(super) memory: Arc<Ram>,
 }
 
@@ -122,6 +125,12 @@ impl Pristine {
 }
 
 impl Parts {
+    /// Tells which pages were never touched and are zeroes, when that is so: a page that is still to be read is not.
+    pub(super) fn touched(&self) -> Option<Arc<Touched>> {
+        let complete = self.filling.as_ref().is_none_or(Filling::is_complete);
+        self.touched.clone().filter(|_| complete)
+    }
+
     /// Why this cannot be done with the machine: the first device that stands in the way, and what it says.
     pub(super) fn obstacle(&self, act: Act) -> Option<String> {
         let obstacle = |function: &Arc<VirtioPci>| {

@@ -150,7 +150,8 @@ impl Machine {
     fn write_snapshot(&self, files: &Files, form: &SnapshotForm) -> anyhow::Result<u64> {
         let mut state = saved::save(&self.parts, &self.spec)?;
         let spec = serde_json::to_vec_pretty(&self.spec)?;
-        let (ram, touched) = (&self.parts.memory, self.parts.touched.as_deref());
+        let (ram, touched) = (&self.parts.memory, self.parts.touched());
+        let touched = touched.as_deref();
         // Emptied also for one that has all: the next child's pages are those since this one.
         let tracked = self.tracked.as_ref();
         let pages = tracked.map(|tracked| tracked.log.take()).transpose()?;

@@ -31,6 +31,9 @@ pub enum Mode {
     /// Map the file copy-on-write: pages are read when they are touched. The file must stay as it is for as long
     /// as the machine runs; clones of one snapshot share its pages.
     Map,
+    /// Read while the guest runs: what is touched first, then the rest in order. Files must stay as they are until
+    /// all is read (`ctl info` tells); they are not needed afterwards.
+    Lazy,
 }
 
 /// Tells which pages of this process exist, so that RAM which the guest never touched is not looked at.
