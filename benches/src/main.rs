@@ -34,7 +34,7 @@ struct Arguments {
     /// Where atoll-vmm, atoll-ct and atolld are; default: beside this program
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
-    /// Where peers are that the system does not have: firecracker, cloud-hypervisor
+    /// Where peers are that the system does not have: firecracker (with jailer and firecracker-filters.bpf), cloud-hypervisor
     #[arg(long, value_name = "DIR", env = "PEERS")]
     peers: Option<PathBuf>,
     /// The table

@@ -2,8 +2,9 @@
 //! The VMMs that are compared. Each is a name and the command that runs a guest (the probe, or Linux) with some devices,
 //! its serial port on standard output; `atoll-vmm` as it runs by default, with its sandbox and system-call filters.
 
+use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::Bench;
+use crate::tap::in_namespace;
 
 /// Memory of every guest.
 pub const MEMORY_MIB: u64 = 128;
@@ -74,50 +76,57 @@ pub const GUEST_MAC: &str = "02:00:00:00:00:02";
 pub struct Monitor {
     /// In the table.
     pub name: &'static str,
-    command: fn(&Programs, &Guest) -> anyhow::Result<Command>,
+    prepare: fn(&Programs, &Guest) -> anyhow::Result<Prepared>,
     /// Its firmware takes seconds before the guest begins: fewer turns.
     starts_slowly: bool,
 }
 
 pub const OURS: Monitor = Monitor {
     name: "atoll-vmm",
-    command: ours,
+    prepare: |programs, guest| Ok(ours(programs, guest).into()),
     starts_slowly: false,
 };
 
-/// Ours as Firecracker is here, which has neither without its jailer and its target: for what they cost.
+/// Ours as [`FIRECRACKER`] is, which has neither without its jailer: for what they cost.
 pub const UNCONFINED: Monitor = Monitor {
     name: "atoll-vmm without sandbox and filters",
-    command: |programs, guest| {
-        let mut command = ours(programs, guest)?;
+    prepare: |programs, guest| {
+        let mut command = ours(programs, guest);
         command.args(["--sandbox", "off", "--seccomp", "off"]);
-        Ok(command)
+        Ok(command.into())
     },
     starts_slowly: false,
 };
 
 pub const FIRECRACKER: Monitor = Monitor {
     name: "firecracker",
-    command: firecracker,
+    prepare: firecracker,
+    starts_slowly: false,
+};
+
+/// The same as it is run for guests of strangers, and as ours runs by default.
+pub const JAILED_FIRECRACKER: Monitor = Monitor {
+    name: "firecracker under its jailer, with filters",
+    prepare: jailed_firecracker,
     starts_slowly: false,
 };
 
 pub const CLOUD_HYPERVISOR: Monitor = Monitor {
     name: "cloud-hypervisor",
-    command: cloud_hypervisor,
+    prepare: cloud_hypervisor,
     starts_slowly: false,
 };
 
 /// Without PCI devices: its firmware assigns them no addresses, and the probe is no operating system that would.
 pub const QEMU_MICROVM: Monitor = Monitor {
     name: "qemu-microvm",
-    command: |programs, guest| qemu(programs, guest, "microvm"),
+    prepare: |programs, guest| Ok(qemu(programs, guest, "microvm").into()),
     starts_slowly: false,
 };
 
 pub const QEMU_Q35: Monitor = Monitor {
     name: "qemu-q35",
-    command: |programs, guest| qemu(programs, guest, "q35"),
+    prepare: |programs, guest| Ok(qemu(programs, guest, "q35").into()),
     starts_slowly: true,
 };
 
@@ -136,36 +145,42 @@ pub struct Programs {
     kernel: PathBuf,
     initrd: Option<PathBuf>,
     peers: Option<PathBuf>,
+    /// On a disk, as jails are unless somebody asks for something else.
+    jails: PathBuf,
+    /// What a jailer is handed, empty.
+    network: anyhow::Result<File>,
 }
 
 impl Programs {
     /// Ours, the probe, and where peers would be.
     pub fn find(bench: &Bench) -> anyhow::Result<Self> {
-        let folder = tempfile::tempdir().context("temporary directory")?;
-        let probe = folder.path().join("probe.elf");
-        let vmm = bench.program("atoll-vmm")?;
-        let status = Command::new(&vmm)
+        let mut programs = Self::with_kernel(bench, PathBuf::new())?;
+        programs.kernel = programs.folder.path().join("probe.elf");
+        let status = Command::new(&programs.vmm)
             .args(["probe", "--extract"])
-            .arg(&probe)
+            .arg(&programs.kernel)
             .status()?;
         anyhow::ensure!(status.success(), "atoll-vmm probe --extract: {status}");
-        Ok(Self {
-            folder,
-            vmm,
-            kernel: probe,
-            initrd: None,
-            peers: bench.peers.clone(),
-        })
+        Ok(programs)
     }
 
     /// The same with Linux instead of the probe.
     pub fn with_linux(bench: &Bench, kernel: PathBuf, initrd: PathBuf) -> anyhow::Result<Self> {
+        let mut programs = Self::with_kernel(bench, kernel)?;
+        programs.initrd = Some(initrd);
+        Ok(programs)
+    }
+
+    fn with_kernel(bench: &Bench, kernel: PathBuf) -> anyhow::Result<Self> {
+        let network = || File::open("/proc/thread-self/ns/net").context("its network namespace");
         Ok(Self {
             folder: tempfile::tempdir().context("temporary directory")?,
             vmm: bench.program("atoll-vmm")?,
             kernel,
-            initrd: Some(initrd),
+            initrd: None,
             peers: bench.peers.clone(),
+            jails: bench.folder.clone(),
+            network: in_namespace(network),
         })
     }
 
@@ -176,7 +191,39 @@ impl Programs {
     }
 }
 
-fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+/// A VMM's command, all that it needs in place.
+#[derive(Debug)]
+pub struct Prepared {
+    command: Command,
+    jail: Option<TempDir>,
+}
+
+impl From<Command> for Prepared {
+    fn from(mut command: Command) -> Self {
+        command.stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let jail = None;
+        Self { command, jail }
+    }
+}
+
+impl Prepared {
+    /// `monitor` with that guest.
+    pub fn new(programs: &Programs, monitor: &Monitor, guest: &Guest) -> anyhow::Result<Self> {
+        (monitor.prepare)(programs, guest)
+    }
+
+    /// Starts it.
+    pub fn start(mut self) -> anyhow::Result<Running> {
+        let process = self.command.spawn().context("start it")?;
+        Ok(Running {
+            process,
+            _jail: self.jail,
+        })
+    }
+}
+
+fn ours(programs: &Programs, guest: &Guest) -> Command {
     let mut command = Command::new(&programs.vmm);
     command.arg("run").arg("--kernel").arg(&programs.kernel);
     if let Some(initrd) = &programs.initrd {
@@ -196,15 +243,74 @@ fn ours(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
         let keys = format!("tap={tap},mac={GUEST_MAC},vhost={vhost}");
         command.args(["--net", &keys]);
     }
-    Ok(command)
+    command
 }
 
-/// Without its jailer, which would be in its favour; with PCI where there is a device, as ours have no other bus.
-fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+/// By itself; with PCI where there is a device, as ours have no other bus.
+fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Prepared> {
     let program = programs.peer("firecracker")?;
+    let config = firecracker_config(&programs.kernel, programs.initrd.as_deref(), guest)?;
+    let name = format!("firecracker-{}.json", firecracker_number());
+    let path = programs.folder.path().join(name);
+    std::fs::write(&path, Value::to_string(&config))?;
+    let mut command = Command::new(program);
+    command.args(["--no-api", "--config-file"]).arg(path);
+    if guest.disk.is_some() || guest.card.is_some() {
+        command.arg("--enable-pci");
+    }
+    Ok(command.into())
+}
+
+/// In a mount namespace and a folder of its own, which the jailer copies the program to; as a user of its own; in a
+/// network namespace that is there already, as the jailer wants it.
+fn jailed_firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Prepared> {
+    let (program, jailer) = (programs.peer("firecracker")?, programs.peer("jailer")?);
+    let filters = programs.peer("firecracker-filters.bpf")?;
+    anyhow::ensure!(
+        guest.disk.is_none() && guest.card.is_none() && programs.initrd.is_none(),
+        "nothing but a kernel is put into its jail"
+    );
+    let jail = tempfile::tempdir_in(&programs.jails).context("a folder for its jail")?;
+    let id = firecracker_number();
+    let root = jail.path().join(format!("firecracker/{id}/root"));
+    std::fs::create_dir_all(&root)?;
+    std::fs::copy(&programs.kernel, root.join("kernel"))?;
+    std::fs::copy(filters, root.join("filters"))?;
+    let config = firecracker_config(Path::new("/kernel"), None, guest)?;
+    std::fs::write(root.join("config"), Value::to_string(&config))?;
+    let user = (JAILED_UID_BASE + id).to_string();
+    let network = programs.network.as_ref();
+    let network = network.map_err(|error| anyhow::anyhow!("{error:#}"))?;
+    let (own, network) = (std::process::id(), network.as_raw_fd());
+    let mut command = Command::new(jailer);
+    command.args(["--id", &id.to_string(), "--uid", &user, "--gid", &user]);
+    command.arg("--exec-file").arg(program);
+    command.arg("--chroot-base-dir").arg(jail.path());
+    command.args(["--netns", &format!("/proc/{own}/fd/{network}")]);
+    command.args(["--", "--no-api", "--config-file", "/config"]);
+    command.args(["--seccomp-filter", "/filters"]);
+    Ok(Prepared {
+        jail: Some(jail),
+        ..command.into()
+    })
+}
+
+/// Users of jailed machines, one each, as far from others as ours (`UID_BASE` of `vmm/src/sandbox`).
+const JAILED_UID_BASE: u32 = 4_291_000_000;
+
+/// Of one machine's files, jail and user: a hundred may be reading theirs.
+fn firecracker_number() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn firecracker_config(
+    kernel: &Path,
+    initrd: Option<&Path>,
+    guest: &Guest,
+) -> anyhow::Result<Value> {
     let mut config = json!({
-        "boot-source": {"kernel_image_path": programs.kernel, "boot_args": guest.cmdline,
-            "initrd_path": programs.initrd},
+        "boot-source": {"kernel_image_path": kernel, "boot_args": guest.cmdline, "initrd_path": initrd},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB},
         "drives": [],
     });
@@ -220,21 +326,10 @@ fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
         config["network-interfaces"] =
             json!([{"iface_id": "net", "guest_mac": GUEST_MAC, "host_dev_name": tap}]);
     }
-    // A file for each: a hundred may be reading theirs.
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let name = format!("firecracker-{number}.json");
-    let path = programs.folder.path().join(name);
-    std::fs::write(&path, Value::to_string(&config))?;
-    let mut command = Command::new(program);
-    command.args(["--no-api", "--config-file"]).arg(path);
-    if guest.disk.is_some() || guest.card.is_some() {
-        command.arg("--enable-pci");
-    }
-    Ok(command)
+    Ok(config)
 }
 
-fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Prepared> {
     let mut command = Command::new(programs.peer("cloud-hypervisor")?);
     command.arg("--kernel").arg(&programs.kernel);
     if let Some(initrd) = &programs.initrd {
@@ -257,10 +352,10 @@ fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Comman
         anyhow::ensure!(!vhost, "it has no vhost-net of its own");
         command.args(["--net", &format!("tap={tap},mac={GUEST_MAC}")]);
     }
-    Ok(command)
+    Ok(command.into())
 }
 
-fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> anyhow::Result<Command> {
+fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command.args(["-M", machine, "-accel", "kvm", "-nodefaults"]);
     // arch-capabilities=off: QEMU 7.2 asserts on this MSR under kvm_pvm; elsewhere it makes no difference to a start.
@@ -290,25 +385,26 @@ fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> anyhow::Result<Com
             "virtio-net-pci,netdev=net,mac={GUEST_MAC},disable-legacy=on,romfile="
         ));
     }
-    Ok(command)
+    command
 }
 
 /// A running VMM, ended when dropped.
 #[derive(Debug)]
-pub struct Running(Child);
+pub struct Running {
+    process: Child,
+    /// Removed after its end.
+    _jail: Option<TempDir>,
+}
 
 impl Running {
     /// Starts `monitor` with that guest.
     pub fn start(programs: &Programs, monitor: &Monitor, guest: &Guest) -> anyhow::Result<Self> {
-        let mut command = (monitor.command)(programs, guest)?;
-        command.stdin(Stdio::null());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        Ok(Self(command.spawn().context(monitor.name)?))
+        Prepared::new(programs, monitor, guest)?.start()
     }
 
     /// Its process.
     pub fn id(&self) -> u32 {
-        self.0.id()
+        self.process.id()
     }
 
     /// Reads the serial port until `text` has come; returns all that came.
@@ -319,7 +415,7 @@ impl Running {
     /// The same, for that long.
     pub fn wait_within(&mut self, text: &[u8], longest: Duration) -> anyhow::Result<String> {
         let deadline = Instant::now() + longest;
-        let output = self.0.stdout.as_mut().context("its output")?;
+        let output = self.process.stdout.as_mut().context("its output")?;
         let mut heard = Vec::new();
         while !heard.ends_with(text) {
             let mut event = [PollFd::new(output.as_fd(), PollFlags::POLLIN)];
@@ -333,7 +429,7 @@ impl Running {
             let mut byte = [0];
             if output.read(&mut byte)? == 0 {
                 let mut complaint = Vec::new();
-                if let Some(stderr) = &mut self.0.stderr {
+                if let Some(stderr) = &mut self.process.stderr {
                     stderr.read_to_end(&mut complaint)?;
                 }
                 let text = String::from_utf8_lossy(text);
@@ -353,7 +449,7 @@ impl Running {
         for _ in 0..2 {
             let deadline = Instant::now() + END;
             while Instant::now() < deadline {
-                if self.0.try_wait()?.is_some() {
+                if self.process.try_wait()?.is_some() {
                     return Ok(());
                 }
                 std::thread::sleep(Duration::from_millis(1));
@@ -372,8 +468,8 @@ fn last_line(bytes: &[u8]) -> String {
 impl Drop for Running {
     fn drop(&mut self) {
         // Both fail when it has powered off by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 

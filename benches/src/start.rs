@@ -6,12 +6,18 @@ use std::time::Instant;
 
 use crate::Bench;
 use crate::monitor::{
-    self, CLOUD_HYPERVISOR, FIRECRACKER, Guest, MEMORY_MIB, Monitor, OURS, Programs, QEMU_MICROVM,
-    Running, UNCONFINED,
+    self, CLOUD_HYPERVISOR, FIRECRACKER, Guest, JAILED_FIRECRACKER, MEMORY_MIB, Monitor, OURS,
+    Prepared, Programs, QEMU_MICROVM, Running, UNCONFINED,
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
 
-const PEERS: &[Monitor] = &[FIRECRACKER, CLOUD_HYPERVISOR, QEMU_MICROVM, UNCONFINED];
+const PEERS: &[Monitor] = &[
+    JAILED_FIRECRACKER,
+    FIRECRACKER,
+    CLOUD_HYPERVISOR,
+    QEMU_MICROVM,
+    UNCONFINED,
+];
 /// Machines of the rows that start many.
 const MANY: usize = 100;
 /// Turns of those rows: each is some hundred processes.
@@ -90,17 +96,22 @@ fn guest(cmdline: &str) -> Guest {
 
 /// From before the process is made until the marker came out of its standard output.
 fn first_instruction_ms(programs: &Programs, monitor: &Monitor) -> anyhow::Result<f64> {
+    let prepared = Prepared::new(programs, monitor, &guest("exit"))?;
     let start = Instant::now();
-    let mut running = Running::start(programs, monitor, &guest("exit"))?;
+    let mut running = prepared.start()?;
     running.wait_for(MARKER)?;
     Ok(start.elapsed().as_secs_f64() * 1000.0)
 }
 
 /// The same for the last of [`MANY`] that are started one right after the other.
 fn hundred_ms(programs: &Programs, monitor: &Monitor) -> anyhow::Result<f64> {
+    let prepared = (0..MANY)
+        .map(|_| Prepared::new(programs, monitor, &guest("exit")))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let start = Instant::now();
-    let mut all = (0..MANY)
-        .map(|_| Running::start(programs, monitor, &guest("exit")))
+    let mut all = prepared
+        .into_iter()
+        .map(Prepared::start)
         .collect::<anyhow::Result<Vec<_>>>()?;
     for running in &mut all {
         running.wait_for(MARKER)?;
