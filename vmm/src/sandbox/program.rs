@@ -36,7 +36,7 @@ const AUDIT_ARCH: u32 = 0xc000_003e;
 pub(super) fn compile<'a>(calls: impl Iterator<Item = &'a Call>, denied: u32) -> BpfProgram {
     let mut calls: Vec<&Call> = calls.collect();
     // An unconditional entry first: the number needs no other.
-    calls.sort_by_key(|call| (call.number, !matches!(call.when, When::Always)));
+    calls.sort_by_key(|call| (call.number, call.when.looks_at()));
     let mut ranges = Ranges::default();
     for same in calls.chunk_by(|one, other| one.number == other.number) {
         let number = u32::try_from(same[0].number).expect("numbers of calls are small");
@@ -104,19 +104,38 @@ impl Ranges {
     }
 }
 
-/// The conditions of one call, each tried when those before it do not hold.
+impl When {
+    /// Which argument, and which bits of it.
+    fn looks_at(&self) -> Option<(u8, u32)> {
+        match *self {
+            When::Always => None,
+            When::Argument { index, mask, .. } => Some((index, mask)),
+        }
+    }
+
+    fn values(&self) -> &'static [u32] {
+        match *self {
+            When::Always => &[],
+            When::Argument { one_of, .. } => one_of,
+        }
+    }
+}
+
+/// The conditions of one call, each tried when those before it do not hold. Those that look at the same bits are one:
+/// the tables of several kinds of thread repeat them.
 fn conditions(calls: &[&Call], denied: u32) -> BpfProgram {
     let mut program = Backwards::default();
-    for (left, call) in calls.iter().rev().enumerate() {
-        let When::Argument {
-            index,
-            mask,
-            one_of,
-        } = call.when
-        else {
-            unreachable!("such a call is allowed without a look at its arguments");
-        };
-        let mut values = one_of.to_vec();
+    let same_bits = |one: &&Call, other: &&Call| one.when.looks_at() == other.when.looks_at();
+    for (left, same) in calls.chunk_by(same_bits).rev().enumerate() {
+        let (index, mask) = same[0]
+            .when
+            .looks_at()
+            .expect("what is allowed unconditionally needs no look");
+        let mut values: Vec<u32> = same
+            .iter()
+            .flat_map(|call| call.when.values())
+            .copied()
+            .collect();
         values.sort_unstable();
         values.dedup();
         let mut ranges = Ranges::default();
@@ -308,6 +327,21 @@ mod tests {
             let (answer, _) = run(&program, &data(7, arguments));
             assert_eq!(answer == libc::SECCOMP_RET_ALLOW, allowed, "{arguments:?}");
         }
+    }
+
+    #[test]
+    fn what_tables_repeat_is_there_once() {
+        let only = |one_of| Call {
+            number: 7,
+            when: When::Argument {
+                index: 0,
+                mask: 0xff,
+                one_of,
+            },
+        };
+        let once = compile([only(&[1, 2, 9])].iter(), DENIED);
+        let repeated = [only(&[1, 9]), only(&[2, 9]), only(&[1, 9])];
+        assert_eq!(compile(repeated.iter(), DENIED), once);
     }
 
     #[test]
