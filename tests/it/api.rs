@@ -121,26 +121,29 @@ fn proxmoxer_runs_a_machine() {
     }
 }
 
+/// Runs the command `atoll` beside a node: its exit code, standard output and standard error.
+fn atoll(node: &daemon::Daemon, args: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = node.command(tree::binary("atoll"));
+    let command = command
+        .args(args)
+        .env("STATE", node.state())
+        .env("HOME", node.state());
+    let output = command.output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (
+        output.status.code(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
 #[test]
 fn the_command_uses_the_api_and_fails_in_one_line() {
     if let Err(reason) = daemon::isolation() {
         skip!("{reason}");
     }
     let node = daemon::Daemon::launch().unwrap();
-    let atoll = |args: &[&str]| {
-        let mut command = node.command(tree::binary("atoll"));
-        let command = command
-            .args(args)
-            .env("STATE", node.state())
-            .env("HOME", node.state());
-        let output = command.output().unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (
-            output.status.code(),
-            text(&output.stdout),
-            text(&output.stderr),
-        )
-    };
+    let atoll = |args: &[&str]| atoll(&node, args);
     let (code, out, _) = atoll(&["get", "/version", "--output", "json"]);
     assert_eq!(code, Some(0));
     assert!(serde_json::from_str::<serde_json::Value>(&out).unwrap()["release"].is_string());
@@ -181,4 +184,54 @@ fn the_command_uses_the_api_and_fails_in_one_line() {
     }
     let (code, out, _) = atoll(&["completion", "bash"]);
     assert!(code == Some(0) && out.contains("_atoll"));
+}
+
+#[test]
+fn the_command_keeps_copies_and_moves_a_guests_volumes() {
+    if let Err(reason) = daemon::isolation() {
+        skip!("{reason}");
+    }
+    let node = daemon::Daemon::launch().unwrap();
+    let atoll = |line: &str| {
+        let words: Vec<_> = line.split(' ').collect();
+        let (code, out, error) = atoll(&node, &words);
+        assert_eq!(code, Some(0), "atoll {line}: {out} {error}");
+        out
+    };
+    let other = node.state().join("other");
+    let other = other.to_str().unwrap();
+    atoll(&format!(
+        "create /storage --storage other --type dir --content images --path {other}"
+    ));
+    atoll("vm create 100 --memory 64 --scsi0 local:1,format=qcow2");
+
+    let snapshots = || atoll("vm snapshot list 100 --output json");
+    atoll("vm snapshot create 100 before --description first");
+    let listed = snapshots();
+    assert!(
+        listed.contains("before") && listed.contains("first"),
+        "{listed}"
+    );
+    atoll("vm config 100 --memory 96");
+    atoll("vm snapshot rollback 100 before");
+    assert!(atoll("vm config 100").contains("64"));
+    atoll("vm snapshot delete 100 before");
+    assert!(!snapshots().contains("before"));
+
+    atoll("vm resize 100 scsi0 +1G");
+    atoll("vm move-disk 100 scsi0 other --delete 1");
+    let config = atoll("vm config 100");
+    assert!(
+        config.contains("other:") && config.contains("size=2G"),
+        "{config}"
+    );
+
+    atoll("vm template 100");
+    atoll("vm clone 100 101 --name linked");
+    atoll("vm clone 100 102 --full 1");
+    let listed = atoll("vm list");
+    assert!(
+        listed.contains("linked") && listed.contains("102"),
+        "{listed}"
+    );
 }

@@ -8,7 +8,7 @@ use super::client::Client;
 use super::output::Output;
 use super::path::{self, Args as PathArgs};
 use super::task::{self, NO_PARAMS};
-use super::{CliError, console, show};
+use super::{CliError, console, show, volumes};
 use crate::route::Method;
 
 /// Which kind of guest a command is for.
@@ -77,6 +77,10 @@ pub enum Command {
         /// Number of the guest.
         id: u32,
     },
+    #[command(flatten)]
+    Volumes(volumes::Command),
+    /// Make a template of a guest, for good: it is not started again, only cloned.
+    Template(Target),
 }
 
 /// A guest and whether to wait.
@@ -112,7 +116,7 @@ pub async fn run(
 ) -> Result<(), CliError> {
     let act_with = |target: Target, method, below: &'static str, params| async move {
         let params: &[(&str, &str)] = params;
-        let path = format!("{}{below}", path(client, kind, target.id).await?);
+        let path = format!("{}{below}", guest_path(client, kind, target.id).await?);
         let data = client.call(method, &path, params).await?;
         match task::of(&data) {
             Some(upid) if !target.no_wait => task::follow(client, upid).await,
@@ -147,11 +151,11 @@ pub async fn run(
         Command::Resume(target) => act(target, Method::Post, "/status/resume").await,
         Command::Delete(target) => act(target, Method::Delete, "").await,
         Command::Status { id } => {
-            let path = format!("{}/status/current", path(client, kind, id).await?);
+            let path = format!("{}/status/current", guest_path(client, kind, id).await?);
             show(&client.call(Method::Get, &path, NO_PARAMS).await?, output)
         }
         Command::Config(Numbered { id, rest }) => {
-            let path = format!("{}/config", path(client, kind, id).await?);
+            let path = format!("{}/config", guest_path(client, kind, id).await?);
             let method = if rest.is_empty() {
                 Method::Get
             } else {
@@ -159,11 +163,14 @@ pub async fn run(
             };
             by_path(client, method, path, rest, output).await
         }
-        Command::Console { id } => console::run(client, &path(client, kind, id).await?).await,
+        Command::Console { id } => console::run(client, &guest_path(client, kind, id).await?).await,
+        Command::Volumes(command) => volumes::run(client, kind, command, output).await,
+        Command::Template(target) => act(target, Method::Post, "/template").await,
     }
 }
 
-async fn by_path(
+/// Makes a request of the words that a user types after a path.
+pub(super) async fn by_path(
     client: &Client,
     method: Method,
     path: String,
@@ -190,7 +197,7 @@ async fn list(client: &Client, kind: Kind) -> Result<Value, CliError> {
 }
 
 /// The API path of a guest.
-async fn path(client: &Client, kind: Kind, id: u32) -> Result<String, CliError> {
+pub(super) async fn guest_path(client: &Client, kind: Kind, id: u32) -> Result<String, CliError> {
     let all = list(client, kind).await?;
     let mut rows = all.as_array().into_iter().flatten();
     let node = rows

@@ -12,6 +12,7 @@ pub mod output;
 mod path;
 mod task;
 mod usage;
+mod volumes;
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
