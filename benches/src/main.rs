@@ -12,6 +12,7 @@ mod host;
 mod linux;
 mod monitor;
 mod net;
+mod restore;
 mod start;
 mod table;
 mod tap;
@@ -26,7 +27,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, disk, net, linux, container, api
+    /// Only these suites: start, restore, disk, net, linux, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -80,6 +81,7 @@ type Suite = (&'static str, fn(&Bench) -> Vec<Row>);
 
 const SUITES: &[Suite] = &[
     ("start", start::rows),
+    ("restore", restore::rows),
     ("disk", disk::rows),
     ("net", net::rows),
     ("linux", linux::rows),

@@ -3,7 +3,7 @@
 //! its serial port on standard output; `atoll-vmm` as it runs by default, with its sandbox and system-call filters.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -221,6 +221,12 @@ impl Prepared {
             _jail: self.jail,
         })
     }
+
+    /// The same, with a serial port that can be typed into.
+    pub fn start_to_type(mut self) -> anyhow::Result<Running> {
+        self.command.stdin(Stdio::piped());
+        self.start()
+    }
 }
 
 fn ours(programs: &Programs, guest: &Guest) -> Command {
@@ -400,6 +406,12 @@ impl Running {
     /// Starts `monitor` with that guest.
     pub fn start(programs: &Programs, monitor: &Monitor, guest: &Guest) -> anyhow::Result<Self> {
         Prepared::new(programs, monitor, guest)?.start()
+    }
+
+    /// Types into its serial port, if that was asked for ([`Prepared::start_to_type`]).
+    pub fn type_in(&mut self, text: &[u8]) -> anyhow::Result<()> {
+        let input = self.process.stdin.as_mut().context("its input")?;
+        input.write_all(text).context("type")
     }
 
     /// Its process.
