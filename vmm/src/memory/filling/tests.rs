@@ -406,6 +406,8 @@ fn a_source_that_fails_is_told_and_gives_nobody_zeroes() {
     let (sender, failures) = channel();
     let failed = move |error| sender.send(error).unwrap();
     let filling = Filling::start(faults, ram.clone(), Box::new(Cut), failed).unwrap();
+    // Before anybody asks for what there is not.
+    assert_eq!(page(&ram, 5), [1; PAGE_BYTES]);
     let waiting = {
         let ram = ram.clone();
         // Waits for ever; the process does not wait for it.
@@ -419,7 +421,6 @@ fn a_source_that_fails_is_told_and_gives_nobody_zeroes() {
     assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     assert!(!filling.is_complete());
     drop(filling);
-    assert_eq!(page(&ram, 5), [1; PAGE_BYTES]);
     assert!(!waiting.is_finished());
 }
 
