@@ -67,8 +67,11 @@ fn filling(guest: &Guest) -> FillingInfo {
     info.filling.expect("the machine was restored lazily")
 }
 
+/// Until all is there. The guest is held and let go meanwhile, also while it waits for a page.
 fn wait_for_memory(guest: &Guest) -> FillingInfo {
     eventually("all memory", || {
+        guest.client().act(Request::Pause).unwrap();
+        guest.client().act(Request::Resume).unwrap();
         Some(filling(guest)).filter(|filling| filling.complete)
     })
 }

@@ -18,6 +18,9 @@
 //! **A source that fails** has pages that nobody has. Whoever waits for one waits for ever, which is better than wrong
 //! bytes in a guest or on its disk; hence [`Filling::start`]'s caller ends the machine.
 //!
+//! **What it costs.** Each page is a small one on the host, until khugepaged joins them. Whoever waits does so for as long as
+//! one word takes, the one that is being filled or its own.
+//!
 //! Pages are numbered as in `saved::image`: the ranges of the address map one after the other. Not here: where the bytes
 //! are (`saved::layers`).
 

@@ -107,8 +107,8 @@ const MESSAGES: usize = 16;
 pub enum UserFaultError {
     /// Not for this user, or this kernel has none.
     #[error(
-        "no userfaultfd, which memory that is read lazily needs: may this user open {DEVICE} (or sysctl \
-         vm.unprivileged_userfaultfd=1)? Without it: --memory-mode map, or read"
+        "reading memory lazily takes a userfaultfd: let this user open {DEVICE}, or set vm.unprivileged_userfaultfd=1 \
+         (sysctl), or choose --memory-mode map or read"
     )]
     Refused(#[source] io::Error),
     /// It does not do what is needed.
