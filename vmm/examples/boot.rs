@@ -30,6 +30,7 @@ fn main() -> anyhow::Result<()> {
             image: kernel,
             initrd: arguments.next(),
             cmdline: "console=ttyS0".to_owned(),
+            shared: false,
         }))
     };
     let outcome = machine::run_machine(&spec, &Options::default())?;

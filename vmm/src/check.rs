@@ -13,6 +13,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use atoll_devices::virtio::scsi::TARGET_MAX;
+use atoll_vmm_protocol::services::MemoryBacking;
 use atoll_vmm_protocol::spec::{
     BootSpec, CacheMode, ConsoleSpec, DiskBus, DiskFormat, DiskLimits, DiskSpec, FirmwareSpec,
     KernelSpec, MachineSpec, NetLimits, NetSpec, Profile, VhostNet,
@@ -168,7 +169,7 @@ pub fn shape(spec: &MachineSpec) -> Result<(), SpecError> {
     services(spec)?;
     vhost_user::check(spec)?;
     match &spec.boot {
-        BootSpec::Kernel(boot) => kernel(boot)?,
+        BootSpec::Kernel(boot) => kernel(boot, spec.services.memory_backing)?,
         BootSpec::Firmware(_) if spec.profile != Profile::Pc => {
             return refuse("firmware needs the board pc: leave out --profile, or say pc");
         }
@@ -227,9 +228,15 @@ fn services(spec: &MachineSpec) -> Result<(), SpecError> {
     }
 }
 
-fn kernel(kernel: &KernelSpec) -> Result<(), SpecError> {
+fn kernel(kernel: &KernelSpec, memory: MemoryBacking) -> Result<(), SpecError> {
     if kernel.cmdline.len() as u64 >= layout::CMDLINE_BYTES_MAX {
         return refuse("kernel command line longer than 65535 bytes");
+    }
+    if kernel.shared && memory != MemoryBacking::Anonymous {
+        return refuse(
+            "a kernel is shared in memory of the machine's own: leave out --share-kernel (kernel.shared), or shared and \
+             hugepages= of --memory",
+        );
     }
     Ok(())
 }
@@ -613,6 +620,14 @@ mod tests {
             },
             "63 MiB of memory are not whole huge pages of 2 MiB",
         );
+        check(
+            |m| {
+                m["boot"]["kernel"]["shared"] = true.into();
+                m["services"] = serde_json::json!({"memory_backing": "shared"});
+            },
+            "a kernel is shared in memory of the machine's own: leave out --share-kernel (kernel.shared), or shared and \
+             hugepages= of --memory",
+        );
     }
 
     #[test]
@@ -683,6 +698,7 @@ mod tests {
             image: "/dev/null".into(),
             initrd: None,
             cmdline: String::new(),
+            shared: false,
         }));
         assert_eq!(generation_id(&spec), Ok(None));
         spec.generation_id = Some("1".to_owned());

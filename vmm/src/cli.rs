@@ -123,6 +123,11 @@ pub struct RunArguments {
     /// Linux kernel: a bzImage, or an ELF file with a PVH note
     #[arg(long, value_name = "FILE", required_unless_present_any = ["spec", "restore", "firmware"])]
     pub kernel: Option<PathBuf>,
+    /// Share the kernel's pages with other machines that have the same file, until a guest writes to them: less memory, and
+    /// no reading at the start. The file must be an ELF file. Never write to it: rename a new one over it. Who opens it for
+    /// writing waits until the machines have copies
+    #[arg(long, requires = "kernel")]
+    pub share_kernel: bool,
     /// UEFI firmware: vars=FILE[,code=FILE][,menu=MILLISECONDS][,log=FILE]; vars is this guest's own copy of
     /// OVMF_VARS_4M.fd, code is OVMF_CODE_4M.fd of Debian's package ovmf unless given
     #[arg(long, value_name = "KEYS", value_parser = firmware, conflicts_with_all = ["kernel", "initrd", "cmdline"])]
@@ -242,10 +247,11 @@ pub enum Filters {
 }
 
 /// What `--spec` stands instead of.
-const MACHINE_ARGUMENTS: [&str; 21] = [
+const MACHINE_ARGUMENTS: [&str; 22] = [
     "profile",
     "firmware",
     "kernel",
+    "share_kernel",
     "initrd",
     "cmdline",
     "cpus",
@@ -293,6 +299,7 @@ impl RunArguments {
                 image: self.kernel.clone().unwrap_or_default(),
                 initrd: self.initrd.clone(),
                 cmdline: self.cmdline.clone(),
+                shared: self.share_kernel,
             }),
         };
         let defaults = MachineSpec::new(boot);

@@ -1,13 +1,25 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Puts a kernel, its initial RAM disk and what they are told into guest memory; at start and at every reset.
 //!
+//! ```text
+//! headers  what a file says, compared with its size and the guest's memory
+//! source   a file as it is read into memory, or mapped
+//! shared   memory that is the kernel's file, for machines that share its pages
+//! lease    who writes to that file waits until they have their own
+//! ```
+//!
 //! Not here: the bytes of what they are told (crate `atoll-firmware`), the registers (`vcpu/setup.rs`).
 
 mod headers;
+mod lease;
+mod shared;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -17,8 +29,11 @@ use atoll_firmware::boot::{self, Parameters};
 use atoll_firmware::paging;
 use atoll_vmm_protocol::spec::KernelSpec;
 pub use headers::HeaderError;
+use lease::Lease;
+pub use lease::LeaseError;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
+use shared::Shared;
 use source::Source;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -79,6 +94,20 @@ pub enum LoadError {
         /// From the image.
         address: u64,
     },
+    /// Nobody would say when it is about to change.
+    #[error("kernel {path} cannot be shared")]
+    Shared {
+        /// From the spec.
+        path: PathBuf,
+        /// Why.
+        source: LeaseError,
+    },
+    /// There would be nothing to share.
+    #[error("kernel {path}: only an uncompressed kernel, an ELF file (vmlinux), can be shared")]
+    Compressed {
+        /// From the spec.
+        path: PathBuf,
+    },
     /// No room for the initial RAM disk.
     #[error("initrd {path}")]
     Initrd {
@@ -108,6 +137,8 @@ pub struct BootFiles {
     kernel: (PathBuf, File),
     initrd: Option<(PathBuf, File)>,
     cmdline: String,
+    /// The kernel's pages are its file's, as long as nobody writes to that.
+    shared: Option<Shared>,
 }
 
 /// What the kernel's image says about itself.
@@ -131,7 +162,64 @@ impl BootFiles {
                 None => None,
             },
             cmdline: spec.cmdline.clone(),
+            shared: None,
         })
+    }
+
+    /// From the next load on the kernel's whole pages are its file's, until [`BootFiles::part`]. Only into RAM that is this
+    /// machine's alone.
+    pub fn share(&mut self) -> Result<(), LoadError> {
+        let (path, file) = &self.kernel;
+        let lease = Lease::take(path, file).map_err(|source| LoadError::Shared {
+            path: path.clone(),
+            source,
+        })?;
+        self.shared = Some(Shared {
+            lease: Some(lease),
+            mapped: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// The same without a lease: for tests, whose file nobody else has.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn share_alone(&mut self) {
+        self.shared = Some(Shared {
+            lease: None,
+            mapped: Vec::new(),
+        });
+    }
+
+    /// The next load copies, as without [`BootFiles::share`].
+    pub fn copy(&mut self) {
+        self.shared = None;
+    }
+
+    /// Calls `wanted` once, on a thread of its own, when somebody wants to write to a kernel that is shared.
+    pub fn watch(&mut self, wanted: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let shared = self.shared.as_mut();
+        match shared.and_then(|shared| shared.lease.as_mut()) {
+            Some(lease) => lease.watch(wanted),
+            None => Ok(()),
+        }
+    }
+
+    /// Where guest memory is the kernel's file: addresses of this process.
+    #[must_use]
+    pub fn mapped(&self) -> &[Range<usize>] {
+        self.shared.as_ref().map_or(&[], |shared| &shared.mapped)
+    }
+
+    /// Makes guest memory the machine's own, with the same content, for good; returns how much of it. Nothing may write to
+    /// it meanwhile. After an error it is as before.
+    pub fn part(&mut self) -> io::Result<usize> {
+        let Some(shared) = &mut self.shared else {
+            return Ok(0);
+        };
+        let bytes = shared.mapped.iter().map(Range::len).sum();
+        shared.mapped.iter().try_for_each(shared::part)?;
+        self.shared = None;
+        Ok(bytes)
     }
 
     /// Writes everything that must be in memory before the first instruction, and says where that is.
@@ -193,7 +281,7 @@ impl BootFiles {
         Ok(image.entry)
     }
 
-    fn load_kernel(&self, memory: &Ram, low_end: u64) -> Result<Image, LoadError> {
+    fn load_kernel(&mut self, memory: &Ram, low_end: u64) -> Result<Image, LoadError> {
         let (path, file) = &self.kernel;
         let unreadable = |source| LoadError::File {
             what: "kernel",
@@ -202,7 +290,17 @@ impl BootFiles {
         };
         let mut magic = [0; 4];
         let read = file.read_at(&mut magic, 0).map_err(unreadable)?;
-        let mut source = Source::of(file).map_err(unreadable)?;
+        let mut source = match &mut self.shared {
+            None => Source::of(file),
+            Some(_) if magic != ELF_MAGIC => {
+                return Err(LoadError::Compressed { path: path.clone() });
+            }
+            Some(shared) => {
+                shared.mapped.clear();
+                Source::mapping(file, &mut shared.mapped)
+            }
+        }
+        .map_err(unreadable)?;
         let start = Some(GuestAddress(layout::KERNEL));
         let damaged = |error: linux_loader::loader::Error| LoadError::Kernel {
             path: path.clone(),

@@ -157,6 +157,7 @@ pub fn kernel(input: &[u8]) {
         image,
         initrd: None,
         cmdline: "console=ttyS0".to_owned(),
+        shared: false,
     };
     load(&boot, MEMORY_MIB);
     drop(kernel);
@@ -179,12 +180,18 @@ fn load(boot: &KernelSpec, memory_mib: u64) {
     let bytes = memory_mib << 20;
     let platform = MICRO.platform(1, &MICRO.windows(bytes, 40), Vec::new());
     let ram: Ram = memory::allocate(&MICRO, memory_mib, 40, Backing::Anonymous).expect("a few MiB");
-    match files.load(&ram, bytes, &MICRO, &platform) {
-        Ok(Entry::Pvh { address } | Entry::Long { address }) => {
-            assert!(ram.address_in_range(GuestAddress(address)), "{address:#x}");
+    for shared in [false, true] {
+        if shared {
+            files.share_alone();
         }
-        Err(error) => assert_one_line(&error),
+        match files.load(&ram, bytes, &MICRO, &platform) {
+            Ok(Entry::Pvh { address } | Entry::Long { address }) => {
+                assert!(ram.address_in_range(GuestAddress(address)), "{address:#x}");
+            }
+            Err(error) => assert_one_line(&error),
+        }
     }
+    files.part().expect("memory for a few MiB");
 }
 
 /// Sizes of all that is loaded. Byte 0: the kernel (bit 0: a bzImage); byte 1: MiB of memory; two bytes: length of the
@@ -217,6 +224,7 @@ pub fn initrd(input: &[u8]) {
         image,
         initrd: Some(initrd),
         cmdline: "x".repeat(usize::try_from(number(2, 2)).expect("16 bits")),
+        shared: false,
     };
     load(&boot, memory_mib);
     drop((kernel_file, initrd_file));

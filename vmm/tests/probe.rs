@@ -66,6 +66,7 @@ fn spec(directory: &Path, cmdline: &str) -> MachineSpec {
             image: kernel,
             initrd: None,
             cmdline: cmdline.into(),
+            shared: false,
         }))
     }
 }

@@ -172,6 +172,12 @@ pub struct KernelSpec {
     /// Kernel command line.
     #[serde(default)]
     pub cmdline: String,
+    /// Machines whose kernel is the same file have its pages together, each until it writes to one: the image must be an
+    /// uncompressed ELF file, and memory anonymous. The VMM holds a lease on the file: who opens it for writing waits until
+    /// the machines have copies (45 seconds at most, then they may crash). To replace it, rename another file over it. Where
+    /// no such lease is to be had (another user's file, network file systems), the machine does not start.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// UEFI firmware: OVMF, as Debian's package `ovmf` has it.

@@ -294,6 +294,7 @@ fn ground(
 ) -> Result<Ground, BuildError> {
     if backing != Backing::Anonymous || !start.memory_is_own() {
         opened.touched = None;
+        opened.share_no_kernel();
     }
     let board = Board::of(spec.profile);
     let fresh = |cpus: &Cpus| {
@@ -317,6 +318,10 @@ fn ground(
     let cpus = Cpus::saved(&saved.state);
     if saved.memory.is_lazy() && backing != Backing::Anonymous {
         return Err(BuildError::LazyBacking);
+    }
+    if saved.memory.is_lazy() {
+        // Its pages are placed where RAM was mapped, and nothing else may be there.
+        opened.share_no_kernel();
     }
     let memory = saved.memory;
     let (memory, source) = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;

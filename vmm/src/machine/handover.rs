@@ -387,8 +387,12 @@ impl Machine {
         let Some(migration) = held else {
             return Some(event);
         };
-        // What the guest has let go is in the state that has been taken.
-        let is_lost = !matches!(event, Event::Guest(_, GuestEvent::Released));
+        // What the guest has let go is in the state that has been taken; a writer of its kernel can wait.
+        let keeps = matches!(
+            event,
+            Event::Guest(_, GuestEvent::Released) | Event::KernelWanted
+        );
+        let is_lost = !keeps;
         if is_lost && migration.progress.cancel() {
             tracing::info!(
                 name = self.spec.name,

@@ -13,6 +13,7 @@
 //! parts     what a built machine consists of, and how it is put back to power-on
 //! controls  changes of one device while it runs
 //! hotplug   devices that come and go
+//! kernel    the kernel's file, where machines share it
 //! export    disks as they are at one moment, for backups
 //! saved     its state taken out, and put into another one that was just built
 //! snapshot  the same into files, on request
@@ -30,7 +31,7 @@ mod export;
 mod generation;
 mod handover;
 mod hotplug;
-
+mod kernel;
 mod leftovers;
 mod legacy;
 mod mirror;
@@ -264,6 +265,7 @@ pub fn run_from(
     };
     let parts = assembly::build(spec, opened, backing, start, &voice)?;
     let mut machine = Machine::new(spec.clone(), parts, voice);
+    machine.watch_kernel().map_err(RunError::Signals)?;
     let server = match api_socket {
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
         None => None,

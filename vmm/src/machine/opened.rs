@@ -89,6 +89,13 @@ impl Opened {
         }
     }
 
+    /// The machine's resets copy its kernel: RAM is no memory that something may be mapped over.
+    pub(super) fn share_no_kernel(&mut self) {
+        if let Some(files) = &mut self.boot_files {
+            files.copy();
+        }
+    }
+
     /// Opens what the spec names, and binds the control API's socket.
     pub(super) fn of(
         spec: &MachineSpec,
@@ -102,7 +109,10 @@ impl Opened {
         };
         let (boot_files, firmware) = match &spec.boot {
             BootSpec::Kernel(kernel) => {
-                let files = BootFiles::open(kernel).map_err(BuildError::from)?;
+                let mut files = BootFiles::open(kernel).map_err(BuildError::from)?;
+                if kernel.shared {
+                    share(&mut files, start)?;
+                }
                 (Some(files), None)
             }
             BootSpec::Firmware(firmware) => {
@@ -134,6 +144,18 @@ impl Opened {
         }
         let socket = options.api_socket.as_deref().map(ApiSocket::open);
         Ok((opened, socket.transpose()?))
+    }
+}
+
+/// Has a kernel shared. A machine that brings its memory does so from its next reset on, or else without.
+fn share(files: &mut BootFiles, start: &Start) -> Result<(), BuildError> {
+    match (files.share(), start) {
+        (Err(error), Start::Saved(_)) => {
+            let error = atoll_disk::chain(&error);
+            tracing::warn!(error, "this host shares no kernel with the machine");
+            Ok(())
+        }
+        (shared, _) => Ok(shared?),
     }
 }
 

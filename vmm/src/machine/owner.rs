@@ -47,6 +47,8 @@ pub(super) enum Event {
     Migration(MigrationEvent),
     /// By SIGTERM or SIGINT.
     Terminate,
+    /// By the thread that watches a shared kernel: somebody waits to write to its file.
+    KernelWanted,
 }
 
 pub(super) enum GuestEvent {
@@ -200,14 +202,15 @@ impl Machine {
                 }
                 Event::Migration(event) => self.obey_migration(event)?,
                 Event::Terminate => return Ok(Outcome::ShutDown),
+                Event::KernelWanted => self.part_from_kernel()?,
             }
         }
     }
 
-    /// Only what a guest says may have to wait.
+    /// Only what a guest says may have to wait, and what would let it go.
     fn defer_unless_own(&mut self, event: Event) -> Option<Event> {
         match event {
-            Event::Guest(..) => self.defer_while_held(event),
+            Event::Guest(..) | Event::KernelWanted => self.defer_while_held(event),
             event => Some(event),
         }
     }

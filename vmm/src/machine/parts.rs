@@ -178,11 +178,27 @@ impl Parts {
         };
         let memory_bytes = spec.memory_mib << 20;
         let entry = boot_files.load(&self.memory, memory_bytes, self.board, &self.platform)?;
+        self.note_files();
         if let Some(generation) = &self.generation {
             generation.place(Some(layout::GENERATION_ID.into()));
         }
         self.vcpus[0].enter(entry)?;
         Ok(())
+    }
+
+    /// Makes the memory of a held machine its own where it was the kernel's file; returns how much.
+    pub(super) fn part_from_kernel(&mut self) -> std::io::Result<usize> {
+        let files = self.boot_files.as_mut();
+        let bytes = files.map_or(Ok(0), BootFiles::part)?;
+        self.note_files();
+        Ok(bytes)
+    }
+
+    /// Which part of memory is a file now.
+    fn note_files(&mut self) {
+        if let (Some(touched), Some(files)) = (&self.touched, &self.boot_files) {
+            self.touched = touched.with_files(files.mapped()).map(Arc::new);
+        }
     }
 
     /// Puts a held machine back to its state before the first instruction.

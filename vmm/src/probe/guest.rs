@@ -223,6 +223,7 @@ fn spec(directory: &Path, tap: Option<NetSpec>) -> Result<MachineSpec, ProbeErro
             image: kernel,
             initrd: None,
             cmdline: format!("report write echo ip={GUEST_ADDRESS} peer={HOST_ADDRESS}"),
+            shared: false,
         }))
     })
 }

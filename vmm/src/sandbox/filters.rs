@@ -115,7 +115,16 @@ const COMMON: &[Call] = &[
     call(libc::SYS_rt_sigprocmask),
     call(libc::SYS_rt_sigreturn),
     call(libc::SYS_sigaltstack),
-    only(libc::SYS_tgkill, 2, !0, &[word(libc::SIGABRT), KICK]),
+    only(
+        libc::SYS_tgkill,
+        2,
+        !0,
+        &[
+            word(libc::SIGABRT),
+            KICK,
+            word(libc::SIGIO), // Ends the thread that waits for one.
+        ],
+    ),
     only(
         libc::SYS_prctl,
         0,

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -40,24 +41,43 @@ pub enum Mode {
 ///
 /// `/proc/PID/pagemap` (kernel `Documentation/admin-guide/mm/pagemap.rst`): eight bytes a page, bit 63 "in RAM", bit
 /// 62 "in swap". A page of private anonymous memory that is neither is zero. It is not so with memory that is a
-/// file, which is why only who made the RAM may use this.
+/// file, which is why only who made the RAM may use this, and has to name the parts of it that are
+/// a file.
 #[derive(Debug)]
-pub struct Touched(File);
+pub struct Touched {
+    pagemap: File,
+    files: Vec<Range<usize>>,
+}
 
 impl Touched {
     /// Of this process. `None` where there is no /proc; then everything is looked at.
     #[must_use]
     pub fn open() -> Option<Self> {
-        File::open("/proc/self/pagemap").ok().map(Self)
+        let pagemap = File::open("/proc/self/pagemap").ok()?;
+        let files = Vec::new();
+        Some(Self { pagemap, files })
+    }
+
+    /// The same for RAM in which there are files: all of their pages count as touched.
+    #[must_use]
+    pub fn with_files(&self, files: &[Range<usize>]) -> Option<Self> {
+        let pagemap = self.pagemap.try_clone().ok()?;
+        let files = files.to_vec();
+        Some(Self { pagemap, files })
     }
 
     /// Whether any page in `length` bytes from `address` on, both multiples of a page, was ever touched. Pages of
     /// which nothing can be learnt count as touched.
     #[must_use]
     pub fn any(&self, address: usize, length: usize) -> bool {
+        let end = address + length;
+        let mut files = self.files.iter();
+        if files.any(|file| file.start < end && address < file.end) {
+            return true;
+        }
         let mut entries = vec![0; length / PAGE_BYTES * 8];
         let at = address / PAGE_BYTES * 8;
-        let read = self.0.read_exact_at(&mut entries, at as u64);
+        let read = self.pagemap.read_exact_at(&mut entries, at as u64);
         let (entries, _) = entries.as_chunks::<8>();
         let exists = |entry: &[u8; 8]| u64::from_le_bytes(*entry) >> 62 != 0;
         read.is_err() || entries.iter().any(exists)

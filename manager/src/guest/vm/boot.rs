@@ -74,6 +74,7 @@ pub fn spec(id: GuestId, config: &GuestConfig, places: &Places) -> Result<BootSp
         image: path("kernel").expect("it is the way to boot")?,
         initrd: path("initrd").transpose()?,
         cmdline: config.get("cmdline").unwrap_or_default().to_owned(),
+        shared: false,
     }))
 }
 
