@@ -2,7 +2,7 @@
 // The guest's configuration as a table: what is set, what waits for the next start, and what could be set.
 import { ActionIcon, Button, Group, Menu, Stack, Text, Tooltip } from '@mantine/core';
 import { notifications } from '@mantine/notifications';
-import { IconArrowBackUp, IconArrowsMaximize, IconChevronDown, IconPencil, IconPlus, IconTrash } from '@tabler/icons-react';
+import { IconArrowBackUp, IconArrowsMaximize, IconChevronDown, IconFolderSymlink, IconPencil, IconPlus, IconTrash } from '@tabler/icons-react';
 import { useMutation } from '@tanstack/react-query';
 import { DataTable } from 'mantine-datatable';
 import { useMemo, useState } from 'react';
@@ -16,6 +16,7 @@ import { labelOf } from '../forms/labels';
 import { BootDialog } from './BootDialog';
 import { addable, configRows, isBootable, isVolume, type ConfigRow, type Part } from './keys';
 import { KeyDialog } from './KeyDialog';
+import { MoveDialog } from './MoveDialog';
 import { ResizeDialog } from './ResizeDialog';
 
 function isEditable(params: Params | undefined, key: string): boolean {
@@ -56,9 +57,10 @@ interface RowActionsProps {
   digest: string | undefined;
   onEdit: () => void;
   onResize: () => void;
+  onMove: () => void;
 }
 
-function RowActions({ guest, row, params, digest, onEdit, onResize }: RowActionsProps) {
+function RowActions({ guest, row, params, digest, onEdit, onResize, onMove }: RowActionsProps) {
   const change = useMutation({
     mutationFn: (what: { delete: string } | { revert: string }) => call('PUT', `${guestPath(guest)}/config`, { ...what, digest }),
     onError: (error) => notifications.show({ color: 'red', title: labelOf(row.key), message: errorText(error), autoClose: false, closeButtonProps: { 'aria-label': 'Dismiss' } }),
@@ -77,6 +79,7 @@ function RowActions({ guest, row, params, digest, onEdit, onResize }: RowActions
     <Group gap={2} wrap="nowrap" justify="flex-end">
       {waits && button('Revert', IconArrowBackUp, () => change.mutate({ revert: row.key }))}
       {row.value !== undefined && isVolume(row.key) && button('Resize', IconArrowsMaximize, onResize)}
+      {row.value !== undefined && isVolume(row.key) && button('Move', IconFolderSymlink, onMove)}
       {editable && button('Edit', IconPencil, onEdit)}
       {editable && row.value !== undefined && row.key !== 'rootfs' && !row.deletes && button('Remove', IconTrash, () => change.mutate({ delete: row.key }), 'red')}
     </Group>
@@ -113,6 +116,7 @@ export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
   const pending = useGuestPending(guest);
   const [editing, setEditing] = useState<string | null>(null);
   const [resizing, setResizing] = useState<string | null>(null);
+  const [moving, setMoving] = useState<string | null>(null);
   const params = schema.data?.parameters;
   const rows = useMemo(() => configRows(part, config.data ?? {}, pending.data ?? [], params ?? {}), [part, config.data, pending.data, params]);
   const more = useMemo(() => addable(part, params ?? {}, rows.map((row) => row.key)), [part, params, rows]);
@@ -141,9 +145,9 @@ export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
           {
             accessor: 'actions',
             title: <span className="atoll-hidden">Actions</span>,
-            width: 130,
+            width: 155,
             render: (row) => (
-              <RowActions guest={guest} row={row} params={params ?? {}} digest={config.data?.digest} onEdit={() => setEditing(row.key)} onResize={() => setResizing(row.key)} />
+              <RowActions guest={guest} row={row} params={params ?? {}} digest={config.data?.digest} onEdit={() => setEditing(row.key)} onResize={() => setResizing(row.key)} onMove={() => setMoving(row.key)} />
             ),
           },
         ]}
@@ -154,6 +158,7 @@ export function ConfigTab({ guest, part }: { guest: Guest; part: Part }) {
       {editing && editing !== 'boot' && params && (
         <KeyDialog guest={guest} keyName={editing} params={params} value={edited?.pending ?? edited?.value} digest={config.data?.digest} onClose={() => setEditing(null)} />
       )}
+      {moving && <MoveDialog guest={guest} disk={moving} digest={config.data?.digest} onClose={() => setMoving(null)} />}
       {resizing && <ResizeDialog guest={guest} disk={resizing} digest={config.data?.digest} onClose={() => setResizing(null)} />}
     </Stack>
   );

@@ -20,6 +20,7 @@ import { Meter } from '../ui/Meter';
 import { Page } from '../ui/Page';
 import { Facts, Panel } from '../ui/Panel';
 import { StatusBadge } from '../ui/Status';
+import { BulkActions } from './BulkActions';
 
 const NodeShell = lazy(() => import('../terminal/Console').then((module) => ({ default: module.NodeShell })));
 
@@ -163,7 +164,7 @@ export function NodePage() {
       title={`Node ${node}`}
       icon={<IconServer size={20} stroke={1.7} aria-hidden />}
       badge={row && <StatusBadge status={row.status} />}
-      actions={<Group gap={6}>{create('vm', 'VM')}{create('ct', 'Container')}</Group>}
+      actions={<Group gap={6}>{create('vm', 'VM')}{create('ct', 'Container')}<BulkActions node={node} /></Group>}
       base={path`/nodes/${node}`}
       tab={tab}
       tabs={[
