@@ -13,7 +13,7 @@ use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
-    bundle, cgroup, console, device_plug, events, exec, furnish, monitor, mounts, terminal,
+    bundle, cgroup, console, device_plug, events, exec, furnish, mknod, monitor, mounts, terminal,
 };
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
@@ -118,6 +118,7 @@ fn create(root: &Path, global: &Global, arguments: Create) -> Result<()> {
         return monitor::create(root, &request);
     }
     let bundle = bundle::load(&request)?;
+    mknod::needs_monitor(&bundle.spec)?;
     create::create(root, &request, bundle, &create::Console::default()).map(drop)
 }
 

@@ -285,7 +285,10 @@ impl Console {
 }
 
 /// Runs a socket call on a path that may be longer than a socket address holds.
-fn in_directory<T>(path: &Path, call: impl FnOnce(&Path) -> std::io::Result<T>) -> Result<T> {
+pub(crate) fn in_directory<T>(
+    path: &Path,
+    call: impl FnOnce(&Path) -> std::io::Result<T>,
+) -> Result<T> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Error::Argument(format!("{} names no file", path.display())));
     };

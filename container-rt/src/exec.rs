@@ -129,7 +129,7 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
     if let (Some(filter), Some(offered)) = (asks, offered) {
         notify::pass_on(offered, &child_fd, child, filter, &container.saved)?;
     }
-    let pty = ours.map(|socket| terminal::receive_pty(&socket));
+    let pty = ours.map(|socket| terminal::receive_fd(&socket));
     wait_for_program(&mut errors, &child_fd)?;
     if let Some(file) = &request.pid_file {
         write_atomically(file, child.to_string().as_bytes())?;

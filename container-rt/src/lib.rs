@@ -14,6 +14,7 @@
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
 //! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
 //! | [`mounts`], [`device_plug`] | what comes and goes while a container runs | absent there |
+//! | [`mknod`] | harmless device nodes made from inside | absent there |
 //! | [`terminals`] | `/dev/tty1` and so on | not in the runtime-spec |
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
@@ -37,6 +38,7 @@ pub mod idmap;
 mod inherit;
 pub mod lifecycle;
 pub mod log;
+pub mod mknod;
 pub mod monitor;
 pub mod mounts;
 mod notify;

@@ -27,7 +27,7 @@ use crate::process::{ProcessFd, ProcessId, wait_child};
 use crate::state::{Directory, ExitRecord, Line, Saved, now, to_json, write_atomically};
 use crate::sys::{self, Fork};
 use crate::terminal::{self, Signals};
-use crate::{bundle, cgroup, terminals};
+use crate::{bundle, cgroup, mknod, terminals};
 
 /// Creates a container that has a monitor. Returns when the container is created and its console can be reached.
 pub fn create(root: &Path, request: &Request) -> Result<()> {
@@ -77,6 +77,8 @@ struct Watch {
     /// The console, if there is one, then the other terminals.
     consoles: Vec<Console>,
     signals: Signals,
+    /// Answers the container's seccomp filter, where it asks about device nodes.
+    agent: Option<mknod::Agent>,
 }
 
 fn begin(root: &Path, request: &Request) -> Result<Watch> {
@@ -86,6 +88,8 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
     let mut passed = create::Console::default();
     let bundle = bundle::load(request)?;
     let further = terminals::wanted(&bundle.spec)?;
+    // Before there is a filter that looks for it.
+    let agent = mknod::Agent::listen(&bundle.spec)?;
     let spec = bundle.spec.clone();
     let size = bundle
         .spec
@@ -114,7 +118,7 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
     let directory = Directory::of(root, &request.id)?;
     let source = match (terminal, output) {
         (Some(socket), _) => {
-            Some(terminal::receive_pty(&socket).map(|pty| Source::Terminal { pty }))
+            Some(terminal::receive_fd(&socket).map(|pty| Source::Terminal { pty }))
         }
         (None, output) => output.map(|read| {
             Ok(Source::Pipe {
@@ -130,6 +134,7 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
         lines.extend(further_lines(&spec, &saved, further)?);
         watch(directory.clone(), &mut saved, lines, size, signals)
     });
+    let result = result.map(|watch| Watch { agent, ..watch });
     if result.is_err() {
         cgroup::remove(&saved.cgroups).ok();
         directory.remove().ok();
@@ -176,6 +181,7 @@ fn watch(
         directory,
         consoles,
         signals,
+        agent: None,
     })
 }
 
@@ -198,6 +204,7 @@ impl Watch {
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             ];
             polled.extend(self.consoles.iter().flat_map(Console::poll_fds));
+            polled.extend(self.agent.iter().flat_map(mknod::Agent::poll_fds));
             match poll(&mut polled, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(source) => return Err(source).context(|| "poll".to_owned()),
@@ -205,6 +212,7 @@ impl Watch {
             let ended = polled[0].any().unwrap_or(false);
             let signalled = polled[1].any().unwrap_or(false);
             self.consoles.iter_mut().for_each(Console::serve);
+            self.agent.iter_mut().for_each(mknod::Agent::serve);
             if ended {
                 return self.record_end();
             }

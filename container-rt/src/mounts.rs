@@ -9,6 +9,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
+use std::time::Duration;
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, umount2};
@@ -195,6 +196,27 @@ pub(crate) fn open_target(
 /// Does something in the container's mount namespace. It cannot be left again, so a child enters it; its exit code
 /// is the error's number.
 pub(crate) fn within(init: &ProcessFd, action: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let child = enter(init, action)?;
+    outcome(&child)
+}
+
+/// The same for an action that may never end: it is killed after a time.
+pub(crate) fn within_limit(
+    process: &ProcessFd,
+    limit: Duration,
+    action: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    let child = enter(process, action)?;
+    if !child.wait_end(limit) {
+        child.signal(libc::SIGKILL)?;
+        outcome(&child).ok();
+        return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+    }
+    outcome(&child)
+}
+
+/// Begins an action in the mount namespace of a process, in a child.
+fn enter(init: &ProcessFd, action: impl FnOnce() -> io::Result<()>) -> io::Result<ProcessFd> {
     let child = match sys::fork()? {
         Fork::Parent(pid) => pid,
         Fork::Child => {
@@ -203,8 +225,12 @@ pub(crate) fn within(init: &ProcessFd, action: impl FnOnce() -> io::Result<()>) 
             sys::exit_now(number.unwrap_or(0));
         }
     };
-    let ended = ProcessFd::of_child(child).and_then(|child| wait_child(&child));
-    match ended.map_err(io::Error::other)?.code {
+    ProcessFd::of_child(child).map_err(io::Error::other)
+}
+
+/// The error number that the child ended with.
+fn outcome(child: &ProcessFd) -> io::Result<()> {
+    match wait_child(child).map_err(io::Error::other)?.code {
         0 => Ok(()),
         number => Err(io::Error::from_raw_os_error(number)),
     }

@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::lifecycle::{Container, Force};
 use crate::process::{ExitStatus, ProcessFd};
 use crate::terminal::{self, Signals};
-use crate::{bundle, sys};
+use crate::{bundle, mknod, sys};
 
 /// What becomes of the container after its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +27,7 @@ pub fn foreground(root: &Path, request: &Request, after: After) -> Result<ExitSt
     let mut console = Console::default();
     let mut ours = None;
     let bundle = bundle::load(request)?;
+    mknod::needs_monitor(&bundle.spec)?;
     if request.console_socket.is_none() && bundle::has_terminal(&bundle.spec) {
         let (here, there) = UnixStream::pair().context(|| "create a socket pair".to_owned())?;
         console.terminal = Some(there.into());
@@ -55,7 +56,7 @@ fn serve(
 ) -> Result<ExitStatus> {
     let child = ProcessFd::of_child(init)?;
     let pty = socket
-        .map(|socket| terminal::receive_pty(&socket))
+        .map(|socket| terminal::receive_fd(&socket))
         .transpose()?;
     container.start()?;
     terminal::foreground(&child, pty, signals)
@@ -63,7 +64,9 @@ fn serve(
 
 /// Creates and starts, and leaves.
 pub fn detached(root: &Path, request: &Request) -> Result<()> {
-    create::create(root, request, bundle::load(request)?, &Console::default())?;
+    let bundle = bundle::load(request)?;
+    mknod::needs_monitor(&bundle.spec)?;
+    create::create(root, request, bundle, &Console::default())?;
     start_or_delete(root, &request.id)
 }
 

@@ -37,8 +37,9 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
     UnixStream::connect(short.join(name))
 }
 
-/// Receives the pty that the container's init, or an exec'd process, sends over `socket`.
-pub fn receive_pty(socket: &UnixStream) -> Result<OwnedFd> {
+/// Receives the descriptor that comes over `socket`: the pty of the container's init or of an exec'd process, or a
+/// filter's listener.
+pub fn receive_fd(socket: &UnixStream) -> Result<OwnedFd> {
     let mut bytes = [0_u8; 64];
     let mut slices = [IoSliceMut::new(&mut bytes)];
     let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
@@ -56,7 +57,7 @@ pub fn receive_pty(socket: &UnixStream) -> Result<OwnedFd> {
         Ok(None)
     };
     let none = || io::Error::new(io::ErrorKind::UnexpectedEof, "no descriptor came");
-    let what = || "receive the container's terminal".to_owned();
+    let what = || "receive a descriptor of the container's".to_owned();
     receive().context(what)?.ok_or_else(none).context(what)
 }
 

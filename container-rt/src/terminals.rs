@@ -56,7 +56,7 @@ pub(crate) fn open(spec: &Spec, init: &ProcessFd, count: u8) -> Result<Vec<Owned
             terminal::send_fd(theirs.as_fd(), controlling.as_fd())
         })
         .context(|| format!("open {} in the container", path.display()))?;
-        terminal::receive_pty(&ours)
+        terminal::receive_fd(&ours)
     };
     (1..=count).map(open_one).collect()
 }

@@ -321,7 +321,7 @@ fn console_socket_gets_the_terminal() {
         Some(0)
     );
     let (socket, _) = listener.accept().unwrap();
-    let pty = atoll_container_rt::terminal::receive_pty(&socket).unwrap();
+    let pty = atoll_container_rt::terminal::receive_fd(&socket).unwrap();
     scene.ct(&["start", "ID"]).ok();
     let mut pty = std::fs::File::from(pty);
     let mut bytes = [0; 64];

@@ -358,6 +358,33 @@ fn mount_points_and_cards_come_and_go() {
     });
 }
 
+#[test]
+fn an_unprivileged_container_makes_harmless_nodes() {
+    world::isolated(
+        "an_unprivileged_container_makes_harmless_nodes",
+        async || {
+            let Some(ground) = Ground::new().await else {
+                return;
+            };
+            let params = [
+                ("rootfs", "local:0.0625"),
+                ("memory", "64"),
+                ("unprivileged", "1"),
+                ("features", "mknod=1"),
+            ];
+            assert_eq!(ground.create(&params).await.0, "OK");
+            assert_eq!(ground.act(Action::Start).await.0, "OK");
+            let made = "busybox mknod -m 666 /own c 1 5 && busybox head -c 4 /own | busybox wc -c";
+            assert_eq!(ground.sh(made), "4\n", "it works");
+            let refused = ground.sh("busybox mknod /mem c 1 1");
+            assert!(refused.contains("Operation not permitted"), "{refused}");
+            assert_eq!(ground.act(Action::Stop).await.0, "OK");
+            assert_eq!(ground.left(), "");
+            ground.node.network().teardown().await.unwrap();
+        },
+    );
+}
+
 /// A volume that is made, mounted, written to, and taken out again.
 async fn volumes(ground: &Ground) {
     let applied = ground

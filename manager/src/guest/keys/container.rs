@@ -479,14 +479,6 @@ const SECONDS: Kind = Kind::Integer {
     max: 86_400,
 };
 
-const NO_FEATURE: Format = Format {
-    name: super::UNAVAILABLE,
-    check: |value| match value {
-        "0" => Ok(()),
-        _ => Err("device nodes cannot be made by the container yet: use dev0 and so on".to_owned()),
-    },
-};
-
 const FEATURES: Kind = Kind::PropertyString {
     keys: &[
         Param::new("nesting", Kind::Boolean, "Run containers inside."),
@@ -503,7 +495,12 @@ const FEATURES: Kind = Kind::PropertyString {
              container mount all.",
         ),
         Param::new("force_rw_sys", Kind::Boolean, "Mount /sys for writing."),
-        absent("mknod", NO_FEATURE),
+        Param::new(
+            "mknod",
+            Kind::Boolean,
+            "Let an unprivileged container make device nodes that harm nobody: null, zero, full, random, urandom, tty \
+             and ptmx. A privileged one makes all that its device list allows.",
+        ),
     ],
     default_key: None,
     value_key: None,

@@ -459,7 +459,7 @@ mod tests {
             ("dev0", "/dev/fuse,mode=4666"),
             ("timezone", "../../etc/passwd"),
             ("timezone", "/etc/passwd"),
-            ("features", "mknod=1"),
+            ("features", "mknod=2"),
         ] {
             let key = find(GuestKind::Container, name).unwrap();
             assert!(key.check(name, wrong).is_err(), "{name}: {wrong}");

@@ -158,7 +158,15 @@ pub fn bundle(
         linux["readonlyPaths"] = json!(READONLY);
     }
     // PVE's rule: a privileged one may always.
-    linux["seccomp"] = seccomp::filter(features.is_set("keyctl") || !is_unprivileged(config));
+    let listener = folder.join("mknod");
+    let asks = mounts::makes_nodes(config)?;
+    if asks {
+        annotations["dev.atoll.mknod"] = json!("1");
+    }
+    linux["seccomp"] = seccomp::filter(&seccomp::Allowed {
+        keyctl: features.is_set("keyctl") || !is_unprivileged(config),
+        mknod: asks.then_some(listener.as_path()),
+    });
     let root = config.properties("rootfs")?.unwrap_or_default();
     let bundle = json!({
         "ociVersion": "1.2.0",

@@ -54,9 +54,20 @@ pub fn volumes(config: &GuestConfig) -> Result<Vec<Mount>, Error> {
     let keys = std::iter::once("rootfs").chain(points);
     let mounts = keys.map(|key| {
         let value = config.properties(key)?.unwrap_or_default();
-        Ok(Mount::new(key, &value))
+        let mut mount = Mount::new(key, &value);
+        if key == "rootfs" && makes_nodes(config)? {
+            // Before the user's own, of which the last counts. Which devices open is the device list's matter.
+            mount.options.insert(0, "dev".to_owned());
+        }
+        Ok(mount)
     });
     mounts.collect()
+}
+
+/// Whether the container's monitor makes device nodes for it. A privileged container makes them itself: PVE's rule.
+pub fn makes_nodes(config: &GuestConfig) -> Result<bool, Error> {
+    let features = config.properties("features")?.unwrap_or_default();
+    Ok(features.is_set("mknod") && is_unprivileged(config))
 }
 
 impl Mount {

@@ -130,6 +130,13 @@ fn devices_and_features() {
             .to_string()
             .contains("open_by_handle_at")
     );
+    let asks = |bundle: &Value| bundle["linux"]["seccomp"]["listenerPath"].is_string();
+    let helped = built("unprivileged: 1\nfeatures: mknod=1\n");
+    assert!(asks(&helped) && helped["annotations"]["dev.atoll.mknod"] == "1");
+    assert!(!asks(&built("unprivileged: 0\nfeatures: mknod=1\n")) && !asks(&bundle));
+    let root = |text: &str| volumes(&config(text)).unwrap()[0].options.clone();
+    let text = "unprivileged: 1\nfeatures: mknod=1\nrootfs: local:1,mountoptions=nodev\n";
+    assert_eq!(root(text), ["dev", "nodev"], "mount(8) takes the last");
     let missing = made("dev3: /dev/none\n").unwrap_err().to_string();
     assert_eq!(missing, "dev3: /dev/none is no device of this host");
 }
