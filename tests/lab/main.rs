@@ -21,3 +21,4 @@ mod rig;
 mod shell;
 mod uefi;
 mod vmm;
+mod working;
