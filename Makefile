@@ -60,11 +60,13 @@ fuzz: ## every fuzz target guided by coverage, SECONDS each; the table goes to t
 	@run/deps.sh build
 	@run/fuzz.sh $(or $(SECONDS),60) $(TARGETS)
 
-soak: ## the slow forms: 20 boots with 4 vCPUs and 20 moves between hosts in the lab, ten minutes a fuzz target, whole suites
+soak: ## the slow forms: 20 boots with 4 vCPUs, 20 moves between hosts and 10 disturbed ones in the lab, 100 of the probe guest, ten minutes a fuzz target, whole suites
 	@run/deps.sh build run test
 	cargo build --workspace --bins --locked
 	run/fuzz.sh 600
-	ATOLL_LAB_BOOTS=20 ATOLL_LAB_MOVES=20 cargo nextest run --locked --profile soak -p atoll-tests --test lab
+	ATOLL_MIGRATION_SEEDS=100 cargo nextest run --locked --profile soak -p atoll-vmm --test migration --test migration_network \
+		-E 'test(exactly_one_runs)'
+	ATOLL_LAB_BOOTS=20 ATOLL_LAB_MOVES=20 ATOLL_LAB_SEEDS=10 cargo nextest run --locked --profile soak -p atoll-tests --test lab
 	ATOLL_JUDGES=whole cargo nextest run --locked --profile soak -p atoll-container-rt --test judges
 
 bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv

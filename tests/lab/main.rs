@@ -13,6 +13,7 @@
 mod board;
 mod devices;
 mod disks;
+mod disturbances;
 mod hotplug;
 mod migration;
 mod node;

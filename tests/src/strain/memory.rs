@@ -33,7 +33,7 @@ impl Block {
         }
         let mut numbers = Numbers::new((index as u64) << 32 | generation);
         for word in block.0.as_chunks_mut::<8>().0 {
-            *word = numbers.next().to_le_bytes();
+            *word = numbers.draw().to_le_bytes();
         }
         block
     }
@@ -124,5 +124,5 @@ fn offset(index: usize) -> u64 {
 }
 
 fn pick(numbers: &mut Numbers, count: usize) -> usize {
-    usize::try_from(numbers.next() % count as u64).expect("below a usize")
+    usize::try_from(numbers.below(count as u64)).expect("below a usize")
 }

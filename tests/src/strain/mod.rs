@@ -110,18 +110,26 @@ impl Shared {
 }
 
 /// Numbers that look random; each follows from the one before (xorshift64*, Vigna 2014).
-struct Numbers(u64);
+pub struct Numbers(u64);
 
 impl Numbers {
-    fn new(seed: u64) -> Self {
+    /// Those of a seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    fn next(&mut self) -> u64 {
+    /// The next one.
+    pub fn draw(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// The next one, of those below `end`, which is not 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.draw() % end
     }
 }
 
@@ -132,7 +140,7 @@ fn arithmetic(shared: &Shared) -> Result<()> {
         let (mut x, mut y, mut sum) = (0.3_f64, 0.7_f64, 0_u64);
         for _ in 0..100_000 {
             (x, y) = (3.99 * x * (1. - x), 3.98 * y * (1. - y));
-            sum = sum.rotate_left(7) ^ numbers.next() ^ x.to_bits() ^ y.to_bits();
+            sum = sum.rotate_left(7) ^ numbers.draw() ^ x.to_bits() ^ y.to_bits();
         }
         sum
     };

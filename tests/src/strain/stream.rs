@@ -20,7 +20,7 @@ fn message(number: u64) -> Message {
     let mut numbers = Numbers::new(number);
     let (words, _) = message.as_chunks_mut::<8>();
     for word in &mut *words {
-        *word = numbers.next().to_le_bytes();
+        *word = numbers.draw().to_le_bytes();
     }
     words[0] = number.to_le_bytes();
     message
