@@ -32,8 +32,8 @@ use crate::layout;
 use crate::loader::BootFiles;
 use crate::memory::filling::Filling;
 use crate::saved::image::Touched;
-use crate::vcpu::Vcpu;
 use crate::vcpu::state::{Scope, Tsc, VcpuState};
+use crate::vcpu::{Pending, Vcpu};
 
 /// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
 pub(super) struct Parts {
@@ -107,9 +107,10 @@ impl Pristine {
             msr_indices: kvm.msr_indices()?,
             nested: runs_guests(features),
         });
-        let save = |vcpu: &Vcpu| vcpu.save(&scope).map(Arc::new);
+        let saved: Vec<_> = vcpus.iter().map(|vcpu| vcpu.save(&scope)).collect();
+        let state = |saved: Pending<VcpuState>| saved.wait().map(Arc::new);
         Ok(Self {
-            vcpus: vcpus.iter().map(save).collect::<Result<_, _>>()?,
+            vcpus: saved.into_iter().map(state).collect::<Result<_, _>>()?,
             irqchips: machine.irqchips()?,
             scope,
             timer: legacy.map(|_| machine.timer()).transpose()?,
@@ -220,9 +221,11 @@ impl Parts {
             self.machine.set_timer(timer)?;
         }
         self.machine.set_irqchips(&self.pristine.irqchips)?;
-        for (vcpu, state) in self.vcpus.iter().zip(&self.pristine.vcpus) {
-            vcpu.restore(state, Tsc::Keep)?;
-        }
+        let vcpus = self.vcpus.iter().zip(&self.pristine.vcpus);
+        let restored: Vec<_> = vcpus
+            .map(|(vcpu, state)| vcpu.restore(state, Tsc::Keep))
+            .collect();
+        restored.into_iter().try_for_each(Pending::wait)?;
         self.load(spec)
     }
 }

@@ -24,6 +24,7 @@ use crate::kvm::cpu::HostCpu;
 use crate::kvm::cpu::compare::{self, Unlike};
 use crate::layout;
 use crate::saved::{ClockState, DeviceEntry, FORMAT, MachineState, VERSION, VcpuSaved};
+use crate::vcpu::Pending;
 use crate::vcpu::state::Tsc;
 
 /// Time that may have passed between two hosts' clocks at a migration; more is taken for clocks that differ.
@@ -102,11 +103,10 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
     let slots = slots.map(|(name, slot)| (name.to_owned(), slot));
     let guest_clock = parts.machine.fd().get_clock();
     let guest_clock = guest_clock.map_err(KvmError::failed("read the guest's clock"))?;
-    let vcpus = parts
-        .vcpus
-        .iter()
-        .map(|vcpu| vcpu.save(&parts.pristine.scope))
-        .collect::<Result<Vec<_>, _>>()?;
+    let vcpus = parts.vcpus.iter();
+    let vcpus: Vec<_> = vcpus.map(|vcpu| vcpu.save(&parts.pristine.scope)).collect();
+    let vcpus = vcpus.into_iter().map(Pending::wait);
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
     let chips = parts.machine.irqchips()?;
     Ok(MachineState {
         format: FORMAT.to_owned(),
@@ -188,10 +188,16 @@ pub(super) fn restore(
     parts.machine.set_irqchips(&chips)?;
     let away_ticks = u128::from(away_ns) * u128::from(state.clock.tsc_khz) / 1_000_000;
     let away_ticks = u64::try_from(away_ticks).unwrap_or(0);
-    let tsc = std::iter::once(Tsc::SetFirst).chain(std::iter::repeat(Tsc::Set));
-    for ((vcpu, saved), tsc) in parts.vcpus.iter().zip(state.vcpus).zip(tsc) {
-        vcpu.restore(&Arc::new(saved.into_state(away_ticks)), tsc)?;
+    let vcpus = parts.vcpus.iter().zip(state.vcpus);
+    let mut vcpus = vcpus.map(|(vcpu, saved)| (vcpu, Arc::new(saved.into_state(away_ticks))));
+    // The first one's counter is where the others' are kept.
+    if let Some((vcpu, state)) = vcpus.next() {
+        vcpu.restore(&state, Tsc::SetFirst).wait()?;
     }
+    let others: Vec<_> = vcpus
+        .map(|(vcpu, state)| vcpu.restore(&state, Tsc::Set))
+        .collect();
+    others.into_iter().try_for_each(Pending::wait)?;
     let built_with = parts.generation.as_ref().map(|device| device.value());
     for ((name, device), saved) in built.iter().zip(entries) {
         let restored = device.restore(&saved);

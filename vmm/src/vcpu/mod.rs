@@ -12,4 +12,4 @@ pub mod state;
 
 mod thread;
 
-pub use thread::{Buses, Exits, Report, Vcpu, handle_kicks};
+pub use thread::{Buses, Exits, Pending, Report, Vcpu, handle_kicks};

@@ -106,6 +106,16 @@ pub struct Vcpu {
     exits: Arc<Exits>,
 }
 
+/// What a vCPU's thread has been asked for.
+pub struct Pending<T>(Receiver<Result<T, KvmError>>);
+
+impl<T> Pending<T> {
+    /// Waits for it; an error if KVM refuses, or the thread has ended.
+    pub fn wait(self) -> Result<T, KvmError> {
+        self.0.recv().unwrap_or_else(|_| Err(ended()))
+    }
+}
+
 /// The byte of a vCPU's shared page that makes `KVM_RUN` return at once.
 #[derive(Clone, Copy)]
 struct ImmediateExit(*const AtomicU8);
@@ -188,18 +198,20 @@ impl Vcpu {
         self.kick();
     }
 
-    /// The state of a held vCPU. Waits for its thread; an error if KVM refuses, or the thread has ended.
-    pub fn save(&self, scope: &Arc<Scope>) -> Result<VcpuState, KvmError> {
+    /// Takes the state of a held vCPU. Its thread does so while the caller asks others.
+    #[must_use]
+    pub fn save(&self, scope: &Arc<Scope>) -> Pending<VcpuState> {
         let (answer, saved) = sync_channel(1);
         self.send(Command::Save(scope.clone(), answer));
-        saved.recv().unwrap_or_else(|_| Err(ended()))
+        Pending(saved)
     }
 
-    /// Puts a held vCPU into a state.
-    pub fn restore(&self, state: &Arc<VcpuState>, tsc: Tsc) -> Result<(), KvmError> {
+    /// Puts a held vCPU into a state. Its thread does so while the caller asks others.
+    #[must_use]
+    pub fn restore(&self, state: &Arc<VcpuState>, tsc: Tsc) -> Pending<()> {
         let (answer, restored) = sync_channel(1);
         self.send(Command::Restore(state.clone(), tsc, answer));
-        restored.recv().unwrap_or_else(|_| Err(ended()))
+        Pending(restored)
     }
 
     /// Points a held vCPU, whose state is that of power-on, at a kernel.
