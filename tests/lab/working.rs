@@ -53,7 +53,7 @@ const START: &str = r#"
 setsid /payload/bin/atoll-strain peer 10.77.0.1:9000 </dev/null >peer.log 2>&1 & echo $! >peer.pid
 start $kernel --cmdline "$cmdline init_on_free=1" --cpus CPUS --memory 256 \
   --disk id=root,path=/var/t/disk.sock,format=nbd --disk id=tool,path=/payload/bin/atoll-strain,format=raw,readonly \
-  --net tap=tap0,mac=52:54:00:aa:00:01,vhost=off
+  --net tap=tap0,mac=52:54:00:aa:00:01,vhost=on
 "#;
 
 /// The guest's work begins. Memory that it has freed is zeroed (`init_on_free`), so there is less of it to send.

@@ -29,6 +29,7 @@ pub use pci::{PauseError, VirtioPci, VirtioPciOptions};
 pub use queue::{Chain, DeviceQueue, GuestBuffers, QueueError, Segment};
 pub use virtio_queue::QueueState;
 
+use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -130,9 +131,15 @@ pub trait VirtioDevice: DeviceState {
     /// The driver reset the device; all queues are stopped.
     fn reset(&self) {}
 
-    /// From the next start of its queues on, whether every write to guest memory must pass by the log of written
-    /// pages. A device whose queues the kernel or another process serves takes them back, or gives them away again.
-    fn log_writes(&self, _on: bool) {}
+    /// Whether from now on every write to guest memory has to be in its log ([`crate::memory::log`]) at the latest when
+    /// [`VirtioDevice::note_writes`] returns, or the queues have stopped. Of concern to a device whose queues the kernel
+    /// or another process serves. While its queues run.
+    fn log_writes(&self, _on: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Puts what was written past this process since the last call into the log of guest memory. From any thread.
+    fn note_writes(&self) {}
 
     /// Why this cannot be done with a machine that has the device, if it cannot: one sentence.
     fn obstacle(&self, _act: Act) -> Option<String> {

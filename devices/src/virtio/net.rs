@@ -57,6 +57,7 @@ pub use self::limit::Rate;
 pub use self::tap::{HEADER_BYTES, Tap, TapError};
 pub(super) use self::wire::BACKEND_FEATURES;
 pub use self::wire::HostEnd;
+use super::vhost_kernel::KernelRings;
 use super::vhost_user::Event;
 use super::worker::{QueueHandler, QueueThread};
 use super::{
@@ -194,8 +195,6 @@ pub struct Net {
     mtu: Option<u16>,
     shared: Arc<Shared>,
     kernel: Option<(Vec<Arc<KernelPair>>, TapStatistics)>,
-    /// The kernel must not write guest memory: it tells nobody which pages.
-    writes_are_logged: AtomicBool,
     driver: Arc<Driver>,
     /// One a pair, for queues that neither the kernel nor another process serves.
     threads: Vec<QueueThread>,
@@ -243,9 +242,14 @@ impl Net {
             mtu: options.mtu,
             shared: Arc::new(shared),
             kernel,
-            writes_are_logged: AtomicBool::new(false),
             driver,
         })
+    }
+
+    /// What the kernel has of the card, if it has anything.
+    fn kernel_rings(&self) -> impl Iterator<Item = &KernelRings> {
+        let pairs = self.kernel.iter().flat_map(|(pairs, _)| pairs);
+        pairs.map(|pair| pair.rings())
     }
 
     /// Pulls the plug or puts it in: without it packets are lost in both directions, and the guest is told.
@@ -403,9 +407,7 @@ impl VirtioDevice for Net {
                 return Ok(started.expect("a card's rings wait for their server"));
             }
         };
-        if let Some((pairs, _)) = &self.kernel
-            && !self.writes_are_logged.load(Ordering::Acquire)
-        {
+        if let Some((pairs, _)) = &self.kernel {
             return pairs[pair].start(usize::from(index % 2), &start, &tap, &shared);
         }
         let handler: Box<dyn QueueHandler> = if index.is_multiple_of(2) {
@@ -434,16 +436,21 @@ impl VirtioDevice for Net {
             (Wire::Backend { .. }, Act::Migration) => {
                 "what its vhost-user backend writes into memory is not logged: unplug it to migrate"
             }
-            (Wire::Taps(_), Act::Migration) if self.kernel.is_some() => {
-                "what vhost-net writes into memory is not logged: start the card with vhost=off to migrate"
+            (Wire::Taps(_), Act::Migration) if !self.kernel_rings().all(KernelRings::can_log) => {
+                "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate"
             }
             _ => return None,
         };
         Some(text.to_owned())
     }
 
-    fn log_writes(&self, on: bool) {
-        self.writes_are_logged.store(on, Ordering::Release);
+    fn log_writes(&self, on: bool) -> io::Result<()> {
+        self.kernel_rings()
+            .try_for_each(|rings| rings.log_writes(on))
+    }
+
+    fn note_writes(&self) {
+        self.kernel_rings().for_each(KernelRings::note_writes);
     }
 
     /// What another process moves is counted by nobody here.

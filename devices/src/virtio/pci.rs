@@ -223,9 +223,14 @@ impl VirtioPci {
         Ok(())
     }
 
-    /// While paused: whether, from the resume on, every write to guest memory must pass by the log of written pages.
-    pub fn log_writes(&self, on: bool) {
-        self.device.log_writes(on);
+    /// See [`VirtioDevice::log_writes`].
+    pub fn log_writes(&self, on: bool) -> io::Result<()> {
+        self.device.log_writes(on)
+    }
+
+    /// See [`VirtioDevice::note_writes`].
+    pub fn note_writes(&self) {
+        self.device.note_writes();
     }
 
     /// Why this cannot be done with the device's machine, if it cannot.

@@ -4,11 +4,16 @@
 //!
 //! Doorbell and interrupt are the same eventfds that a thread of ours would use. Who the rings are connected with is
 //! each device's own affair.
+//!
+//! **The log.** What the kernel writes past this process is in no log of ours. While somebody wants to know, it notes
+//! each page (`VHOST_F_LOG_ALL`) in a bitmap over the guest's addresses, which is in this process's memory; what is in
+//! there goes into guest memory's own log whenever that is asked for, and when a ring ends. Noted are what a packet is
+//! put into, and the used ring, whose address has to be told once more for that (`VHOST_VRING_F_LOG`).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vhost::vhost_kern::VhostKernBackend;
@@ -20,16 +25,101 @@ use vm_memory::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::QueueStart;
-use crate::memory::Memory;
+use crate::memory::{self, Memory, PAGE_BYTES, Ram};
+
+/// `VHOST_F_LOG_ALL` of `linux/vhost.h`: the kernel notes which pages it writes. A feature between it and us, not one
+/// of the guest's.
+const LOG_ALL: u64 = 1 << 26;
+/// `VHOST_VRING_F_LOG`: writes to this used ring are noted, too.
+const RING_LOG: u32 = 1;
+/// Pages of one word of the bitmap.
+const WORD_PAGES: u64 = u64::BITS as u64;
 
 /// The kernel's end of two queues.
 pub(super) struct KernelRings {
     file: File,
     /// Guest RAM; known, and the kernel told whose it is, from the first start on.
     memory: OnceLock<Memory>,
-    /// Which of the two rings the kernel serves now; held while that changes. Leaf lock over an ioctl that ends
-    /// when the kernel's thread has finished its packet.
-    running: Mutex<[bool; 2]>,
+    /// What the kernel does now; held while that changes. Leaf lock over an ioctl that ends when the kernel's thread has
+    /// finished its packet.
+    rings: Mutex<Rings>,
+}
+
+/// What the kernel does with two rings.
+#[derive(Default)]
+pub(super) struct Rings {
+    /// Where those are that it serves now.
+    places: [Option<VringConfigData>; 2],
+    /// What is common to both, and the guest's.
+    features: u64,
+    /// Somebody wants to know which pages it writes.
+    is_logged: bool,
+    /// Where it notes them: there as soon as it has been wanted and the kernel knows guest memory. Its words stay where
+    /// they are until the file is closed, since the kernel keeps their address.
+    log: Option<KernelLog>,
+}
+
+impl Rings {
+    /// The kernel serves it.
+    pub(super) fn runs(&self, ring: usize) -> bool {
+        self.places[ring].is_some()
+    }
+
+    /// It serves both.
+    pub(super) fn both_run(&self) -> bool {
+        self.runs(0) && self.runs(1)
+    }
+
+    /// It no longer does.
+    pub(super) fn end(&mut self, ring: usize) {
+        self.places[ring] = None;
+    }
+
+    fn features(&self) -> u64 {
+        match self.is_logged {
+            true => self.features | LOG_ALL,
+            false => self.features,
+        }
+    }
+
+    /// As the kernel is told of it, in the mode that is wanted.
+    fn place(&self, ring: &VringConfigData) -> VringConfigData {
+        let logged = self.is_logged.then_some(ring.used_ring_addr);
+        VringConfigData {
+            flags: logged.map_or(0, |_| RING_LOG),
+            log_addr: logged,
+            ..*ring
+        }
+    }
+}
+
+/// Pages that the kernel has written: a bit a page of the guest's addresses, from 0, lowest bit first.
+struct KernelLog(Vec<AtomicU64>);
+
+impl KernelLog {
+    fn of(ram: &Ram) -> Self {
+        let pages = ram.last_addr().raw_value() / PAGE_BYTES as u64 + 1;
+        let words = (0..pages.div_ceil(WORD_PAGES)).map(|_| AtomicU64::new(0));
+        Self(words.collect())
+    }
+
+    fn address(&self) -> u64 {
+        self.0.as_ptr() as u64
+    }
+
+    /// Puts the pages into the log of `ram`, and forgets them.
+    fn drain(&self, ram: &Ram) {
+        for (index, word) in (0..).zip(&self.0) {
+            if word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let pages = word.swap(0, Ordering::SeqCst);
+            for bit in (0..WORD_PAGES).filter(|bit| pages & 1 << bit != 0) {
+                let page_bytes = PAGE_BYTES as u64;
+                memory::mark(ram, (index * WORD_PAGES + bit) * page_bytes, page_bytes);
+            }
+        }
+    }
 }
 
 impl AsRawFd for KernelRings {
@@ -52,12 +142,12 @@ impl KernelRings {
         Self {
             file,
             memory: OnceLock::new(),
-            running: Mutex::default(),
+            rings: Mutex::default(),
         }
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, [bool; 2]> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock(&self) -> MutexGuard<'_, Rings> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Features that the kernel's device has.
@@ -65,12 +155,55 @@ impl KernelRings {
         self.get_features().map_err(io::Error::other)
     }
 
-    /// Tells the kernel all about ring `ring` of two, `start`'s, but nobody to be connected with. `running` is locked.
+    /// Whether the kernel can tell which pages it writes.
+    pub(super) fn can_log(&self) -> bool {
+        let known = self.known_features();
+        known.is_ok_and(|features| features & LOG_ALL != 0)
+    }
+
+    /// Whether the kernel notes from now on which pages it writes, for [`KernelRings::note_writes`].
+    pub(super) fn log_writes(&self, on: bool) -> io::Result<()> {
+        let mut rings = self.lock();
+        rings.is_logged = on;
+        if self.memory.get().is_none() {
+            return Ok(());
+        }
+        self.tell_mode(&mut rings).map_err(io::Error::other)
+    }
+
+    /// Tells the kernel whether its writes are logged, in general and for the rings that it serves.
+    fn tell_mode(&self, rings: &mut Rings) -> Result<(), vhost::Error> {
+        if rings.is_logged && rings.log.is_none() {
+            let log = KernelLog::of(&self.mem().memory());
+            self.set_log_base(log.address(), None)?;
+            rings.log = Some(log);
+        }
+        self.set_features(rings.features())?;
+        for (index, ring) in rings.places.iter().enumerate() {
+            if let Some(ring) = ring {
+                self.set_vring_addr(index, &rings.place(ring))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what the kernel has written since the last call into the log of guest memory.
+    pub(super) fn note_writes(&self) {
+        self.note(&self.lock());
+    }
+
+    fn note(&self, rings: &Rings) {
+        if let Some(log) = &rings.log {
+            log.drain(&self.mem().memory());
+        }
+    }
+
+    /// Tells the kernel all about ring `ring` of two, `start`'s, but nobody to be connected with.
     pub(super) fn prepare(
         &self,
         ring: usize,
         start: &QueueStart,
-        running: [bool; 2],
+        rings: &mut Rings,
     ) -> io::Result<QueueState> {
         let state = start.queue.state();
         let signal = match start.queue.interrupt().event()? {
@@ -87,27 +220,30 @@ impl KernelRings {
             avail_ring_addr: state.avail_ring,
             log_addr: None,
         };
-        let tell = || {
+        let mut tell = || {
             if self.memory.set(start.queue.memory().clone()).is_ok() {
                 self.set_owner()?;
             }
-            if running == [false; 2] {
-                let known = self.get_features()?;
-                self.set_features(start.features & known)?;
+            if !rings.runs(0) && !rings.runs(1) {
+                let known = self.get_features()? & !LOG_ALL;
+                rings.features = start.features & known;
                 self.set_mem_table(&regions(self.mem()))?;
+                self.tell_mode(rings)?;
             }
             self.set_vring_num(ring, state.size)?;
             self.set_vring_base(ring, state.next_avail)?;
-            self.set_vring_addr(ring, &place)?;
+            self.set_vring_addr(ring, &rings.place(&place))?;
             self.set_vring_call(ring, &signal)?;
             self.set_vring_kick(ring, &start.doorbell)
         };
         tell().map_err(io::Error::other)?;
+        rings.places[ring] = Some(place);
         Ok(state)
     }
 
     /// Where ring `ring` stands, which was at `state` and is no longer served.
-    pub(super) fn position(&self, ring: usize, state: QueueState) -> QueueState {
+    pub(super) fn position(&self, ring: usize, state: QueueState, rings: &Rings) -> QueueState {
+        self.note(rings);
         let next_avail = match self.get_vring_base(ring) {
             Ok(base) => u16::try_from(base & 0xffff).expect("masked"),
             Err(error) => {
@@ -138,4 +274,32 @@ fn regions(memory: &Memory) -> Vec<VhostUserMemoryRegionInfo> {
         }
     };
     memory.memory().iter().map(region).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_has_noted_is_in_the_log_of_guest_memory() {
+        let high = GuestAddress(4 << 30);
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 1 << 20), (high, 1 << 20)]).unwrap();
+        ram.iter()
+            .for_each(|region| memory::log(region).switch(true));
+        let kernel = KernelLog::of(&ram);
+        assert_eq!(kernel.0.len(), ((4 << 30) + (1 << 20)) / 4096 / 64);
+        // Pages 1 and 64, the first above 4 GiB, and one that is none.
+        kernel.0[0].store(1 << 1, Ordering::Relaxed);
+        kernel.0[1].store(1 << 0, Ordering::Relaxed);
+        kernel.0[(4 << 30) / 4096 / 64].store(1, Ordering::Relaxed);
+        kernel.0[1000].store(!0, Ordering::Relaxed);
+        for expected in [[0b10, 1, 1], [0, 0, 0]] {
+            kernel.drain(&ram);
+            let mut words = [[0; 4]; 2];
+            for (region, words) in ram.iter().zip(&mut words) {
+                memory::log(region).take(words);
+            }
+            assert_eq!([words[0][0], words[0][1], words[1][0]], expected);
+        }
+    }
 }

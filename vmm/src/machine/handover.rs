@@ -15,7 +15,7 @@ use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use atoll_devices::memory::Ram;
-use atoll_devices::virtio::Act;
+use atoll_devices::virtio::{Act, VirtioPci};
 use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{
@@ -64,6 +64,8 @@ struct Voice {
     events: Sender<Event>,
     machine: VirtualMachine,
     memory: Arc<Ram>,
+    /// None comes or goes meanwhile.
+    functions: Vec<Arc<VirtioPci>>,
 }
 
 impl Voice {
@@ -84,7 +86,8 @@ impl source::Owner for Voice {
     }
 
     fn log(&self) -> Result<WriteLog, MigrationError> {
-        let log = WriteLog::start(self.machine.clone(), self.memory.clone());
+        let functions = self.functions.clone();
+        let log = WriteLog::start(self.machine.clone(), self.memory.clone(), functions);
         log.map_err(|error| MigrationError::Refused(chain(&error)))
     }
 
@@ -178,6 +181,7 @@ impl Machine {
             events: self.events.clone(),
             machine: self.parts.machine.clone(),
             memory: self.parts.memory.clone(),
+            functions: self.parts.backplane.functions().cloned().collect(),
         };
         let (touched, shared) = (self.parts.touched(), progress.clone());
         let work = move || {

@@ -72,6 +72,8 @@ impl Machine {
             end.map_err(|error| api::refusal(400, format!("tap {}: {}", net.tap, chain(&error))))?;
         let card = devices::card(&mut self.parts.backplane, net, end);
         self.parts.nets.push(card.map_err(|error| refused(&error))?);
+        // A log that is on does not know of it, and the kernel may write for it.
+        self.tracked = None;
         let id = net.id.clone().unwrap_or_default();
         self.spec = spec;
         Ok(self.announce_function(id.clone(), Some(id), None))

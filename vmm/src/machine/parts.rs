@@ -27,6 +27,7 @@ use crate::board::Board;
 use crate::kvm::cpu::compare::feature_msrs;
 use crate::kvm::cpu::features::FeatureSet;
 use crate::kvm::cpu::{GuestCpu, runs_guests};
+use crate::kvm::dirty::WriteLog;
 use crate::kvm::{Kvm, KvmError, VirtualMachine};
 use crate::layout;
 use crate::loader::BootFiles;
@@ -139,6 +140,12 @@ impl Parts {
             Some(format!("{}: {why}", function.name()))
         };
         self.backplane.functions().find_map(obstacle)
+    }
+
+    /// Has all writes to RAM logged from now on.
+    pub(super) fn log_writes(&self) -> Result<WriteLog, KvmError> {
+        let functions = self.backplane.functions().cloned().collect();
+        WriteLog::start(self.machine.clone(), self.memory.clone(), functions)
     }
 
     /// Everything whose state is saved, with its name; in the order of restoring.

@@ -134,7 +134,7 @@ impl Machine {
         // The log of a parent has been emptied for this one, and goes on.
         let log = match self.tracked.take() {
             Some(tracked) => Ok(tracked.log),
-            None => WriteLog::start(self.parts.machine.clone(), self.parts.memory.clone()),
+            None => self.parts.log_writes(),
         };
         match log {
             Ok(log) => {

@@ -278,10 +278,13 @@ const MEMORY: &[Call] = &[ioctl(&[
     nr(UFFD, 0x04), // UFFDIO_ZEROPAGE
 ])];
 
-/// The log of written pages, on and off.
+/// The log of written pages, on and off: KVM's, and what the kernel writes for network cards.
 const MIGRATION: &[Call] = &[ioctl(&[
-    nr(KVM, 0x42), // KVM_GET_DIRTY_LOG
-    nr(KVM, 0x46), // KVM_SET_USER_MEMORY_REGION
+    nr(KVM, 0x42),   // KVM_GET_DIRTY_LOG
+    nr(KVM, 0x46),   // KVM_SET_USER_MEMORY_REGION
+    nr(VHOST, 0x00), // VHOST_SET_FEATURES, VHOST_GET_FEATURES
+    nr(VHOST, 0x04), // VHOST_SET_LOG_BASE
+    nr(VHOST, 0x11), // VHOST_SET_VRING_ADDR
 ])];
 
 /// The machine's life: everything of KVM, memory, terminal modes at the end. (It also grows images: `FILES`.)

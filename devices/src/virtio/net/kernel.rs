@@ -1,9 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! vhost-net: the kernel moves the packets between the driver's rings and the tap, without this process.
 //!
-//! One descriptor of `/dev/vhost-net` a pair of queues, opened while the machine is built. What the kernel cannot do stays with the threads: rate
-//! limits, receive filters (it delivers everything), and telling which pages it wrote (for a migration).
-//! Linux, `drivers/vhost/net.c`.
+//! One descriptor of `/dev/vhost-net` a pair of queues, opened while the machine is built. What the kernel cannot do
+//! stays with the threads: rate limits and receive filters (it delivers everything). Linux, `drivers/vhost/net.c`.
 
 #![expect(
     unsafe_code,
@@ -80,19 +79,20 @@ impl KernelPair {
         tap: &Arc<Tap>,
         shared: &Arc<Shared>,
     ) -> Result<Box<dyn StartedQueue>, StartError> {
-        let mut running = self.0.lock();
-        let connected = || {
-            let state = self.0.prepare(ring, start, *running)?;
+        let mut rings = self.0.lock();
+        let state = self.0.prepare(ring, start, &mut rings).and_then(|state| {
             let backend = shared.link_up().then(|| tap.file());
             self.set_backend(ring, backend)?;
             Ok(state)
-        };
-        let state = connected().map_err(|source| StartError {
-            index: start.index,
-            source,
+        });
+        let state = state.map_err(|source| {
+            rings.end(ring);
+            StartError {
+                index: start.index,
+                source,
+            }
         })?;
-        running[ring] = true;
-        drop(running);
+        drop(rings);
         Ok(Box::new(Running {
             pair: self.clone(),
             ring,
@@ -114,10 +114,15 @@ impl KernelPair {
         Ok(())
     }
 
+    /// The kernel's end of the pair's rings, for the log of what it writes.
+    pub(super) fn rings(&self) -> &KernelRings {
+        &self.0
+    }
+
     /// Connects what runs with the tap, or cuts it off.
     pub(super) fn set_link(&self, tap: &Tap, up: bool) {
-        let running = self.0.lock();
-        for ring in (0..2).filter(|ring| running[*ring]) {
+        let rings = self.0.lock();
+        for ring in (0..2).filter(|ring| rings.runs(*ring)) {
             if let Err(error) = self.set_backend(ring, up.then(|| tap.file())) {
                 tracing::error!(ring, %error, "vhost-net: set the link");
             }
@@ -134,13 +139,13 @@ struct Running {
 
 impl StartedQueue for Running {
     fn stop(self: Box<Self>) -> QueueState {
-        let mut running = self.pair.0.lock();
+        let mut rings = self.pair.0.lock();
         // After this the kernel has finished its packet and touches nothing any more.
         if let Err(error) = self.pair.set_backend(self.ring, None) {
             tracing::error!(ring = self.ring, %error, "vhost-net: stop");
         }
-        running[self.ring] = false;
-        self.pair.0.position(self.ring, self.state)
+        rings.end(self.ring);
+        self.pair.0.position(self.ring, self.state, &rings)
     }
 }
 

@@ -60,18 +60,17 @@ impl Kernel {
         start: &QueueStart,
     ) -> Result<Box<dyn StartedQueue>, StartError> {
         let ring = usize::from(start.index);
-        let mut running = self.rings.lock();
-        let prepared = self.rings.prepare(ring, start, *running);
+        let mut rings = self.rings.lock();
+        let prepared = self.rings.prepare(ring, start, &mut rings);
         let failed = |source| StartError {
             index: start.index,
             source,
         };
         let state = prepared.map_err(failed)?;
-        running[ring] = true;
-        if *running == [true; 2] {
+        if rings.both_run() {
             self.set_running(true).map_err(failed)?;
         }
-        drop(running);
+        drop(rings);
         Ok(Box::new(Running {
             kernel: self.clone(),
             ring,
@@ -99,15 +98,15 @@ struct Running {
 
 impl StartedQueue for Running {
     fn stop(self: Box<Self>) -> QueueState {
-        let rings = &self.kernel.rings;
-        let mut running = rings.lock();
+        let kernel = &self.kernel.rings;
+        let mut rings = kernel.lock();
         // After this the kernel has finished its packet and touches neither ring any more.
-        if *running == [true; 2]
+        if rings.both_run()
             && let Err(error) = self.kernel.set_running(false)
         {
             tracing::error!(ring = self.ring, %error, "vhost-vsock: stop");
         }
-        running[self.ring] = false;
-        rings.position(self.ring, self.state)
+        rings.end(self.ring);
+        kernel.position(self.ring, self.state, &rings)
     }
 }
