@@ -10,12 +10,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use atoll_devices::memory::Ram;
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_irqchip,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, KVMIO, Msrs, kvm_clear_dirty_log, kvm_enable_cap, kvm_irqchip,
     kvm_msr_entry, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iowr_nr;
 
 use super::cpu::features::MSR_ARCH_CAPABILITIES;
 use super::cpu::{HostCpu, HostExtras};
@@ -23,6 +27,9 @@ use crate::board::Board;
 
 /// Path of KVM's device, opened before the sandbox.
 pub const DEVICE: &str = "/dev/kvm";
+// Not among the calls of crate kvm-ioctls (`linux/kvm.h`).
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+
 /// The only version of the API there is.
 const API_VERSION: i32 = 12;
 
@@ -233,6 +240,50 @@ impl VirtualMachine {
     /// Makes every region of `memory` the guest's RAM, one slot each.
     pub fn set_memory(&self, memory: &Arc<Ram>) -> Result<(), KvmError> {
         self.set_slots(memory, 0)
+    }
+
+    /// Has reading the log of written pages not empty it, and every page in it at first; false where KVM cannot. Before
+    /// any log is on.
+    pub(super) fn log_is_manual(&self) -> bool {
+        let wanted = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+        let capability = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+        let known = self.fd().check_extension_raw(capability.into());
+        let mut asked = kvm_enable_cap {
+            cap: capability,
+            ..Default::default()
+        };
+        asked.args[0] = wanted.into();
+        u32::try_from(known).is_ok_and(|known| known & wanted == wanted)
+            && self.fd().enable_cap(&asked).is_ok()
+    }
+
+    /// Takes `count` pages of a slot, from `first_page` on, out of the log, of those that `words` names: a multiple of 64
+    /// of them, but at the slot's end.
+    pub(super) fn forget_writes(
+        &self,
+        slot: u32,
+        first_page: usize,
+        count: usize,
+        words: &[u64],
+    ) -> Result<(), KvmError> {
+        assert!(count <= words.len() * 64, "a bit for each page");
+        let mut asked = kvm_clear_dirty_log {
+            slot,
+            num_pages: u32::try_from(count).expect("16 TiB at most"),
+            first_page: first_page as u64,
+            ..Default::default()
+        };
+        asked.__bindgen_anon_1.dirty_bitmap = words.as_ptr().cast_mut().cast();
+        // SAFETY: the descriptor is a machine's. The kernel reads the struct, and a bit for each of its pages, which
+        // `words` has, as was asserted; it writes neither.
+        let result = unsafe { ioctl_with_ref(self.fd(), KVM_CLEAR_DIRTY_LOG(), &asked) };
+        match result {
+            0 => Ok(()),
+            _ => Err(KvmError::Failed {
+                what: "empty the log of written pages",
+                source: io::Error::last_os_error(),
+            }),
+        }
     }
 
     /// Lets KVM log, or no longer log, which pages of `memory` vCPUs write. The RAM is that of `set_memory`.

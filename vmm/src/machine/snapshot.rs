@@ -134,7 +134,8 @@ impl Machine {
         // The log of a parent has been emptied for this one, and goes on.
         let log = match self.tracked.take() {
             Some(tracked) => Ok(tracked.log),
-            None => self.parts.log_writes(),
+            // All that was written before is in this one.
+            None => (self.parts.log_writes()).and_then(|log| log.take().map(|_| log)),
         };
         match log {
             Ok(log) => {

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_devices::memory::{PAGE_BYTES, Ram};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use atoll_devices::memory::{DirtyLog, PAGE_BYTES, Ram};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::saved::image::{Touched, is_zero};
 
@@ -79,7 +79,13 @@ pub struct Round<'a> {
     pub sent: &'a AtomicU64,
     /// How fast they may go; shared by all connections.
     pub pace: &'a Pace,
+    /// Told of pages before they are looked at.
+    pub forget: &'a Forget<'a>,
 }
+
+/// What is told of pages: number of the region, of the first word of its bitmap, and the words. What is written to them
+/// from then on is for a later round.
+pub type Forget<'a> = dyn Fn(usize, usize, &[u64]) -> io::Result<()> + 'a;
 
 /// A limit on the bytes a second of all connections together.
 #[derive(Debug)]
@@ -118,26 +124,39 @@ impl Pace {
 /// Sends the stripe's part of a round.
 pub fn send(round: &Round<'_>, stripe: Stripe, out: &mut impl Write) -> io::Result<()> {
     let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
-    for (region, words) in round.ram.iter().zip(round.dirty) {
-        for (index, word) in words.iter().enumerate() {
-            if *word == 0 || index / STRIPE_WORDS % stripe.count != stripe.index {
-                continue;
+    for (number, (region, words)) in round.ram.iter().zip(round.dirty).enumerate() {
+        let stripes = words.chunks(STRIPE_WORDS).enumerate();
+        for (index, words) in stripes.skip(stripe.index).step_by(stripe.count) {
+            let first_word = index * STRIPE_WORDS;
+            (round.forget)(number, first_word, words)?;
+            for (index, word) in (first_word..).zip(words).filter(|(_, word)| **word != 0) {
+                send_pages(round, region, (index, *word), &mut buffer, out)?;
             }
-            let offset = index * WORD_PAGES * PAGE_BYTES;
-            let left = usize::try_from(region.len()).expect("64-bit host") - offset;
-            let part = &mut buffer[..left.min(WORD_PAGES * PAGE_BYTES)];
-            if let Some(Some(touched)) = round.first
-                && !touched.any(region.as_ptr() as usize + offset, part.len())
-            {
-                continue;
-            }
-            let start = region.start_addr().0 + offset as u64;
-            let read = round.ram.read_slice(part, GuestAddress(start));
-            read.map_err(io::Error::other)?;
-            send_word(round, *word, start, part, out)?;
         }
     }
     out.flush()
+}
+
+/// Sends the pages of a region that a word of its bitmap names, unless none of them was ever touched.
+fn send_pages(
+    round: &Round<'_>,
+    region: &GuestRegionMmap<DirtyLog>,
+    (index, word): (usize, u64),
+    buffer: &mut [u8],
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let offset = index * WORD_PAGES * PAGE_BYTES;
+    let left = usize::try_from(region.len()).expect("64-bit host") - offset;
+    let part = &mut buffer[..left.min(WORD_PAGES * PAGE_BYTES)];
+    if let Some(Some(touched)) = round.first
+        && !touched.any(region.as_ptr() as usize + offset, part.len())
+    {
+        return Ok(());
+    }
+    let start = region.start_addr().0 + offset as u64;
+    let read = round.ram.read_slice(part, GuestAddress(start));
+    read.map_err(io::Error::other)?;
+    send_word(round, word, start, part, out)
 }
 
 /// Sends the pages of one word of the bitmap, which begin at `start`: runs of zeroes and of others.
@@ -225,6 +244,8 @@ pub fn receive(ram: &Ram, from: &mut impl Read) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
     use crate::board::MICRO;
     use crate::memory::{Backing, allocate};
@@ -237,6 +258,13 @@ mod tests {
             put(page, 1);
         }
         let sent = AtomicU64::new(0);
+        let forgotten = RefCell::new(Vec::new());
+        let forget = |region, first_word, words: &[u64]| {
+            forgotten
+                .borrow_mut()
+                .push((region, first_word, words.len()));
+            Ok(())
+        };
         let round = |dirty: &Dirty, first| {
             for index in 0..3 {
                 let stripe = Stripe { index, count: 3 };
@@ -246,6 +274,7 @@ mod tests {
                     first,
                     sent: &sent,
                     pace: &Pace::new(None),
+                    forget: &forget,
                 };
                 let mut bytes = Vec::new();
                 send(&round, stripe, &mut bytes).unwrap();
@@ -257,6 +286,9 @@ mod tests {
         round(&all(&ram), Some(touched.as_ref()));
         let first = sent.load(Ordering::Relaxed);
         assert_eq!(first, (9 * 256_u64).div_ceil(7) * (4096 + 16));
+        // Every page once: stripes of 8 words, those of the first connection first.
+        let stripes = [(0, 0, 8), (0, 24, 8), (0, 8, 8), (0, 32, 4), (0, 16, 8)];
+        assert_eq!(forgotten.take(), stripes);
         // A page that became zero, and one that was written anew.
         put(7, 0);
         put(8, 9);

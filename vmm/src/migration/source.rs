@@ -197,7 +197,7 @@ fn attempt(
     }
     let pace = Arc::new(Pace::new(convergence.max_bytes_per_second));
     disks::follow(moving, progress, owner)?;
-    let log = owner.log()?;
+    let log = Arc::new(owner.log()?);
     let senders = Senders::start(data, &log, touched, progress, &pace)?;
     let brake = Brake::start(progress.clone(), owner.clone())?;
     let mut last = copy_while_running(&senders, &log, progress, convergence)?;
@@ -207,11 +207,11 @@ fn attempt(
     let held = Instant::now();
     let state = owner.hold()?;
     disks::settle(progress)?;
-    pages::merge(&mut last, &log.take().map_err(|error| refused(&error))?);
+    pages::merge(&mut last, &log.look().map_err(|error| refused(&error))?);
     progress
         .remaining
         .store(pages::size_bytes(&last), Ordering::Relaxed);
-    senders.round(last, false)?;
+    senders.round(last, Pass::Last)?;
     senders.end()?;
     let state = Message::State(Box::new(state));
     send(&mut control, &state).map_err(broken("send the machine's state"))?;
@@ -282,9 +282,13 @@ fn copy_while_running(
         let (before, started) = (progress.sent.load(Ordering::Relaxed), Instant::now());
         let written = pages::size_bytes(&dirty);
         progress.remaining.store(written, Ordering::Relaxed);
-        senders.round(dirty, rounds.count() == 0)?;
+        let pass = match rounds.count() {
+            0 => Pass::First,
+            _ => Pass::Again,
+        };
+        senders.round(dirty, pass)?;
         let time = started.elapsed();
-        dirty = log.take().map_err(|error| refused(&error))?;
+        dirty = log.look().map_err(|error| refused(&error))?;
         let left = pages::size_bytes(&dirty);
         progress.remaining.store(left, Ordering::Relaxed);
         let next = rounds.after(&Round {
@@ -329,8 +333,19 @@ impl Brake {
 }
 
 enum Job {
-    Round(Arc<Dirty>, bool),
+    Round(Arc<Dirty>, Pass),
     End,
+}
+
+/// Where a round is in a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    /// All of memory, of which the target has nothing.
+    First,
+    /// What was written since.
+    Again,
+    /// The rest, of a guest that is held.
+    Last,
 }
 
 /// One thread a data connection. They end when this is dropped, with their connections.
@@ -343,7 +358,7 @@ struct Senders {
 impl Senders {
     fn start(
         data: Vec<UnixStream>,
-        log: &WriteLog,
+        log: &Arc<WriteLog>,
         touched: Option<Arc<Touched>>,
         progress: &Progress,
         pace: &Arc<Pace>,
@@ -357,21 +372,27 @@ impl Senders {
         };
         for (index, stream) in data.into_iter().enumerate() {
             let (job, jobs) = channel::<Job>();
-            let (ram, touched, sent) =
-                (log.memory().clone(), touched.clone(), progress.sent.clone());
+            let (log, touched, sent) = (log.clone(), touched.clone(), progress.sent.clone());
             let (result, pace) = (result.clone(), pace.clone());
             let body = move || {
                 let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream);
                 for job in jobs {
                     let done = match job {
                         Job::End => pages::send_end(&mut out),
-                        Job::Round(dirty, first) => {
+                        Job::Round(dirty, pass) => {
+                            let forget = |region, first_word, words: &[u64]| match pass {
+                                Pass::Last => Ok(()),
+                                _ => log
+                                    .forget(region, first_word, words)
+                                    .map_err(io::Error::other),
+                            };
                             let round = pages::Round {
-                                ram: &ram,
+                                ram: log.memory(),
                                 dirty: &dirty,
-                                first: first.then_some(touched.as_deref()),
+                                first: (pass == Pass::First).then_some(touched.as_deref()),
                                 sent: &sent,
                                 pace: &pace,
+                                forget: &forget,
                             };
                             pages::send(&round, Stripe { index, count }, &mut out)
                         }
@@ -390,9 +411,9 @@ impl Senders {
         Ok(senders)
     }
 
-    fn round(&self, dirty: Dirty, first: bool) -> Result<(), MigrationError> {
+    fn round(&self, dirty: Dirty, pass: Pass) -> Result<(), MigrationError> {
         let dirty = Arc::new(dirty);
-        self.all(|| Job::Round(dirty.clone(), first))
+        self.all(|| Job::Round(dirty.clone(), pass))
     }
 
     fn end(&self) -> Result<(), MigrationError> {
