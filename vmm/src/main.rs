@@ -117,13 +117,13 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
     let target::Arrived {
         spec,
         state,
-        memory,
+        base,
         handover,
     } = arrived?;
     let mut source = handover.try_clone().context("keep the connection")?;
     let start = Start::Saved(Box::new(SavedStart {
         state,
-        memory: SavedMemory::Ram(memory),
+        memory: SavedMemory::Here(base),
         absence: Absence::Passed,
         handover: Some(handover),
     }));

@@ -155,6 +155,19 @@ impl Kvm {
         Ok(list.as_slice().to_vec())
     }
 
+    /// Makes a virtual machine with memory and a PC's interrupt controllers, but no vCPU.
+    pub fn create_with(
+        &self,
+        board: &Board,
+        cpu_count: u8,
+        memory: &Arc<Ram>,
+    ) -> Result<VirtualMachine, KvmError> {
+        let machine = self.create(board, cpu_count)?;
+        machine.set_memory(memory)?;
+        machine.create_interrupt_controllers()?;
+        Ok(machine)
+    }
+
     /// Makes a virtual machine with neither memory nor interrupt controllers nor vCPU. They come in this order:
     /// interrupt controllers are devices on buses of KVM's, and a memory slot that is set after they were put there
     /// waits milliseconds until the kernel is sure that nobody reads the old buses.

@@ -23,7 +23,6 @@ use atoll_firmware::acpi::{self, AcpiDevice, Platform, Power};
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 use kvm_bindings::kvm_cpuid_entry2;
 
-use super::Start;
 use super::backplane::Backplane;
 use super::devices::KINDS;
 use super::disks::Disk;
@@ -32,6 +31,7 @@ use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
 use super::saved::{self, Absence, RestoreError};
+use super::{SavedRam, Start};
 use crate::board::Board;
 use crate::check;
 use crate::flash::FlashError;
@@ -171,12 +171,10 @@ pub(super) fn build(
     let Ground {
         filling,
         memory,
+        machine,
         cpus,
         saved,
     } = ground(spec, &mut opened, backing, start)?;
-    let machine = opened.kvm.create(board, spec.cpu_count)?;
-    machine.set_memory(&memory)?;
-    machine.create_interrupt_controllers()?;
     let places = saved.as_ref().map(|(state, _)| state.slots.clone());
     let places = places.unwrap_or_default();
     let mut assembly = Assembly::new(
@@ -242,6 +240,8 @@ struct Ground {
     memory: Arc<Ram>,
     /// What brings its content, if that comes later.
     filling: Option<Filling>,
+    /// With that memory, and without vCPUs.
+    machine: VirtualMachine,
     cpus: Cpus,
     /// What a saved machine consists of beside them.
     saved: Option<(MachineState, Absence)>,
@@ -301,13 +301,19 @@ fn ground(
         let bits = cpus.address_bits();
         memory::allocate(board, spec.memory_mib, bits, backing)
     };
+    let machine = |opened: &Opened, memory: &_| {
+        let kvm = &opened.kvm;
+        kvm.create_with(board, spec.cpu_count, memory)
+    };
     let saved = match start {
         Start::Saved(saved) => *saved,
         Start::PowerOn => {
             let cpu = opened.cpu.take().expect("opened for a start by power");
             let cpus = Cpus::of(cpu, spec.cpu_count);
+            let memory = Arc::new(fresh(&cpus)?);
             return Ok(Ground {
-                memory: Arc::new(fresh(&cpus)?),
+                machine: machine(opened, &memory)?,
+                memory,
                 filling: None,
                 cpus,
                 saved: None,
@@ -324,14 +330,18 @@ fn ground(
         opened.share_no_kernel();
     }
     let memory = saved.memory;
-    let (memory, source) = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;
-    let memory = Arc::new(memory);
+    let SavedRam {
+        memory,
+        source,
+        machine: made,
+    } = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;
     let fill = |source| {
         let faults = opened.faults.take().expect("opened for lazy memory");
         Filling::start(faults, memory.clone(), Box::new(source), end_without_memory)
     };
     Ok(Ground {
         filling: source.map(fill).transpose()?,
+        machine: made.map_or_else(|| machine(opened, &memory), Ok)?,
         memory,
         cpus,
         saved: Some((saved.state, saved.absence)),

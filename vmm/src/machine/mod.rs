@@ -44,6 +44,7 @@ mod snapshot;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use atoll_devices::memory::Ram;
@@ -51,6 +52,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 
 use crate::api::{ApiError, ApiServer};
 use crate::board::Board;
+use crate::kvm::{Kvm, VirtualMachine};
 use crate::memory::{Backing, MemoryError};
 use crate::migration::MigrationError;
 use crate::migration::target::Handover;
@@ -94,6 +96,17 @@ impl Start {
         matches!(self, Self::Saved(saved) if saved.memory.is_lazy())
     }
 
+    /// The host's KVM, where it is open already.
+    fn kvm(&self) -> Option<Arc<Kvm>> {
+        match self {
+            Self::Saved(saved) => match &saved.memory {
+                SavedMemory::Here(base) => Some(base.kvm.clone()),
+                SavedMemory::Files(..) => None,
+            },
+            Self::PowerOn => None,
+        }
+    }
+
     /// Whether RAM was allocated for the machine, instead of being a file that others have.
     fn memory_is_own(&self) -> bool {
         match self {
@@ -119,8 +132,27 @@ pub struct SavedStart {
 pub enum SavedMemory {
     /// In files: the first has all of it, each further one what was written since (`crate::saved::open`).
     Files(Vec<Layer>, image::Mode),
-    /// Here already.
-    Ram(Ram),
+    /// Here already, in a virtual machine.
+    Here(Base),
+}
+
+/// What of a machine can be there before its state is known.
+pub struct Base {
+    /// Of which the machine was made.
+    pub kvm: Arc<Kvm>,
+    /// It has RAM and interrupt controllers, and no vCPU.
+    pub machine: VirtualMachine,
+    /// The machine's RAM.
+    pub memory: Arc<Ram>,
+}
+
+/// RAM of a saved machine, and what there is with it.
+struct SavedRam {
+    memory: Arc<Ram>,
+    /// What it has still to be filled from.
+    source: Option<Layers>,
+    /// The virtual machine that has it already.
+    machine: Option<VirtualMachine>,
 }
 
 impl SavedMemory {
@@ -129,18 +161,28 @@ impl SavedMemory {
         matches!(self, Self::Files(_, image::Mode::Lazy))
     }
 
-    /// RAM, with what it has still to be filled from.
     fn into_ram(
         self,
         board: &Board,
         memory_mib: u64,
         fresh: impl FnOnce() -> Result<Ram, MemoryError>,
-    ) -> Result<(Ram, Option<Layers>), BuildError> {
+    ) -> Result<SavedRam, BuildError> {
+        let found = |ram, source| SavedRam {
+            memory: Arc::new(ram),
+            source,
+            machine: None,
+        };
         let (layers, mode) = match self {
-            Self::Ram(ram) => return Ok((ram, None)),
+            Self::Here(base) => {
+                return Ok(SavedRam {
+                    memory: base.memory,
+                    source: None,
+                    machine: Some(base.machine),
+                });
+            }
             Self::Files(layers, image::Mode::Lazy) => {
                 let source = Layers::open(layers, memory_mib << 20).map_err(BuildError::Image)?;
-                return Ok((fresh()?, Some(source)));
+                return Ok(found(fresh()?, Some(source)));
             }
             Self::Files(layers, mode) => (layers, mode),
         };
@@ -162,7 +204,7 @@ impl SavedMemory {
         for layer in layers {
             read(layer, &ram).map_err(BuildError::Image)?;
         }
-        Ok((ram, None))
+        Ok(found(ram, None))
     }
 }
 

@@ -40,7 +40,7 @@ use crate::saved::image::Touched;
 /// What the host gives to one machine. Each row of [`KINDS`] fills its fields, and later takes them out in the
 /// same order.
 pub(super) struct Opened {
-    pub(super) kvm: Kvm,
+    pub(super) kvm: Arc<Kvm>,
     /// The guest's CPU; absent when a saved machine brings its own.
     pub(super) cpu: Option<GuestCpu>,
     /// The kernel that is loaded directly, or firmware.
@@ -102,7 +102,10 @@ impl Opened {
         options: &Options,
         start: &Start,
     ) -> Result<(Self, Option<ApiSocket>), RunError> {
-        let kvm = Kvm::open().map_err(BuildError::from)?;
+        let kvm = match start.kvm() {
+            Some(open) => open,
+            None => Arc::new(Kvm::open().map_err(BuildError::from)?),
+        };
         let cpu = match start {
             Start::PowerOn => Some(guest_cpu(spec, &kvm)?),
             Start::Saved(_) => None,

@@ -12,7 +12,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use atoll_devices::memory::Ram;
 use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::spec::{DiskBus, MachineSpec, Profile};
@@ -23,6 +22,7 @@ use crate::board::Board;
 use crate::check;
 use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
+use crate::machine::Base;
 use crate::memory::allocate;
 use crate::relay::Relay;
 use crate::sandbox;
@@ -43,8 +43,8 @@ pub struct Arrived {
     pub spec: MachineSpec,
     /// Everything but RAM: vCPUs, interrupt controllers, devices, clocks.
     pub state: MachineState,
-    /// The machine's RAM, all of its pages here.
-    pub memory: Ram,
+    /// The machine's RAM, all of its pages here, and what of KVM could be made before the rest was known.
+    pub base: Base,
     /// The last step: until it is done the machine is the source's.
     pub handover: Handover,
 }
@@ -120,11 +120,11 @@ pub fn accept(door: &Door, own_spec: Option<MachineSpec>) -> Result<Arrived, Mig
     if let Err(error) = &arrived {
         control.fail(&chain(error));
     }
-    let (spec, state, memory) = arrived?;
+    let (spec, state, base) = arrived?;
     Ok(Arrived {
         spec,
         state,
-        memory,
+        base,
         handover: control,
     })
 }
@@ -133,7 +133,7 @@ fn take(
     door: &Door,
     control: &mut Handover,
     own_spec: Option<MachineSpec>,
-) -> Result<(MachineSpec, MachineState, Ram), MigrationError> {
+) -> Result<(MachineSpec, MachineState, Base), MigrationError> {
     let broken = MigrationError::connection;
     let control = &mut control.0;
     let limited = control.set_read_timeout(Some(PATIENCE));
@@ -144,12 +144,12 @@ fn take(
     };
     hello.check()?;
     let spec = own_spec.unwrap_or_else(|| hello.spec.clone());
-    let memory = Arc::new(prepare(&hello, &spec)?);
+    let base = prepare(&hello, &spec)?;
     let images = Images::open(&hello.disks, &spec)?;
     send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
     let receivers = (0..hello.data_connections).map(|index| {
         let stream = next(door)?;
-        let memory = memory.clone();
+        let memory = base.memory.clone();
         let body =
             move || pages::receive(&memory, &mut BufReader::with_capacity(BUFFER_BYTES, stream));
         let thread = atoll_thread::spawn(Kind::Migration, &format!("receive-{index}"), body);
@@ -167,8 +167,7 @@ fn take(
         received.map_err(broken("receive memory"))?;
     }
     images.close()?;
-    let memory = Arc::try_unwrap(memory).expect("the receivers have ended");
-    Ok((spec, state, memory))
+    Ok((spec, state, base))
 }
 
 /// The next data connection.
@@ -184,8 +183,9 @@ fn next(door: &Door) -> Result<UnixStream, MigrationError> {
     door.next().map_err(broken("take a data connection"))
 }
 
-/// What can be told before anything is sent: whether this host can have the machine. Its RAM, if so.
-fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Ram, MigrationError> {
+/// What can be told before anything is sent: whether this host can have the machine. What needs nothing of it that only
+/// one of two processes can have is made now, not while its guest stands still.
+fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Base, MigrationError> {
     let refused = |error: &dyn std::error::Error| MigrationError::Refused(chain(error));
     let of_disks = hello.disks.iter().map(|disk| disk.connections);
     let connections = of_disks.fold(hello.data_connections, usize::saturating_add);
@@ -213,7 +213,14 @@ fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Ram, MigrationError> {
     let bits = cpuid::address_bits(&wanted);
     let board = Board::of(spec.profile);
     let backing = spec.services.memory_backing.into();
-    allocate(board, spec.memory_mib, bits, backing).map_err(|error| refused(&error))
+    let memory = allocate(board, spec.memory_mib, bits, backing);
+    let memory = Arc::new(memory.map_err(|error| refused(&error))?);
+    let machine = kvm.create_with(board, spec.cpu_count, &memory);
+    Ok(Base {
+        machine: machine.map_err(|error| refused(&error))?,
+        kvm: Arc::new(kvm),
+        memory,
+    })
 }
 
 /// A guest would not find the devices that it has, or find others.
