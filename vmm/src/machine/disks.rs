@@ -73,16 +73,15 @@ impl Disk {
         self.lock.as_ref()
     }
 
+    /// Where the guest's writes go, if it may write.
+    pub(super) fn written(&self) -> Option<Arc<Limited>> {
+        let backend = self.backend.clone();
+        backend.filter(|backend| !backend.geometry().read_only)
+    }
+
     /// Makes what the guest has written durable, while the machine is held.
     pub(super) fn flush(&self) -> io::Result<()> {
-        match &self.backend {
-            Some(backend) if !backend.geometry().read_only => {
-                let backend = backend.clone();
-                // A queue's ring and threads are more than the owner may make.
-                atoll_thread::in_starter(move || atoll_disk::flush(&*backend))
-            }
-            _ => Ok(()),
-        }
+        self.written().map_or(Ok(()), flush)
     }
 
     /// What backups ask of it; a drive has nothing to back up.
@@ -131,6 +130,12 @@ impl Disk {
             Place::Scsi { target, .. } => target.counters().list(),
         }
     }
+}
+
+/// Makes what was written durable. From any thread.
+pub(super) fn flush(backend: Arc<Limited>) -> io::Result<()> {
+    // A queue's ring and threads are more than most may make.
+    atoll_thread::in_starter(move || atoll_disk::flush(&*backend))
 }
 
 /// Opens and locks every image, and those behind it. Makes no thread.

@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 
 use atoll_devices::memory::Ram;
 use atoll_devices::virtio::{Act, VirtioPci};
-use atoll_disk::chain;
+use atoll_disk::{Limited, chain};
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{
     DISK_CONNECTIONS, MachineState, Migrate, MigrationInfo, MigrationStage, Request,
 };
 
-use super::disks::Disk;
+use super::disks::{self, Disk};
 use super::owner::{Event, GuestEvent, Machine};
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
@@ -66,6 +66,8 @@ struct Voice {
     memory: Arc<Ram>,
     /// None comes or goes meanwhile.
     functions: Vec<Arc<VirtioPci>>,
+    /// Likewise: what the guest writes to.
+    written: Vec<Arc<Limited>>,
 }
 
 impl Voice {
@@ -89,6 +91,13 @@ impl source::Owner for Voice {
         let functions = self.functions.clone();
         let log = WriteLog::start(self.machine.clone(), self.memory.clone(), functions);
         log.map_err(|error| MigrationError::Refused(chain(&error)))
+    }
+
+    fn flush(&self) {
+        for disk in &self.written {
+            // Once more, and heard, when the machine is held.
+            let _ = disks::flush(disk.clone());
+        }
     }
 
     fn hold(&self) -> Result<Saved, MigrationError> {
@@ -182,6 +191,7 @@ impl Machine {
             machine: self.parts.machine.clone(),
             memory: self.parts.memory.clone(),
             functions: self.parts.backplane.functions().cloned().collect(),
+            written: self.parts.disks.iter().filter_map(Disk::written).collect(),
         };
         let (touched, shared) = (self.parts.touched(), progress.clone());
         let work = move || {

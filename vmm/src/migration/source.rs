@@ -148,6 +148,10 @@ pub trait Owner: Clone + Send + 'static {
     /// Logs from now on what is written to its memory.
     fn log(&self) -> Result<WriteLog, MigrationError>;
 
+    /// Has its disks keep what the guest has written, so that little is left of that when it is held; a failure is for
+    /// that to find.
+    fn flush(&self);
+
     /// Stops it and takes its state. It stays held, whatever becomes of the migration: the owner lets it go on when that
     /// ends with an error other than [`MigrationError::Doubt`].
     fn hold(&self) -> Result<MachineState, MigrationError>;
@@ -200,45 +204,104 @@ fn attempt(
     let log = Arc::new(owner.log()?);
     let senders = Senders::start(data, &log, touched, progress, &pace)?;
     let brake = Brake::start(progress.clone(), owner.clone())?;
-    let mut last = copy_while_running(&senders, &log, progress, convergence)?;
+    let last = copy_while_running(&senders, &log, progress, convergence, owner)?;
     drop(brake);
 
-    progress.set_stage(MigrationStage::Switching, None);
     let held = Instant::now();
+    let done = switch(&mut control, &senders, last, &log, progress, owner);
+    // Also of a hand-over in doubt.
+    if progress.decision.load(Ordering::SeqCst) == COMMITTED {
+        let (time, limit) = (held.elapsed(), convergence.downtime_limit);
+        let downtime_us = microseconds(time);
+        progress.downtime_us.store(downtime_us, Ordering::Relaxed);
+        if time > limit {
+            let limit_us = microseconds(limit);
+            tracing::warn!(
+                downtime_us,
+                limit_us,
+                "the guest stood still for longer than was allowed"
+            );
+        }
+    }
+    match done {
+        Ok(()) => Ok(()),
+        Err(Switch::Failed(error)) => Err(error),
+        Err(Switch::Broke(error)) if !relayed && has_ended(&error) => {
+            Err(MigrationError::Connection {
+                what: "the target ended before it took the machine",
+                source: error,
+            })
+        }
+        Err(Switch::Broke(_)) => Err(MigrationError::Doubt),
+    }
+}
+
+/// Why the machine is not the target's, as far as is known.
+enum Switch {
+    /// It is this process's; or that is in doubt, and the error says so.
+    Failed(MigrationError),
+    /// The connection broke when the machine had been handed over.
+    Broke(io::Error),
+}
+
+impl From<MigrationError> for Switch {
+    fn from(error: MigrationError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Holds the machine, sends the rest of it, and hands it over.
+fn switch(
+    control: &mut UnixStream,
+    senders: &Senders,
+    mut last: Dirty,
+    log: &WriteLog,
+    progress: &Progress,
+    owner: &impl Owner,
+) -> Result<(), Switch> {
+    let broken = MigrationError::connection;
+    progress.set_stage(MigrationStage::Switching, None);
+    let started = Instant::now();
     let state = owner.hold()?;
     disks::settle(progress)?;
+    let held = started.elapsed();
     pages::merge(&mut last, &log.look().map_err(|error| refused(&error))?);
-    progress
-        .remaining
-        .store(pages::size_bytes(&last), Ordering::Relaxed);
+    let bytes = pages::size_bytes(&last);
+    progress.remaining.store(bytes, Ordering::Relaxed);
+    // The target takes it to pieces while the pages come.
+    send(control, &Message::State(Box::new(state))).map_err(broken("send the machine's state"))?;
     senders.round(last, Pass::Last)?;
     senders.end()?;
-    let state = Message::State(Box::new(state));
-    send(&mut control, &state).map_err(broken("send the machine's state"))?;
-    match ask(&mut control)? {
+    let sent = started.elapsed();
+    match ask(control)? {
         Message::Ready => {}
-        _ => return Err(MigrationError::Unexpected("that the target is ready")),
+        _ => return Err(MigrationError::Unexpected("that the target is ready").into()),
     }
+    tracing::info!(
+        hold_us = microseconds(held),
+        send_us = microseconds(sent - held),
+        build_us = microseconds(started.elapsed() - sent),
+        bytes,
+        "the target is ready"
+    );
     if !progress.decide(COMMITTED) {
-        return Err(MigrationError::Cancelled);
+        return Err(MigrationError::Cancelled.into());
     }
     // What was not written whole cannot be read as a Commit: the target has not taken it.
-    send(&mut control, &Message::Commit).map_err(broken("hand the machine over"))?;
-    let taken = receive(&mut control);
-    let downtime_us = u64::try_from(held.elapsed().as_micros()).unwrap_or(u64::MAX);
-    progress.downtime_us.store(downtime_us, Ordering::Relaxed);
+    send(control, &Message::Commit).map_err(broken("hand the machine over"))?;
+    let taken = receive(control);
     progress.remaining.store(0, Ordering::Relaxed);
     match taken {
         Ok(Message::Taken) => Ok(()),
         // Says so before it would run.
-        Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason)),
-        Ok(_) => Err(MigrationError::Doubt),
-        Err(error) if !relayed && has_ended(&error) => Err(MigrationError::Connection {
-            what: "the target ended before it took the machine",
-            source: error,
-        }),
-        Err(_) => Err(MigrationError::Doubt),
+        Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason).into()),
+        Ok(_) => Err(MigrationError::Doubt.into()),
+        Err(error) => Err(Switch::Broke(error)),
     }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Whether the process at the other end of a Unix socket is gone.
@@ -272,9 +335,11 @@ fn copy_while_running(
     log: &WriteLog,
     progress: &Progress,
     convergence: Convergence,
+    owner: &impl Owner,
 ) -> Result<Dirty, MigrationError> {
     let mut dirty = pages::all(log.memory());
     let mut rounds = Rounds::new(convergence);
+    let mut is_flushed = false;
     loop {
         if progress.is_cancelled() {
             return Err(MigrationError::Cancelled);
@@ -299,8 +364,13 @@ fn copy_while_running(
         });
         progress.rounds.store(rounds.count(), Ordering::Relaxed);
         match next {
-            Next::Switch if progress.disks.is_ready()? => return Ok(dirty),
-            Next::Switch => disks::wait_until_ready(progress)?,
+            Next::Switch if !progress.disks.is_ready()? => disks::wait_until_ready(progress)?,
+            // What is written meanwhile goes with one more round.
+            Next::Switch if !is_flushed => {
+                owner.flush();
+                is_flushed = true;
+            }
+            Next::Switch => return Ok(dirty),
             Next::Throttle(percent) => progress.throttle.store(percent, Ordering::Relaxed),
             Next::GoOn => {}
             Next::GiveUp(error) => return Err(error),
