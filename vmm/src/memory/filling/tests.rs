@@ -165,7 +165,7 @@ fn every_page_is_what_an_eager_restore_has() {
                 let (eager, lazy) = (&eager, &lazy);
                 scope.spawn(move || {
                     let mut random = Random(seed);
-                    for _ in 0..2000 {
+                    for _ in 0..500 {
                         let number = random.below(index(PAGES)) as u64;
                         assert!(page(lazy, number) == page(eager, number), "{number}");
                     }
