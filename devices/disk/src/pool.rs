@@ -151,8 +151,14 @@ impl Shared {
                 .request
                 .check(self.geometry.get())
                 .and_then(|()| (self.transfer)(&job.request));
-            locked(&job.to.list).push(job.request.finish(result));
-            signal(&job.to.event).expect("an eventfd of our own, far from its maximum");
+            let mut list = locked(&job.to.list);
+            list.push(job.request.finish(result));
+            let is_first = list.len() == 1;
+            drop(list);
+            // The queue takes the whole list at once, so it is told of the first that is there.
+            if is_first {
+                signal(&job.to.event).expect("an eventfd of our own, far from its maximum");
+            }
         }
         if self.serving.fetch_sub(1, Ordering::AcqRel) == 1 {
             (self.rest)();
