@@ -16,7 +16,7 @@ use crate::backend::{
 };
 use crate::immediate::ImmediateQueue;
 use crate::open::{Cache, Engine, ImageFile, OpenError, OpenOptions};
-use crate::pool::Pooled;
+use crate::pool::{Pooled, calls_for};
 use crate::segments::Segments;
 use crate::uring::UringQueue;
 use crate::zeroing::{LENGTH_BYTES_MAX, Way, zeroes};
@@ -189,7 +189,8 @@ impl RawBackend {
         let pool = (engine == Engine::Threads).then(|| {
             let serving = file.clone();
             let serve = move |request: &Request| serving.serve(request);
-            Pooled::new(geometry, Arc::new(serve), Arc::new(|| {}))
+            let calls = calls_for(options.cache);
+            Pooled::new(calls, geometry, Arc::new(serve), Arc::new(|| {}))
         });
         let block_bytes = alignment.offset_bytes;
         Ok(Self {

@@ -30,7 +30,7 @@ use crate::backend::{
     Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, SECTOR_BYTES,
     SharedGeometry, Space,
 };
-use crate::pool::Pooled;
+use crate::pool::{CALLS, Pooled};
 
 /// How long a server may take to read or to answer.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -183,7 +183,7 @@ impl NbdBackend {
         };
         let transfer = move |request: &Request| lines.carry_out(request);
         Self {
-            pool: Pooled::new(geometry.clone(), Arc::new(transfer), Arc::new(|| {})),
+            pool: Pooled::new(CALLS, geometry.clone(), Arc::new(transfer), Arc::new(|| {})),
             geometry,
             abilities,
         }

@@ -53,7 +53,7 @@ use crate::backend::{
     Abilities, BlockBackend, BlockQueue, Geometry, Request, ResizeError, SharedGeometry,
 };
 use crate::open::{Cache, Format, ImageFile, OpenError, OpenOptions};
-use crate::pool::Pooled;
+use crate::pool::{Pooled, calls_for};
 
 type Image = FormatAccess<ImageStorage>;
 
@@ -111,10 +111,11 @@ impl Qcow2Backend {
         let transfer = Arc::new(move |request: &Request| serving.transfer(request));
         // If it fails, the mark stays, and the next one who opens the image repairs it.
         let rest = Arc::new(move || drop(resting.rest()));
+        let calls = calls_for(options.cache);
         Ok(Self {
             image,
             geometry: geometry.clone(),
-            pool: Pooled::new(geometry, transfer, rest),
+            pool: Pooled::new(calls, geometry, transfer, rest),
             abilities: Abilities {
                 block_bytes,
                 discard_bytes: options.discard.then_some(header.cluster_bytes),
