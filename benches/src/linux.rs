@@ -8,6 +8,7 @@
 mod counts;
 mod image;
 mod lab;
+mod together;
 
 use std::fs;
 use std::io::Write as _;
@@ -141,6 +142,7 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
     };
     rows().unwrap_or_else(|error| {
         let mut figures = vec![start_figure(), memory_figure()];
+        figures.extend(together::figures());
         figures.extend(DISK_WORKS.iter().map(|work| work.figure(PREFIXES[0])));
         for prefix in &PREFIXES[1..] {
             figures.extend(NET_WORKS.iter().map(|work| work.figure(prefix)));
@@ -172,6 +174,7 @@ fn here(bench: &Bench, image: &Image) -> anyhow::Result<Vec<Row>> {
     let (programs, folder) = (&programs, folder.path());
     tap::in_namespace(|| {
         let mut rows = starts(bench, programs, folder)?;
+        rows.extend(together::rows(programs));
         let mut number = 0;
         let mut live = |monitor: &'static Monitor, vhost| {
             number += 1;

@@ -87,6 +87,17 @@ pub const OURS: Monitor = Monitor {
     starts_slowly: false,
 };
 
+/// Ours with the kernel's pages shared among all machines.
+pub const OURS_SHARING: Monitor = Monitor {
+    name: "atoll-vmm with a shared kernel",
+    prepare: |programs, guest| {
+        let mut command = ours(programs, guest);
+        command.arg("--share-kernel");
+        Ok(command.into())
+    },
+    starts_slowly: false,
+};
+
 /// Ours as [`FIRECRACKER`] is, which has neither without its jailer: for what they cost.
 pub const UNCONFINED: Monitor = Monitor {
     name: "atoll-vmm without sandbox and filters",
@@ -501,6 +512,14 @@ pub fn work(
     let (_, ns) = said.with_context(|| format!("no result of {work}"))?;
     let digits = ns.split(' ').next().unwrap_or_default();
     digits.parse().with_context(|| format!("{work}: {digits}"))
+}
+
+/// Proportional set size of the whole process, its guest's RAM included.
+pub fn pss_kib(running: &Running) -> anyhow::Result<f64> {
+    let lines = smaps(running)?;
+    let lines = lines.lines().filter_map(|line| line.strip_prefix("Pss:"));
+    let kib = lines.filter_map(|line| line.split_whitespace().next()?.parse::<u32>().ok());
+    Ok(f64::from(kib.sum::<u32>()))
 }
 
 /// A process's memory map.

@@ -52,13 +52,19 @@ const MEASURES: &[Measure] = &[
         name: "vm_memory_beyond_guest",
         unit: "KiB",
         turns_max: 3,
-        take: |programs, monitor| all_beyond_guest_kib(programs, monitor, 1),
+        take: |programs, monitor| of_all_kib(programs, monitor, 1, beyond_guest_kib),
     },
     Measure {
         name: "vm_memory_beyond_guest_100_at_once",
         unit: "KiB",
         turns_max: 1,
-        take: |programs, monitor| all_beyond_guest_kib(programs, monitor, MANY),
+        take: |programs, monitor| of_all_kib(programs, monitor, MANY, beyond_guest_kib),
+    },
+    Measure {
+        name: "vm_memory_with_guests_100_at_once",
+        unit: "KiB",
+        turns_max: 1,
+        take: |programs, monitor| of_all_kib(programs, monitor, MANY, monitor::pss_kib),
     },
 ];
 
@@ -119,11 +125,12 @@ fn hundred_ms(programs: &Programs, monitor: &Monitor) -> anyhow::Result<f64> {
     Ok(start.elapsed().as_secs_f64() * 1000.0)
 }
 
-/// The same figure of `count` machines that run at the same time, once their guests wait at their prompts.
-fn all_beyond_guest_kib(
+/// Sum over `count` machines that run at the same time, once their guests wait at their prompts.
+fn of_all_kib(
     programs: &Programs,
     monitor: &Monitor,
     count: usize,
+    kib: fn(&Running) -> anyhow::Result<f64>,
 ) -> anyhow::Result<f64> {
     let mut all = (0..count)
         .map(|_| Running::start(programs, monitor, &guest("stay")))
@@ -131,7 +138,7 @@ fn all_beyond_guest_kib(
     for running in &mut all {
         running.wait_for(PROMPT)?;
     }
-    all.iter().map(beyond_guest_kib).sum()
+    all.iter().map(kib).sum()
 }
 
 /// Proportional set size of every mapping but the guest's RAM.
