@@ -10,6 +10,7 @@ mod container;
 mod disk;
 mod host;
 mod linux;
+mod migration;
 mod monitor;
 mod net;
 mod restore;
@@ -27,7 +28,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, restore, disk, net, linux, container, api
+    /// Only these suites: start, restore, disk, net, migration, linux, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -84,6 +85,7 @@ const SUITES: &[Suite] = &[
     ("restore", restore::rows),
     ("disk", disk::rows),
     ("net", net::rows),
+    ("migration", migration::rows),
     ("linux", linux::rows),
     ("container", container::rows),
     ("api", api::rows),
@@ -104,8 +106,9 @@ fn main() -> anyhow::Result<()> {
         .with_context(|| format!("create {}", output_folder.display()))?;
     let bench = Bench {
         runs: arguments.runs.max(1),
-        bin_dir: arguments.bin_dir.unwrap_or_else(|| beside.to_owned()),
-        peers: arguments.peers,
+        // Some programs are run in folders of their own.
+        bin_dir: std::path::absolute(arguments.bin_dir.as_deref().unwrap_or(beside))?,
+        peers: arguments.peers.map(std::path::absolute).transpose()?,
         folder: output_folder.to_owned(),
         prepared: arguments.prepared,
         guest: arguments.guest,

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -142,6 +142,11 @@ pub const QEMU_Q35: Monitor = Monitor {
 };
 
 impl Monitor {
+    /// What runs that guest.
+    pub fn command(&self, programs: &Programs, guest: &Guest) -> anyhow::Result<Command> {
+        Ok((self.prepare)(programs, guest)?.command)
+    }
+
     /// Turns that it takes part in.
     pub fn turns_max(&self) -> usize {
         if self.starts_slowly { 2 } else { usize::MAX }
@@ -195,10 +200,25 @@ impl Programs {
         })
     }
 
-    fn peer(&self, name: &str) -> anyhow::Result<PathBuf> {
+    /// Ours.
+    pub fn vmm(&self) -> &Path {
+        &self.vmm
+    }
+
+    /// A peer that the system does not have.
+    pub fn peer(&self, name: &str) -> anyhow::Result<PathBuf> {
         let path = self.peers.as_ref().map(|folder| folder.join(name));
         path.filter(|path| path.is_file())
             .with_context(|| format!("no `{name}` in the folder that --peers (PEERS=) names"))
+    }
+
+    /// A file that describes the guest to Firecracker.
+    pub fn firecracker_config(&self, guest: &Guest) -> anyhow::Result<PathBuf> {
+        let config = firecracker_config(&self.kernel, self.initrd.as_deref(), guest)?;
+        let name = format!("firecracker-{}.json", firecracker_number());
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, Value::to_string(&config))?;
+        Ok(path)
     }
 }
 
@@ -265,12 +285,8 @@ fn ours(programs: &Programs, guest: &Guest) -> Command {
 
 /// By itself; with PCI where there is a device, as ours have no other bus.
 fn firecracker(programs: &Programs, guest: &Guest) -> anyhow::Result<Prepared> {
-    let program = programs.peer("firecracker")?;
-    let config = firecracker_config(&programs.kernel, programs.initrd.as_deref(), guest)?;
-    let name = format!("firecracker-{}.json", firecracker_number());
-    let path = programs.folder.path().join(name);
-    std::fs::write(&path, Value::to_string(&config))?;
-    let mut command = Command::new(program);
+    let mut command = Command::new(programs.peer("firecracker")?);
+    let path = programs.firecracker_config(guest)?;
     command.args(["--no-api", "--config-file"]).arg(path);
     if guest.disk.is_some() || guest.card.is_some() {
         command.arg("--enable-pci");
@@ -423,6 +439,16 @@ impl Running {
     pub fn type_in(&mut self, text: &[u8]) -> anyhow::Result<()> {
         let input = self.process.stdin.as_mut().context("its input")?;
         input.write_all(text).context("type")
+    }
+
+    /// Starts a command.
+    pub fn of(command: Command) -> anyhow::Result<Self> {
+        Prepared::from(command).start()
+    }
+
+    /// Its standard output, for who reads it elsewhere.
+    pub fn take_output(&mut self) -> anyhow::Result<ChildStdout> {
+        self.process.stdout.take().context("its output")
     }
 
     /// Its process.

@@ -21,6 +21,11 @@ pub fn run(arguments: &str, devices: &mut Devices, clock: &Clock) {
         .split_ascii_whitespace()
         .filter_map(|word| word.parse().ok());
     let (first_mib, size_mib) = (numbers.next().unwrap_or(16), numbers.next().unwrap_or(4));
+    work(first_mib, size_mib, devices, clock);
+}
+
+/// The same.
+pub fn work(first_mib: u64, size_mib: u64, devices: &mut Devices, clock: &Clock) {
     let Some(pages) = Pages::new(first_mib << 20, size_mib << 20) else {
         let _ = writeln!(Serial, "load: no such memory");
         return;

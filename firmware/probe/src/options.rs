@@ -5,6 +5,7 @@
 //! - `write`: disks that allow it are written, read back and flushed (their content is lost),
 //! - `keep`: devices that are wanted back are not let go,
 //! - `echo`: the host sends every line back that we send on the virtio console,
+//! - `load=FIRST_MIB,SIZE_MIB`: after the report of `stay`, the shell's `load` on that RAM, until a byte is typed,
 //! - `ip=A.B.C.D` `peer=A.B.C.D`: our address and who answers pings; without them DHCP gives both,
 //! - after `bench`: works for the devices, done one by one, and `poll`; `bench/` says how they are written.
 
@@ -41,6 +42,8 @@ pub struct Options {
     pub echo: bool,
     /// A benchmark never sleeps.
     pub poll: bool,
+    /// What to do before the shell.
+    pub load: Option<(u64, u64)>,
     /// Our address.
     pub ip: Option<[u8; 4]>,
     /// The host's address.
@@ -85,11 +88,17 @@ impl Options {
             keep: has("keep"),
             echo: has("echo"),
             poll: has("poll"),
+            load: value("load=").and_then(region),
             ip: value("ip=").and_then(address),
             peer: value("peer=").and_then(address),
             rsdp: field(32),
         }
     }
+}
+
+fn region(text: &str) -> Option<(u64, u64)> {
+    let (first, size) = text.split_once(',')?;
+    Some((first.parse().ok()?, size.parse().ok()?))
 }
 
 fn address(text: &str) -> Option<[u8; 4]> {

@@ -22,6 +22,9 @@ const PROMPT: &str = "probe> ";
 pub fn run(devices: &mut Devices, platform: &Platform, clock: &Clock, options: &Options) {
     Serial.listen();
     platform.listen();
+    if let Some((first_mib, size_mib)) = options.load {
+        load::work(first_mib, size_mib, devices, clock);
+    }
     let _ = write!(Serial, "Type help.\n{PROMPT}");
     let mut line = String::new();
     loop {
