@@ -35,6 +35,12 @@ pub fn start_with(
     (hosts, [around, work])
 }
 
+/// `vmlinux`, an uncompressed kernel: that of the hosts.
+pub fn add_vmlinux(payload: &Path) -> anyhow::Result<()> {
+    std::fs::copy(lab::host_image()?.join("vmlinux"), payload.join("vmlinux"))?;
+    Ok(())
+}
+
 /// `testpmd/`: the program, the drivers that it loads by itself, and the libraries of all.
 pub fn add_testpmd(payload: &Path) -> anyhow::Result<()> {
     let place = payload.join("testpmd");
