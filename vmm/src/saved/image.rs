@@ -143,7 +143,8 @@ fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
 
 /// Reads the file's data into `ram`, which is zeroed.
 pub fn read(ram: &Ram, file: &File) -> io::Result<()> {
-    check_size(file, ram.iter().map(GuestMemoryRegion::len).sum())?;
+    let total = ram.iter().map(GuestMemoryRegion::len).sum();
+    check_size(file, total)?;
     let mut at = 0;
     for region in ram.iter() {
         let end = at + region.len();
@@ -159,7 +160,8 @@ pub fn read(ram: &Ram, file: &File) -> io::Result<()> {
         }
         at = end;
     }
-    Ok(())
+    // A file that was cut off meanwhile has no data there either, which would be taken for zeroes.
+    check_size(file, total)
 }
 
 /// The next range of the file that has data, at or after `from`.
