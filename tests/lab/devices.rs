@@ -152,11 +152,18 @@ answer = s.recv(32); assert answer.startswith(b"OK "), answer"#;
 pub fn hear(host: &Host, mark: &str, seconds: u32) -> String {
     let script = format!(
         "for i in $(seq {seconds}); do grep -a '^{mark}' /var/t/console.log | tail -1 | grep . && exit 0; sleep 1; done; \
-         tail -n 20 /var/t/console.log; cat /var/t/vmm.log; exit 1"
+         tail -n 20 /var/t/console.log; cat /var/t/vmm.log; {WHERE_THREADS_ARE}; exit 1"
     );
     let line = host.check(&script, SECOND * (seconds + 30)).unwrap();
     line.trim().trim_start_matches(mark).trim().to_owned()
 }
+
+/// Tells of each thread of a machine that is silent, twice: its name, the system call and its first arguments (or
+/// `running`), its user and system time in hundredths of a second.
+const WHERE_THREADS_ARE: &str = "for turn in 1 2; do for thread in /proc/$(pidof -s atoll-vmm)/task/*; do \
+     echo $(cat $thread/comm): $(cut -d ' ' -f 1-3 $thread/syscall), \
+     $(sed 's/.*) //' $thread/stat | cut -d ' ' -f 12,13); done; sleep 1; done; \
+     /payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock counters";
 
 /// Tells how a machine ended that was not to.
 pub const WHAT_HAPPENED: &str =
