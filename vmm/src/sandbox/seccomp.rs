@@ -11,6 +11,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -25,6 +26,8 @@ static MODE: OnceLock<Seccomp> = OnceLock::new();
 /// Compiled when the first thread of a kind asks.
 static PROGRAMS: [OnceLock<BpfProgram>; Kind::ALL.len()] =
     [const { OnceLock::new() }; Kind::ALL.len()];
+/// Who says so in the handler's line: `atoll-vmm`, `atoll-relay`, or what embeds this crate.
+static PROGRAM: OnceLock<String> = OnceLock::new();
 /// Where the handler writes its line.
 static LOG: AtomicI32 = AtomicI32::new(libc::STDERR_FILENO);
 
@@ -34,10 +37,17 @@ pub(super) fn arm(mode: Seccomp, log: RawFd) -> Result<(), SandboxError> {
         return Ok(());
     }
     LOG.store(log, Ordering::Relaxed);
+    PROGRAM.get_or_init(program_name);
     keep_one_heap();
     let _ = MODE.set(mode);
     name_denied_calls().map_err(SandboxError::Handler)?;
     atoll_thread::confine(enter).map_err(SandboxError::Starter)
+}
+
+fn program_name() -> String {
+    let path = PathBuf::from(std::env::args_os().next().unwrap_or_default());
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 /// Of all threads. Otherwise the C library opens files: in /sys to count CPUs before it makes one more heap, in /proc
@@ -101,12 +111,13 @@ extern "C" fn denied(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc
     unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
     let end = thread.iter().position(|byte| *byte == 0);
     let thread = std::str::from_utf8(&thread[..end.unwrap_or_default()]).unwrap_or("?");
+    let program = PROGRAM.get().map_or("", String::as_str);
     // What does not fit is cut off.
     let number = at(libc::REG_RAX);
     let name = names::name(number).unwrap_or("?");
     let _ = write!(
         line,
-        "atoll-vmm: thread {thread} made a system call that its filter denies: {name} (number {number}), arguments"
+        "{program}: thread {thread} made a system call that its filter denies: {name} (number {number}), arguments"
     );
     for register in [
         libc::REG_RDI,
@@ -203,8 +214,11 @@ mod tests {
         let name = "a_denied_call_is_named_with_its_thread_and_ends_the_process";
         let (code, said) = run_alone(name, "on");
         assert_eq!(code, Some(DENIED_EXIT_CODE), "{said}");
-        let line = "atoll-vmm: thread blk0-q0 made a system call that its filter denies: openat (number 257)";
-        assert!(said.contains(line), "{said}");
+        let line = format!(
+            "{}: thread blk0-q0 made a system call that its filter denies: openat (number 257)",
+            program_name()
+        );
+        assert!(said.contains(&line), "{said}");
     }
 
     #[test]
