@@ -194,5 +194,5 @@ fn terminals() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("terminal"), "{text}");
+    assert!(text.contains("terminal"), "{output:?}");
 }
