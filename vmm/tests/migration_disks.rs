@@ -190,9 +190,7 @@ fn a_machine_moves_with_its_disk() {
     assert_eq!(info.disks.len(), 1);
     assert!(info.disks[0].copied_bytes >= DISK_BYTES);
     assert_eq!(info.disks[0].left_bytes, 0);
-    // Holes stay: of 32 MiB half was never written.
     let space = std::fs::metadata(target.path("disk")).unwrap().blocks() * 512;
-    assert!(space < DISK_BYTES * 3 / 4, "{space}");
     assert!(
         target
             .said()
@@ -201,6 +199,9 @@ fn a_machine_moves_with_its_disk() {
         target.said()
     );
     let done = target.serial().load_beyond(0);
+    // Holes stay: half of the disk was never written but by the guest, a block a round.
+    let most = DISK_BYTES / 2 + done * BLOCK_BYTES as u64 + (1 << 20);
+    assert!(space <= most, "{space} bytes after {done} rounds");
 
     // On to another format, under another name.
     source = target;
