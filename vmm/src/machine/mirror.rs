@@ -176,7 +176,7 @@ impl Machine {
         target: Arc<dyn BlockBackend>,
         bytes_per_second: Option<u64>,
     ) -> io::Result<Mirror> {
-        let disk = self.parts.disks.iter().find(|disk| disk.id() == id);
+        let disk = disks::find(&self.parts, id).ok();
         let parts = disk.and_then(|disk| disk.backup().zip(disk.limited()));
         let (backup, limited) = parts.expect("looked at before");
         let (tracked, limited) = (backup.tracked.clone(), limited.clone());
@@ -207,28 +207,24 @@ impl Machine {
         targets: Vec<Target>,
         bytes_per_second: Option<u64>,
     ) -> Result<Result<Vec<Following>, MigrationError>, RunError> {
-        let failed = |id: &str, reason: String| MigrationError::Disk {
-            id: id.to_owned(),
-            reason,
-        };
         let count = u64::try_from(targets.len()).unwrap_or(u64::MAX).max(1);
         let share = bytes_per_second.map(|all| (all / count).max(1));
         for Target { id, backend } in &targets {
-            let disk = self.parts.disks.iter().find(|disk| disk.id() == id);
+            let disk = disks::find(&self.parts, id).ok();
             let backup = disk.and_then(|disk| disk.backup());
             // A guest may have let it go since it was looked at.
             let Some(backup) = backup else {
-                return Ok(Err(failed(id, "it is gone".to_owned())));
+                return Ok(Err(MigrationError::disk(id, "it is gone".to_owned())));
             };
             if let Err(error) = backup.switchable.check(&**backend) {
                 let reason = format!("the target cannot take its place: {error}");
-                return Ok(Err(failed(id, reason)));
+                return Ok(Err(MigrationError::disk(id, reason)));
             }
         }
         let (following, held_us) = self.while_held(|machine| {
             let following = targets.into_iter().map(|Target { id, backend }| {
                 let begun = machine.follow(&id, backend, share);
-                let mirror = begun.map_err(|error| failed(&id, error.to_string()))?;
+                let mirror = begun.map_err(|error| MigrationError::disk(&id, error.to_string()))?;
                 Ok(Following { id, mirror })
             });
             following.collect()

@@ -108,10 +108,9 @@ impl Pristine {
             msr_indices: kvm.msr_indices()?,
             nested: runs_guests(features),
         });
-        let saved: Vec<_> = vcpus.iter().map(|vcpu| vcpu.save(&scope)).collect();
-        let state = |saved: Pending<VcpuState>| saved.wait().map(Arc::new);
+        let states = Pending::all(vcpus.iter().map(|vcpu| vcpu.save(&scope)))?;
         Ok(Self {
-            vcpus: saved.into_iter().map(state).collect::<Result<_, _>>()?,
+            vcpus: states.into_iter().map(Arc::new).collect(),
             irqchips: machine.irqchips()?,
             scope,
             timer: legacy.map(|_| machine.timer()).transpose()?,
@@ -229,10 +228,7 @@ impl Parts {
         }
         self.machine.set_irqchips(&self.pristine.irqchips)?;
         let vcpus = self.vcpus.iter().zip(&self.pristine.vcpus);
-        let restored: Vec<_> = vcpus
-            .map(|(vcpu, state)| vcpu.restore(state, Tsc::Keep))
-            .collect();
-        restored.into_iter().try_for_each(Pending::wait)?;
+        Pending::all(vcpus.map(|(vcpu, state)| vcpu.restore(state, Tsc::Keep)))?;
         self.load(spec)
     }
 }

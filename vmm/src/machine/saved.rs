@@ -103,10 +103,8 @@ pub(super) fn save(parts: &Parts, spec: &MachineSpec) -> Result<MachineState, Kv
     let slots = slots.map(|(name, slot)| (name.to_owned(), slot));
     let guest_clock = parts.machine.fd().get_clock();
     let guest_clock = guest_clock.map_err(KvmError::failed("read the guest's clock"))?;
-    let vcpus = parts.vcpus.iter();
-    let vcpus: Vec<_> = vcpus.map(|vcpu| vcpu.save(&parts.pristine.scope)).collect();
-    let vcpus = vcpus.into_iter().map(Pending::wait);
-    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+    let scope = &parts.pristine.scope;
+    let vcpus = Pending::all(parts.vcpus.iter().map(|vcpu| vcpu.save(scope)))?;
     let chips = parts.machine.irqchips()?;
     Ok(MachineState {
         format: FORMAT.to_owned(),
@@ -194,10 +192,7 @@ pub(super) fn restore(
     if let Some((vcpu, state)) = vcpus.next() {
         vcpu.restore(&state, Tsc::SetFirst).wait()?;
     }
-    let others: Vec<_> = vcpus
-        .map(|(vcpu, state)| vcpu.restore(&state, Tsc::Set))
-        .collect();
-    others.into_iter().try_for_each(Pending::wait)?;
+    Pending::all(vcpus.map(|(vcpu, state)| vcpu.restore(&state, Tsc::Set)))?;
     let built_with = parts.generation.as_ref().map(|device| device.value());
     for ((name, device), saved) in built.iter().zip(entries) {
         let restored = device.restore(&saved);

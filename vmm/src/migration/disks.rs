@@ -141,7 +141,7 @@ impl Course {
         for one in &state.following {
             let progress = one.mirror.progress();
             if let Some(reason) = progress.failed {
-                return Err(failed(&one.id, reason));
+                return Err(MigrationError::disk(&one.id, reason));
             }
             ready &= progress.ready;
         }
@@ -164,11 +164,6 @@ impl Following {
             bytes_per_second: progress.bytes_per_second,
         }
     }
-}
-
-fn failed(id: &str, reason: String) -> MigrationError {
-    let id = id.to_owned();
-    MigrationError::Disk { id, reason }
 }
 
 /// Begins to copy the disks to a target that has welcomed them, and waits until little is left of each.
@@ -204,7 +199,7 @@ pub(super) fn settle(progress: &Progress) -> Result<(), MigrationError> {
     for one in &following {
         let left = deadline.saturating_duration_since(Instant::now());
         let settled = one.mirror.settle(left);
-        settled.map_err(|error| failed(&one.id, error.to_string()))?;
+        settled.map_err(|error| MigrationError::disk(&one.id, error.to_string()))?;
     }
     drop(following);
     progress.disks().end();
@@ -216,11 +211,11 @@ fn reach(moving: Moving) -> Result<Target, MigrationError> {
     let id = moving.disk.id;
     let streams = moving.connections.into_iter().map(OwnedFd::from);
     let backend = nbd::NbdBackend::open(streams.collect(), "", false);
-    let backend = backend.map_err(|error| failed(&id, chain(&error)))?;
+    let backend = backend.map_err(|error| MigrationError::disk(&id, chain(&error)))?;
     let size_bytes = backend.geometry().size_bytes;
     // It has said that it would be so.
     if size_bytes != moving.disk.size_bytes {
-        return Err(failed(
+        return Err(MigrationError::disk(
             &id,
             format!("the other side serves {size_bytes} bytes"),
         ));
@@ -336,7 +331,7 @@ impl Served {
         }
         for image in self.images.0 {
             let flushed = atoll_disk::flush(&*image.backend);
-            flushed.map_err(|error| failed(&image.id, format!("flush: {error}")))?;
+            flushed.map_err(|error| MigrationError::disk(&image.id, format!("flush: {error}")))?;
         }
         Ok(())
     }

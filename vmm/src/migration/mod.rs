@@ -207,6 +207,12 @@ impl MigrationError {
     pub fn connection(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Connection { what, source }
     }
+
+    /// Of a disk that moves along.
+    pub fn disk(id: &str, reason: String) -> Self {
+        let id = id.to_owned();
+        Self::Disk { id, reason }
+    }
 }
 
 /// Sends one message: its length in four bytes, then JSON. Blocks until the other side has room for it.

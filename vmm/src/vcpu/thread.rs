@@ -114,6 +114,12 @@ impl<T> Pending<T> {
     pub fn wait(self) -> Result<T, KvmError> {
         self.0.recv().unwrap_or_else(|_| Err(ended()))
     }
+
+    /// Asks them all, and then waits for all: they do it at the same time. Their answers are in the same order.
+    pub fn all(asked: impl Iterator<Item = Self>) -> Result<Vec<T>, KvmError> {
+        let asked: Vec<_> = asked.collect();
+        asked.into_iter().map(Self::wait).collect()
+    }
 }
 
 /// The byte of a vCPU's shared page that makes `KVM_RUN` return at once.
