@@ -21,7 +21,9 @@ use std::time::{Duration, Instant};
 
 use atoll_disk::qcow2::{Qcow2Options, create};
 use atoll_vmm_protocol::api::{Migrate, MigrationInfo, Request};
-use guest::{Guest, Place, Random, eventually, kvm, moved, number, runs, shell, works};
+use guest::{
+    Disturbance, Guest, Place, Random, eventually, kvm, moved, number, runs, shell, works,
+};
 
 /// A process that waits for `source`'s machine, in a folder with the same disk.
 fn target_for(source: &Guest) -> Guest {
@@ -181,21 +183,10 @@ fn clocks_of_a_moved_guest_count_the_time_of_its_move() {
     guest.ended();
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Disturbance {
-    KillSource,
-    KillTarget,
-    Cancel,
-}
-
 /// One migration that is disturbed at a random moment.
 fn disturbed(seed: u64) {
     let mut random = Random::of(seed);
-    let disturbance = [
-        Disturbance::KillSource,
-        Disturbance::KillTarget,
-        Disturbance::Cancel,
-    ][usize::try_from(random.below(3)).unwrap()];
+    let disturbance = Disturbance::any(&mut random);
     let moment = Duration::from_micros(random.below(400_000));
     println!("seed {seed}: {disturbance:?} after {moment:?}");
     let mut source = Place::new().start(&shell("64", "1"));

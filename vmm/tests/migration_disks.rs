@@ -19,7 +19,10 @@ use std::time::Duration;
 
 use atoll_disk::qcow2::{Qcow2Options, create};
 use atoll_vmm_protocol::api::{MigrationInfo, Request};
-use guest::{Guest, Place, Random, Serial, eventually, kvm, moved, number, runs, shell, works};
+use guest::{
+    Disturbance, Guest, Place, Random, Serial, eventually, kvm, moved, number, runs,
+    shell_with_disk, works,
+};
 
 const DISK_BYTES: u64 = 32 << 20;
 /// What the probe's `load` writes at once.
@@ -51,10 +54,7 @@ fn writing(place: Place, disk: &str) -> (Guest, Serial, Vec<u8>) {
         true => std::fs::read(place.path("raw")),
         false => std::fs::read(place.path("disk")),
     };
-    let mut arguments = shell("32M", "1");
-    let keys = arguments.iter().position(|one| one.starts_with("path="));
-    arguments[keys.unwrap()] = disk;
-    let mut guest = place.start(&arguments);
+    let mut guest = place.start(&shell_with_disk("32M", "1", disk));
     let mut serial = guest.serial();
     serial.start_load("");
     serial.load_beyond(0);
@@ -66,19 +66,10 @@ fn content(guest: &Guest, image: &str, format: &str) -> Vec<u8> {
     if format == "raw" {
         return std::fs::read(guest.path(image)).unwrap();
     }
-    qemu_img(
-        guest,
-        &["convert", "-f", format, "-O", "raw", image, "copy"],
-    );
+    guest
+        .place
+        .qemu_img(&["convert", "-f", format, "-O", "raw", image, "copy"]);
     std::fs::read(guest.path("copy")).unwrap()
-}
-
-fn qemu_img(guest: &Guest, arguments: &[&str]) {
-    let mut command = Command::new("qemu-img");
-    let output = command.current_dir(guest.path("")).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("qemu-img: {error}"));
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "qemu-img {arguments:?}: {error}");
 }
 
 /// A process that waits for a machine, with an empty image `disk` of its own.
@@ -225,11 +216,7 @@ fn a_machine_moves_with_its_disk() {
     std::fs::rename(target.path("own-disk"), target.path("disk")).unwrap();
     let place = target.place.clone();
     end_and_compare(target, serial, "qcow2", &before, "moved twice");
-    let mut check = Command::new("qemu-img");
-    let check = check
-        .args(["check", "-q", "-f", "qcow2"])
-        .arg(place.path("disk"));
-    assert!(check.status().unwrap().success());
+    place.qemu_img(&["check", "-q", "-f", "qcow2", "disk"]);
 }
 
 #[test]
@@ -238,44 +225,25 @@ fn a_qcow2_image_moves_to_another_one() {
         return;
     }
     let place = place();
-    let (raw, image) = (place.path("raw"), place.path("disk"));
-    std::fs::rename(&image, &raw).unwrap();
-    let mut convert = Command::new("qemu-img");
-    let convert = convert
-        .args(["convert", "-f", "raw", "-O", "qcow2"])
-        .arg(raw)
-        .arg(image);
-    assert!(convert.status().unwrap().success());
+    std::fs::rename(place.path("disk"), place.path("raw")).unwrap();
+    place.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "raw", "disk"]);
     let (mut source, _serial, before) = writing(place, "path=disk,format=qcow2");
     let mut target = target("qcow2", DISK_BYTES, &[]);
     moved(begin(&source, &target, &[]), &mut source, &target);
     // Both are whole and closed, or in use by one machine only.
-    qemu_img(&source, &["check", "-q", "-f", "qcow2", "disk"]);
+    source
+        .place
+        .qemu_img(&["check", "-q", "-f", "qcow2", "disk"]);
     let serial = target.serial();
     let place = target.place.clone();
     end_and_compare(target, serial, "qcow2", &before, "qcow2");
-    let mut check = Command::new("qemu-img");
-    let check = check
-        .args(["check", "-q", "-f", "qcow2"])
-        .arg(place.path("disk"));
-    assert!(check.status().unwrap().success());
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Disturbance {
-    KillSource,
-    KillTarget,
-    Cancel,
+    place.qemu_img(&["check", "-q", "-f", "qcow2", "disk"]);
 }
 
 /// One move with a disk that is disturbed at a random moment.
 fn disturbed(seed: u64) {
     let mut random = Random::of(seed);
-    let disturbance = [
-        Disturbance::KillSource,
-        Disturbance::KillTarget,
-        Disturbance::Cancel,
-    ][usize::try_from(random.below(3)).unwrap()];
+    let disturbance = Disturbance::any(&mut random);
     let moment = Duration::from_micros(random.below(1_500_000));
     let limit = (32 + random.below(64)) << 20;
     let note = format!("seed {seed}: {disturbance:?} after {moment:?}, {limit} bytes/s");

@@ -14,17 +14,14 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 
-use guest::{Guest, Place, Serial, eventually, kvm, shell};
+use guest::{Guest, Place, Serial, eventually, kvm, shell_with_disk};
 use serde_json::Value;
 
 const DISK_BYTES: u64 = 64 << 20;
 
 /// A guest that writes through its disk, from the start, whose content was something before; `disk` are its keys.
 fn writing(place: Place, disk: &str) -> (Guest, Serial) {
-    let mut arguments = shell("32M", "1");
-    let keys = arguments.iter().position(|one| one.starts_with("path="));
-    arguments[keys.unwrap()] = disk;
-    let mut guest = place.start(&arguments);
+    let mut guest = place.start(&shell_with_disk("32M", "1", disk));
     let mut serial = guest.serial();
     serial.start_load("");
     write_on(&mut serial);
@@ -99,14 +96,6 @@ fn move_on(guest: &Guest, serial: &mut Serial, from: &str, to: &str) {
     assert!(content(guest, from) == former, "the former image is left");
 }
 
-fn qemu_img(guest: &Guest, arguments: &[&str]) {
-    let mut command = Command::new("qemu-img");
-    let output = command.current_dir(guest.path("")).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("qemu-img: {error}"));
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "qemu-img {arguments:?}: {error}");
-}
-
 #[test]
 fn a_disk_moves_while_its_guest_writes() {
     if !kvm() {
@@ -114,10 +103,9 @@ fn a_disk_moves_while_its_guest_writes() {
     }
     let place = place();
     let (mut guest, mut serial) = writing(place, "path=disk,format=raw,changes=changes");
-    qemu_img(
-        &guest,
-        &["create", "-q", "-f", "qcow2", "disk.qcow2", "64M"],
-    );
+    guest
+        .place
+        .qemu_img(&["create", "-q", "-f", "qcow2", "disk.qcow2", "64M"]);
     move_on(
         &guest,
         &mut serial,
@@ -132,7 +120,7 @@ fn a_disk_moves_while_its_guest_writes() {
         "disk.qcow2",
         "path=disk.raw,format=raw",
     );
-    qemu_img(&guest, &["check", "-q", "disk.qcow2"]);
+    guest.place.qemu_img(&["check", "-q", "disk.qcow2"]);
     serial.end_load();
 
     // The same by a paused machine, whose two images are compared, there and back again.
@@ -185,7 +173,9 @@ fn a_disk_moves_to_a_server_of_disks_and_back() {
         return;
     }
     let (mut guest, mut serial) = writing(place(), "path=disk,format=raw");
-    qemu_img(&guest, &["create", "-q", "-f", "qcow2", "remote", "64M"]);
+    guest
+        .place
+        .qemu_img(&["create", "-q", "-f", "qcow2", "remote", "64M"]);
     let mut server = Command::new("qemu-nbd");
     server
         .current_dir(guest.path(""))
@@ -206,10 +196,9 @@ fn a_disk_moves_to_a_server_of_disks_and_back() {
     complete(&guest).unwrap();
     drop(server);
     // As bytes: the machine has the one, and shares its lock with nobody.
-    qemu_img(
-        &guest,
-        &["convert", "-f", "qcow2", "-O", "raw", "remote", "copy"],
-    );
+    guest
+        .place
+        .qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "remote", "copy"]);
     assert!(content(&guest, "copy") == content(&guest, "back"));
     guest.ctl(&["resume"]).unwrap();
     write_on(&mut serial);
@@ -264,7 +253,9 @@ fn a_machine_has_a_disk_that_our_own_server_has() {
         assert!(said.contains("lock"), "{said}");
         end(server);
         if format == "qcow2" {
-            qemu_img(&guest, &["check", "-q", "-f", "qcow2", "image"]);
+            guest
+                .place
+                .qemu_img(&["check", "-q", "-f", "qcow2", "image"]);
         }
         // What its socket left behind is in nobody's way, and goes where it can.
         let unconfined = ["--sandbox", "off", "--seccomp", "off"];
@@ -351,10 +342,9 @@ fn what_cannot_be_mirrored_or_switched_is_refused() {
     refused(&resize, "is being mirrored");
     // Given up: the target is free, and the disk where it was.
     guest.ctl(&["cancel-mirror", "--id", "disk0"]).unwrap();
-    qemu_img(
-        &guest,
-        &["compare", "-q", "-f", "raw", "-F", "raw", "to", "to"],
-    );
+    guest
+        .place
+        .qemu_img(&["compare", "-q", "-f", "raw", "-F", "raw", "to", "to"]);
     let before = content(&guest, "to");
     write_on(&mut serial);
     assert!(content(&guest, "to") == before);

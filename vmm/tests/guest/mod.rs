@@ -48,6 +48,16 @@ impl Place {
         self.0.path().join(name)
     }
 
+    /// Runs `qemu-img` here, which must succeed.
+    #[track_caller]
+    pub fn qemu_img(&self, arguments: &[&str]) {
+        let mut command = Command::new("qemu-img");
+        let output = command.current_dir(self.path("")).args(arguments).output();
+        let output = output.unwrap_or_else(|error| panic!("qemu-img: {error}"));
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "qemu-img {arguments:?}: {error}");
+    }
+
     /// Runs `atoll-vmm` here with its sockets.
     pub fn start(self, arguments: &[&str]) -> Guest {
         let process = self
@@ -97,14 +107,14 @@ pub fn kvm() -> bool {
 
 /// Arguments that start the probe guest with its shell and its disk.
 pub fn shell<'a>(memory: &'a str, cpus: &'a str) -> Vec<&'a str> {
+    shell_with_disk(memory, cpus, "path=disk,format=raw")
+}
+
+/// The same with another disk, by its keys.
+pub fn shell_with_disk<'a>(memory: &'a str, cpus: &'a str, disk: &'a str) -> Vec<&'a str> {
     let mut arguments = vec!["run", "--kernel", "kernel", "--cmdline", "stay write"];
     arguments.extend(["--memory", memory, "--cpus", cpus]);
-    arguments.extend([
-        "--disk",
-        "path=disk,format=raw",
-        "--console",
-        "socket=serial",
-    ]);
+    arguments.extend(["--disk", disk, "--console", "socket=serial"]);
     arguments
 }
 
@@ -304,6 +314,21 @@ impl Random {
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % end
+    }
+}
+
+/// What happens to a move at a random moment.
+#[derive(Debug, Clone, Copy)]
+pub enum Disturbance {
+    KillSource,
+    KillTarget,
+    Cancel,
+}
+
+impl Disturbance {
+    pub fn any(random: &mut Random) -> Self {
+        let all = [Self::KillSource, Self::KillTarget, Self::Cancel];
+        all[usize::try_from(random.below(3)).unwrap()]
     }
 }
 
