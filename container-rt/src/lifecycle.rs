@@ -161,9 +161,14 @@ impl Container {
         Ok(())
     }
 
-    /// Sends a signal to every process in the container, whatever its state.
+    /// Sends a signal to every process in the container, whatever its state. A frozen one that is killed is thawed:
+    /// in a v1 freezer it would not die.
     pub fn kill_all(&self, signal: i32) -> Result<()> {
-        cgroup::signal_all(&self.saved.cgroups, signal)
+        cgroup::signal_all(&self.saved.cgroups, signal)?;
+        if signal == libc::SIGKILL {
+            cgroup::thaw_for_kill(&self.saved.cgroups);
+        }
+        Ok(())
     }
 
     /// Freezes every process.

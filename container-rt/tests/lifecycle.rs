@@ -177,6 +177,15 @@ fn kill_reaches_init_or_all() {
     scene.start(&[]);
     scene.ct(&["kill", "--all", "ID", "KILL"]).ok();
     scene.wait_status("stopped");
+    scene.ct(&["delete", "ID"]).ok();
+
+    // Frozen, too: in a v1 freezer nothing dies.
+    scene.start(&[]);
+    scene.ct(&["pause", "ID"]).ok();
+    scene.ct(&["kill", "--all", "ID", "TERM"]).ok();
+    assert_eq!(scene.state()["status"], "paused");
+    scene.ct(&["kill", "--all", "ID", "KILL"]).ok();
+    scene.wait_status("stopped");
 }
 
 #[test]
