@@ -11,8 +11,8 @@
 //!            └ control ──► filter, number of pairs, offloads, announcement (`control`, on the first pair's thread)
 //! ```
 //! **One thread for both directions of a pair.** What the guest sends is often answered before it has all been sent: one
-//! thread sends the whole batch, then takes all the answers and interrupts once, where two would wake each other, and
-//! the guest, every few packets.
+//! thread sends the whole batch, then takes all the answers, where two would wake each other every few packets. Of a
+//! long batch the guest is told in pieces of `SIGNAL_PACKETS`, so that it works on those while the thread goes on.
 //!
 //! **Steering.** Which pair a packet from the host takes is the tap's choice: that on which the guest last sent for its
 //! flow (automatic receive steering, §5.1.6.5.5). VIRTIO_NET_F_RSS, by which a driver says it with a hash and a table,
@@ -73,6 +73,9 @@ const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Largest packet, with its header: 64 KiB of IP and an Ethernet header with a VLAN tag.
 const PACKET_BYTES_MAX: usize = HEADER_BYTES + 65_535 + 18;
+/// Packets of a batch after which the guest is told of them, if it wants to hear of it (§2.7.7, §2.7.10). With fewer,
+/// a guest that keeps up would be interrupted all the time; with more, one that could work waits. Our choice.
+const SIGNAL_PACKETS: u16 = 16;
 /// `VIRTIO_NET_S_LINK_UP` and `VIRTIO_NET_S_ANNOUNCE`, §5.1.4.
 const STATUS_LINK_UP: u8 = 1;
 const STATUS_ANNOUNCE: u8 = 2;

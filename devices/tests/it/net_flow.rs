@@ -290,3 +290,63 @@ fn pauses_in_a_flood_of_both_directions_lose_no_wake_up() {
     wire.shutdown(Shutdown::Both).unwrap();
     host.join().unwrap();
 }
+
+/// What a batch of `count` packets from the host, then one of `count` from the guest, tells the guest by interrupts.
+fn interrupts(rig: &mut Rig, count: u16) -> [u64; 2] {
+    // What waits when the card's thread starts is one batch.
+    rig.driver.device.pause();
+    for number in 0..count {
+        rig.driver.add(0, &[buffer(u64::from(number % 8), 2048)]);
+        rig.wire.write_all(&packet(number)[HEADER_BYTES..]).unwrap();
+    }
+    rig.driver.device.resume().unwrap();
+    for _ in 0..count {
+        rig.driver.wait_used(0);
+    }
+    rig.driver.device.pause();
+    (0..count).for_each(|number| send(&mut rig.driver, number));
+    rig.driver.device.resume().unwrap();
+    for _ in 0..count {
+        rig.driver.wait_used(1);
+    }
+    rig.driver.device.pause();
+    let interrupts = [1, 2].map(|vector| rig.driver.interrupts.take(vector));
+    rig.driver.device.resume().unwrap();
+    interrupts
+}
+
+#[test]
+fn a_guest_is_told_every_sixteen_packets_of_a_batch() {
+    const EVENT_IDX: u64 = 1 << 29;
+    let Some(mut rig) = rig(!EVENT_IDX) else {
+        return;
+    };
+    for (packets, expected) in [(15, 1), (16, 1), (17, 2), (32, 2), (33, 3), (40, 3)] {
+        let seen = interrupts(&mut rig, packets);
+        assert_eq!(seen, [expected; 2], "{packets} packets");
+    }
+    // VRING_AVAIL_F_NO_INTERRUPT, §2.7.7.
+    for queue in [0, 1] {
+        let flags = rig.driver.rings[queue].available;
+        rig.driver.put(flags, &1_u16.to_le_bytes());
+    }
+    assert_eq!(interrupts(&mut rig, 40), [0; 2]);
+}
+
+/// §2.7.10: the driver names the used element of which it wants to hear.
+#[test]
+fn a_guest_that_names_a_packet_is_told_once_of_it() {
+    const COUNT: u16 = 40;
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    let mut shown = 0_u16;
+    for (wanted, expected) in [(0, 1), (15, 1), (16, 1), (39, 1), (40, 0), (100, 0)] {
+        for queue in [0, 1] {
+            let ring = rig.driver.rings[queue];
+            let event = ring.available + 4 + 2 * u64::from(ring.size);
+            rig.driver.put(event, &(shown + wanted).to_le_bytes());
+        }
+        let seen = interrupts(&mut rig, COUNT);
+        assert_eq!(seen, [expected; 2], "element {wanted} of {COUNT}");
+        shown += COUNT;
+    }
+}

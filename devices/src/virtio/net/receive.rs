@@ -16,7 +16,7 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::EventSet;
 
 use super::tap::Room;
-use super::{HEADER_BYTES, PACKET_BYTES_MAX, Shared, Tap};
+use super::{HEADER_BYTES, PACKET_BYTES_MAX, SIGNAL_PACKETS, Shared, Tap};
 use crate::memory::mark;
 use crate::virtio::worker::{Progress, QueueHandler};
 use crate::virtio::{Chain, DeviceQueue, QueueError};
@@ -257,7 +257,10 @@ impl QueueHandler for Receive {
 
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
         queue.disable_doorbell()?;
-        for _ in 0..queue.size() {
+        for count in 0..queue.size() {
+            if count.is_multiple_of(SIGNAL_PACKETS) {
+                queue.signal()?;
+            }
             if let Some(progress) = self.step(queue)? {
                 queue.signal()?;
                 return Ok(progress);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::{HEADER_BYTES, PACKET_BYTES_MAX, Shared, Tap};
+use super::{HEADER_BYTES, PACKET_BYTES_MAX, SIGNAL_PACKETS, Shared, Tap};
 use crate::virtio::worker::{Progress, QueueHandler};
 use crate::virtio::{Chain, DeviceQueue, QueueError};
 
@@ -47,7 +47,10 @@ impl QueueHandler for Transmit {
     fn process(&mut self, queue: &mut DeviceQueue) -> Result<Progress, QueueError> {
         queue.disable_doorbell()?;
         let mut idle = true;
-        for _ in 0..queue.size() {
+        for count in 0..queue.size() {
+            if count.is_multiple_of(SIGNAL_PACKETS) {
+                queue.signal()?;
+            }
             if let Some(wait) = self.shared.send_limit.wait() {
                 queue.signal()?;
                 return Ok(Progress::After(wait));
