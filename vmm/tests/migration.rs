@@ -234,6 +234,36 @@ fn exactly_one_runs_whatever_happens() {
     }
 }
 
+/// A sender may have to wait for hours until its next bytes may go.
+#[test]
+fn a_move_at_a_tiny_rate_is_called_off_at_once() {
+    if !kvm() {
+        return;
+    }
+    let mut source = Place::new().start(&shell("64", "1"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    serial.load_beyond(0);
+    let mut target = target_for(&source);
+    let to = target.path("in").display().to_string();
+    let mut asker = source.place.command(&["ctl", "--api-socket", "api"]);
+    let asker = asker.args(["migrate", "--max-bytes-per-second", "8", "--to", &to]);
+    let mut asker = asker.stderr(Stdio::piped()).spawn().unwrap();
+    eventually("a sender", || {
+        let tasks = format!("/proc/{}/task", source.process.id());
+        let names = std::fs::read_dir(tasks).unwrap().flatten();
+        let mut names = names.map(|task| std::fs::read_to_string(task.path().join("comm")));
+        names
+            .any(|name| name.is_ok_and(|name| name == "migrate-0\n"))
+            .then_some(())
+    });
+    source.ctl(&["cancel-migration"]).unwrap();
+    eventually("the end of the move", || asker.try_wait().unwrap());
+    let said = String::from_utf8(asker.wait_with_output().unwrap().stderr).unwrap();
+    assert!(said.contains("the machine stays: cancelled"), "{said}");
+    assert!(works(&mut source) && !works(&mut target));
+}
+
 #[test]
 fn what_cannot_move_stays_with_the_reason() {
     if !kvm() {

@@ -6,7 +6,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use atoll_devices::memory::{DirtyLog, PAGE_BYTES, Ram};
@@ -91,8 +91,17 @@ pub type Forget<'a> = dyn Fn(usize, usize, &[u64]) -> io::Result<()> + 'a;
 #[derive(Debug)]
 pub struct Pace {
     bytes_per_second: Option<u64>,
-    /// Leaf lock: when the next bytes may go.
-    next: Mutex<Instant>,
+    /// Leaf lock.
+    course: Mutex<PaceCourse>,
+    ended: Condvar,
+}
+
+#[derive(Debug)]
+struct PaceCourse {
+    /// When the next bytes may go.
+    next: Instant,
+    /// Nobody waits any more.
+    ended: bool,
 }
 
 impl Pace {
@@ -101,23 +110,42 @@ impl Pace {
     pub fn new(bytes_per_second: Option<u64>) -> Self {
         Self {
             bytes_per_second,
-            next: Mutex::new(Instant::now()),
+            course: Mutex::new(PaceCourse {
+                next: Instant::now(),
+                ended: false,
+            }),
+            ended: Condvar::new(),
         }
     }
 
-    /// Waits until so many bytes may go.
+    /// Lets go whoever waits, which may be for hours, and whoever comes later: their connections have ended. Never blocks.
+    pub fn end(&self) {
+        self.lock().ended = true;
+        self.ended.notify_all();
+    }
+
+    /// Waits until so many bytes may go, or until the end.
     fn wait(&self, bytes: usize) {
         let Some(limit) = self.bytes_per_second else {
             return;
         };
         #[expect(clippy::cast_precision_loss, reason = "a waiting time")]
         let time = Duration::try_from_secs_f64(bytes as f64 / limit.max(1) as f64);
-        let until = {
-            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-            *next = (*next).max(Instant::now()) + time.unwrap_or(Duration::from_secs(3600));
-            *next
-        };
-        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        let mut course = self.lock();
+        course.next = course.next.max(Instant::now()) + time.unwrap_or(Duration::from_secs(3600));
+        let until = course.next;
+        while !course.ended {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let woken = self.ended.wait_timeout(course, left);
+            course = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PaceCourse> {
+        self.course.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -301,6 +329,23 @@ mod tests {
         ram.read_slice(&mut left, GuestAddress(0)).unwrap();
         copy.read_slice(&mut right, GuestAddress(0)).unwrap();
         assert!(left == right);
+    }
+
+    #[test]
+    fn nobody_waits_beyond_the_end() {
+        let pace = std::sync::Arc::new(Pace::new(Some(1)));
+        let (done, waits) = std::sync::mpsc::channel();
+        let waiting = pace.clone();
+        let waiter = atoll_thread::spawn(atoll_thread::Kind::Migration, "waits", move || {
+            // Twelve days.
+            waiting.wait(1 << 20);
+            done.send(()).unwrap();
+        });
+        waits.recv_timeout(Duration::from_millis(50)).unwrap_err();
+        pace.end();
+        waits.recv_timeout(Duration::from_secs(60)).unwrap();
+        pace.wait(1 << 20);
+        waiter.unwrap().join().unwrap();
     }
 
     #[test]

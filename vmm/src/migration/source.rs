@@ -57,6 +57,8 @@ pub struct Progress {
     /// Percent of their time that vCPUs rest.
     throttle: AtomicU8,
     sent: Arc<AtomicU64>,
+    /// Ended by a cancellation, like the sockets.
+    pace: Arc<Pace>,
     remaining: AtomicU64,
     downtime_us: AtomicU64,
     /// Leaf lock: stage, and why it failed.
@@ -76,6 +78,7 @@ impl Progress {
             rounds: AtomicU32::new(0),
             throttle: AtomicU8::new(0),
             sent: Arc::default(),
+            pace: Arc::new(Pace::new(plan.convergence.max_bytes_per_second)),
             remaining: AtomicU64::new(0),
             downtime_us: AtomicU64::new(0),
             stage: Mutex::new((MigrationStage::Copying, None)),
@@ -95,6 +98,7 @@ impl Progress {
                 // Fails when the other side has ended it.
                 let _ = shutdown(socket, Shutdown::Both);
             }
+            self.pace.end();
             self.disks.cut();
         }
         cancelled || self.decision.load(Ordering::SeqCst) == CANCELLED
@@ -199,10 +203,9 @@ fn attempt(
         Message::Welcome => {}
         _ => return Err(MigrationError::Unexpected("a welcome")),
     }
-    let pace = Arc::new(Pace::new(convergence.max_bytes_per_second));
     disks::follow(moving, progress, owner)?;
     let log = Arc::new(owner.log()?);
-    let senders = Senders::start(data, &log, touched, progress, &pace)?;
+    let senders = Senders::start(data, &log, touched, progress)?;
     let brake = Brake::start(progress.clone(), owner.clone())?;
     let last = copy_while_running(&senders, &log, progress, convergence, owner)?;
     drop(brake);
@@ -431,7 +434,6 @@ impl Senders {
         log: &Arc<WriteLog>,
         touched: Option<Arc<Touched>>,
         progress: &Progress,
-        pace: &Arc<Pace>,
     ) -> Result<Self, MigrationError> {
         let count = data.len();
         let (result, results) = channel();
@@ -443,7 +445,7 @@ impl Senders {
         for (index, stream) in data.into_iter().enumerate() {
             let (job, jobs) = channel::<Job>();
             let (log, touched, sent) = (log.clone(), touched.clone(), progress.sent.clone());
-            let (result, pace) = (result.clone(), pace.clone());
+            let (result, pace) = (result.clone(), progress.pace.clone());
             let body = move || {
                 let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream);
                 for job in jobs {
