@@ -10,6 +10,7 @@
 
 mod guest;
 
+use std::os::unix::net::UnixListener;
 use std::process::Command;
 
 use guest::{Guest, Place, Serial, eventually, kvm, shell};
@@ -41,17 +42,19 @@ fn tool(guest: &Guest, program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Asks for an export of the disk.
+const BEGIN: [&str; 7] = [
+    "begin-export",
+    "--socket",
+    "nbd",
+    "--disks",
+    "disk0",
+    "--fleece",
+    ".",
+];
+
 fn begin(guest: &Guest) -> Value {
-    let arguments = [
-        "begin-export",
-        "--socket",
-        "nbd",
-        "--disks",
-        "disk0",
-        "--fleece",
-        ".",
-    ];
-    guest.ctl(&arguments).unwrap()
+    guest.ctl(&BEGIN).unwrap()
 }
 
 /// The whole moment, and the ranges that changed.
@@ -221,4 +224,31 @@ fn changes_bring_a_backup_up_to_date_over_runs_and_a_kill() {
     // A kill: nothing is known any more, and nothing is called unchanged.
     let guest = start(guest.place_again());
     assert_eq!(begin(&guest)["disks"][0]["since"], Value::Null);
+}
+
+#[test]
+fn a_machine_moves_or_is_exported() {
+    if !kvm() {
+        return;
+    }
+    let guest = start(Place::new());
+    // Takes connections, and never says a word.
+    let silent = UnixListener::bind(guest.path("in")).unwrap();
+    begin(&guest);
+    let said = guest.ctl(&["migrate", "--to", "in"]).unwrap_err();
+    assert!(said.contains("/nbd: end-export first"), "{said}");
+    guest.ctl(&["end-export"]).unwrap();
+
+    let mut asker = guest.place.command(&["ctl", "--api-socket", "api"]);
+    let mut asker = asker.args(["migrate", "--to", "in"]).spawn().unwrap();
+    eventually("the move", || guest.ctl(&["migration"]).ok());
+    let said = guest.ctl(&BEGIN).unwrap_err();
+    assert!(
+        said.contains("moving to another process: wait, or cancel-migration"),
+        "{said}"
+    );
+    guest.ctl(&["cancel-migration"]).unwrap();
+    assert!(!asker.wait().unwrap().success());
+    drop(silent);
+    begin(&guest);
 }

@@ -79,13 +79,7 @@ impl Machine {
         &self,
         mut asked: Asked,
     ) -> Result<(BeginExport, UnixListener, Vec<File>), Answer> {
-        if let Some(export) = &self.export {
-            let text = format!(
-                "an export is under way on {}: end-export first",
-                export.socket
-            );
-            return Err(api::refusal(409, text));
-        }
+        self.refuse_while_exporting()?;
         let body: BeginExport = api::body(std::mem::take(&mut asked.body))?;
         if body.disks.is_empty() {
             return Err(api::refusal(400, "an export has at least one disk"));
@@ -106,6 +100,17 @@ impl Machine {
         let fleece = |id: &String| asked.file(&format!("the fleece of {id}"));
         let fleeces = body.disks.iter().map(fleece).collect::<Result<_, _>>()?;
         Ok((body, listener, fleeces))
+    }
+
+    /// What ends with the export's process, or can be but once, has to wait for the export's end.
+    pub(super) fn refuse_while_exporting(&self) -> Result<(), Answer> {
+        match &self.export {
+            None => Ok(()),
+            Some(Export { socket, .. }) => {
+                let text = format!("an export is under way on {socket}: end-export first");
+                Err(api::refusal(409, text))
+            }
+        }
     }
 
     /// Of a held machine.

@@ -160,6 +160,8 @@ impl Machine {
         if let Some(text) = self.parts.obstacle(Act::Migration) {
             return Err(api::refusal(409, text));
         }
+        // Its clients would read to the end of this process, and no further.
+        self.refuse_while_exporting()?;
         let control = asked.file("the control connection")?;
         let mut data: Vec<UnixStream> = asked.files.into_iter().map(UnixStream::from).collect();
         let body: Migrate = api::body(asked.body)?;
