@@ -67,7 +67,7 @@ pub fn load(request: &Request) -> Result<Bundle> {
             format!("{} is no directory", rootfs.display()),
         ));
     }
-    settle(&mut spec, &request.id, &path)?;
+    settle(&mut spec, request, &path)?;
     Ok(Bundle {
         path,
         rootfs,
@@ -246,7 +246,7 @@ fn check_by_libcontainer(spec: &Spec) -> Result<()> {
 }
 
 /// Fills in what config.json leaves open and the runtime must decide.
-fn settle(spec: &mut Spec, id: &str, folder: &Path) -> Result<()> {
+fn settle(spec: &mut Spec, request: &Request, folder: &Path) -> Result<()> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         // Kernel file systems need none, but libcontainer does.
@@ -279,7 +279,11 @@ fn settle(spec: &mut Spec, id: &str, folder: &Path) -> Result<()> {
         .cgroups_path()
         .clone()
         .filter(|p| !p.as_os_str().is_empty());
-    let path = path.unwrap_or_else(|| Path::new(DEFAULT_CGROUP).join(id));
+    let id = &request.id;
+    let path = path.unwrap_or_else(|| match request.systemd_cgroup {
+        true => format!(":atoll-ct:{id}").into(),
+        false => Path::new(DEFAULT_CGROUP).join(id),
+    });
     linux.set_cgroups_path(Some(path));
     // libcontainer always applies it to everything below, and knows only the names without the r for that.
     let propagation = linux.rootfs_propagation().clone().filter(|p| !p.is_empty());

@@ -39,7 +39,8 @@ pub(crate) struct Global {
     /// Format of the log file
     #[arg(long, global = true, value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
-    /// Who makes cgroups
+    /// Who makes cgroups: with systemd, linux.cgroupsPath is SLICE:PREFIX:NAME, and systemctl shows the container as
+    /// PREFIX-NAME.scope
     #[arg(long, global = true, value_enum, default_value = "cgroupfs")]
     pub(crate) cgroup_manager: CgroupManager,
     /// The same as --cgroup-manager systemd

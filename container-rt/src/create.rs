@@ -2,7 +2,7 @@
 //! Creating a container: everything up to a process that waits for `start`.
 //!
 //! ```text
-//!  check bundle -> take the id -> cgroups -> idmapped mounts -> libcontainer: clone, namespaces, mounts, pivot,
+//!  check bundle -> take the id -> cgroups (a systemd scope) -> idmapped mounts -> libcontainer: clone, namespaces, mounts, pivot,
 //!  capabilities, seccomp; init waits on start.sock -> device filter (v2), state.json -> transient mounts go
 //! ```
 //!
@@ -24,10 +24,12 @@ use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::user_ns::UserNamespaceConfig;
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{
+    LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec,
+};
 
 use crate::bundle::{self, Bundle, wrong};
-use crate::cgroup::{self, Prepared};
+use crate::cgroup::{self, Prepared, scope};
 use crate::error::{Context, Error, Result};
 use crate::log::Causes;
 use crate::process::ProcessId;
@@ -96,12 +98,13 @@ fn create_in(
     let linux = bundle.spec.linux().as_ref();
     let asked = linux.and_then(|linux| linux.cgroups_path().clone());
     let asked = asked.unwrap_or_default();
-    let (cgroup, cgroup_path) = if request.systemd_cgroup {
-        (Prepared::by_systemd()?, asked)
+    let owner = bundle::owner(&bundle.spec);
+    let (cgroup, unit) = if request.systemd_cgroup {
+        let place = scope::Place::parse(&asked)?;
+        let scope = scope::start(&place, &request.id)?;
+        (Prepared::of_scope(scope, owner)?, Some(place.unit))
     } else {
-        let path = bundle::cgroup_path(&asked)?;
-        let prepared = cgroup::prepare(&path, bundle::owner(&bundle.spec))?;
-        (prepared, path)
+        (cgroup::prepare(&bundle::cgroup_path(&asked)?, owner)?, None)
     };
     let mut saved = Saved {
         id: request.id.clone(),
@@ -118,8 +121,9 @@ fn create_in(
             .collect(),
         init: None,
         monitor: None,
-        cgroup_path,
+        cgroup_path: cgroup.path.clone(),
         cgroups: cgroup.directories.clone(),
+        unit,
         mounts: Vec::new(),
         has_hooks: hooks::any_after_create(&bundle.spec),
     };
@@ -135,7 +139,7 @@ fn create_in(
     if result.is_err() {
         // The first error is the one to tell.
         cgroup.leave().ok();
-        cgroup::remove(&saved.cgroups).ok();
+        cgroup::dissolve(&saved.cgroups, saved.unit.as_deref()).ok();
     }
     result.map(|()| saved)
 }
@@ -288,7 +292,7 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
         }),
         cgroup_config: CgroupConfig {
             cgroup_path: saved.cgroup_path.clone(),
-            systemd_cgroup: plan.request.systemd_cgroup,
+            systemd_cgroup: false,
             container_name: saved.id.clone(),
         },
         detached: true,
@@ -318,6 +322,9 @@ fn program(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<(program::Init
         all.set_start_container(None);
         spec.set_hooks(Some(all));
     }
+    if saved.unit.is_some() {
+        without_pids_limit(&mut spec);
+    }
     // startContainer hooks run in the container, where its init is the first process, mostly.
     let init = program::Init {
         report: Rc::new(starting::listen(&plan.directory.report_socket())?),
@@ -327,6 +334,14 @@ fn program(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<(program::Init
         environment: RefCell::default(),
     };
     Ok((init, spec))
+}
+
+/// Leaves the limit of processes for [`finish`]: a scope has one more while the container is made.
+fn without_pids_limit(spec: &mut Spec) {
+    let linux = spec.linux_mut().as_mut();
+    if let Some(resources) = linux.and_then(|linux| linux.resources_mut().as_mut()) {
+        resources.set_pids(None);
+    }
 }
 
 /// Makes the user namespace of a container with several ranges of ids, and has libcontainer join it: by itself it
@@ -368,15 +383,14 @@ fn own_terminal(spec: &Spec, init: sys::Pid) -> Result<()> {
 /// What is left to do once there is an init.
 fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Result<()> {
     saved.init = Some(ProcessId::of(init)?);
-    if saved.cgroups.is_empty() {
-        // systemd has made the cgroup; only now is it known where.
-        saved.cgroups = cgroup::directories_of(init)?;
-        for directory in &saved.cgroups {
-            cgroup::devices::enforce(directory, device_list(spec))?;
-        }
-    }
     if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         cgroup::limits::apply_unknown(&saved.cgroups, resources)?;
+        if let (Some(unit), pids) = (&saved.unit, *resources.pids()) {
+            let mut left = LinuxResources::default();
+            left.set_pids(pids);
+            cgroup::limits::apply(&saved.id, &saved.cgroup_path, &left)?;
+            scope::tell_limits(unit, &saved.cgroup_path)?;
+        }
     }
     let score = spec
         .process()

@@ -194,7 +194,11 @@ impl Container {
             "only a container with processes has limits to change",
         )?;
         cgroup::limits::apply(&self.saved.id, &self.saved.cgroup_path, resources)?;
-        cgroup::limits::apply_unknown(&self.saved.cgroups, resources)
+        cgroup::limits::apply_unknown(&self.saved.cgroups, resources)?;
+        let unit = self.saved.unit.as_deref();
+        unit.map_or(Ok(()), |unit| {
+            cgroup::scope::tell_limits(unit, &self.saved.cgroup_path)
+        })
     }
 
     /// Removes a container that has ended or was never started, and everything of it on the host. Answers the
@@ -221,7 +225,7 @@ impl Container {
                 )));
             }
         }
-        cgroup::remove(&self.saved.cgroups)?;
+        cgroup::dissolve(&self.saved.cgroups, self.saved.unit.as_deref())?;
         for mount in self.saved.mounts.iter().rev() {
             idmap::detach(mount);
         }

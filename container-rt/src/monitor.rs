@@ -136,7 +136,7 @@ fn begin(root: &Path, request: &Request) -> Result<Watch> {
     });
     let result = result.map(|watch| Watch { agent, ..watch });
     if result.is_err() {
-        cgroup::remove(&saved.cgroups).ok();
+        cgroup::dissolve(&saved.cgroups, saved.unit.as_deref()).ok();
         directory.remove().ok();
     }
     result

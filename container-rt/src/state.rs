@@ -45,6 +45,9 @@ pub struct Saved {
     pub cgroup_path: PathBuf,
     /// The container's directories in every cgroup hierarchy.
     pub cgroups: Vec<PathBuf>,
+    /// The systemd scope that they belong to, where systemd made them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
     /// Mounts that exist only while the container is created.
     pub mounts: Vec<PathBuf>,
     /// Whether config.json has hooks to run at start or delete.

@@ -7,12 +7,15 @@
 //! - notice that a path is in use already, which would let two containers fight over one cgroup;
 //! - give an unprivileged init the directories it must write to;
 //! - remove directories that the container made below its own ([`remove`]);
-//! - filter devices on v2 without a C library ([`devices`]).
+//! - filter devices on v2 without a C library ([`devices`]);
+//! - wait for systemd, where it makes the cgroup, or end its unit ([`scope`]).
 //!
 //! A container is known here by its list of directories, one per hierarchy, which `state.json` keeps.
 
+mod bus;
 pub mod devices;
 pub mod limits;
+pub mod scope;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -150,12 +153,16 @@ pub fn is_unified_host() -> Result<bool> {
 /// The cgroup of a container that is about to be created.
 #[derive(Debug)]
 pub struct Prepared {
+    /// Its path, the same in every hierarchy.
+    pub path: PathBuf,
     /// The container's directory in every hierarchy.
     pub directories: Vec<PathBuf>,
     /// Whether the host has v2 only.
     pub unified: bool,
     /// Directories that libcgroups leaves to us, with where this process was before it joined them.
     joined: Vec<(PathBuf, PathBuf)>,
+    /// Held until there is an init.
+    _scope: Option<scope::Scope>,
 }
 
 /// Who owns the delegated part of the container's cgroup: host ids of the container's root.
@@ -176,9 +183,11 @@ pub fn prepare(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
     let hierarchies = hierarchies()?;
     let unified = hierarchies.iter().any(|h| h.mount == Path::new(MOUNT_ROOT));
     let mut prepared = Prepared {
+        path: path.to_owned(),
         directories: Vec::with_capacity(hierarchies.len()),
         unified,
         joined: Vec::new(),
+        _scope: None,
     };
     let own =
         fs::read_to_string("/proc/self/cgroup").context(|| "read /proc/self/cgroup".to_owned())?;
@@ -233,19 +242,22 @@ fn create_with_controllers(mount: &Path, relative: &Path) -> Result<()> {
 }
 
 impl Prepared {
-    /// A cgroup that systemd makes when libcgroups asks it: nothing to prepare, and it knows v2 only.
-    pub fn by_systemd() -> Result<Self> {
-        let unified = is_unified_host()?;
-        if !unified {
-            return Err(Error::Argument(
-                "the systemd cgroup driver needs a host with cgroup v2 only: use --cgroup-manager cgroupfs"
-                    .to_owned(),
-            ));
+    /// The cgroup of a scope that was just started.
+    pub fn of_scope(scope: scope::Scope, owner: Option<Owner>) -> Result<Self> {
+        let mount = Path::new(MOUNT_ROOT);
+        let relative = scope.path.strip_prefix("/").unwrap_or(&scope.path);
+        // systemd passes on those that it knows.
+        create_with_controllers(mount, relative)?;
+        let directory = mount.join(relative);
+        if let Some(owner) = owner {
+            delegate(&directory, owner)?;
         }
         Ok(Self {
-            directories: Vec::new(),
-            unified,
+            path: scope.path.clone(),
+            directories: vec![directory],
+            unified: true,
             joined: Vec::new(),
+            _scope: Some(scope),
         })
     }
 
@@ -371,11 +383,6 @@ pub fn of_controllers(directories: &[PathBuf], controllers: &str) -> Result<Vec<
     Ok(found)
 }
 
-/// The cgroup directories of a process, where a driver has chosen them.
-pub fn directories_of(pid: Pid) -> Result<Vec<PathBuf>> {
-    Ok(vec![init_cgroup(pid)?])
-}
-
 /// The v2 cgroup that a container's init is in now.
 fn init_cgroup(init: Pid) -> Result<PathBuf> {
     let path = PathBuf::from(format!("/proc/{init}/cgroup"));
@@ -472,6 +479,12 @@ pub fn remove(directories: &[PathBuf]) -> Result<()> {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+}
+
+/// [`remove`], and the end of the scope that the cgroups belong to, where there is one.
+pub fn dissolve(directories: &[PathBuf], unit: Option<&str>) -> Result<()> {
+    remove(directories)?;
+    unit.map_or(Ok(()), scope::stop)
 }
 
 /// Removes a directory after those below it.
