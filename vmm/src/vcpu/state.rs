@@ -19,8 +19,8 @@ use std::io;
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_GUEST_MODE, Msrs, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -35,6 +35,11 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_FEATURE_CONTROL, and those that say what VMX can do (SDM vol. 4, table 2-2; vol. 3D appendix A).
 const MSR_FEATURE_CONTROL: u32 = 0x3a;
 const MSRS_VMX: std::ops::RangeInclusive<u32> = 0x480..=0x491;
+
+/// SVM is on (AMD APM vol. 2 §3.1.7).
+const EFER_SVME: u64 = 1 << 12;
+/// `KVM_STATE_NESTED_GIF_SET` as the state's field has it (`api.rst` §4.114).
+const GIF_SET: u16 = 0x100;
 
 /// What belongs to the state of a machine's vCPUs, beside what every vCPU has.
 #[derive(Debug)]
@@ -112,6 +117,19 @@ fn nested(fd: &VcpuFd) -> Result<Box<KvmNestedStateBuffer>, KvmError> {
     Ok(state)
 }
 
+/// A nested state that goes into a vCPU with this EFER. Where SVM is off and there is no inner guest, the global
+/// interrupt flag is set, whatever the state says: it is so after a reset, only instructions of SVM clear it (AMD APM
+/// vol. 2 §15.17), and KVM refuses anything else (`svm_set_nested_state`). The CPU that QEMU emulates has been seen
+/// to lose the flag that KVM keeps in it (`V_GIF`).
+fn with_interrupt_flag(mut state: KvmNestedStateBuffer, efer: u64) -> KvmNestedStateBuffer {
+    let is_svm = u32::from(state.format) == KVM_STATE_NESTED_FORMAT_SVM;
+    let in_guest = u32::from(state.flags) & KVM_STATE_NESTED_GUEST_MODE != 0;
+    if is_svm && !in_guest && efer & EFER_SVME == 0 {
+        state.flags |= GIF_SET;
+    }
+    state
+}
+
 /// Puts a state back into a vCPU with the same CPUID.
 pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<(), KvmError> {
     let failed = KvmError::failed;
@@ -123,7 +141,7 @@ pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<(), KvmError>
     restore_msrs(fd, &fixed)?;
     fd.set_sregs(&state.sregs).map_err(failed("set segments"))?;
     if let Some(nested) = &state.nested {
-        fd.set_nested_state(nested)
+        fd.set_nested_state(&with_interrupt_flag(**nested, state.sregs.efer))
             .map_err(failed("set the state of nested guests"))?;
     }
     fd.set_regs(&state.regs).map_err(failed("set registers"))?;
@@ -206,7 +224,9 @@ fn restore_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
 
 #[cfg(test)]
 mod tests {
-    use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+    use kvm_bindings::{
+        KVM_MP_STATE_RUNNABLE, KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GIF_SET,
+    };
 
     use super::*;
     use crate::board::MICRO;
@@ -288,6 +308,26 @@ mod tests {
             let moves = before.data != again.data;
             assert!(moves || before == after, "MSR {:#x}", before.index);
         }
+    }
+
+    #[test]
+    fn svm_that_is_off_does_not_hold_interrupts_back() {
+        let settled = |format, flags, efer| {
+            let mut state = KvmNestedStateBuffer::empty();
+            (state.format, state.flags) = (format, flags);
+            with_interrupt_flag(state, efer).flags
+        };
+        let [vmx, svm] = [KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_FORMAT_SVM]
+            .map(|format| u16::try_from(format).unwrap());
+        let set = u16::try_from(KVM_STATE_NESTED_GIF_SET).unwrap();
+        let in_guest = u16::try_from(KVM_STATE_NESTED_GUEST_MODE).unwrap();
+        let (off, on) = (0xd01, 0xd01 | EFER_SVME);
+        assert_eq!(settled(svm, 0, off), set);
+        assert_eq!(settled(svm, set, off), set);
+        // Between CLGI and STGI, in an inner guest, and where there is no such flag.
+        assert_eq!(settled(svm, 0, on), 0);
+        assert_eq!(settled(svm, in_guest, off), in_guest);
+        assert_eq!(settled(vmx, 0, off), 0);
     }
 
     #[test]
