@@ -6,7 +6,7 @@
 //! goes through `vm-memory` is logged by itself. Who lets the kernel write by a raw pointer (io_uring, readv)
 //! calls [`mark`] once the bytes are there.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegion;
@@ -64,12 +64,16 @@ impl Bitmap for DirtyLog {
             return;
         }
         let last = offset.saturating_add(length - 1) / PAGE_BYTES;
+        // The bytes are there before the log is looked at. Otherwise a bit might be seen that somebody takes away, who
+        // then reads the page as it was: a CPU's own stores may become visible after its later loads.
+        fence(Ordering::SeqCst);
         for page in offset / PAGE_BYTES..=last {
             let Some(word) = self.words.get(page / 64) else {
                 return;
             };
             let bit = 1 << (page % 64);
-            // Rings are written again and again: a page that is in the log already costs no locked instruction.
+            // Rings are written again and again: a page that is in the log already takes the word's cache line from
+            // nobody.
             if word.load(Ordering::SeqCst) & bit == 0 {
                 word.fetch_or(bit, Ordering::SeqCst);
             }
