@@ -60,31 +60,49 @@ pub fn start(settings: &Settings) -> Result<Vec<Host>> {
     };
     // One group a lab: hosts of different labs on one machine must not hear each other.
     let group = 10_000 + u16::try_from(std::process::id() % 50_000).expect("below 50,000");
-    let mut starting = Vec::new();
-    for number in 1..=settings.host_count {
-        let api = settings.api.as_ref().map(|(address, port)| Forward {
+    let places = (1..=settings.host_count).map(|number| host::Place {
+        directory: settings.directory.join(format!("node{number}")),
+        number,
+        payload: payload.clone(),
+        api: settings.api.as_ref().map(|(address, port)| Forward {
             address: address.clone(),
             port: port + u16::from(number - 1),
+        }),
+        group,
+    });
+    let resume = |place: &host::Place| host::resume(&qemu, &image, &template, place);
+    let mut starting = Vec::new();
+    for place in places {
+        let resumed = resume(&place).or_else(|error| {
+            say_anew(&place, &error);
+            resume(&place)
         });
-        let directory = settings.directory.join(format!("node{number}"));
-        starting.push(host::resume(
-            &qemu,
-            &image,
-            &template,
-            &host::Place {
-                directory,
-                number,
-                payload: payload.clone(),
-                api,
-                group,
-            },
-        )?);
+        starting.push((place, resumed?));
     }
-    for host in &starting {
-        host.configure()
-            .with_context(|| format!("host {}", host.number()))?;
+    let mut hosts = Vec::new();
+    for (place, mut host) in starting {
+        if let Err(error) = host.configure() {
+            say_anew(&place, &error);
+            // Its directory is the next one's.
+            drop(host);
+            host = resume(&place)?;
+            let configured = host.configure();
+            configured.with_context(|| format!("host {}", place.number))?;
+        }
+        hosts.push(host);
     }
-    Ok(starting)
+    Ok(hosts)
+}
+
+/// An emulated host that does not come up is made once more, never silently.
+fn say_anew(place: &host::Place, error: &anyhow::Error) {
+    let serial = std::fs::read(place.directory.join("serial.log")).unwrap_or_default();
+    let end = &serial[serial.len().saturating_sub(2000)..];
+    say(&format!(
+        "host {} did not come up and is made anew: {error:#}; the end of its console:\n{}",
+        place.number,
+        String::from_utf8_lossy(end)
+    ));
 }
 
 /// Runs a shell script on a host that another process started, by its agent's port on loopback.
