@@ -14,6 +14,7 @@ mod board;
 mod devices;
 mod disks;
 mod disturbances;
+mod faults;
 mod hotplug;
 mod migration;
 mod node;
