@@ -224,3 +224,20 @@ fn what_runs_for_too_long_is_killed_with_what_it_has_started() {
     let in_time = within("1m", "echo done; exit 3");
     assert_eq!((in_time.code, in_time.stdout.as_str()), (Some(3), "done\n"));
 }
+
+#[test]
+fn a_host_without_systemd_says_so_whatever_its_cgroups() {
+    if !can_run() {
+        return;
+    }
+    if Path::new("/run/systemd/system").is_dir() {
+        println!("ATOLL-SKIP: systemd runs here");
+        return;
+    }
+    let mut scene = Scene::new(&["true"]);
+    scene.config["linux"]["cgroupsPath"] = json!("system.slice:test:a");
+    let refused = scene.ct(&["--systemd-cgroup", "create", "ID"]);
+    let expected = "systemd does not run here; leave out --systemd-cgroup";
+    assert!(refused.stderr.contains(expected), "{}", refused.stderr);
+    assert_eq!(refused.code, Some(1));
+}

@@ -111,13 +111,14 @@ pub struct Scope {
 
 /// Starts a scope. Blocks until systemd has made it, at most half a minute.
 pub fn start(place: &Place, id: &str) -> Result<Scope> {
+    let unit = place.unit.as_str();
+    // Before the cgroups are looked at: where systemd does not run, they are not the reason.
+    let mut bus = Bus::systemd(unit)?;
     if !is_unified_host()? {
         return Err(Error::Argument(
             "the systemd cgroup driver needs a host with cgroup v2 only: leave out --systemd-cgroup".to_owned(),
         ));
     }
-    let unit = place.unit.as_str();
-    let mut bus = Bus::systemd(unit)?;
     let placeholder = Placeholder::start(unit)?;
     let properties: Properties = vec![
         ("Description", format!("container {id}").into()),
