@@ -16,6 +16,7 @@ use oci_spec::runtime::{
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::apparmor;
 use crate::cgroup::Owner;
 use crate::create::Request;
 use crate::error::{Context, Error, Result};
@@ -161,17 +162,6 @@ fn check(spec: &Spec) -> Result<()> {
             "SELinux is not supported: leave it out",
         ));
     }
-    if let Some(profile) = process
-        .apparmor_profile()
-        .as_ref()
-        .filter(|p| !p.is_empty())
-        && !libcontainer::apparmor::is_enabled().unwrap_or(false)
-    {
-        return Err(wrong(
-            "process.apparmorProfile",
-            format!("{profile}: AppArmor is not enabled on this host: leave it out"),
-        ));
-    }
     for mount in spec.mounts().as_deref().unwrap_or_default() {
         if !mount.destination().is_absolute() {
             let destination = mount.destination().display();
@@ -266,6 +256,7 @@ fn settle(spec: &mut Spec, request: &Request, folder: &Path) -> Result<()> {
     inherit_environment(spec);
     if let Some(mut process) = spec.process().clone() {
         close_capabilities(&mut process);
+        apparmor::settle(&mut process)?;
         if process.no_new_privileges() == Some(false) {
             // libcontainer takes "given" for "true" when it chooses the moment to load the seccomp filter.
             process.set_no_new_privileges(None);

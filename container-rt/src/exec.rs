@@ -295,6 +295,7 @@ fn process(spec: &Spec, request: &Request) -> Result<Process> {
     if let Some(profile) = &request.apparmor {
         process.set_apparmor_profile(Some(profile.clone()));
     }
+    crate::apparmor::settle(&mut process)?;
     let mut environment = process.env().clone().unwrap_or_default();
     for variable in &request.environment {
         let name = variable

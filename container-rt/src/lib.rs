@@ -19,10 +19,12 @@
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
 //! | `starting` | what `start` is told by the init | its signal goes one way |
+//! | `apparmor` | whether the profile is loaded | found out in the middle, without its name |
 //! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
 //!
 //! Not here: rootless containers, checkpoint and restore, SELinux; asking for them is a one-line error.
 
+mod apparmor;
 pub mod bundle;
 pub mod cgroup;
 pub mod console;
