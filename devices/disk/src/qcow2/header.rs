@@ -61,6 +61,19 @@ pub enum Qcow2Error {
         /// What would be right.
         expected: &'static str,
     },
+    /// A copy that failed, or a file system that was full.
+    #[error(
+        "the image is cut off: {what} ends at byte {end}, the file at {file_bytes}: copy it again, or see what is left \
+         of it: qemu-img check"
+    )]
+    CutOff {
+        /// What the file has no longer.
+        what: &'static str,
+        /// Where that should end.
+        end: u64,
+        /// The file's size.
+        file_bytes: u64,
+    },
     /// A feature of the image.
     #[error("{what}, which is not supported: {remedy}")]
     Feature {
@@ -156,10 +169,10 @@ struct Fields<'a>(&'a [u8]);
 impl Fields<'_> {
     fn u32(&self, at: usize) -> Result<u32, Qcow2Error> {
         let bytes = self.0.get(at..at.saturating_add(4));
-        let bytes = bytes.ok_or(Qcow2Error::Field {
-            what: "the file's size",
-            value: self.0.len() as u64,
-            expected: "a whole header",
+        let bytes = bytes.ok_or(Qcow2Error::CutOff {
+            what: "its header",
+            end: u64::from(V3_BYTES).max(at as u64 + 4),
+            file_bytes: self.0.len() as u64,
         })?;
         Ok(u32::from_be_bytes(bytes.try_into().expect("4 bytes")))
     }
@@ -333,14 +346,19 @@ fn check_tables(
     file_bytes: u64,
 ) -> Result<(), Qcow2Error> {
     let cluster = u64::from(cluster_bytes);
-    let table = |what, offset: u64, length: u64, length_max: u64| {
+    let table = |what, field, offset: u64, length: u64, length_max: u64| {
         let end = offset.checked_add(length);
-        let sane = offset >= cluster
-            && offset.is_multiple_of(cluster)
-            && length <= length_max
-            && end.is_some_and(|end| end <= file_bytes);
-        let expected = "a table at a cluster's start, within the file and of a sane size";
-        within(what, offset, sane, expected)
+        let sane = offset >= cluster && offset.is_multiple_of(cluster) && length <= length_max;
+        let expected = "a table at a cluster's start, of a sane size";
+        within(field, offset, sane && end.is_some(), expected)?;
+        match end {
+            Some(end) if end > file_bytes => Err(Qcow2Error::CutOff {
+                what,
+                end,
+                file_bytes,
+            }),
+            _ => Ok(()),
+        }
     };
     let l1_entries = u64::from(fields.u32(36)?);
     // An L2 table is one cluster of 8-byte entries.
@@ -348,6 +366,7 @@ fn check_tables(
     let expected = "enough for the disk's size";
     within("l1_size", l1_entries, l1_entries >= needed, expected)?;
     table(
+        "the L1 table",
         "l1_table_offset",
         fields.u64(40)?,
         l1_entries * 8,
@@ -361,6 +380,7 @@ fn check_tables(
         "1 or more",
     )?;
     table(
+        "the table of reference counts",
         "refcount_table_offset",
         fields.u64(48)?,
         clusters * cluster,

@@ -4,7 +4,7 @@
 //!
 //! The tables are crate `imago`'s work. Ours: what is accepted (`header`), that files behind an image are those
 //! that the spec names and no others, threads for its blocking calls, clusters that zstd compressed (`zstd`), and what
-//! is left of an image when its process is killed (`image`, `storage`, `repair`).
+//! is left of an image when its process is killed (`image`, `storage`, `repair`), and whether its file is whole (`whole`).
 //!
 //! What a guest can rely on, by [`Cache`]:
 //!
@@ -27,6 +27,7 @@ mod image;
 mod repair;
 mod storage;
 mod tables;
+mod whole;
 mod zstd;
 
 pub use create::{CreateError, Qcow2Options, ResizeImageError, create, resize};
@@ -86,6 +87,7 @@ impl Qcow2Backend {
             true => Alignment::direct(&image.file).map_err(failed)?.offset_bytes,
             false => 512,
         };
+        check_whole(&image, &header, options)?;
         let below = open_chain(&image, &header, backing, direct)?;
         // imago 0.2.6 computes a negative length, and panics, where a part of an image is zeroed that is smaller
         // than one cluster. There the guest writes its zeroes itself.
@@ -167,6 +169,22 @@ fn repaired(image: &ImageFile, header: Header, options: OpenOptions) -> Result<H
         header_of(&image.file, storage.size().map_err(Qcow2Error::Tables)?)
     };
     repair().map_err(|source| OpenError::Qcow2 {
+        path: image.path.clone(),
+        source,
+    })
+}
+
+/// See `whole`; of an image that nobody uses yet.
+fn check_whole(image: &ImageFile, header: &Header, options: OpenOptions) -> Result<(), OpenError> {
+    let read_only = OpenOptions {
+        read_only: true,
+        ..options
+    };
+    let file = image.file.try_clone();
+    let storage = file.and_then(|file| storage(file, read_only, &Arc::default()));
+    let checked = storage.map_err(Qcow2Error::Tables);
+    let checked = checked.and_then(|storage| whole::check(&storage, header));
+    checked.map_err(|source| OpenError::Qcow2 {
         path: image.path.clone(),
         source,
     })
@@ -273,6 +291,7 @@ fn open_chain(
         below = Some(match header {
             None => open_raw(image, options)?,
             Some(header) => {
+                check_whole(&image, &header, options)?;
                 let watch = watch(&header, options);
                 open_image(image, below, options, &header, watch)?
             }

@@ -111,7 +111,7 @@ impl Counts {
             }
             counts.own(at)?;
             if at + cluster_bytes > counts.file_bytes {
-                return refused("a table that the file's end cuts off", at);
+                return Err(counts.cut_off("an L2 table", at));
             }
             // Nobody writes a table that is empty, but a made-up image may have millions.
             if storage.is_hole(at, cluster_bytes) {
@@ -167,9 +167,18 @@ impl Counts {
     fn count(&mut self, at: u64) -> Result<&mut u16, Qcow2Error> {
         // The last cluster may be cut off, where nobody has written to the end of it.
         if at > self.file_bytes {
-            return refused("a cluster behind the file's end", at);
+            return Err(self.cut_off("a cluster of the disk", at));
         }
         self.slot(at / self.cluster_bytes)
+    }
+
+    /// The cluster at an offset is not in the file.
+    fn cut_off(&self, what: &'static str, at: u64) -> Qcow2Error {
+        Qcow2Error::CutOff {
+            what,
+            end: at.saturating_add(self.cluster_bytes),
+            file_bytes: self.file_bytes,
+        }
     }
 
     /// Clusters whose counts are in one block.

@@ -2,12 +2,13 @@
 //! Images that QEMU's tools made, in every variety: used, or refused in one line that says what to do.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use super::random::{DISK_BYTES, workload};
 use super::{check_image, check_refused, done, qemu_img, source};
 use crate::backend::{BlockBackend, Operation, Space};
 use crate::conformance::{self, act, read, write};
-use crate::open::{Cache, Format, OpenOptions, open};
+use crate::open::{Cache, Format, OpenError, OpenOptions, open};
 
 /// A directory with images of one test.
 struct Images(tempfile::TempDir);
@@ -312,4 +313,72 @@ fn an_image_with_a_bitmap_stays_sound() {
     drop(disk);
     // The clusters of the bitmap are free.
     check_image(&images.path("image"));
+}
+
+/// Cut at any cluster, an image is refused, with what it lacks; within the last cluster, and only there, it may be sound.
+#[test]
+fn an_image_that_is_cut_off_is_refused() {
+    const CLUSTER: u64 = 64 << 10;
+    let images = Images::new();
+    for (options, cluster) in [
+        ("cluster_size=65536", CLUSTER),
+        ("cluster_size=65536,refcount_bits=1", CLUSTER),
+        ("cluster_size=4096,refcount_bits=64", 4 << 10),
+        ("cluster_size=65536,compat=0.10", CLUSTER),
+        ("cluster_size=65536,preallocation=metadata", CLUSTER),
+    ] {
+        if !images.create("whole", &["-o", options]) {
+            return;
+        }
+        let path = images.text("whole");
+        let at = |offset: u64| format!("write -q -P 7 {offset} 64k");
+        let (first, last) = (at(1 << 20), at(3 << 20));
+        let writes = ["-f", "qcow2", "-c", &first, "-c", &last, &path];
+        let written = Command::new("qemu-io").args(writes).status();
+        if !written.is_ok_and(|status| status.success()) {
+            println!("ATOLL-SKIP: qemu-io is not installed (apt-get install qemu-utils)");
+            return;
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        open(&source(Path::new(&path), &[]), OpenOptions::default()).unwrap();
+        let ends = (0..bytes.len() as u64 / cluster).map(|count| count * cluster);
+        let ends = ends.chain([4, 71, 103, cluster - 1]);
+        let mut lacking = std::collections::BTreeSet::new();
+        for end in ends.filter(|end| *end > 0) {
+            let cut = images.text("cut");
+            std::fs::write(&cut, &bytes[..usize::try_from(end).unwrap()]).unwrap();
+            let error = open(&source(Path::new(&cut), &[]), OpenOptions::default());
+            let Err(OpenError::Qcow2 { path, source }) = error else {
+                panic!("{options}: opened when it was cut at {end}");
+            };
+            assert_eq!(path, Path::new(&cut));
+            let text = source.to_string();
+            let told = text.contains("is cut off: ") && text.contains("qemu-img check");
+            assert!(
+                told && text.contains(&format!("the file at {end}:")),
+                "{text}"
+            );
+            lacking.extend(text.split(" ends at").next().map(str::to_owned));
+        }
+        println!("{options}: {lacking:?}");
+    }
+}
+
+/// What is counted behind the end of the file, and used by nobody, is no loss.
+#[test]
+fn a_leak_behind_the_end_is_no_cut() {
+    let images = Images::new();
+    if !images.create("image", &["-o", "cluster_size=65536"]) {
+        return;
+    }
+    let path = images.path("image");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // The only block of counts, of 16 bits, by the table of them.
+    let number = |at: usize| u64::from_be_bytes(*bytes[at..].first_chunk().unwrap());
+    let table = usize::try_from(number(48)).unwrap();
+    let block = usize::try_from(number(table)).unwrap();
+    bytes[block + 2 * 1000 + 1] = 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let disk = open(&source(&path, &[]), writable()).unwrap();
+    write(&*disk, 0, &[1; 4096]).unwrap();
 }
