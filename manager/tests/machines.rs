@@ -7,6 +7,7 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -338,6 +339,16 @@ async fn devices_come_and_go(node: &Node, id: GuestId) {
     );
 }
 
+/// A process has the pages of a file, not copies of them.
+#[track_caller]
+fn has_mapped(pid: Option<u32>, file: &std::path::Path) {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", pid.unwrap())).unwrap();
+    let inode = std::fs::metadata(file).unwrap().ino().to_string();
+    // Addresses, permissions, offset, device, inode, path.
+    let mut inodes = maps.lines().map(|line| line.split_whitespace().nth(4));
+    assert!(inodes.any(|found| found == Some(&inode)), "{maps}");
+}
+
 /// It is created, started, paused, and found again by another daemon.
 async fn runs(node: Node, state: &tempfile::TempDir, id: GuestId) -> Node {
     let params = [
@@ -345,6 +356,7 @@ async fn runs(node: Node, state: &tempfile::TempDir, id: GuestId) -> Node {
         ("memory", "64"),
         ("kernel", "local:snippets/probe"),
         ("cmdline", "stay"),
+        ("sharekernel", "1"),
         ("scsi0", "local:0.0625"),
         ("ide2", "none,media=cdrom"),
         ("virtio1", "local:0.0625,format=qcow2,cache=writethrough"),
@@ -370,6 +382,7 @@ async fn runs(node: Node, state: &tempfile::TempDir, id: GuestId) -> Node {
     );
     let status = node.guests().status(KIND, id).await.unwrap();
     assert!(status.running && status.load.memory_bytes > 0, "{status:?}");
+    has_mapped(status.pid, &state.path().join("storage/snippets/probe"));
     assert_eq!(
         (status.name.as_str(), status.disk_bytes_max),
         ("probe", 64 << 20)

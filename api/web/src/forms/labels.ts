@@ -65,6 +65,7 @@ const LABELS: Record<string, string> = {
   scsi: 'Disk (SCSI)',
   searchdomain: 'DNS search domain',
   serial: 'Serial port',
+  sharekernel: 'Share the kernel with other guests',
   size: 'Size',
   sockets: 'CPU sockets',
   'ssh-public-keys': 'SSH keys of root',

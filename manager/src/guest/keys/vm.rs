@@ -57,6 +57,17 @@ pub const VM: &[Key] = &[
     )
     .own(),
     Key::new(
+        Param::new(
+            "sharekernel",
+            Kind::Boolean,
+            "All guests of the same kernel have its pages together until they write to them. The kernel must be an ELF \
+             file and memory no huge pages. To replace the file, rename a new one over it.",
+        )
+        .default("0"),
+        Guest(VmConfigOptions),
+    )
+    .own(),
+    Key::new(
         Param::new("memory", MEMORY, "Memory in MiB.").default("512"),
         Guest(VmConfigMemory),
     ),

@@ -25,6 +25,8 @@ use crate::storage::name::{Content, StorageName, VolumeId};
 
 /// The key that holds the firmware's variables.
 pub const VARIABLES: &str = "efidisk0";
+/// The key by which guests of one kernel share its pages.
+const SHARE_KERNEL: &str = "sharekernel";
 /// Firmware code, in the folder of Debian's package `ovmf`. The build without SMM, see the README.
 const CODE: &str = "OVMF_CODE_4M.fd";
 /// What new variables are copies of: empty, and with Secure Boot's keys.
@@ -58,7 +60,14 @@ pub fn way(id: GuestId, config: &GuestConfig) -> Result<Way, Error> {
 
 /// What boots, with the paths of its files.
 pub fn spec(id: GuestId, config: &GuestConfig, places: &Places) -> Result<BootSpec, Error> {
+    let shared = config.is_set(SHARE_KERNEL);
     if way(id, config)? == Way::Firmware {
+        if shared {
+            return Err(Error::refused(format!(
+                "VM {id}: '{SHARE_KERNEL}' is for a guest with a 'kernel', firmware loads its own: delete one, or set \
+                 the other"
+            )));
+        }
         return Ok(BootSpec::Firmware(FirmwareSpec {
             code: places.firmware.join(CODE),
             vars: match variables(config) {
@@ -69,12 +78,17 @@ pub fn spec(id: GuestId, config: &GuestConfig, places: &Places) -> Result<BootSp
             log: None,
         }));
     }
+    if shared && config.get("hugepages").is_some() {
+        return Err(Error::refused(format!(
+            "VM {id}: '{SHARE_KERNEL}' and 'hugepages' exclude each other: delete one of them"
+        )));
+    }
     let path = |key: &str| config.get(key).map(|volume| places.find(volume));
     Ok(BootSpec::Kernel(KernelSpec {
         image: path("kernel").expect("it is the way to boot")?,
         initrd: path("initrd").transpose()?,
         cmdline: config.get("cmdline").unwrap_or_default().to_owned(),
-        shared: false,
+        shared,
     }))
 }
 

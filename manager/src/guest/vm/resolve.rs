@@ -305,8 +305,9 @@ mod tests {
         );
         assert_eq!(spec.nets[0].tap, "tap100i0");
         assert_eq!(spec.nets[0].mac.as_deref(), Some("BC:24:11:00:00:01"));
-        let image = spec.boot.kernel().map(|kernel| kernel.image.as_path());
-        assert_eq!(image, Some(Path::new("/s/local/snippets/k")));
+        let kernel = spec.boot.kernel().unwrap();
+        assert_eq!(kernel.image, Path::new("/s/local/snippets/k"));
+        assert!(!kernel.shared);
         assert_eq!(
             spec.serial,
             ConsoleSpec::Socket(PathBuf::from("/r/vm-100/serial.sock"))
@@ -316,7 +317,7 @@ mod tests {
     #[test]
     fn options_reach_the_machine() {
         let config = config(
-            "kernel: local:snippets/k\nagent: 1\nballoon: 0\n\
+            "kernel: local:snippets/k\nsharekernel: 1\nagent: 1\nballoon: 0\n\
              scsi0: local:100/vm-100-disk-0.raw,cache=unsafe,discard=on,iops_wr=100,mbps=1.5,mbps_rd=0\n\
              virtio0: local:100/vm-100-disk-1.raw,ro=1\n\
              net0: virtio,queues=4,rate=2,link_down=1,mtu=1400\n",
@@ -338,6 +339,7 @@ mod tests {
         );
         assert_eq!(spec.services.ports[0].name, AGENT_PORT);
         assert_eq!(spec.services.balloon, None);
+        assert!(spec.boot.kernel().unwrap().shared);
     }
 
     #[test]
@@ -426,6 +428,14 @@ mod tests {
         check(
             "kernel: local:snippets/k\ncores: 200\nsockets: 2\n",
             "at most 255",
+        );
+        check(
+            "bios: ovmf\nsharekernel: 1\n",
+            "VM 100: 'sharekernel' is for a guest with a 'kernel'",
+        );
+        check(
+            "kernel: local:snippets/k\nsharekernel: 1\nhugepages: 2\n",
+            "'sharekernel' and 'hugepages' exclude each other",
         );
     }
 }
