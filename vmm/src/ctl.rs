@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use atoll_vmm_protocol::api::{
-    AddDisk, AddNet, BeginExport, BeginMirror, DISK_CONNECTIONS, EndExport, Exported, InsertDisk,
-    Migrate, MigrationInfo, MigrationStage, RemovalStage, RemoveDevice, Request, Snapshot,
-    SnapshotTaken,
+    AddDisk, AddNet, BeginExport, BeginMirror, DISK_CONNECTIONS, EndExport, Exported,
+    FAULT_CONNECTIONS, InsertDisk, Migrate, MigrationInfo, MigrationStage, RemovalStage,
+    RemoveDevice, Request, Snapshot, SnapshotTaken, WhenLate,
 };
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::DiskSpec;
@@ -155,30 +155,12 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         count <= CONNECTIONS_MAX,
         "{count} connections, {DISK_CONNECTIONS} of them a disk: at most {CONNECTIONS_MAX}"
     );
-    let (mut relay, sockets) = connect(body, count)?;
-    let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
-    // What is for the network stays here.
-    let asked = Migrate {
-        to: body.to.clone(),
-        connections: body.connections,
-        downtime_limit_ms: body.downtime_limit_ms,
-        relayed: relay.as_ref().map(|_| true).or(body.relayed),
-        max_bytes_per_second: body.max_bytes_per_second,
-        throttle: body.throttle,
-        when_late: body.when_late,
-        disks: body.disks.clone(),
-        ..Migrate::default()
+    let lines = match body.when_late {
+        Some(WhenLate::PostCopy) => FAULT_CONNECTIONS,
+        _ => 0,
     };
-    let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, &asked, &descriptors)?;
-    // The machine has its own handles: the end of its connections must be the end of all.
-    drop(sockets);
-    while matches!(
-        info.stage,
-        MigrationStage::Copying | MigrationStage::Switching
-    ) {
-        std::thread::sleep(POLL);
-        info = client.ask(Request::Migration)?;
-    }
+    let (mut relay, sockets) = connect(body, count + lines)?;
+    let info = ask_and_wait(client, body, sockets, relay.is_some())?;
     if info.stage == MigrationStage::Completed {
         // A process that has ended already needs not be told.
         let _ = client.act(Request::Shutdown);
@@ -186,6 +168,10 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         return Ok(info);
     }
     let mut error = info.error.clone().unwrap_or_default();
+    if info.stage == MigrationStage::Lost {
+        let _ = client.act(Request::Shutdown);
+        anyhow::bail!(error)
+    }
     if let Some(trouble) = relay.as_mut().and_then(Relay::trouble) {
         error = format!("{error} ({}: {trouble})", body.to);
     }
@@ -197,6 +183,11 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
     match taken {
         Some(true) => {
             client.act(Request::Shutdown)?;
+            anyhow::ensure!(
+                lines == 0 || info.remaining_bytes == 0,
+                "the guest is lost: the target had taken it, and {} KiB of its memory were still to be sent",
+                info.remaining_bytes >> 10
+            );
             Ok(MigrationInfo {
                 stage: MigrationStage::Completed,
                 error: None,
@@ -215,6 +206,39 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
             body.to
         ),
     }
+}
+
+/// Has the machine move over these connections; how that ended.
+fn ask_and_wait(
+    client: &Client,
+    body: &Migrate,
+    sockets: Vec<UnixStream>,
+    through_relay: bool,
+) -> anyhow::Result<MigrationInfo> {
+    let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
+    // What is for the network stays here.
+    let asked = Migrate {
+        to: body.to.clone(),
+        connections: body.connections,
+        downtime_limit_ms: body.downtime_limit_ms,
+        relayed: through_relay.then_some(true).or(body.relayed),
+        max_bytes_per_second: body.max_bytes_per_second,
+        throttle: body.throttle,
+        when_late: body.when_late,
+        disks: body.disks.clone(),
+        ..Migrate::default()
+    };
+    let mut info: MigrationInfo = client.ask_with_files(Request::Migrate, &asked, &descriptors)?;
+    // The machine has its own handles: the end of its connections must be the end of all.
+    drop(sockets);
+    while matches!(
+        info.stage,
+        MigrationStage::Copying | MigrationStage::Switching | MigrationStage::PostCopy
+    ) {
+        std::thread::sleep(POLL);
+        info = client.ask(Request::Migration)?;
+    }
+    Ok(info)
 }
 
 /// The machine's ends of all connections, that for messages first, and what carries their bytes if they go over a
@@ -239,6 +263,9 @@ fn for_relay(body: &Migrate, count: usize) -> Vec<OsString> {
     all.extend(["--connections".into(), count.to_string().into()]);
     if let Some(name) = &body.tls_name {
         all.extend(["--tls-name".into(), name.into()]);
+    }
+    if body.when_late == Some(WhenLate::PostCopy) {
+        all.push("--to-the-end".into());
     }
     let network = NetworkArguments {
         tls_ca: body.tls_ca.clone(),

@@ -18,6 +18,7 @@ use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -107,6 +108,8 @@ impl Relay {
             .args(arguments)
             .stdin(Stdio::from(OwnedFd::from(far)))
             .stdout(Stdio::null())
+            // What a terminal interrupts is the caller, which says what becomes of this.
+            .process_group(0)
             .spawn()
             .map_err(|source| RelayError::Program { path, source })?;
         Self::hear(near)

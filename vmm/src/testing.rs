@@ -605,6 +605,10 @@ pub fn migration(input: &[u8]) {
                     assert_told(&error, input);
                 }
             }
+            Ok(Message::Remaining) => {
+                let ram = memory::allocate(&MICRO, 1, 40, Backing::Anonymous).expect("1 MiB");
+                let _ = migration::postcopy::receive_bitmap(&mut messages, &ram);
+            }
             Ok(_) => {}
             Err(error) => {
                 assert_told(&error, input);
@@ -626,7 +630,7 @@ pub fn migration_corpus() -> Vec<Vec<u8>> {
         format!(
             r#"{{"hello":{{"format":"atoll-migration","version":2,"program":"0.1.0","spec":{spec},
             "machine_version":1,"cpuid":[[0,0,0,1,2,3,4]],"data_connections":2,
-            "disks":[{{"id":"disk0","size_bytes":512,"connections":2}}]}}}}"#
+            "disks":[{{"id":"disk0","size_bytes":512,"connections":2}}],"post_copy":{{"fault_connections":2}}}}}}"#
         )
     };
     let state = String::from_utf8(state_corpus().swap_remove(0)).expect("JSON");
@@ -634,6 +638,7 @@ pub fn migration_corpus() -> Vec<Vec<u8>> {
         hello(whole),
         hello(least),
         r#""ready""#.to_owned(),
+        r#""remaining""#.to_owned(),
         r#"{"failed":{"reason":"x"}}"#.to_owned(),
         format!(r#"{{"state":{state}}}"#),
     ];

@@ -22,20 +22,9 @@ use std::time::{Duration, Instant};
 use atoll_disk::qcow2::{Qcow2Options, create};
 use atoll_vmm_protocol::api::{Migrate, MigrationInfo, Request};
 use guest::{
-    Disturbance, Guest, Place, Random, eventually, kvm, moved, number, runs, shell, works,
+    Disturbance, Guest, Place, Random, eventually, kvm, moved, number, runs, shell, target_for,
+    works,
 };
-
-/// A process that waits for `source`'s machine, in a folder with the same disk.
-fn target_for(source: &Guest) -> Guest {
-    let place = Place::new();
-    std::fs::remove_file(place.path("disk")).unwrap();
-    std::fs::hard_link(source.path("disk"), place.path("disk")).unwrap();
-    let target = place.start(&["receive", "--socket", "in"]);
-    eventually("the target's socket", || {
-        target.path("in").exists().then_some(())
-    });
-    target
-}
 
 /// `ctl migrate`, not waited for.
 fn begin(source: &Guest, target: &Guest, connections: &str) -> Child {

@@ -21,7 +21,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant};
 
-use atoll_vmm_protocol::api::MachineState;
+use atoll_vmm::memory::UserFault;
+use atoll_vmm_protocol::api::{MachineState, MigrationInfo, MigrationStage, Request};
 use guest::{Guest, Place, Random, eventually, kvm, moved, number, runs, shell, works};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
@@ -162,7 +163,52 @@ fn a_guest_at_work_moves_over_tls_and_without() {
     assert!(serial.end_load() >= done);
 }
 
-/// The same with the content of its disk, through connections of their own.
+/// The rest of its memory comes while it runs there, also when who asked for the move is gone.
+#[test]
+fn a_guest_runs_before_its_memory_has_come_over_tls() {
+    if !relay_and_kvm() {
+        return;
+    }
+    if let Err(error) = UserFault::open() {
+        println!("ATOLL-SKIP: {error}");
+        return;
+    }
+    let authority = Authority::new();
+    let [there, here] = ["target", "source"].map(|side| authority.options(side));
+    let mut source = Place::new().start(&shell("64", "2"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    let done = serial.load_beyond(0);
+    let (mut target, address) = target_for(&source, &there);
+    let more = [
+        "--when-late",
+        "post-copy",
+        "--max-bytes-per-second",
+        "2000000",
+    ];
+    let here = with(&with(&here, &more), &["--connections", "2"]);
+    let mut asker = begin(&source, &address, &here);
+    eventually("the move's begin", || {
+        source.ctl(&["switch-migration"]).ok()
+    });
+    eventually("post-copy", || {
+        let info: MigrationInfo = source.client().ask(Request::Migration).ok()?;
+        assert_ne!(info.stage, MigrationStage::Completed, "it was too fast");
+        (info.stage == MigrationStage::PostCopy).then_some(())
+    });
+    asker.kill().unwrap();
+    asker.wait().unwrap();
+    eventually("all memory", || {
+        let filling = target.client().info().ok()?.filling.unwrap();
+        filling.complete.then_some(())
+    });
+    assert_eq!(source.ended().0.code(), Some(0));
+    serial = target.serial();
+    assert!(serial.load_beyond(done) > done);
+    serial.end_load();
+}
+
+/// A machine with the content of its disk, through connections of their own.
 #[test]
 fn a_disk_moves_over_tls() {
     if !relay_and_kvm() {

@@ -23,6 +23,7 @@ use super::{
 use crate::counters::{Counter, CounterList};
 use crate::state::{DeviceState, Saved, SavedState, StateError};
 
+pub use self::discard::discard;
 pub use self::statistics::Statistics;
 
 /// Unit of the balloon, whatever the guest's page size, §5.5.6.

@@ -53,6 +53,8 @@ pub enum Kind {
     Relay,
     /// Fills guest memory while the guest runs.
     Memory,
+    /// The same with pages that come from another process.
+    Fetch,
     /// Owns a disk that is served to others, until a signal ends it; the first thread of a process without a machine.
     Server,
 }
@@ -76,6 +78,7 @@ impl Kind {
         Self::Backend,
         Self::Relay,
         Self::Memory,
+        Self::Fetch,
         Self::Server,
     ];
 }

@@ -39,6 +39,9 @@ pub enum Request {
     Migrate,
     /// How far the move is; answered with [`MigrationInfo`].
     Migration,
+    /// Let the guest run there now, and send the rest of its memory meanwhile: of a move that may end like that
+    /// ([`WhenLate::PostCopy`]); answered with [`MigrationInfo`].
+    SwitchMigration,
     /// Stay here.
     CancelMigration,
     /// Pull a network card's plug, or put it in; takes [`SetLink`].
@@ -509,6 +512,9 @@ pub struct SnapshotTaken {
 /// Connections of one disk that moves with its machine: one request a connection at a time.
 pub const DISK_CONNECTIONS: usize = 2;
 
+/// Connections for pages that a guest waits for, of a move that may end with post-copy: behind those for memory.
+pub const FAULT_CONNECTIONS: usize = 2;
+
 /// Body of [`Request::Migrate`]; its connections come as descriptors, that for messages first.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -567,6 +573,8 @@ pub enum WhenLate {
     Cancel,
     /// Memory is sent until the guest writes less, or somebody says `cancel-migration`.
     GoOn,
+    /// The guest runs there before all of its memory is there, and waits for each page that is not ([`FAULT_CONNECTIONS`]).
+    PostCopy,
 }
 
 /// Where a move to another process is.
@@ -577,12 +585,16 @@ pub enum MigrationStage {
     Copying,
     /// The guest is held; the rest is sent.
     Switching,
+    /// The guest runs there, and the rest of its memory is sent: it needs both sides.
+    PostCopy,
     /// The guest runs there.
     Completed,
     /// The guest runs here: something went wrong.
     Failed,
     /// The guest runs here: somebody wanted it so.
     Cancelled,
+    /// The guest ran there without all of its memory when the two sides lost each other: it runs nowhere.
+    Lost,
     /// The guest is paused here, and may run there: say `resume` if it does not, `shutdown` if it does.
     InDoubt,
 }

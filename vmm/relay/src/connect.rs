@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The source's side: connects, hands out the machine's ends of local connections, and carries their bytes with one
-//! thread each. It lives as long as `ctl migrate`, its caller, which asks it questions at the end.
+//! thread each. It lives as long as `ctl migrate`, its caller, which asks it questions at the end; where a guest may run at
+//! the target without all of its memory, as long as its connections.
 
 use std::io;
 use std::net::TcpStream;
@@ -148,8 +149,13 @@ impl Relay {
     }
 
     /// Hands out the machine's ends, then answers the caller's questions. Returns when there are no more: the caller has
-    /// ended, or said that all is over.
-    pub fn answer(self, caller: &mut Caller, ends: Vec<UnixStream>) -> Result<(), RelayError> {
+    /// said that all is over, or has ended, and with `to_the_end` all connections have, too.
+    pub fn answer(
+        self,
+        caller: &mut Caller,
+        ends: Vec<UnixStream>,
+        to_the_end: bool,
+    ) -> Result<(), RelayError> {
         let host = |source| RelayError::Host {
             what: "tell the caller",
             source,
@@ -173,6 +179,12 @@ impl Relay {
                 }
             };
             caller.answer(text).map_err(host)?;
+        }
+        if to_the_end {
+            // Threads end with their connections; a panic has ended the process.
+            self.threads
+                .into_iter()
+                .for_each(|thread| drop(thread.join()));
         }
         Ok(())
     }

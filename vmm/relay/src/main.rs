@@ -50,6 +50,9 @@ struct ConnectArguments {
     /// Whom the target's certificate is for, if not the host of its address
     #[arg(long, value_name = "NAME")]
     tls_name: Option<String>,
+    /// Carry on when the caller has ended: a guest may need it
+    #[arg(long)]
+    to_the_end: bool,
     #[command(flatten)]
     network: NetworkArguments,
 }
@@ -98,5 +101,5 @@ fn connect_for(caller: &mut Caller, arguments: &ConnectArguments) -> Result<(), 
     let name = arguments.tls_name.as_deref();
     let count = arguments.connections;
     let (relay, ends) = Relay::open(address, &protection, name, silence, count)?;
-    relay.answer(caller, ends)
+    relay.answer(caller, ends, arguments.to_the_end)
 }

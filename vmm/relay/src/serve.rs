@@ -32,6 +32,8 @@ use crate::{
 const CONNECTIONS_MAX: usize = 130;
 /// Silence limits for which an answer to a doubt is kept.
 const INQUIRY_SILENCES: u32 = 8;
+/// How often it is looked whether pages are still carried.
+const END_POLL: Duration = Duration::from_millis(20);
 
 /// Listens, and carries one machine's connections. `caller` is the machine-to-be.
 pub fn serve(
@@ -61,6 +63,7 @@ pub fn serve(
             journey: None,
             verdict: Verdict::Undecided,
             connections: 0,
+            carried: 0,
         }),
     });
     let (watched, watch) = (relay.clone(), again()?);
@@ -88,6 +91,8 @@ struct Shared {
     journey: Option<Journey>,
     verdict: Verdict,
     connections: usize,
+    /// Connections for pages that are being carried: a guest may run while they are.
+    carried: usize,
 }
 
 impl Relay {
@@ -141,9 +146,12 @@ impl Relay {
             Preface::of_bytes(preface).ok_or_else(|| io::Error::other("this is no ctl migrate"))?;
         let (verdict, local) = self.admit(&preface)?;
         let said = session.say(&socket, &verdict.to_bytes(), deadline);
-        if said.is_err() && preface.role == Role::Control && local.is_some() {
-            // The machine-to-be ends with its only source.
-            exit(0);
+        if said.is_err() && local.is_some() {
+            match preface.role {
+                // The machine-to-be ends with its only source.
+                Role::Control => exit(0),
+                _ => self.shared().carried -= 1,
+            }
         }
         said?;
         let Some(local) = local else {
@@ -158,7 +166,13 @@ impl Relay {
         };
         match preface.role {
             Role::Control => self.converse(connection, &local),
-            _ => carry(connection, &local, &mut Plainly),
+            _ => {
+                let carried = carry(connection, &local, &mut Plainly);
+                // The machine-to-be knows by its end.
+                drop(local);
+                self.shared().carried -= 1;
+                carried
+            }
         }
     }
 
@@ -174,6 +188,7 @@ impl Relay {
         }
         let (inner, outer) = UnixStream::pair()?;
         shared.machine.give(&outer)?;
+        shared.carried += usize::from(preface.role == Role::Data);
         let welcome = Verdict::Welcome(milliseconds(self.silence));
         Ok((welcome, Some(inner)))
     }
@@ -196,10 +211,18 @@ impl Relay {
         };
         self.shared().verdict = verdict;
         match &carried {
-            Ok(()) => exit(0),
+            Ok(()) => self.end(),
             Err(error) => tracing::warn!(%error, ?verdict, "the connection with the source broke"),
         }
         std::thread::sleep(self.silence * INQUIRY_SILENCES);
+        self.end()
+    }
+
+    /// Ends the process, once no pages are carried any more.
+    fn end(&self) -> ! {
+        while self.shared().carried > 0 {
+            std::thread::sleep(END_POLL);
+        }
         exit(0)
     }
 }

@@ -45,6 +45,7 @@ use crate::layout;
 use crate::loader::LoadError;
 use crate::memory::filling::{Filling, FillingError};
 use crate::memory::{self, Backing, MemoryError};
+use crate::migration::postcopy::Late;
 use crate::power::PowerRegisters;
 use crate::resources::NetError;
 use crate::saved::{MachineState, VcpuSaved};
@@ -325,7 +326,7 @@ fn ground(
     if saved.memory.is_lazy() && backing != Backing::Anonymous {
         return Err(BuildError::LazyBacking);
     }
-    if saved.memory.is_lazy() {
+    if saved.memory.is_filled() {
         // Its pages are placed where RAM was mapped, and nothing else may be there.
         opened.share_no_kernel();
     }
@@ -333,14 +334,27 @@ fn ground(
     let SavedRam {
         memory,
         source,
+        late,
         machine: made,
     } = memory.into_ram(board, spec.memory_mib, || fresh(&cpus))?;
     let fill = |source| {
         let faults = opened.faults.take().expect("opened for lazy memory");
         Filling::start(faults, memory.clone(), Box::new(source), end_without_memory)
     };
+    let take = |late: Late| {
+        let parts = late.into_elsewhere().map_err(|source| BuildError::Host {
+            what: "keep the connections with the source",
+            source,
+        });
+        let (faults, elsewhere) = parts?;
+        Filling::take(faults, memory.clone(), elsewhere).map_err(BuildError::from)
+    };
+    let filling = match late {
+        Some(late) => Some(take(late)?),
+        None => source.map(fill).transpose()?,
+    };
     Ok(Ground {
-        filling: source.map(fill).transpose()?,
+        filling,
         machine: made.map_or_else(|| machine(opened, &memory), Ok)?,
         memory,
         cpus,

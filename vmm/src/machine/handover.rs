@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!   Running ── migrate ──► Running, copying ── Hold ──► Running, held ── Done(Ok) ──► Migrated (ends soon)
+//!      │                        │                            ├─ Taken ──► Migrated, memory is sent ── Done ──► the same
 //!      ▲                        │                            │
 //!      └──────── Done(error) ───┴────────────────────────────┤
 //!                                            Done(in doubt)  └──► Paused, until somebody who knows says more
@@ -19,17 +20,19 @@ use atoll_devices::virtio::{Act, VirtioPci};
 use atoll_disk::{Limited, chain};
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{
-    DISK_CONNECTIONS, MachineState, Migrate, MigrationInfo, MigrationStage, Request,
+    DISK_CONNECTIONS, FAULT_CONNECTIONS, MachineState, Migrate, MigrationInfo, MigrationStage,
+    Request, WhenLate,
 };
 
 use super::disks::{self, Disk};
 use super::owner::{Event, GuestEvent, Machine};
-use super::{RunError, saved};
+use super::{Outcome, RunError, saved};
 use crate::api::{self, Answer, Asked};
 use crate::kvm::VirtualMachine;
 use crate::kvm::dirty::WriteLog;
 use crate::migration::converge::Convergence;
 use crate::migration::disks::{Following, Moving, MovingDisk, Target};
+use crate::migration::postcopy::{self, PostCopy};
 use crate::migration::source::{self, Plan, Progress};
 use crate::migration::{Hello, MigrationError};
 use crate::saved::MachineState as Saved;
@@ -52,6 +55,8 @@ pub(super) enum MigrationEvent {
         Vec<Target>,
         SyncSender<Result<Vec<Following>, MigrationError>>,
     ),
+    /// The machine is the target's, which needs its memory still.
+    Taken,
     /// Hold the machine and give its state.
     Hold(SyncSender<Result<Saved, MigrationError>>),
     /// It is over.
@@ -105,6 +110,10 @@ impl source::Owner for Voice {
         self.tell(MigrationEvent::Hold(sender));
         answer.recv().unwrap_or(Err(MigrationError::Ended))
     }
+
+    fn taken(&self) {
+        self.tell(MigrationEvent::Taken);
+    }
 }
 
 /// The machine's migration, the last one or the one under way.
@@ -113,6 +122,8 @@ pub(super) struct Migration {
     under_way: bool,
     held: bool,
     moved: Option<Instant>,
+    /// Why the guest runs nowhere.
+    lost: Option<String>,
     /// Disks whose content moves along, and the most that is copied of all of them in a second.
     disks: Vec<String>,
     bytes_per_second: Option<u64>,
@@ -122,6 +133,16 @@ impl Migration {
     /// When the process ends because the machine has moved.
     pub(super) fn end(&self) -> Option<Instant> {
         self.moved.map(|moved| moved + AFTERLIFE)
+    }
+
+    /// How the process ends then.
+    pub(super) fn outcome(&self) -> Outcome {
+        match &self.lost {
+            Some(reason) => Outcome::Crashed {
+                reason: reason.clone(),
+            },
+            None => Outcome::Migrated,
+        }
     }
 }
 
@@ -136,7 +157,11 @@ impl Machine {
         let moving = self.is_moving();
         let harmless = matches!(
             request,
-            Request::Info | Request::Counters | Request::Migration | Request::CancelMigration
+            Request::Info
+                | Request::Counters
+                | Request::Migration
+                | Request::SwitchMigration
+                | Request::CancelMigration
         );
         (moving && !harmless).then(|| {
             let text = "the machine is moving to another process: wait, or cancel-migration";
@@ -157,6 +182,9 @@ impl Machine {
             let text = "the machine does not run: resume it first, or take a snapshot";
             return Err(api::refusal(409, text));
         }
+        if let Some(text) = self.parts.elsewhere() {
+            return Err(api::refusal(409, text));
+        }
         if let Some(text) = self.parts.obstacle(Act::Migration) {
             return Err(api::refusal(409, text));
         }
@@ -166,20 +194,26 @@ impl Machine {
         let mut data: Vec<UnixStream> = asked.files.into_iter().map(UnixStream::from).collect();
         let body: Migrate = api::body(asked.body)?;
         let disks = self.moving_disks(&body.disks, &mut data)?;
+        let lines = self.fault_lines(&body, &mut data)?;
+        let post_copy = (!lines.is_empty()).then_some(PostCopy {
+            fault_connections: lines.len(),
+        });
         if data.is_empty() {
             return Err(api::refusal(400, "a migration needs a data connection"));
         }
         let limit_ms = body.downtime_limit_ms.unwrap_or(DOWNTIME_LIMIT_MS);
         let told = disks.iter().map(|moving| moving.disk.clone()).collect();
-        let hello = Hello::new(self.spec.clone(), &self.parts.first_cpu(), data.len(), told);
+        let cpu = self.parts.first_cpu();
+        let hello = Hello::new(self.spec.clone(), &cpu, data.len(), told, post_copy);
         let plan = Plan {
             control: UnixStream::from(std::os::fd::OwnedFd::from(control)),
             data,
+            lines,
             disks,
             convergence: Convergence {
                 downtime_limit: Duration::from_millis(limit_ms),
                 max_bytes_per_second: body.max_bytes_per_second,
-                throttle: body.throttle.unwrap_or(true),
+                throttle: body.throttle.unwrap_or(post_copy.is_none()),
                 when_late: body.when_late.unwrap_or_default(),
             },
             relayed: body.relayed.unwrap_or(false),
@@ -209,6 +243,7 @@ impl Machine {
             under_way: true,
             held: false,
             moved: None,
+            lost: None,
             disks: body.disks,
             bytes_per_second: body.max_bytes_per_second,
         });
@@ -220,6 +255,40 @@ impl Machine {
         match &self.migration {
             Some(migration) => api::json(200, &migration.progress.info()),
             None => api::refusal(404, "the machine has not been asked to migrate"),
+        }
+    }
+
+    /// The last connections but those of disks, if the move may end with post-copy.
+    fn fault_lines(
+        &self,
+        body: &Migrate,
+        connections: &mut Vec<UnixStream>,
+    ) -> Result<Vec<UnixStream>, Answer> {
+        if body.when_late != Some(WhenLate::PostCopy) {
+            return Ok(Vec::new());
+        }
+        if let Some(obstacle) = postcopy::obstacle(&self.spec) {
+            return Err(api::refusal(409, obstacle));
+        }
+        let first = connections.len().checked_sub(FAULT_CONNECTIONS);
+        let first = first.ok_or_else(|| {
+            let text = format!("post-copy needs {FAULT_CONNECTIONS} connections more");
+            api::refusal(400, text)
+        })?;
+        Ok(connections.split_off(first))
+    }
+
+    /// Has the guest run at the target as soon as that is possible.
+    pub(super) fn switch_migration(&self) -> Answer {
+        match self.migration.as_ref().filter(|it| it.under_way) {
+            None => api::refusal(409, "no migration is under way"),
+            Some(migration) if migration.progress.switch() => {
+                api::json(200, &migration.progress.info())
+            }
+            Some(_) => api::refusal(
+                409,
+                "the move cannot end with post-copy: begin it with --when-late post-copy",
+            ),
         }
     }
 
@@ -251,6 +320,10 @@ impl Machine {
                 let limit = self.migration.as_ref().and_then(|it| it.bytes_per_second);
                 let following = self.follow_to(targets, limit)?;
                 let _ = sender.send(following);
+                Ok(())
+            }
+            MigrationEvent::Taken => {
+                self.state = MachineState::Migrated;
                 Ok(())
             }
             MigrationEvent::Hold(sender) => {
@@ -337,6 +410,10 @@ impl Machine {
             }
             Err(error) => {
                 let text = chain(&error);
+                if let MigrationError::Lost { .. } = error {
+                    self.lose(text);
+                    return Ok(());
+                }
                 tracing::warn!(name, error = text, "migration ended");
                 let stage = match error {
                     MigrationError::Cancelled => MigrationStage::Cancelled,
@@ -382,6 +459,18 @@ impl Machine {
             let _ = self.events.send(event);
         }
         Ok(())
+    }
+
+    /// The guest ran at the target without all of its memory: it runs nowhere.
+    fn lose(&mut self, text: String) {
+        tracing::error!(name = self.spec.name, "{text}");
+        self.deferred.clear();
+        if let Some(migration) = &mut self.migration {
+            let (stage, error) = (MigrationStage::Lost, Some(text.clone()));
+            migration.progress.set_stage(stage, error);
+            migration.lost = Some(text);
+            migration.moved = Some(Instant::now());
+        }
     }
 
     /// Locks the images again that were the target's to take.

@@ -55,6 +55,7 @@ use crate::board::Board;
 use crate::kvm::{Kvm, VirtualMachine};
 use crate::memory::{Backing, MemoryError};
 use crate::migration::MigrationError;
+use crate::migration::postcopy::Late;
 use crate::migration::target::Handover;
 use crate::sandbox::{self, Confinement, SandboxError};
 use crate::saved::layers::Layers;
@@ -144,6 +145,8 @@ pub struct Base {
     pub machine: VirtualMachine,
     /// The machine's RAM.
     pub memory: Arc<Ram>,
+    /// What of it comes while the guest runs.
+    pub late: Option<Late>,
 }
 
 /// RAM of a saved machine, and what there is with it.
@@ -151,6 +154,8 @@ struct SavedRam {
     memory: Arc<Ram>,
     /// What it has still to be filled from.
     source: Option<Layers>,
+    /// Or what brings it.
+    late: Option<Late>,
     /// The virtual machine that has it already.
     machine: Option<VirtualMachine>,
 }
@@ -159,6 +164,11 @@ impl SavedMemory {
     /// Whether the guest runs before its RAM is all read.
     fn is_lazy(&self) -> bool {
         matches!(self, Self::Files(_, image::Mode::Lazy))
+    }
+
+    /// Whether pages are placed where RAM was mapped, while the guest runs.
+    fn is_filled(&self) -> bool {
+        self.is_lazy() || matches!(self, Self::Here(base) if base.late.is_some())
     }
 
     fn into_ram(
@@ -170,6 +180,7 @@ impl SavedMemory {
         let found = |ram, source| SavedRam {
             memory: Arc::new(ram),
             source,
+            late: None,
             machine: None,
         };
         let (layers, mode) = match self {
@@ -177,6 +188,7 @@ impl SavedMemory {
                 return Ok(SavedRam {
                     memory: base.memory,
                     source: None,
+                    late: base.late,
                     machine: Some(base.machine),
                 });
             }

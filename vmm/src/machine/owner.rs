@@ -175,7 +175,7 @@ impl Machine {
                 None => events.recv().ok(),
                 Some(end) => {
                     match events.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                        Err(RecvTimeoutError::Timeout) => return Ok(Outcome::Migrated),
+                        Err(RecvTimeoutError::Timeout) => return Ok(self.moved_outcome()),
                         event => event.ok(),
                     }
                 }
@@ -189,7 +189,10 @@ impl Machine {
                     // A client that has gone away is not told.
                     let _ = sender.send(answer);
                     if self.state == MachineState::Stopped {
-                        return Ok(Outcome::ShutDown);
+                        return Ok(match self.moved_outcome() {
+                            lost @ Outcome::Crashed { .. } => lost,
+                            _ => Outcome::ShutDown,
+                        });
                     }
                 }
                 Event::Guest(boot, event) => {
@@ -201,10 +204,19 @@ impl Machine {
                     }
                 }
                 Event::Migration(event) => self.obey_migration(event)?,
+                // Its guest needs what is here; a move that is over ends the process by itself.
+                Event::Terminate if self.state == MachineState::Migrated && self.is_moving() => {
+                    tracing::warn!("the guest runs elsewhere and its memory is still being sent");
+                }
                 Event::Terminate => return Ok(Outcome::ShutDown),
                 Event::KernelWanted => self.part_from_kernel()?,
             }
         }
+    }
+
+    fn moved_outcome(&self) -> Outcome {
+        let migration = self.migration.as_ref();
+        migration.map_or(Outcome::Migrated, Migration::outcome)
     }
 
     /// Only what a guest says may have to wait, and what would let it go.
@@ -298,6 +310,7 @@ impl Machine {
             Request::Snapshot => return self.snapshot(asked),
             Request::Migrate => return Ok(self.migrate(asked)),
             Request::Migration => return Ok(self.migration_info()),
+            Request::SwitchMigration => return Ok(self.switch_migration()),
             Request::CancelMigration => return Ok(self.cancel_migration()),
             Request::AddDisk => return Ok(answer_of(self.add_disk(asked))),
             Request::AddNet => return Ok(answer_of(self.add_net(asked))),

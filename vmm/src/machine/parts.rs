@@ -132,6 +132,14 @@ impl Parts {
         self.touched.clone().filter(|_| complete)
     }
 
+    /// Why its memory cannot be written down or sent, when some of it is still another process's.
+    pub(super) fn elsewhere(&self) -> Option<&'static str> {
+        let filling = self.filling.as_ref();
+        filling.is_some_and(Filling::is_elsewhere).then_some(
+            "the machine's memory is still coming from where it was: wait until info says that filling is complete",
+        )
+    }
+
     /// Why this cannot be done with the machine: the first device that stands in the way, and what it says.
     pub(super) fn obstacle(&self, act: Act) -> Option<String> {
         let obstacle = |function: &Arc<VirtioPci>| {

@@ -91,6 +91,9 @@ impl Machine {
     /// What the snapshot will be among others, if it can be that. `parent` is the state of the one that it names.
     fn form_of(&self, body: &Snapshot, parent: Option<File>) -> Result<SnapshotForm, Answer> {
         let tracks = body.track == Some(true) || body.parent.is_some();
+        if let Some(text) = self.parts.elsewhere() {
+            return Err(api::refusal(409, text));
+        }
         // What a device outside of this process writes is in no log.
         let acts = [Some(Act::Snapshot), tracks.then_some(Act::Migration)];
         if let Some(text) = acts

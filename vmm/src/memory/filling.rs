@@ -24,25 +24,27 @@
 //! Pages are numbered as in `saved::image`: the ranges of the address map one after the other. Not here: where the bytes
 //! are (`saved::layers`).
 
+pub mod arrivals;
+mod places;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use atoll_devices::memory::{PAGE_BYTES, Ram};
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::FillingInfo;
-use rustix::io::Errno;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use self::arrivals::{Arrivals, Elsewhere};
+use self::places::{Places, index};
 use super::{Told, UserFault, UserFaultError};
 use crate::saved::image::is_zero;
 
 /// Pages that are filled together, those of one word.
 pub const WORD_PAGES: usize = 64;
-/// How long the kernel is left alone with memory that is being given back.
-const REMOVAL_PAUSE: Duration = Duration::from_micros(50);
 
 /// Where pages come from.
 pub trait Source: Send {
@@ -65,10 +67,11 @@ struct Progress {
 
 /// RAM that is being filled, or has been. Dropped before RAM, and after everything that touches it: the thread ends with
 /// it.
-#[derive(Debug)]
 pub struct Filling {
     progress: Arc<Progress>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
+    /// Where pages come by themselves.
+    arrivals: Option<Arc<Arrivals>>,
 }
 
 impl Filling {
@@ -105,8 +108,30 @@ impl Filling {
         let thread = atoll_thread::spawn(Kind::Memory, "memory", body);
         Ok(Self {
             progress,
-            thread: Some(thread.map_err(FillingError::Thread)?),
+            threads: vec![thread.map_err(FillingError::Thread)?],
+            arrivals: None,
         })
+    }
+
+    /// Begins to take what is missing in private and anonymous `ram` from who has it.
+    pub fn take(
+        faults: UserFault,
+        ram: Arc<Ram>,
+        elsewhere: Elsewhere,
+    ) -> Result<Self, FillingError> {
+        let progress = Arc::default();
+        let (arrivals, threads) = Arrivals::start(faults, ram, elsewhere, &progress)?;
+        Ok(Self {
+            progress,
+            threads,
+            arrivals: Some(arrivals),
+        })
+    }
+
+    /// Whether pages are still another process's, which the guest cannot do without.
+    #[must_use]
+    pub fn is_elsewhere(&self) -> bool {
+        self.arrivals.is_some() && !self.is_complete()
     }
 
     /// Whether every page is there, for good.
@@ -129,7 +154,10 @@ impl Filling {
 impl Drop for Filling {
     fn drop(&mut self) {
         self.progress.stop.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
+        if let Some(arrivals) = &self.arrivals {
+            arrivals.stop();
+        }
+        for thread in self.threads.drain(..) {
             // Its panic has ended the process.
             let _ = thread.join();
         }
@@ -147,54 +175,20 @@ pub enum FillingError {
     Thread(#[source] io::Error),
 }
 
-/// One range of RAM: its first page's number, where it is in this process, and its pages.
-struct Range {
-    first: u64,
-    host: usize,
-    pages: u64,
-}
-
 /// What the thread has.
 struct Filler {
-    faults: UserFault,
-    ranges: Vec<Range>,
+    places: Places,
     source: Box<dyn Source>,
     progress: Arc<Progress>,
-    /// Pages that were placed; a bit a page.
-    there: Vec<u64>,
-    /// Pages that are zeroes when they are touched.
-    zero: Vec<u64>,
-    /// What the kernel has told and is not answered yet.
-    told: Vec<Told>,
-    /// Pages that somebody waits for. At most one a thread of the process.
-    awaited: Vec<u64>,
     buffer: Vec<u8>,
 }
 
 impl Filler {
     fn new(faults: UserFault, ram: &Ram, source: Box<dyn Source>, progress: Arc<Progress>) -> Self {
-        let mut first = 0;
-        let mut ranges = Vec::new();
-        for region in ram.iter() {
-            let pages = region.len() / PAGE_BYTES as u64;
-            assert!(
-                pages.is_multiple_of(WORD_PAGES as u64),
-                "ranges of RAM are whole MiB"
-            );
-            let host = region.as_ptr() as usize;
-            ranges.push(Range { first, host, pages });
-            first += pages;
-        }
-        let words = index(first) / WORD_PAGES;
         Self {
-            faults,
-            ranges,
+            places: Places::new(Arc::new(faults), ram, progress.clone()),
             source,
             progress,
-            there: vec![0; words],
-            zero: vec![0; words],
-            told: Vec::new(),
-            awaited: Vec::new(),
             buffer: vec![0; WORD_PAGES * PAGE_BYTES],
         }
     }
@@ -224,53 +218,26 @@ impl Filler {
 
     /// Answers everybody who waits now.
     fn answer(&mut self) -> io::Result<()> {
-        self.listen()?;
-        while let Some(page) = self.awaited.pop() {
+        self.places.listen()?;
+        while let Some(page) = self.places.awaited.pop() {
             self.progress.faults.fetch_add(1, Ordering::Relaxed);
             let (word, bit) = (index(page) / WORD_PAGES, 1 << (page % WORD_PAGES as u64));
-            if (self.there[word] | self.zero[word]) & bit == 0 {
+            if self.places.missing(word) & bit != 0 {
                 self.fill(word)?;
             }
-            if self.zero[word] & bit != 0 {
-                self.place_zeroes(page)?;
+            if self.places.zero[word] & bit != 0 {
+                self.places.place_zeroes(page)?;
             }
             // It may have come before it was asked for.
-            self.faults.wake(self.host(page), PAGE_BYTES)?;
-            self.listen()?;
+            self.places.wake(page, 1)?;
+            self.places.listen()?;
         }
         Ok(())
     }
 
-    /// Reads all that the kernel has to tell.
-    fn listen(&mut self) -> io::Result<()> {
-        loop {
-            self.faults.read(&mut self.told)?;
-            if self.told.is_empty() {
-                return Ok(());
-            }
-            for told in std::mem::take(&mut self.told) {
-                match told {
-                    Told::Missing(address) => self.awaited.extend(self.page(address)),
-                    Told::Removed(start, end) => self.forget(start, end),
-                }
-            }
-        }
-    }
-
-    /// Pages between these addresses are zeroes from now on.
-    fn forget(&mut self, start: usize, end: usize) {
-        for address in (start..end).step_by(PAGE_BYTES) {
-            if let Some(page) = self.page(address) {
-                let (word, bit) = (index(page) / WORD_PAGES, 1 << (page % WORD_PAGES as u64));
-                self.zero[word] |= bit;
-                self.there[word] &= !bit;
-            }
-        }
-    }
-
     /// Brings what is missing of one word's pages.
     fn fill(&mut self, word: usize) -> io::Result<()> {
-        if self.missing(word) == 0 {
+        if self.places.missing(word) == 0 {
             return Ok(());
         }
         let first = (word * WORD_PAGES) as u64;
@@ -278,97 +245,9 @@ impl Filler {
         let pages = self.buffer.chunks_exact(PAGE_BYTES).enumerate();
         let zero = pages.filter(|(_, bytes)| is_zero(bytes));
         let zero = zero.fold(0, |zero, (page, _)| zero | 1 << page);
-        self.zero[word] |= self.missing(word) & zero;
-        // Looked at again after each step: pages may be removed meanwhile.
-        while let Some((page, count)) = first_run(self.missing(word)) {
-            let bytes = &self.buffer[page * PAGE_BYTES..(page + count) * PAGE_BYTES];
-            let host = self.host(first) + page * PAGE_BYTES;
-            let placed = match self.faults.copy(host, bytes) {
-                Ok(placed) => {
-                    let placed = placed / PAGE_BYTES;
-                    let progress = &self.progress.pages;
-                    progress.fetch_add(placed as u64, Ordering::Relaxed);
-                    placed
-                }
-                Err(error) => self.past(&error)?,
-            };
-            self.there[word] |= run(page, placed);
-        }
-        Ok(())
+        self.places.zero[word] |= self.places.missing(word) & zero;
+        self.places.put(first, &self.buffer)
     }
-
-    /// Puts zeroes where somebody waits, and behind it as far as there are zeroes in its word.
-    fn place_zeroes(&mut self, page: u64) -> io::Result<()> {
-        let word = index(page) / WORD_PAGES;
-        let start = index(page) % WORD_PAGES;
-        let count = (self.zero[word] >> start).trailing_ones() as usize;
-        let mut done = 0;
-        while done < count {
-            let host = self.host(page) + done * PAGE_BYTES;
-            done += match self.faults.zero(host, (count - done) * PAGE_BYTES) {
-                Ok(placed) => placed / PAGE_BYTES,
-                Err(error) => self.past(&error)?,
-            };
-        }
-        Ok(())
-    }
-
-    /// Pages to skip after the kernel did not place the first one.
-    fn past(&mut self, error: &io::Error) -> io::Result<usize> {
-        match Errno::from_io_error(error) {
-            // It is there; or something else is mapped there now, whose pages are not RAM's to fill.
-            Some(Errno::EXIST | Errno::NOENT) => Ok(1),
-            Some(Errno::AGAIN) => {
-                self.listen()?;
-                std::thread::sleep(REMOVAL_PAUSE);
-                Ok(0)
-            }
-            _ => {
-                let text = format!("place a page of guest memory: {error}");
-                Err(io::Error::new(error.kind(), text))
-            }
-        }
-    }
-
-    /// Pages of a word of which nothing is known yet.
-    fn missing(&self, word: usize) -> u64 {
-        !(self.there[word] | self.zero[word])
-    }
-
-    /// The page at an address of this process, if RAM is there.
-    fn page(&self, address: usize) -> Option<u64> {
-        self.ranges.iter().find_map(|range| {
-            let page = address.checked_sub(range.host)? / PAGE_BYTES;
-            (page < index(range.pages)).then(|| range.first + page as u64)
-        })
-    }
-
-    /// Where a page is in this process.
-    fn host(&self, page: u64) -> usize {
-        let behind = |range: &&Range| range.first <= page;
-        let range = self.ranges.iter().rfind(behind);
-        let range = range.expect("the first range has the first page");
-        range.host + index(page - range.first) * PAGE_BYTES
-    }
-}
-
-/// The first run of bits that are set: where it begins, and how many.
-fn first_run(bits: u64) -> Option<(usize, usize)> {
-    let first = bits.trailing_zeros();
-    let rest = bits.checked_shr(first)?;
-    Some((first as usize, rest.trailing_ones() as usize))
-}
-
-/// `count` bits from `first` on.
-fn run(first: usize, count: usize) -> u64 {
-    match count {
-        0 => 0,
-        _ => (u64::MAX >> (WORD_PAGES - count)) << first,
-    }
-}
-
-fn index(value: u64) -> usize {
-    usize::try_from(value).expect("64-bit host")
 }
 
 #[cfg(test)]

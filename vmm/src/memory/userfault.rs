@@ -15,7 +15,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{FromRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::raw::c_ulong;
 use std::path::Path;
 
@@ -234,6 +234,12 @@ impl UserFault {
         // SAFETY: reads one structure of this request's type.
         let done = unsafe { ioctl_with_ref(&self.0, UFFDIO_WAKE(), &range(address, length)) };
         done_or_error(done)
+    }
+}
+
+impl AsFd for UserFault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -59,6 +59,8 @@ pub enum Next {
     GoOn,
     /// Another round, with vCPUs that rest for so many percent of their time.
     Throttle(u8),
+    /// The guest is held, and the rest is sent while it runs there.
+    PostCopy,
     /// The guest stays.
     GiveUp(MigrationError),
 }
@@ -149,8 +151,10 @@ impl Rounds {
         reason = "for a message"
     )]
     fn late(&self, round: &Round) -> Next {
-        if self.convergence.when_late == WhenLate::GoOn {
-            return Next::GoOn;
+        match self.convergence.when_late {
+            WhenLate::GoOn => return Next::GoOn,
+            WhenLate::PostCopy => return Next::PostCopy,
+            WhenLate::Cancel => {}
         }
         let seconds = round.time.as_secs_f64().max(1e-6);
         let rate = |bytes: u64| (bytes as f64 / seconds) as u64 >> 10;
@@ -187,6 +191,7 @@ mod tests {
             match rounds.after(&round) {
                 Next::Switch => return (throttled, "switch".to_owned(), rounds.count()),
                 Next::GoOn => {}
+                Next::PostCopy => return (throttled, "post-copy".to_owned(), rounds.count()),
                 Next::Throttle(percent) => {
                     throttled.push(percent);
                     dirty = full * u64::from(100 - percent) / 100;
@@ -216,6 +221,8 @@ mod tests {
         let (_, end, rounds) = simulate(40, convergence(false, WhenLate::Cancel));
         assert!(end.contains("allow more than 300 ms"), "{end}");
         assert!(rounds < 10);
+        let (_, end, rounds) = simulate(40, convergence(false, WhenLate::PostCopy));
+        assert_eq!((&*end, rounds < 10), ("post-copy", true));
         // Nothing helps.
         let (throttled, end, _) = simulate(4000, cancel);
         assert_eq!(throttled, THROTTLE);

@@ -22,11 +22,14 @@
 //! Messages are JSON behind a length, pages are binary ([`pages`]). Both sides know the version of the other before
 //! anything else; unknown fields are ignored, so that the protocol only grows.
 //!
+//! A move may end with memory that is sent while the guest runs at the target: see [`postcopy`].
+//!
 //! Not here: what the owner of the machine does meanwhile (`machine::handover`), networks and encryption (`relay`).
 
 pub mod converge;
 pub mod disks;
 pub mod pages;
+pub mod postcopy;
 pub mod source;
 pub mod target;
 
@@ -36,14 +39,18 @@ use atoll_vmm_protocol::spec::MachineSpec;
 use serde::{Deserialize, Serialize};
 
 use self::disks::MovingDisk;
+use self::postcopy::PostCopy;
+use self::target::Handover;
 use crate::kvm::cpu::GuestCpu;
 use crate::saved::MachineState;
 
 /// What the first field of a Hello says.
 const FORMAT: &str = "atoll-migration";
-/// Newest version of the protocol that this program speaks. Of version 2 is a machine whose disks move along: whoever did
+/// Newest version of the protocol that this program speaks. Of version 2 or 3 is a machine whose disks move along: whoever did
 /// not know of that would run it on other disks.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// That of a machine that comes whole. Of version 3 is one that may run before all of its memory is there.
+const VERSION_WITH_DISKS: u32 = 2;
 /// That of all others.
 const VERSION_WITHOUT_DISKS: u32 = 1;
 /// Longest message: the state of 255 vCPUs takes less than 10 MiB.
@@ -57,6 +64,9 @@ pub enum Message {
     Hello(Box<Hello>),
     /// Target: let it come.
     Welcome,
+    /// Source: the guest is to run before all of its memory is there. What is missing follows as a bitmap (see
+    /// [`postcopy`]), then State.
+    Remaining,
     /// Source: everything but RAM, which has been sent.
     State(Box<MachineState>),
     /// Target: everything is in place.
@@ -93,6 +103,9 @@ pub struct Hello {
     /// Disks whose content moves along. Their connections come behind those for pages.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<MovingDisk>,
+    /// Whether the guest may run before all of its memory is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopy>,
 }
 
 impl Hello {
@@ -103,10 +116,12 @@ impl Hello {
         cpu: &GuestCpu,
         data_connections: usize,
         disks: Vec<MovingDisk>,
+        post_copy: Option<PostCopy>,
     ) -> Self {
-        let version = match disks.is_empty() {
-            true => VERSION_WITHOUT_DISKS,
-            false => VERSION,
+        let version = match (&post_copy, disks.is_empty()) {
+            (Some(_), _) => VERSION,
+            (None, false) => VERSION_WITH_DISKS,
+            (None, true) => VERSION_WITHOUT_DISKS,
         };
         Self {
             format: FORMAT.to_owned(),
@@ -118,6 +133,7 @@ impl Hello {
             feature_msrs: cpu.msrs.clone(),
             data_connections,
             disks,
+            post_copy,
         }
     }
 
@@ -141,7 +157,8 @@ impl Hello {
     }
 }
 
-/// Why a migration did not happen: the machine is the source's, but for [`MigrationError::Doubt`].
+/// Why a migration did not happen: the machine is the source's, but for [`MigrationError::Doubt`] and
+/// [`MigrationError::Lost`].
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// The connection broke.
@@ -197,6 +214,16 @@ pub enum MigrationError {
     /// The guest ended meanwhile.
     #[error("the machine has ended")]
     Ended,
+    /// It ran at the target, without all of its memory.
+    #[error(
+        "the guest is lost: the target ended before it had all of the guest's memory, {missing_kib} KiB were still to be sent"
+    )]
+    Lost {
+        /// What nobody had begun to send.
+        missing_kib: u64,
+        /// How the connection broke.
+        source: io::Error,
+    },
     /// Nobody knows which side has the machine.
     #[error("in doubt: the connection broke after the machine was handed over")]
     Doubt,
@@ -264,7 +291,14 @@ mod tests {
             cpuid: Vec::new(),
             msrs: Vec::new(),
         };
-        let mut hello = Hello::new(serde_json::from_value(spec).unwrap(), &cpu, 1, Vec::new());
+        let mut hello = Hello::new(
+            serde_json::from_value(spec).unwrap(),
+            &cpu,
+            1,
+            Vec::new(),
+            None,
+        );
+        assert_eq!(hello.version, 1, "older programs take it");
         hello.check().unwrap();
         hello.machine_version += 1;
         assert!(
@@ -277,7 +311,7 @@ mod tests {
         hello.version = VERSION + 1;
         let error = hello.check().unwrap_err().to_string();
         assert!(
-            error.starts_with("migration protocol 3 of atoll-vmm"),
+            error.starts_with("migration protocol 4 of atoll-vmm"),
             "{error}"
         );
     }

@@ -5,13 +5,14 @@
 //! cannot overtake each other. What is zero travels as a header.
 
 use std::io::{self, Read, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use atoll_devices::memory::{DirtyLog, PAGE_BYTES, Ram};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+use crate::memory::filling::arrivals::Take;
 use crate::saved::image::{Touched, is_zero};
 
 /// Bytes of a header.
@@ -28,6 +29,24 @@ const STRIPE_WORDS: usize = 8;
 
 /// Pages to send: a bit a page, of each region.
 pub type Dirty = Vec<Vec<u64>>;
+
+/// The same while they are sent: whoever sends a page takes it out first.
+pub type Left = Vec<Vec<AtomicU64>>;
+
+/// Pages that nobody has begun to send.
+#[must_use]
+pub fn left(dirty: Dirty) -> Left {
+    let region = |words: Vec<u64>| words.into_iter().map(AtomicU64::new).collect();
+    dirty.into_iter().map(region).collect()
+}
+
+/// What is left of them now.
+#[must_use]
+pub fn rest(left: &Left) -> Dirty {
+    let word = |word: &AtomicU64| word.load(Ordering::SeqCst);
+    let region = |words: &Vec<AtomicU64>| words.iter().map(word).collect();
+    left.iter().map(region).collect()
+}
 
 /// The set of every page of `ram`, for a first round.
 #[must_use]
@@ -71,7 +90,11 @@ pub struct Round<'a> {
     /// The RAM that pages are read from, which the guest may be writing to.
     pub ram: &'a Ram,
     /// Which pages are sent, of all connections.
-    pub dirty: &'a Dirty,
+    pub left: &'a Left,
+    /// Once this is true, the rest stays in `left`.
+    pub stop: Option<&'a AtomicBool>,
+    /// Pages are taken and sent a few at a time, for others take some, too, and somebody may wait for any.
+    pub eager: bool,
     /// In the first round what is zero is not sent, as the target's RAM is zero; and what this tells was never
     /// touched is not looked at.
     pub first: Option<Option<&'a Touched>>,
@@ -152,13 +175,24 @@ impl Pace {
 /// Sends the stripe's part of a round.
 pub fn send(round: &Round<'_>, stripe: Stripe, out: &mut impl Write) -> io::Result<()> {
     let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
-    for (number, (region, words)) in round.ram.iter().zip(round.dirty).enumerate() {
+    let step = if round.eager { 1 } else { STRIPE_WORDS };
+    for (number, (region, words)) in round.ram.iter().zip(round.left).enumerate() {
         let stripes = words.chunks(STRIPE_WORDS).enumerate();
         for (index, words) in stripes.skip(stripe.index).step_by(stripe.count) {
-            let first_word = index * STRIPE_WORDS;
-            (round.forget)(number, first_word, words)?;
-            for (index, word) in (first_word..).zip(words).filter(|(_, word)| **word != 0) {
-                send_pages(round, region, (index, *word), &mut buffer, out)?;
+            for (piece, words) in words.chunks(step).enumerate() {
+                if round.stop.is_some_and(|stop| stop.load(Ordering::SeqCst)) {
+                    return out.flush();
+                }
+                let first_word = index * STRIPE_WORDS + piece * step;
+                let take = |word: &AtomicU64| word.swap(0, Ordering::SeqCst);
+                let words: Vec<u64> = words.iter().map(take).collect();
+                (round.forget)(number, first_word, &words)?;
+                for (index, word) in (first_word..).zip(words).filter(|(_, word)| *word != 0) {
+                    send_pages(round, region, (index, word), &mut buffer, out)?;
+                }
+                if round.eager {
+                    out.flush()?;
+                }
             }
         }
     }
@@ -243,8 +277,33 @@ fn header(address: u64, size: usize, kind: u32) -> [u8; HEADER_BYTES] {
     bytes
 }
 
+/// Sends one page, whatever is in it, and does not wait for the pace: somebody waits for it.
+pub fn send_page(ram: &Ram, address: GuestAddress, out: &mut impl Write) -> io::Result<usize> {
+    let mut message = [0; HEADER_BYTES + PAGE_BYTES];
+    let (head, page) = message.split_at_mut(HEADER_BYTES);
+    ram.read_slice(page, address).map_err(io::Error::other)?;
+    let size = match is_zero(page) {
+        true => 0,
+        false => PAGE_BYTES,
+    };
+    let kind = if size == 0 { ZERO } else { DATA };
+    head.copy_from_slice(&header(address.0, PAGE_BYTES, kind));
+    out.write_all(&message[..HEADER_BYTES + size])?;
+    Ok(HEADER_BYTES + size)
+}
+
 /// Receives pages into `ram` until the end that the source tells.
 pub fn receive(ram: &Ram, from: &mut impl Read) -> io::Result<()> {
+    let zeroes = [0; WORD_PAGES * PAGE_BYTES];
+    receive_each(from, &mut |address, size, bytes| {
+        let written = ram.write_slice(bytes.unwrap_or(&zeroes[..size]), GuestAddress(address));
+        written.map_err(io::Error::other)
+    })
+}
+
+/// Receives pages until the end that the source tells. `take` has the address of some, their size, which is 256 KiB at
+/// most, and their content unless that is zeroes. The addresses are unchecked.
+pub fn receive_each(from: &mut impl Read, take: &mut Take<'_>) -> io::Result<()> {
     let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
     loop {
         let mut bytes = [0; HEADER_BYTES];
@@ -262,11 +321,12 @@ pub fn receive(ram: &Ram, from: &mut impl Read) -> io::Result<()> {
             return Err(io::Error::other("a header of pages that makes no sense"));
         };
         match kind {
-            DATA => from.read_exact(part)?,
-            _ => part.fill(0),
+            DATA => {
+                from.read_exact(part)?;
+                take(address, size, Some(part))?;
+            }
+            _ => take(address, size, None)?,
         }
-        let written = ram.write_slice(part, GuestAddress(address));
-        written.map_err(io::Error::other)?;
     }
 }
 
@@ -294,11 +354,14 @@ mod tests {
             Ok(())
         };
         let round = |dirty: &Dirty, first| {
+            let pages = left(dirty.clone());
             for index in 0..3 {
                 let stripe = Stripe { index, count: 3 };
                 let round = Round {
                     ram: &ram,
-                    dirty,
+                    left: &pages,
+                    stop: None,
+                    eager: false,
                     first,
                     sent: &sent,
                     pace: &Pace::new(None),

@@ -4,7 +4,7 @@
 
 use std::io::{self, BufWriter};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -16,7 +16,8 @@ use rustix::net::{Shutdown, shutdown};
 
 use super::converge::{Convergence, Next, Round, Rounds};
 use super::disks::{self, Course, Following, Moving, Target};
-use super::pages::{self, Dirty, Pace, Stripe};
+use super::pages::{self, Dirty, Left, Pace, Stripe};
+use super::postcopy::{self, Service};
 use super::{Hello, Message, MigrationError, receive, send};
 use crate::kvm::KvmError;
 use crate::kvm::dirty::WriteLog;
@@ -29,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const BRAKE_PERIOD: Duration = Duration::from_millis(50);
 /// Bytes that are gathered before they go into a socket.
 const BUFFER_BYTES: usize = 1 << 20;
+/// How often it is looked how much is left to send, while that is waited for.
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 
 /// Whose decision it is that the source goes on.
 const OPEN: u8 = 0;
@@ -41,6 +44,8 @@ pub struct Plan {
     pub control: UnixStream,
     /// Connections for pages, which are shared out among them.
     pub data: Vec<UnixStream>,
+    /// Connections for pages that the guest waits for; if there are any, the move may end with post-copy.
+    pub lines: Vec<UnixStream>,
     /// Disks whose content moves along.
     pub disks: Vec<Moving>,
     /// When the guest is held for the last pages, and what is done to get there.
@@ -64,6 +69,9 @@ pub struct Progress {
     /// Leaf lock: stage, and why it failed.
     stage: Mutex<(MigrationStage, Option<String>)>,
     disks: Course,
+    /// The guest is to run there now, whatever is left.
+    switch: Arc<AtomicBool>,
+    may_switch: bool,
     /// Ended by a cancellation, so that nobody goes on waiting for them.
     sockets: Vec<UnixStream>,
 }
@@ -82,8 +90,11 @@ impl Progress {
             remaining: AtomicU64::new(0),
             downtime_us: AtomicU64::new(0),
             stage: Mutex::new((MigrationStage::Copying, None)),
+            switch: Arc::default(),
+            may_switch: !plan.lines.is_empty(),
             sockets: control
                 .chain(&plan.data)
+                .chain(&plan.lines)
                 .map(UnixStream::try_clone)
                 .collect::<io::Result<_>>()?,
             disks: Course::new(&plan.disks)?,
@@ -94,14 +105,27 @@ impl Progress {
     pub fn cancel(&self) -> bool {
         let cancelled = self.decide(CANCELLED);
         if cancelled {
-            for socket in &self.sockets {
-                // Fails when the other side has ended it.
-                let _ = shutdown(socket, Shutdown::Both);
-            }
-            self.pace.end();
+            self.cut();
             self.disks.cut();
         }
         cancelled || self.decision.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    fn cut(&self) {
+        for socket in &self.sockets {
+            // Fails when the other side has ended it.
+            let _ = shutdown(socket, Shutdown::Both);
+        }
+        // Whoever holds pages back finds that out at once.
+        self.pace.end();
+    }
+
+    /// Has the guest run there as soon as that is possible; false when the move was not begun like that.
+    pub fn switch(&self) -> bool {
+        if self.may_switch {
+            self.switch.store(true, Ordering::SeqCst);
+        }
+        self.may_switch
     }
 
     fn decide(&self, decision: u8) -> bool {
@@ -159,6 +183,9 @@ pub trait Owner: Clone + Send + 'static {
     /// Stops it and takes its state. It stays held, whatever becomes of the migration: the owner lets it go on when that
     /// ends with an error other than [`MigrationError::Doubt`].
     fn hold(&self) -> Result<MachineState, MigrationError>;
+
+    /// Tells it that the machine is the target's, and that its memory is still needed here.
+    fn taken(&self);
 }
 
 /// Moves the machine.
@@ -174,6 +201,8 @@ pub fn run(
         // A target that is silent keeps nobody.
         progress.disks.cut();
         progress.disks.end();
+        // The target is to know, too, and whoever sends to it.
+        progress.cut();
     }
     match migrated {
         Err(_) if progress.is_cancelled() => Err(MigrationError::Cancelled),
@@ -191,6 +220,7 @@ fn attempt(
     let Plan {
         mut control,
         data,
+        lines,
         disks: moving,
         convergence,
         relayed,
@@ -207,11 +237,15 @@ fn attempt(
     let log = Arc::new(owner.log()?);
     let senders = Senders::start(data, &log, touched, progress)?;
     let brake = Brake::start(progress.clone(), owner.clone())?;
-    let last = copy_while_running(&senders, &log, progress, convergence, owner)?;
+    let (last, end) = copy_while_running(&senders, &log, progress, convergence, owner)?;
     drop(brake);
+    let later = match end {
+        End::Whole => None,
+        End::PostCopy => Some(lines),
+    };
 
     let held = Instant::now();
-    let done = switch(&mut control, &senders, last, &log, progress, owner);
+    let (done, service) = switch(&mut control, &senders, last, later, &log, progress, owner);
     // Also of a hand-over in doubt.
     if progress.decision.load(Ordering::SeqCst) == COMMITTED {
         let (time, limit) = (held.elapsed(), convergence.downtime_limit);
@@ -226,6 +260,13 @@ fn attempt(
             );
         }
     }
+    let done = match service {
+        Some((service, left)) => finish(done, service, &left, progress, owner)?,
+        None => {
+            progress.remaining.store(0, Ordering::Relaxed);
+            done
+        }
+    };
     match done {
         Ok(()) => Ok(()),
         Err(Switch::Failed(error)) => Err(error),
@@ -253,54 +294,151 @@ impl From<MigrationError> for Switch {
     }
 }
 
-/// Holds the machine, sends the rest of it, and hands it over.
+/// How the copying of memory ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// What is left is sent while the guest is held.
+    Whole,
+    /// It is sent while the guest runs there.
+    PostCopy,
+}
+
+/// Pages that are still to be sent, and who answers for those that are waited for.
+type Remaining = (Service, Arc<Left>);
+
+/// Holds the machine, sends the rest of it or begins to, and hands it over.
 fn switch(
     control: &mut UnixStream,
     senders: &Senders,
-    mut last: Dirty,
+    last: Dirty,
+    later: Option<Vec<UnixStream>>,
     log: &WriteLog,
     progress: &Progress,
     owner: &impl Owner,
-) -> Result<(), Switch> {
-    let broken = MigrationError::connection;
+) -> (Result<(), Switch>, Option<Remaining>) {
     progress.set_stage(MigrationStage::Switching, None);
-    let started = Instant::now();
-    let state = owner.hold()?;
-    disks::settle(progress)?;
-    let held = started.elapsed();
-    pages::merge(&mut last, &log.look().map_err(|error| refused(&error))?);
-    let bytes = pages::size_bytes(&last);
-    progress.remaining.store(bytes, Ordering::Relaxed);
+    let mut remaining = None;
+    let sent = || {
+        let started = Instant::now();
+        let mut last = last;
+        let state = owner.hold()?;
+        disks::settle(progress)?;
+        pages::merge(&mut last, &log.look().map_err(|error| refused(&error))?);
+        let bytes = pages::size_bytes(&last);
+        progress.remaining.store(bytes, Ordering::Relaxed);
+        let state = Message::State(Box::new(state));
+        let hold_us = microseconds(started.elapsed());
+        match later {
+            None => send_whole(control, senders, &state, last)?,
+            Some(lines) => {
+                remaining = Some(send_later(
+                    control, senders, &state, last, lines, log, progress,
+                )?);
+            }
+        }
+        let send_us = microseconds(started.elapsed()) - hold_us;
+        match ask(control)? {
+            Message::Ready => {}
+            _ => return Err(MigrationError::Unexpected("that the target is ready")),
+        }
+        let build_us = microseconds(started.elapsed()) - hold_us - send_us;
+        tracing::info!(hold_us, send_us, build_us, bytes, "the target is ready");
+        Ok(())
+    };
+    let done = sent().map_err(Switch::Failed);
+    (done.and_then(|()| hand_over(control, progress)), remaining)
+}
+
+fn send_whole(
+    control: &mut UnixStream,
+    senders: &Senders,
+    state: &Message,
+    last: Dirty,
+) -> Result<(), MigrationError> {
     // The target takes it to pieces while the pages come.
-    send(control, &Message::State(Box::new(state))).map_err(broken("send the machine's state"))?;
+    let sent = send(control, state);
+    sent.map_err(MigrationError::connection("send the machine's state"))?;
     senders.round(last, Pass::Last)?;
+    senders.end()
+}
+
+/// Sends the state and what is missing, and begins to send that.
+fn send_later(
+    control: &mut UnixStream,
+    senders: &Senders,
+    state: &Message,
+    last: Dirty,
+    lines: Vec<UnixStream>,
+    log: &WriteLog,
+    progress: &Progress,
+) -> Result<Remaining, MigrationError> {
+    let broken = MigrationError::connection;
     senders.end()?;
-    let sent = started.elapsed();
-    match ask(control)? {
-        Message::Ready => {}
-        _ => return Err(MigrationError::Unexpected("that the target is ready").into()),
-    }
-    tracing::info!(
-        hold_us = microseconds(held),
-        send_us = microseconds(sent - held),
-        build_us = microseconds(started.elapsed() - sent),
-        bytes,
-        "the target is ready"
-    );
+    send(control, &Message::Remaining)
+        .and_then(|()| postcopy::send_bitmap(control, &last))
+        .and_then(|()| send(control, state))
+        .map_err(broken("send the machine's state"))?;
+    let left = Arc::new(pages::left(last));
+    let service = Service::start(lines, log.memory(), &left, &progress.sent)?;
+    senders.begin(&left);
+    Ok((service, left))
+}
+
+/// Makes the machine the target's, unless the move is cancelled.
+fn hand_over(control: &mut UnixStream, progress: &Progress) -> Result<(), Switch> {
     if !progress.decide(COMMITTED) {
         return Err(MigrationError::Cancelled.into());
     }
     // What was not written whole cannot be read as a Commit: the target has not taken it.
-    send(control, &Message::Commit).map_err(broken("hand the machine over"))?;
-    let taken = receive(control);
-    progress.remaining.store(0, Ordering::Relaxed);
-    match taken {
+    let sent = send(control, &Message::Commit);
+    sent.map_err(MigrationError::connection("hand the machine over"))?;
+    match receive(control) {
         Ok(Message::Taken) => Ok(()),
         // Says so before it would run.
         Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason).into()),
         Ok(_) => Err(MigrationError::Doubt.into()),
         Err(error) => Err(Switch::Broke(error)),
     }
+}
+
+/// Sends what is left until the target has all, if it has the machine or may have it.
+fn finish(
+    done: Result<(), Switch>,
+    service: Service,
+    left: &Left,
+    progress: &Progress,
+    owner: &impl Owner,
+) -> Result<Result<(), Switch>, MigrationError> {
+    let mut served = Ok(());
+    let look = || {
+        let bytes = pages::size_bytes(&pages::rest(left));
+        progress.remaining.store(bytes, Ordering::Relaxed);
+    };
+    match &done {
+        Ok(()) => {
+            owner.taken();
+            progress.set_stage(MigrationStage::PostCopy, None);
+            served = service.wait(look);
+        }
+        // It may run there: whoever knows more is told how much is missing.
+        Err(Switch::Broke(_) | Switch::Failed(MigrationError::Doubt)) => {
+            if service.wait(look).is_ok() {
+                progress.remaining.store(0, Ordering::Relaxed);
+            }
+        }
+        Err(Switch::Failed(_)) => {}
+    }
+    progress.cut();
+    service.end();
+    let missing = pages::size_bytes(&pages::rest(left));
+    served.map_err(|source| MigrationError::Lost {
+        missing_kib: missing >> 10,
+        source,
+    })?;
+    if done.is_ok() {
+        progress.remaining.store(0, Ordering::Relaxed);
+    }
+    Ok(done)
 }
 
 fn microseconds(time: Duration) -> u64 {
@@ -339,7 +477,7 @@ fn copy_while_running(
     progress: &Progress,
     convergence: Convergence,
     owner: &impl Owner,
-) -> Result<Dirty, MigrationError> {
+) -> Result<(Dirty, End), MigrationError> {
     let mut dirty = pages::all(log.memory());
     let mut rounds = Rounds::new(convergence);
     let mut is_flushed = false;
@@ -354,8 +492,12 @@ fn copy_while_running(
             0 => Pass::First,
             _ => Pass::Again,
         };
-        senders.round(dirty, pass)?;
+        let unsent = senders.round(dirty, pass)?;
         let time = started.elapsed();
+        if progress.switch.load(Ordering::SeqCst) {
+            disks::wait_until_ready(progress)?;
+            return Ok((unsent, End::PostCopy));
+        }
         dirty = log.look().map_err(|error| refused(&error))?;
         let left = pages::size_bytes(&dirty);
         progress.remaining.store(left, Ordering::Relaxed);
@@ -373,7 +515,9 @@ fn copy_while_running(
                 owner.flush();
                 is_flushed = true;
             }
-            Next::Switch => return Ok(dirty),
+            Next::Switch => return Ok((dirty, End::Whole)),
+            Next::PostCopy if !progress.disks.is_ready()? => disks::wait_until_ready(progress)?,
+            Next::PostCopy => return Ok((dirty, End::PostCopy)),
             Next::Throttle(percent) => progress.throttle.store(percent, Ordering::Relaxed),
             Next::GoOn => {}
             Next::GiveUp(error) => return Err(error),
@@ -406,7 +550,7 @@ impl Brake {
 }
 
 enum Job {
-    Round(Arc<Dirty>, Pass),
+    Round(Arc<Left>, Pass),
     End,
 }
 
@@ -419,6 +563,8 @@ enum Pass {
     Again,
     /// The rest, of a guest that is held.
     Last,
+    /// The rest, of a guest that runs at the target.
+    Later,
 }
 
 /// One thread a data connection. They end when this is dropped, with their connections.
@@ -445,22 +591,25 @@ impl Senders {
         for (index, stream) in data.into_iter().enumerate() {
             let (job, jobs) = channel::<Job>();
             let (log, touched, sent) = (log.clone(), touched.clone(), progress.sent.clone());
+            let switch = progress.switch.clone();
             let (result, pace) = (result.clone(), progress.pace.clone());
             let body = move || {
                 let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream);
                 for job in jobs {
                     let done = match job {
                         Job::End => pages::send_end(&mut out),
-                        Job::Round(dirty, pass) => {
+                        Job::Round(left, pass) => {
                             let forget = |region, first_word, words: &[u64]| match pass {
-                                Pass::Last => Ok(()),
+                                Pass::Last | Pass::Later => Ok(()),
                                 _ => log
                                     .forget(region, first_word, words)
                                     .map_err(io::Error::other),
                             };
                             let round = pages::Round {
                                 ram: log.memory(),
-                                dirty: &dirty,
+                                left: &left,
+                                stop: matches!(pass, Pass::First | Pass::Again).then_some(&switch),
+                                eager: pass == Pass::Later,
                                 first: (pass == Pass::First).then_some(touched.as_deref()),
                                 sent: &sent,
                                 pace: &pace,
@@ -483,20 +632,33 @@ impl Senders {
         Ok(senders)
     }
 
-    fn round(&self, dirty: Dirty, pass: Pass) -> Result<(), MigrationError> {
-        let dirty = Arc::new(dirty);
-        self.all(|| Job::Round(dirty.clone(), pass))
+    /// Sends pages; returns those that were not sent because the guest is to run at the target.
+    fn round(&self, dirty: Dirty, pass: Pass) -> Result<Dirty, MigrationError> {
+        let left = Arc::new(pages::left(dirty));
+        self.give(|| Job::Round(left.clone(), pass));
+        self.wait()?;
+        Ok(pages::rest(&left))
+    }
+
+    /// Begins to send pages, the last ones. Nobody waits for that: what has come is for the target to say.
+    fn begin(&self, left: &Arc<Left>) {
+        self.give(|| Job::Round(left.clone(), Pass::Later));
+        self.give(|| Job::End);
     }
 
     fn end(&self) -> Result<(), MigrationError> {
-        self.all(|| Job::End)
+        self.give(|| Job::End);
+        self.wait()
     }
 
-    fn all(&self, job: impl Fn() -> Job) -> Result<(), MigrationError> {
+    fn give(&self, job: impl Fn() -> Job) {
         for sender in &self.jobs {
             // A thread lives as long as its channel.
             let _ = sender.send(job());
         }
+    }
+
+    fn wait(&self) -> Result<(), MigrationError> {
         let results: Vec<_> = self.results.iter().take(self.jobs.len()).collect();
         let failed = results.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |source| {

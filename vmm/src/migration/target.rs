@@ -10,6 +10,7 @@ use std::io::{self, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use atoll_disk::chain;
@@ -17,13 +18,14 @@ use atoll_thread::Kind;
 use atoll_vmm_protocol::spec::{DiskBus, MachineSpec, Profile};
 
 use super::disks::Images;
+use super::postcopy::{self, LINES_MAX, Late, PostCopy};
 use super::{Hello, Message, MigrationError, pages, receive, send};
 use crate::board::Board;
 use crate::check;
 use crate::kvm::cpu::compare;
 use crate::kvm::{Kvm, cpuid};
 use crate::machine::Base;
-use crate::memory::allocate;
+use crate::memory::{UserFault, allocate};
 use crate::relay::Relay;
 use crate::sandbox;
 use crate::saved::{MachineState, entries};
@@ -43,42 +45,56 @@ pub struct Arrived {
     pub spec: MachineSpec,
     /// Everything but RAM: vCPUs, interrupt controllers, devices, clocks.
     pub state: MachineState,
-    /// The machine's RAM, all of its pages here, and what of KVM could be made before the rest was known.
+    /// The machine's RAM, its pages here but for those that come later, and what of KVM could be made before the rest was known.
     pub base: Base,
     /// The last step: until it is done the machine is the source's.
     pub handover: Handover,
 }
 
 /// The connection on which the machine becomes this process's.
-pub struct Handover(UnixStream);
+pub struct Handover {
+    control: UnixStream,
+    /// Only this process may run the machine.
+    taken: Arc<AtomicBool>,
+}
 
 impl Handover {
     /// The machine is built and held: asks for it. After `Ok` only this process may run it.
     pub fn take_over(&mut self) -> Result<(), MigrationError> {
         let broken = MigrationError::connection;
-        send(&mut self.0, &Message::Ready).map_err(broken("tell the source that all is ready"))?;
-        match receive(&mut self.0).map_err(broken("wait for the source"))? {
+        send(&mut self.control, &Message::Ready)
+            .map_err(broken("tell the source that all is ready"))?;
+        match receive(&mut self.control).map_err(broken("wait for the source"))? {
             Message::Commit => {}
             Message::Failed { reason } => return Err(MigrationError::Other(reason)),
             _ => return Err(MigrationError::Unexpected("the hand-over")),
         }
+        self.taken.store(true, Ordering::SeqCst);
         // A source that is gone needs not know.
-        let _ = send(&mut self.0, &Message::Taken);
+        let _ = send(&mut self.control, &Message::Taken);
         // For every handle of it: whoever carries it is to know that this was all.
-        let _ = self.0.shutdown(std::net::Shutdown::Both);
+        let _ = self.control.shutdown(std::net::Shutdown::Both);
         Ok(())
     }
 
     /// Another handle of the same connection, to tell the source of a failure when the first is in use.
     pub fn try_clone(&self) -> std::io::Result<Self> {
-        self.0.try_clone().map(Self)
+        Ok(Self {
+            control: self.control.try_clone()?,
+            taken: self.taken.clone(),
+        })
+    }
+
+    /// Becomes true when only this process may run the machine.
+    pub(super) fn taken(&self) -> Arc<AtomicBool> {
+        self.taken.clone()
     }
 
     /// Tells the source why this host cannot. Only before [`Handover::take_over`] has succeeded.
     pub fn fail(&mut self, reason: &str) {
         let reason = reason.to_owned();
         // A source that is gone needs not know.
-        let _ = send(&mut self.0, &Message::Failed { reason });
+        let _ = send(&mut self.control, &Message::Failed { reason });
     }
 }
 
@@ -115,7 +131,10 @@ pub fn accept(door: &Door, own_spec: Option<MachineSpec>) -> Result<Arrived, Mig
     // The threads that receive memory are the process's first.
     sandbox::keep_one_heap();
     let control = door.next().map_err(broken("wait for a source"))?;
-    let mut control = Handover(control);
+    let mut control = Handover {
+        control,
+        taken: Arc::default(),
+    };
     let arrived = take(door, &mut control, own_spec);
     if let Err(error) = &arrived {
         control.fail(&chain(error));
@@ -135,7 +154,8 @@ fn take(
     own_spec: Option<MachineSpec>,
 ) -> Result<(MachineSpec, MachineState, Base), MigrationError> {
     let broken = MigrationError::connection;
-    let control = &mut control.0;
+    let handover = control.try_clone().map_err(broken("keep the connection"))?;
+    let control = &mut control.control;
     let limited = control.set_read_timeout(Some(PATIENCE));
     limited.map_err(broken("limit the wait for the source"))?;
     let hello = match receive(control).map_err(broken("be greeted by the source"))? {
@@ -144,30 +164,65 @@ fn take(
     };
     hello.check()?;
     let spec = own_spec.unwrap_or_else(|| hello.spec.clone());
-    let base = prepare(&hello, &spec)?;
+    let mut base = prepare(&hello, &spec)?;
+    let faults = hello.post_copy.map(|asked| open_faults(asked, &spec));
+    let faults = faults.transpose()?;
     let images = Images::open(&hello.disks, &spec)?;
     send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
     let receivers = (0..hello.data_connections).map(|index| {
         let stream = next(door)?;
         let memory = base.memory.clone();
-        let body =
-            move || pages::receive(&memory, &mut BufReader::with_capacity(BUFFER_BYTES, stream));
+        let body = move || {
+            let mut stream = BufReader::with_capacity(BUFFER_BYTES, stream);
+            pages::receive(&memory, &mut stream).map(|()| stream)
+        };
         let thread = atoll_thread::spawn(Kind::Migration, &format!("receive-{index}"), body);
         thread.map_err(broken("start a receiver's thread"))
     });
     let receivers: Vec<_> = receivers.collect::<Result<_, _>>()?;
+    let line_count = hello.post_copy.map_or(0, |asked| asked.fault_connections);
+    let lines = (0..line_count).map(|_| next(door));
+    let lines: Vec<_> = lines.collect::<Result<_, _>>()?;
     let images = images.serve(|| next(door))?;
-    let state = match receive(control).map_err(broken("receive the machine"))? {
+    let mut message = receive(control).map_err(broken("receive the machine"))?;
+    let mut missing = None;
+    if matches!(message, Message::Remaining) && faults.is_some() {
+        let bitmap = postcopy::receive_bitmap(control, &base.memory);
+        missing = Some(bitmap.map_err(broken("receive what is missing of memory"))?);
+        message = receive(control).map_err(broken("receive the machine"))?;
+    }
+    let state = match message {
         Message::State(state) => *state,
         Message::Failed { reason } => return Err(MigrationError::Other(reason)),
         _ => return Err(MigrationError::Unexpected("the machine's state")),
     };
-    for receiver in receivers {
+    let receivers = receivers.into_iter().map(|receiver| {
         let received = receiver.join().expect("a receiver does not panic");
-        received.map_err(broken("receive memory"))?;
-    }
+        received.map_err(broken("receive memory"))
+    });
+    let data = receivers.collect::<Result<Vec<_>, _>>()?;
     images.close()?;
+    if let (Some(missing), Some(faults)) = (missing, faults) {
+        let late = Late::new(faults, &base.memory, missing, data, lines, &handover);
+        base.late = Some(late.map_err(broken("empty the memory that comes later"))?);
+    }
     Ok((spec, state, base))
+}
+
+/// What a machine needs that runs before all of its memory is here, or why it cannot.
+fn open_faults(asked: PostCopy, spec: &MachineSpec) -> Result<UserFault, MigrationError> {
+    if let Some(obstacle) = postcopy::obstacle(spec) {
+        return Err(MigrationError::Refused(obstacle.to_owned()));
+    }
+    let lines = asked.fault_connections;
+    if !(1..=LINES_MAX).contains(&lines) {
+        return Err(MigrationError::Refused(format!(
+            "{lines} connections for pages that are waited for, from 1 to {LINES_MAX} are possible"
+        )));
+    }
+    UserFault::open().map_err(|error| {
+        MigrationError::Refused(format!("post-copy is not possible here: {}", chain(&error)))
+    })
 }
 
 /// The next data connection.
@@ -220,6 +275,7 @@ fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Base, MigrationError> {
         machine: machine.map_err(|error| refused(&error))?,
         kvm: Arc::new(kvm),
         memory,
+        late: None,
     })
 }
 

@@ -81,6 +81,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Backend => &[COMMON, WAIT, CHANNELS, VSOCK, BACKEND],
         Kind::Relay => &[COMMON, WAIT, CHANNELS, RELAY],
         Kind::Memory => &[COMMON, FILES, MEMORY],
+        Kind::Fetch => &[COMMON, WAIT, CHANNELS, FETCH],
         Kind::Server => &[COMMON, FILES, CHANNELS, SIGNALS, SERVER],
     }
 }
@@ -277,6 +278,9 @@ const MEMORY: &[Call] = &[ioctl(&[
     nr(UFFD, 0x03), // UFFDIO_COPY
     nr(UFFD, 0x04), // UFFDIO_ZEROPAGE
 ])];
+
+/// The same. (Nothing but a name: `MEMORY`, beside connections instead of files; `CHANNELS` has another ioctl.)
+const FETCH: &[Call] = MEMORY;
 
 /// The log of written pages, on and off: KVM's, and what the kernel writes for network cards.
 const MIGRATION: &[Call] = &[ioctl(&[

@@ -285,6 +285,18 @@ impl Serial {
     }
 }
 
+/// A process that waits for `source`'s machine, in a folder with the same disk.
+pub fn target_for(source: &Guest) -> Guest {
+    let place = Place::new();
+    std::fs::remove_file(place.path("disk")).unwrap();
+    std::fs::hard_link(source.path("disk"), place.path("disk")).unwrap();
+    let target = place.start(&["receive", "--socket", "in"]);
+    eventually("the target's socket", || {
+        target.path("in").exists().then_some(())
+    });
+    target
+}
+
 /// The same files under another directory's name.
 pub fn link_directory(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();

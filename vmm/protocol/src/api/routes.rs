@@ -140,7 +140,7 @@ pub const ROUTES: &[Route] = &[
                 name: "when_late",
                 kind: ParameterKind::Text,
                 required: false,
-                summary: "If the downtime limit cannot be kept all the same: cancel (default), or go-on",
+                summary: "If the downtime limit cannot be kept all the same: cancel (default), go-on, or post-copy: it runs there before all memory is there, and is lost if a side or the network fails meanwhile",
             },
             Parameter {
                 name: "disks",
@@ -192,6 +192,14 @@ pub const ROUTES: &[Route] = &[
         method: "GET",
         path: "/migration",
         summary: "How far the move to another process is, or how it ended",
+        parameters: &[],
+        answer: "MigrationInfo",
+    },
+    Route {
+        request: Request::SwitchMigration,
+        method: "PUT",
+        path: "/switch-migration",
+        summary: "Let the guest run there now, and send the rest of its memory meanwhile; of a move with --when-late post-copy",
         parameters: &[],
         answer: "MigrationInfo",
     },

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use atoll_devices::testing::replay::Random;
 use atoll_devices::testing::{Driver, RAM_BYTES, Segment};
@@ -12,6 +13,7 @@ use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_disk::{Cache, Engine, Format, OpenOptions, Source as Image};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::places::{first_run, run};
 use super::*;
 use crate::board::MICRO;
 use crate::memory::{Backing, allocate};
