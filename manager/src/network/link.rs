@@ -3,7 +3,7 @@
 //! `veth101i0`.
 
 use crate::error::Error;
-use crate::exec::{ExecError, Program};
+use crate::exec::Program;
 use crate::id::GuestId;
 
 /// Name of a VM's tap for its network card of that number.
@@ -41,7 +41,7 @@ pub struct Inside {
     pub name: String,
     /// MAC address.
     pub mac: String,
-    /// Addresses that are set from outside; what DHCP gives is the container's own matter.
+    /// Addresses that are set from outside; what DHCP gives comes later.
     pub addresses: Vec<String>,
     /// Default routes, one an address family.
     pub gateways: Vec<String>,
@@ -195,7 +195,7 @@ pub async fn create_veth(guest: GuestId, index: u16, attachment: &Attachment) ->
 /// Moves the container's end into the network namespace of process `pid`, under its name there, and switches it on.
 pub async fn move_veth(guest: GuestId, index: u16, pid: u32, inside: &Inside) -> Result<(), Error> {
     let peer = peer_name(guest, index);
-    let pid = pid.to_string();
+    let namespace = pid.to_string();
     ip(&["link", "set", "dev", &peer, "address", &inside.mac]).await?;
     ip(&[
         "link",
@@ -203,34 +203,44 @@ pub async fn move_veth(guest: GuestId, index: u16, pid: u32, inside: &Inside) ->
         "dev",
         &peer,
         "netns",
-        &pid,
+        &namespace,
         "name",
         &inside.name,
     ])
     .await?;
-    ip_within(&pid, &["link", "set", "dev", "lo", "up"]).await?;
+    ip_within(pid, &["link", "set", "dev", "lo", "up"]).await?;
     for address in &inside.addresses {
-        ip_within(&pid, &["address", "replace", address, "dev", &inside.name]).await?;
+        add_address(pid, &inside.name, address).await?;
     }
-    ip_within(&pid, &["link", "set", "dev", &inside.name, "up"]).await?;
+    ip_within(pid, &["link", "set", "dev", &inside.name, "up"]).await?;
     for gateway in &inside.gateways {
-        let family = if gateway.contains(':') { "-6" } else { "-4" };
-        // onlink: the gateway of a /32 is not in the address's own network.
-        let route = [
-            "route",
-            "replace",
-            "default",
-            "via",
-            gateway,
-            "dev",
-            &inside.name,
-            "onlink",
-        ];
-        let mut args = vec![family];
-        args.extend(route);
-        ip_within(&pid, &args).await?;
+        add_default_route(pid, &inside.name, gateway).await?;
     }
     Ok(())
+}
+
+/// Gives an interface in the network namespace of process `pid` an address, `10.0.0.2/24`.
+pub async fn add_address(pid: u32, interface: &str, address: &str) -> Result<(), Error> {
+    ip_within(pid, &["address", "replace", address, "dev", interface]).await
+}
+
+/// Takes an address from it; one that it does not have any more is no error.
+pub async fn remove_address(pid: u32, interface: &str, address: &str) -> Result<(), Error> {
+    match ip_within(pid, &["address", "delete", address, "dev", interface]).await {
+        // Says the kernel of an address that is not there.
+        Err(error) if error.chain().contains("Cannot assign requested address") => Ok(()),
+        other => other,
+    }
+}
+
+/// Makes the default route of the gateway's family lead through it.
+pub async fn add_default_route(pid: u32, interface: &str, gateway: &str) -> Result<(), Error> {
+    let family = if gateway.contains(':') { "-6" } else { "-4" };
+    // onlink: the gateway of a /32 is not in the address's own network.
+    let route = [
+        family, "route", "replace", "default", "via", gateway, "dev", interface, "onlink",
+    ];
+    ip_within(pid, &route).await
 }
 
 /// Connects an end that exists in another way.
@@ -270,7 +280,7 @@ async fn ip(args: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-async fn ip_within(pid: &str, args: &[&str]) -> Result<(), ExecError> {
+async fn ip_within(pid: u32, args: &[&str]) -> Result<(), Error> {
     Program::new("nsenter")
         .arg(format!("--net=/proc/{pid}/ns/net"))
         .args(["--", "ip"])
