@@ -32,6 +32,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dnsmasq", "dnsmasq-base"),
     ("mkfs.ext4", "e2fsprogs"),
     ("resize2fs", "e2fsprogs"),
+    ("busybox", "busybox-static"),
     ("zstd", "zstd"),
     ("xz", "xz-utils"),
 ];
@@ -208,6 +209,24 @@ impl Program {
             .stderr(errors)
             .spawn()
             .map_err(start)
+    }
+
+    /// Starts it in a session of its own, as [`spawn_detached`](Self::spawn_detached) does, with its input and output
+    /// given. What it writes to its standard error is dropped.
+    pub fn spawn_detached_on(self, input: OwnedFd, output: File) -> Result<Child, ExecError> {
+        let name = self.name();
+        let mut detached = Self::new("setsid").arg(&self.path);
+        detached.args.extend(self.args);
+        detached
+            .command()
+            .stdin(Stdio::from(input))
+            .stdout(output)
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|source| ExecError::Start {
+                program: name,
+                source,
+            })
     }
 
     /// Starts it in a session of its own whose terminal is `terminal`. It is told when that ends, by SIGHUP.

@@ -9,6 +9,7 @@ use crate::access::Access;
 use crate::cluster::Cluster;
 use crate::error::Error;
 use crate::guest::Guests;
+use crate::guest::container::dhcp::keep::Keep;
 use crate::guest::container::health::Healths;
 use crate::guest::container::watch::Watch;
 use crate::guest::lock::Locks;
@@ -155,7 +156,9 @@ impl Node {
             shared.metrics.clone(),
         );
         let watch = Watch::new(shared.guests.clone());
+        let keep = Keep::new(shared.guests.clone());
         tokio::join!(
+            keep.run(stop.clone()),
             reconciler.run(stop.clone()),
             watch.run(stop.clone()),
             sampler.run(stop)

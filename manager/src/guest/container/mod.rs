@@ -2,12 +2,13 @@
 //! Containers as this node sees them: a bundle for `atoll-ct`, a mounted root file system, veth pairs.
 //!
 //! ```text
-//! run/ct-101/       config.json  rootfs/ mp0/ … (mounted images)  pid  halt-signal
+//! run/ct-101/       config.json  rootfs/ mp0/ … (mounted images)  pid  halt-signal  dhcp-net0
 //! run/ct/ct-101/    atoll-ct's own: state, console.sock, console.log, tty1.sock …, exit.json
 //! ```
 
 pub mod bundle;
 pub mod create;
+pub mod dhcp;
 pub mod export;
 pub mod health;
 pub mod idmap;
@@ -238,8 +239,9 @@ impl Guest for Container {
         }
     }
 
-    /// The runtime's state, links, mounts, control group, run folder.
+    /// DHCP clients, the runtime's state, links, mounts, control group, run folder.
     async fn clean_up(&self) -> Result<(), Error> {
+        dhcp::stop_all(&self.seat).await?;
         if self.state_folder().exists() {
             self.command(&["delete", "--force"], &[]).await?;
         }

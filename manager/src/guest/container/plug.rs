@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::bundle::{self, Link, Mount, Source};
-use crate::guest::container::root::GuestRoot;
-use crate::guest::container::{Container, mount_point, setup, unmount_below};
+use crate::guest::container::{Container, dhcp, mount_point, unmount_below};
 use crate::guest::site::Seat;
 use crate::guest::{Guest, keys};
 use crate::network::link;
@@ -49,7 +48,7 @@ pub async fn apply(seat: &Seat, config: &GuestConfig, changes: &[Change]) -> Res
         }
     }
     if any(RESOLVER) {
-        write_resolver(seat, config).await?;
+        dhcp::write_resolver(seat, config).await?;
     }
     Ok(())
 }
@@ -169,30 +168,40 @@ async fn exchange_card(
     let new = new.map(card).transpose()?;
     if let (Some(former), Some(new)) = (&former, &new)
         && former.inside == new.inside
+        && former.asks_dhcp == new.asks_dhcp
     {
-        return link::reconnect(&link::veth_name(seat.id, new.index), &new.attachment).await;
+        link::reconnect(&link::veth_name(seat.id, new.index), &new.attachment).await?;
+        // A lease belongs to the network that it is from.
+        return match new.asks_dhcp && former.attachment.bridge != new.attachment.bridge {
+            true => dhcp::start(seat, new, pid(seat)?).await,
+            false => Ok(()),
+        };
     }
     if let Some(former) = former {
+        dhcp::stop(seat, former.index).await?;
         link::delete(&link::veth_name(seat.id, former.index)).await?;
     }
     let Some(new) = new else { return Ok(()) };
-    let process = Container::new(seat.clone()).process();
-    let process = process.ok_or_else(|| Error::refused(format!("{} not running", seat.title())))?;
+    let pid = pid(seat)?;
     link::create_veth(seat.id, new.index, &new.attachment).await?;
-    let moved = link::move_veth(seat.id, new.index, process.pid(), &new.inside).await;
+    let moved = async {
+        link::move_veth(seat.id, new.index, pid, &new.inside).await?;
+        match new.asks_dhcp {
+            // Its answer is waited for by `dhcp::keep`.
+            true => dhcp::start(seat, &new, pid).await,
+            false => Ok(()),
+        }
+    };
+    let moved = moved.await;
     if moved.is_err() {
+        dhcp::stop(seat, new.index).await?;
         link::delete(&link::veth_name(seat.id, new.index)).await?;
     }
     moved
 }
 
-async fn write_resolver(seat: &Seat, config: &GuestConfig) -> Result<(), Error> {
-    let identity = bundle::identity(seat.id, config, None)?;
-    let rootfs = Container::new(seat.clone()).rootfs();
-    let work = tokio::task::spawn_blocking(move || {
-        setup::write_resolver(&GuestRoot::open(&rootfs)?, &identity)
-    });
-    work.await
-        .map_err(|e| Error::failed("write the resolver's file", e))?
-        .map_err(|e| Error::failed("write the resolver's file", e))
+fn pid(seat: &Seat) -> Result<u32, Error> {
+    let process = Container::new(seat.clone()).process();
+    let process = process.ok_or_else(|| Error::refused(format!("{} not running", seat.title())))?;
+    Ok(process.pid())
 }

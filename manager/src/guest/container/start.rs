@@ -2,17 +2,22 @@
 //! Task `vzstart`: from the config to a running init.
 
 use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::guest::container::bundle::Facts;
 use crate::guest::container::root::GuestRoot;
 use crate::guest::container::setup;
-use crate::guest::container::{Container, bundle, image, mount_point, unmount_below};
+use crate::guest::container::{Container, bundle, dhcp, image, mount_point, unmount_below};
 use crate::guest::{Guest, hook, start};
 use crate::network::cidr::Cidr;
 use crate::network::link;
 use crate::step;
 use crate::task::{TaskContext, TaskStep};
+
+/// How long a start waits for an answer to DHCP: dnsmasq looks for 3 s whether somebody has a new address already.
+const ADDRESS_WAIT: Duration = Duration::from_secs(5);
+const ADDRESS_POLL: Duration = Duration::from_millis(100);
 
 /// What the steps hand on; what they make is init's process.
 pub type Start = start::Start<u32>;
@@ -28,6 +33,7 @@ pub const STEPS: &[TaskStep<Start>] = &[
     step!("create network links", create_links, undo delete_links),
     step!("create the container", create, undo delete),
     step!("move links into the container", move_links),
+    step!("ask for addresses", ask_addresses, undo forget_addresses),
     step!("start init", start_init),
     step!("run the hook script after", after),
 ];
@@ -74,11 +80,18 @@ async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let identity = bundle::identity(start.seat.id, start.config()?, resolver.as_deref())?;
     let (rootfs, halt_file) = (container.rootfs(), container.halt_file());
     let ostype = start.config()?.get("ostype").map(str::to_owned);
+    let asks_dhcp = bundle::cards(start.config()?)?
+        .iter()
+        .any(|card| card.asks_dhcp);
     let work = tokio::task::spawn_blocking(move || {
         if is_image {
             std::fs::write(halt_file, image::HALT_SIGNAL)?;
             let upper = GuestRoot::open(&rootfs.join(image::UPPER))?;
-            return setup::apply_to_image(&upper, &identity).map(|()| None);
+            setup::apply_to_image(&upper, &identity)?;
+            if asks_dhcp {
+                setup::ensure_resolver(&upper)?;
+            }
+            return Ok(None);
         }
         let root = GuestRoot::open(&rootfs)?;
         std::fs::write(halt_file, halt_signal(&root))?;
@@ -193,6 +206,40 @@ async fn move_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
         link::move_veth(start.seat.id, card.index, pid, &card.inside).await?;
     }
     Ok(())
+}
+
+/// Starts the DHCP clients of the host. Most servers answer at once, and the container's program finds its address
+/// then; nobody waits for long for one that does not.
+async fn ask_addresses(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
+    let pid = start
+        .made
+        .ok_or_else(|| Error::refused("the container has no process"))?;
+    let (seat, config) = (start.seat.clone(), start.config()?);
+    dhcp::start_all(&seat, config, pid).await?;
+    let deadline = Instant::now() + ADDRESS_WAIT;
+    let arrival = async {
+        loop {
+            match dhcp::apply(&seat, config, pid).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                // The network has said it: no reason to keep the container from starting.
+                Err(error) => {
+                    task.log(&format!("the answer to DHCP: {}", error.chain()));
+                    return Ok(());
+                }
+            }
+            if Instant::now() >= deadline {
+                task.log("no answer to DHCP yet; the host goes on asking while the container runs");
+                return Ok(());
+            }
+            tokio::time::sleep(ADDRESS_POLL).await;
+        }
+    };
+    task.until_cancelled(arrival).await
+}
+
+async fn forget_addresses(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
+    dhcp::stop_all(&start.seat).await
 }
 
 async fn start_init(start: &mut Start, task: &TaskContext) -> Result<(), Error> {

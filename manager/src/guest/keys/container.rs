@@ -259,15 +259,15 @@ const NET: Kind = Kind::PropertyString {
         absent("tag", NO_VLAN),
         absent("trunks", NO_VLAN),
         absent("rate", NO_RATE),
-        absent("host-managed", NO_HOST_MANAGED),
+        Param::new(
+            "host-managed",
+            Kind::Boolean,
+            "The host asks for the IPv4 address of `ip=dhcp`, for a container without a DHCP client, such as one from an \
+             image. A fixed address is always set by the host.",
+        ),
     ],
     default_key: None,
     value_key: None,
-};
-
-const NO_HOST_MANAGED: Format = Format {
-    name: super::UNAVAILABLE,
-    check: |_| Err("DHCP by the host is not available yet: use ip=dhcp or an address".to_owned()),
 };
 
 macro_rules! volume_keys {

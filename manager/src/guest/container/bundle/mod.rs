@@ -213,7 +213,8 @@ pub fn swap_mib(config: &GuestConfig) -> u64 {
     config.number("swap").unwrap_or(SWAP_MIB)
 }
 
-fn hostname(id: GuestId, config: &GuestConfig) -> String {
+/// Name of the container: its config's, or one made from its number.
+pub fn hostname(id: GuestId, config: &GuestConfig) -> String {
     config
         .get("hostname")
         .map_or_else(|| format!("CT{id}"), str::to_owned)

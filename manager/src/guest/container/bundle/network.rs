@@ -17,6 +17,8 @@ pub struct Link {
     pub attachment: Attachment,
     /// The container's end.
     pub inside: Inside,
+    /// Whether the host asks for its IPv4 address by DHCP.
+    pub asks_dhcp: bool,
 }
 
 /// All cards, by number.
@@ -58,6 +60,7 @@ impl Link {
             index: index_of(key),
             attachment,
             inside,
+            asks_dhcp: asks_dhcp(card),
         })
     }
 }
@@ -77,7 +80,11 @@ pub fn identity(
         let card = config.properties(key)?.unwrap_or_default();
         cards.push(Card {
             name: name_of(&card, key),
-            ipv4: addressing(&card, "ip", "gw"),
+            // Two clients would disturb each other.
+            ipv4: match asks_dhcp(&card) {
+                true => Addressing::Manual,
+                false => addressing(&card, "ip", "gw"),
+            },
             ipv6: addressing(&card, "ip6", "gw6"),
         });
     }
@@ -97,6 +104,10 @@ pub fn identity(
         search_domains: words("searchdomain"),
         timezone: config.get("timezone").map(str::to_owned),
     })
+}
+
+fn asks_dhcp(card: &Properties) -> bool {
+    card.is_set("host-managed") && card.get("ip") == Some("dhcp")
 }
 
 /// Name of a card in the container.

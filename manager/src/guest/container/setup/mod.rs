@@ -184,6 +184,15 @@ pub fn write_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
     }
 }
 
+/// Makes a resolver's file in an image's upper layer, if it has none: what comes into it while overlayfs shows it has
+/// to be in a file that overlayfs knows.
+pub fn ensure_resolver(upper: &GuestRoot) -> io::Result<()> {
+    match upper.exists("etc/resolv.conf") {
+        true => Ok(()),
+        false => write(upper, "etc/resolv.conf", "", 0o644),
+    }
+}
+
 /// Where distributions keep the data base of time zones.
 const ZONES: &str = "/usr/share/zoneinfo/";
 
