@@ -91,6 +91,7 @@ impl Ground {
         let groups = std::process::Command::new("find").args(find).output();
         let groups = String::from_utf8_lossy(&groups.unwrap().stdout).into_owned();
         traces.extend(groups.lines().map(str::to_owned));
+        traces.extend(dhcp_clients());
         traces
     }
 
@@ -123,6 +124,17 @@ impl Ground {
     }
 }
 
+/// The host's DHCP clients, from the moment they are spawned.
+fn dhcp_clients() -> Option<String> {
+    let folders = std::fs::read_dir("/proc").unwrap().flatten();
+    let commands = folders.filter_map(|folder| std::fs::read(folder.path().join("cmdline")).ok());
+    let commands = commands.map(|command| String::from_utf8_lossy(&command).into_owned());
+    let count = commands
+        .filter(|command| command.contains("\0udhcpc\0"))
+        .count();
+    (count > 0).then(|| format!("{count} DHCP clients"))
+}
+
 /// Names and sizes below a folder; sockets and logs of the programs themselves are left out, and what is in a file
 /// system that is mounted there: a container's init is at work in it (busybox's ifup writes /var/run/ifstate.new, and
 /// renames it), and that there is a mount is a trace of its own.
@@ -135,7 +147,10 @@ fn walk(folder: &Path, traces: &mut Traces) {
             if Some(kind.dev()) == here {
                 walk(&path, traces);
             }
-        } else if !path.to_string_lossy().contains("dnsmasq") {
+        } else if !["dnsmasq", "/dhcp-net"]
+            .iter()
+            .any(|name| path.to_string_lossy().contains(name))
+        {
             traces.insert(format!("{} {}", path.display(), kind.len()));
         }
     }
@@ -424,7 +439,10 @@ const CONTAINER: &[(&str, &str)] = &[
     ("memory", "128"),
     ("rootfs", "local:0.0625"),
     ("unprivileged", "1"),
-    ("net0", "name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:02"),
+    (
+        "net0",
+        "name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:02,ip=dhcp,host-managed=1",
+    ),
 ];
 
 #[test]
