@@ -60,6 +60,9 @@ pub enum ConsoleError {
     /// The pseudo-terminal.
     #[error("open a pseudo-terminal")]
     Pty(#[source] io::Error),
+    /// Other descriptors than the backend has came from another process.
+    #[error("{0} open files came for a console, which are not its own")]
+    Files(usize),
     /// The thread or its eventfd.
     #[error("start the console's thread")]
     Thread(#[source] io::Error),
@@ -75,6 +78,8 @@ struct Buffers {
     /// The thread has been woken and has not looked yet: spares a system call a byte.
     woken: bool,
     closing: bool,
+    /// Clients are not read, and none is accepted.
+    deaf: bool,
 }
 
 /// The device's side of a console: bytes of the guest go in by [`ConsolePort::write`], bytes for it come out of a bounded
@@ -203,6 +208,43 @@ impl ConsoleEnd {
         };
         Ok(end)
     }
+
+    /// What is open, for [`ConsoleEnd::take`] here or in another process.
+    pub fn into_files(self) -> Vec<OwnedFd> {
+        self.clients
+            .map_or_else(Vec::new, pump::Clients::into_files)
+    }
+
+    /// Takes what [`ConsoleEnd::into_files`] has given for the same backend.
+    pub fn take(files: Vec<OwnedFd>, backend: &ConsoleBackend) -> Result<Self, ConsoleError> {
+        let count = files.len();
+        let mut files = files.into_iter();
+        let mut next = || files.next().ok_or(ConsoleError::Files(count));
+        let mut end = Self {
+            clients: None,
+            socket: None,
+            pty: None,
+        };
+        end.clients = match backend {
+            ConsoleBackend::Null => None,
+            ConsoleBackend::Stdio => Some(pump::Clients::of_streams(next()?, next()?)),
+            ConsoleBackend::Pty => {
+                let pty = pump::Clients::of_pty(next()?, next()?);
+                let (clients, path) = pty.map_err(ConsoleError::Pty)?;
+                end.pty = Some(path);
+                Some(clients)
+            }
+            ConsoleBackend::Socket(path) | ConsoleBackend::Channel(path) => {
+                let backlog = match backend {
+                    ConsoleBackend::Channel(_) => 0,
+                    _ => BACKLOG_BYTES,
+                };
+                end.socket = Some(path.clone());
+                Some(pump::Clients::of_listener(next()?.into(), backlog))
+            }
+        };
+        Ok(end)
+    }
 }
 
 impl Console {
@@ -238,6 +280,20 @@ impl Console {
     /// The device's side of it; every call gives the same one.
     pub fn port(&self) -> Arc<ConsolePort> {
         self.port.clone()
+    }
+
+    /// Reads nothing of its clients and accepts none from now on, or does so again: another process may have the same
+    /// descriptors, and what one takes the other does not get. What has been read is the guest's to take.
+    pub fn set_deaf(&self, deaf: bool) {
+        self.port.lock().deaf = deaf;
+        if let Some(wake) = &self.port.wake {
+            signal(wake);
+        }
+    }
+
+    /// Ends it as a drop does, but for the socket: another process listens there now.
+    pub fn leave(mut self) {
+        self.socket = None;
     }
 
     /// The terminal to open, if the backend is a pseudo-terminal.

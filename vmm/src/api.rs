@@ -8,10 +8,11 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{ROUTES, Refused, Request};
 use atoll_vmm_protocol::files::Receiving;
 use atoll_vmm_protocol::http::{self, MessageError, RequestMessage};
+use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::Value;
 
 use crate::socket;
@@ -114,11 +116,75 @@ impl ApiSocket {
             path: path.to_owned(),
         })
     }
+
+    /// A socket that listens already, in another process, too. A descriptor that is none serves nobody.
+    pub fn of(listener: UnixListener, path: &Path) -> Result<Self, ApiError> {
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+        })
+    }
+}
+
+impl AsFd for ApiSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+/// Whether connections are accepted. While it is shut they wait, for whoever has the socket next, or for the same server.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// Leaf lock; held while a connection is accepted, so that none is once the gate has been shut.
+    state: Mutex<GateState>,
+    opened: Condvar,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum GateState {
+    #[default]
+    Open,
+    Shut,
+    /// For good: the thread ends.
+    Over,
+}
+
+impl Gate {
+    /// No connection is accepted after this. Waits for one that is being accepted, not for its request.
+    pub fn shut(&self) {
+        self.set(GateState::Shut);
+    }
+
+    /// They are again.
+    pub fn open(&self) {
+        self.set(GateState::Open);
+    }
+
+    fn set(&self, state: GateState) {
+        *self.lock() = state;
+        self.opened.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next connection that is there; blocks until the gate is open, not for a connection. `None` when it is over.
+    fn accept(&self, listener: &UnixListener) -> Option<io::Result<UnixStream>> {
+        let state = self.lock();
+        let wait = self
+            .opened
+            .wait_while(state, |state| *state == GateState::Shut);
+        let state = wait.unwrap_or_else(PoisonError::into_inner);
+        // A socket that does not block says of its own end only that nobody is there.
+        (*state == GateState::Open).then(|| listener.accept().map(|(stream, _)| stream))
+    }
 }
 
 /// The listening socket and its thread. Dropping it ends both and removes the socket's file.
 pub struct ApiServer {
     listener: UnixListener,
+    gate: Arc<Gate>,
     path: PathBuf,
     thread: Option<JoinHandle<()>>,
 }
@@ -135,20 +201,32 @@ impl ApiServer {
             source,
         };
         let accepting = listener.try_clone().map_err(failed)?;
-        let serve = move || serve(&accepting, &answer);
+        // Another process may take a connection that this one has been told of.
+        accepting.set_nonblocking(true).map_err(failed)?;
+        let gate = Arc::new(Gate::default());
+        let opened = gate.clone();
+        let serve = move || serve(&accepting, &opened, &answer);
         let thread = atoll_thread::spawn(Kind::Api, "api", serve).map_err(failed)?;
         Ok(Self {
             listener,
+            gate,
             path,
             thread: Some(thread),
         })
+    }
+
+    /// What lets connections in.
+    #[must_use]
+    pub fn gate(&self) -> Arc<Gate> {
+        self.gate.clone()
     }
 }
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
-        // Wakes the thread's accept(2).
+        self.gate.set(GateState::Over);
+        // Wakes the thread's poll(2).
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -178,11 +256,20 @@ fn listen(path: &Path) -> Result<UnixListener, ApiError> {
     Ok(listener)
 }
 
-fn serve(listener: &UnixListener, answer: &impl Fn(Asked) -> Answer) {
+fn serve(listener: &UnixListener, gate: &Gate, answer: &impl Fn(Asked) -> Answer) {
     loop {
-        match listener.accept() {
-            Ok((stream, _)) => converse(stream, answer),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+        // Fails when interrupted; whatever else there may be, accept(2) says it.
+        let _ = poll(&mut [PollFd::new(listener, PollFlags::IN)], None);
+        let Some(accepted) = gate.accept(listener) else {
+            return;
+        };
+        match accepted {
+            Ok(stream) => converse(stream, answer),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                ) => {}
             // Out of descriptors for a moment: the client's timeout is longer than this.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                 std::thread::sleep(Duration::from_millis(100));
@@ -251,7 +338,6 @@ mod tests {
     use super::*;
     use atoll_vmm_protocol::client::{Client, ClientError};
     use std::io::Write;
-    use std::os::fd::AsFd;
 
     fn server(path: &Path) -> ApiServer {
         ApiServer::start(ApiSocket::open(path).unwrap(), |asked| {

@@ -2,6 +2,8 @@
 //! `atoll-vmm ctl`: sends one request to a running machine, and opens on its behalf what the request names, since
 //! the machine's process can open nothing itself.
 
+mod upgrade;
+
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -15,7 +17,7 @@ use anyhow::Context;
 use atoll_vmm_protocol::api::{
     AddDisk, AddNet, BeginExport, BeginMirror, DISK_CONNECTIONS, EndExport, Exported,
     FAULT_CONNECTIONS, InsertDisk, Migrate, MigrationInfo, MigrationStage, RemovalStage,
-    RemoveDevice, Request, Snapshot, SnapshotTaken, WhenLate,
+    RemoveDevice, Request, Snapshot, SnapshotTaken, Upgrade, WhenLate,
 };
 use atoll_vmm_protocol::client::Client;
 use atoll_vmm_protocol::spec::DiskSpec;
@@ -45,6 +47,10 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
         Request::Migrate => {
             let body: Migrate = serde_json::from_value(Value::Object(body.clone()))?;
             Ok(serde_json::to_value(migrate(client, &body)?)?)
+        }
+        Request::Upgrade => {
+            let body: Upgrade = serde_json::from_value(Value::Object(body.clone()))?;
+            Ok(serde_json::to_value(upgrade::upgrade(client, &body)?)?)
         }
         Request::InsertDisk => {
             let disc: InsertDisk = serde_json::from_value(Value::Object(body.clone()))?;

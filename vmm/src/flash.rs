@@ -4,8 +4,11 @@
 //! The code is a copy in memory that the guest can only read; writes to it reach no device. The variables are the
 //! guest's own file, behind `atoll_devices::platform::Flash`. Not here: what firmware is told (`fw_cfg.rs`).
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -85,20 +88,44 @@ pub struct FirmwareImages {
 impl FirmwareFiles {
     /// Opens and reads what the spec names.
     pub fn open(spec: &FirmwareSpec) -> Result<Self, FlashError> {
+        Self::take(Self::files(spec)?.into(), spec)
+    }
+
+    /// Opens the same, in the order in which [`FirmwareFiles::take`] takes them.
+    pub fn files(spec: &FirmwareSpec) -> Result<Vec<OwnedFd>, FlashError> {
         let read = OpenOptions::new().read(true).clone();
-        let (_, code) = open("code", &spec.code, &read)?;
         let both = OpenOptions::new().read(true).write(true).clone();
-        let (vars_file, vars) = open("variables", &spec.vars, &both)?;
+        let open = |what, path: &Path, options: &OpenOptions| {
+            options.open(path).map_err(failed(what, path))
+        };
+        let mut files = vec![
+            open("code", &spec.code, &read)?.into(),
+            open("variables", &spec.vars, &both)?.into(),
+        ];
+        if let Some(path) = &spec.log {
+            let log = OpenOptions::new().append(true).create(true).clone();
+            files.push(open("log", path, &log)?.into());
+        }
+        Ok(files)
+    }
+
+    /// Takes files that are open, here or in another process: code, variables, and the log if the spec names one. Reads and
+    /// locks them.
+    pub fn take(mut files: VecDeque<OwnedFd>, spec: &FirmwareSpec) -> Result<Self, FlashError> {
+        let mut next = |what, path: &Path| {
+            let file = files.pop_front().map(File::from);
+            file.ok_or_else(|| failed(what, path)(io::ErrorKind::NotFound.into()))
+        };
+        let code = next("code", &spec.code)?;
+        let vars_file = next("variables", &spec.vars)?;
+        let log = spec.log.as_deref().map(|path| next("log", path));
+        let log = log.transpose()?;
+        let code = read("code", &spec.code, &code)?;
+        let vars = read("variables", &spec.vars, &vars_file)?;
         let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         rustix::fs::flock(&vars_file, lock).map_err(|_| FlashError::InUse {
             path: spec.vars.clone(),
         })?;
-        let log = spec.log.as_ref().map(|path| {
-            let mut options = OpenOptions::new();
-            let file = options.append(true).create(true).open(path);
-            file.map_err(failed("log", path))
-        });
-        let log = log.transpose()?;
         if code.len() as u64 + vars.len() as u64 > BYTES_MAX {
             return Err(FlashError::Size {
                 what: "code",
@@ -178,12 +205,7 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FlashErr
     move |source| FlashError::File { what, path, source }
 }
 
-fn open(
-    what: &'static str,
-    path: &Path,
-    options: &OpenOptions,
-) -> Result<(File, Vec<u8>), FlashError> {
-    let mut file = options.open(path).map_err(failed(what, path))?;
+fn read(what: &'static str, path: &Path, file: &File) -> Result<Vec<u8>, FlashError> {
     let size = file.metadata().map_err(failed(what, path))?.len();
     if size == 0 || size > BYTES_MAX || !size.is_multiple_of(FLASH_BLOCK_BYTES) {
         return Err(FlashError::Size {
@@ -192,10 +214,10 @@ fn open(
             bytes: size,
         });
     }
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(failed(what, path))?;
-    bytes.resize(usize::try_from(size).expect("at most 16 MiB"), 0);
-    Ok((file, bytes))
+    let mut bytes = vec![0; usize::try_from(size).expect("at most 16 MiB")];
+    file.read_exact_at(&mut bytes, 0)
+        .map_err(failed(what, path))?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

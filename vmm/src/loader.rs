@@ -17,9 +17,11 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -155,10 +157,34 @@ struct Image {
 impl BootFiles {
     /// Opens the files that the spec names.
     pub fn open(spec: &KernelSpec) -> Result<Self, LoadError> {
+        Self::take(Self::files(spec)?.into(), spec)
+    }
+
+    /// Opens the same, in the order in which [`BootFiles::take`] takes them.
+    pub fn files(spec: &KernelSpec) -> Result<Vec<OwnedFd>, LoadError> {
+        let mut files = vec![open("kernel", &spec.image)?];
+        if let Some(path) = &spec.initrd {
+            files.push(open("initrd", path)?);
+        }
+        Ok(files)
+    }
+
+    /// Takes files that are open, here or in another process: the kernel's, then that of an initial RAM disk if the spec
+    /// names one.
+    pub fn take(mut files: VecDeque<OwnedFd>, spec: &KernelSpec) -> Result<Self, LoadError> {
+        let mut next = |what, path: &Path| {
+            let missing = || LoadError::File {
+                what,
+                path: path.to_owned(),
+                source: io::ErrorKind::NotFound.into(),
+            };
+            let file = files.pop_front().ok_or_else(missing)?;
+            Ok((path.to_owned(), File::from(file)))
+        };
         Ok(Self {
-            kernel: open("kernel", &spec.image)?,
+            kernel: next("kernel", &spec.image)?,
             initrd: match &spec.initrd {
-                Some(path) => Some(open("initrd", path)?),
+                Some(path) => Some(next("initrd", path)?),
                 None => None,
             },
             cmdline: spec.cmdline.clone(),
@@ -379,7 +405,7 @@ impl BootFiles {
     }
 }
 
-fn open(what: &'static str, path: &Path) -> Result<(PathBuf, File), LoadError> {
+fn open(what: &'static str, path: &Path) -> Result<OwnedFd, LoadError> {
     let failed = |source| LoadError::File {
         what,
         path: path.to_owned(),
@@ -393,7 +419,7 @@ fn open(what: &'static str, path: &Path) -> Result<(PathBuf, File), LoadError> {
     if !kind.is_file() {
         return Err(failed(io::Error::other("is not a file")));
     }
-    Ok((path.to_owned(), File::open(path).map_err(failed)?))
+    Ok(File::open(path).map_err(failed)?.into())
 }
 
 fn descriptors(table: [u64; 4]) -> Vec<u8> {

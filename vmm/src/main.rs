@@ -5,7 +5,8 @@
 
 use std::fs::File;
 use std::io::BufReader;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -16,6 +17,7 @@ use atoll_vmm::cli::{
 use atoll_vmm::machine::{
     self, Absence, Options, Outcome, SavedMemory, SavedStart, Signals, Start,
 };
+use atoll_vmm::migration::local;
 use atoll_vmm::migration::target::{self, Door};
 use atoll_vmm::relay::Relay;
 use atoll_vmm::sandbox::Confinement;
@@ -94,6 +96,7 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
                 memory: SavedMemory::Files(layers, arguments.memory_mode),
                 absence: Absence::Unseen,
                 handover: None,
+                belongings: None,
             }))
         }
     };
@@ -105,6 +108,9 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
 /// Waits for a machine of another process, then runs it as `run` does.
 fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
     let log = log_to(arguments.host.log_file.as_deref())?;
+    if arguments.upgrade {
+        return take_over(&arguments.host, log);
+    }
     let own_spec = arguments.spec.as_deref().map(read_spec).transpose()?;
     let door = open_door(arguments)?;
     settle(&arguments.host)?;
@@ -126,10 +132,44 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
         memory: SavedMemory::Here(base),
         absence: Absence::Passed,
         handover: Some(handover),
+        belongings: None,
     }));
     let outcome = run_on(&arguments.host, log, &spec, start);
     if let Err(error) = &outcome {
         // Read by a source that still waits; one that has handed the machine over is gone.
+        source.fail(&format!("{error:#}"));
+    }
+    outcome
+}
+
+/// Goes on with the machine of the process at the other end of standard input.
+fn take_over(host: &HostArguments, log: Option<RawFd>) -> anyhow::Result<ExitCode> {
+    settle(host)?;
+    let control = std::io::stdin().as_fd().try_clone_to_owned();
+    let control = UnixStream::from(control.context("take the connection")?);
+    let mut expected = local::expect(control)?;
+    let [input, output, error] = expected.take_streams()?;
+    let local::Arrived {
+        spec,
+        state,
+        base,
+        belongings,
+        handover,
+    } = expected.welcome()?;
+    rustix::stdio::dup2_stdin(input).context("take standard input")?;
+    rustix::stdio::dup2_stdout(output).context("take standard output")?;
+    rustix::stdio::dup2_stderr(error).context("take standard error")?;
+    let mut source = handover.try_clone().context("keep the connection")?;
+    let start = Start::Saved(Box::new(SavedStart {
+        state,
+        memory: SavedMemory::Here(base),
+        absence: Absence::Passed,
+        handover: Some(handover),
+        belongings: Some(belongings),
+    }));
+    let outcome = run_on(host, log, &spec, start);
+    if let Err(error) = &outcome {
+        // Read by a process that still waits; one that has handed the machine over is gone.
         source.fail(&format!("{error:#}"));
     }
     outcome

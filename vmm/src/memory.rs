@@ -11,7 +11,7 @@ use std::io;
 
 use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::services::MemoryBacking;
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, memfd_create};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -86,6 +86,12 @@ pub enum MemoryError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Another process's memory is no memfd of that size that stays so.
+    #[error("the memory that came along is not a sealed file of {memory_mib} MiB")]
+    Passed {
+        /// From the spec.
+        memory_mib: u64,
+    },
     /// The host would not map it.
     #[error("map {asked_mib} MiB of guest memory")]
     Map {
@@ -104,20 +110,8 @@ pub fn allocate(
     address_bits: u8,
     backing: Backing,
 ) -> Result<Ram, MemoryError> {
-    let host_mib = host_bytes() >> 20;
-    if memory_mib > host_mib {
-        return Err(MemoryError::MoreThanHost {
-            asked_mib: memory_mib,
-            host_mib,
-        });
-    }
+    check_size(board, memory_mib, address_bits)?;
     let bytes = memory_mib << 20;
-    if board.ram_end(bytes) > 1 << address_bits {
-        return Err(MemoryError::MoreThanAddresses {
-            asked_mib: memory_mib,
-            address_bits,
-        });
-    }
     let failed = |source| MemoryError::Map {
         asked_mib: memory_mib,
         source,
@@ -127,6 +121,39 @@ pub fn allocate(
         Backing::Shared => Some(memfd(bytes).map_err(failed)?),
         Backing::Huge(page) => Some(huge_pages(bytes, page)?),
     };
+    map(board, memory_mib, file)
+}
+
+/// Maps RAM that another process has in `file`, with what is in it. The file must be sealed: nobody can make it shorter,
+/// which would take pages away from under the guest and from this process.
+pub fn map_passed(
+    board: &Board,
+    memory_mib: u64,
+    address_bits: u8,
+    file: File,
+) -> Result<Ram, MemoryError> {
+    check_size(board, memory_mib, address_bits)?;
+    let seals = rustix::fs::fcntl_get_seals(&file);
+    let is_sealed = seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    let size = file.metadata().map_or(0, |about| about.len());
+    if !is_sealed || size != memory_mib << 20 {
+        return Err(MemoryError::Passed { memory_mib });
+    }
+    map(board, memory_mib, Some(file))
+}
+
+/// The memfd that all of RAM is in, if it is in one.
+pub fn file_of(ram: &Ram) -> Option<&File> {
+    let region = ram.iter().next()?;
+    region.file_offset().map(FileOffset::file)
+}
+
+fn map(board: &Board, memory_mib: u64, file: Option<File>) -> Result<Ram, MemoryError> {
+    let failed = |source| MemoryError::Map {
+        asked_mib: memory_mib,
+        source,
+    };
+    let bytes = memory_mib << 20;
     let mut offset = 0;
     let mut ranges = Vec::new();
     for (base, size) in board.ram(bytes) {
@@ -140,6 +167,23 @@ pub fn allocate(
     }
     let ram = aligned(|| Ram::from_ranges_with_files(&ranges));
     ram.map_err(|error| failed(io::Error::other(error)))
+}
+
+fn check_size(board: &Board, memory_mib: u64, address_bits: u8) -> Result<(), MemoryError> {
+    let host_mib = host_bytes() >> 20;
+    if memory_mib > host_mib {
+        return Err(MemoryError::MoreThanHost {
+            asked_mib: memory_mib,
+            host_mib,
+        });
+    }
+    if board.ram_end(memory_mib << 20) > 1 << address_bits {
+        return Err(MemoryError::MoreThanAddresses {
+            asked_mib: memory_mib,
+            address_bits,
+        });
+    }
+    Ok(())
 }
 
 /// RAM whose huge pages on the host are huge pages of the guest, so that KVM maps one at once: the first page's two
@@ -165,9 +209,17 @@ fn host_bytes() -> u64 {
 }
 
 fn memfd(bytes: u64) -> io::Result<File> {
-    let file = File::from(memfd_create("guest-memory", MemfdFlags::CLOEXEC)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("guest-memory", flags)?);
     file.set_len(bytes)?;
+    seal(&file)?;
     Ok(file)
+}
+
+/// Its size is what it is from now on.
+fn seal(file: &File) -> io::Result<()> {
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    Ok(rustix::fs::fcntl_add_seals(file, seals)?)
 }
 
 /// A file of huge pages that has all of them already: the mapping reserves nothing, and a page that is missing
@@ -178,10 +230,11 @@ fn huge_pages(bytes: u64, page: HugePage) -> Result<File, MemoryError> {
         HugePage::Gib1 => (MemfdFlags::HUGE_1GB, "1 GiB"),
     };
     let take = || {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | size;
         let file = File::from(memfd_create("guest-memory", flags)?);
         file.set_len(bytes)?;
         fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        seal(&file)?;
         Ok(file)
     };
     take().map_err(|source| MemoryError::HugePages {

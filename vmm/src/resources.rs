@@ -376,6 +376,29 @@ impl CardEnd {
         Ok(Self::Tap { taps, kernel })
     }
 
+    /// Another handle of what another process can go on with, for its [`CardEnd::inherit`]: the taps.
+    pub(crate) fn taps(&self) -> io::Result<Vec<OwnedFd>> {
+        match self {
+            Self::Backend(_) => Ok(Vec::new()),
+            Self::Tap { taps, .. } => taps.iter().map(Tap::try_clone).collect(),
+        }
+    }
+
+    /// Takes the taps of a card that another process had. The kernel's end is a new one: the other's is bound to its memory.
+    pub(crate) fn inherit(files: VecDeque<OwnedFd>, net: &NetSpec) -> Result<Self, NetError> {
+        let pairs = net.queue_pairs.unwrap_or(1);
+        let found = files.len();
+        if found != usize::from(pairs) {
+            let pairs = usize::from(pairs);
+            return Err(NetError::Count { found, pairs });
+        }
+        let Self::Tap { taps, .. } = Self::take(files, net)? else {
+            return Err(NetError::Connection(found));
+        };
+        let kernel = vhost_net(net, pairs)?;
+        Ok(Self::Tap { taps, kernel })
+    }
+
     /// The files for another process, in the order in which [`CardEnd::take`] takes them.
     pub fn into_files(self) -> Vec<File> {
         match self {

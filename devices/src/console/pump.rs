@@ -64,6 +64,48 @@ impl Clients {
         })
     }
 
+    pub(super) fn of_streams(input: OwnedFd, output: OwnedFd) -> Self {
+        Self::of(Client {
+            input: Some(input),
+            output: Some(output),
+            position: 0,
+            writable: false,
+            permanent: true,
+        })
+    }
+
+    /// A pseudo-terminal by its two ends, with its path.
+    pub(super) fn of_pty(master: OwnedFd, terminal: OwnedFd) -> io::Result<(Self, PathBuf)> {
+        let name = rustix::pty::ptsname(&master, Vec::new())?;
+        let path = PathBuf::from(name.to_string_lossy().into_owned());
+        let mut clients = Self::of_streams(master.try_clone()?, master);
+        clients._terminal = Some(terminal);
+        Ok((clients, path))
+    }
+
+    pub(super) fn of_listener(listener: UnixListener, backlog: usize) -> Self {
+        Self {
+            listener: Some(listener),
+            backlog: backlog as u64,
+            list: Vec::new(),
+            _terminal: None,
+        }
+    }
+
+    /// The descriptors from which one of the functions above makes the same: of clients that nobody has connected to yet.
+    pub(super) fn into_files(self) -> Vec<OwnedFd> {
+        let terminal = self._terminal;
+        let listener = self.listener.map(OwnedFd::from);
+        let has_terminal = terminal.is_some();
+        let client = self.list.into_iter().flat_map(|client| match has_terminal {
+            // Both of its directions are one.
+            true => [client.output, None],
+            false => [client.input, client.output],
+        });
+        let client: Vec<_> = client.flatten().collect();
+        listener.into_iter().chain(client).chain(terminal).collect()
+    }
+
     pub(super) fn pty() -> io::Result<(Self, PathBuf)> {
         use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -81,15 +123,7 @@ impl Clients {
         mode.make_raw();
         tcsetattr(&terminal, OptionalActions::Now, &mode)?;
         rustix::io::ioctl_fionbio(&master, true)?;
-        let mut clients = Self::of(Client {
-            input: Some(master.try_clone()?),
-            output: Some(master),
-            position: 0,
-            writable: false,
-            permanent: true,
-        });
-        clients._terminal = Some(terminal);
-        Ok((clients, path))
+        Self::of_pty(master, terminal)
     }
 
     /// New clients get the last `backlog` bytes first.
@@ -97,12 +131,7 @@ impl Clients {
         let listener = UnixListener::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
-        Ok(Self {
-            listener: Some(listener),
-            backlog: backlog as u64,
-            list: Vec::new(),
-            _terminal: None,
-        })
+        Ok(Self::of_listener(listener, backlog))
     }
 
     fn accept(&mut self, port: &ConsolePort) {
@@ -263,12 +292,13 @@ impl Pump {
     }
 
     fn wait(&self, timeout: Option<Timespec>) -> io::Result<Ready> {
-        let wants_input = self.port.input_size() < INPUT_BYTES;
+        let deaf = self.port.lock().deaf;
+        let wants_input = !deaf && self.port.input_size() < INPUT_BYTES;
         let mut fds = Vec::with_capacity(2 + 2 * self.clients.list.len());
         if let Some(wake) = &self.port.wake {
             fds.push(PollFd::new(wake, PollFlags::IN));
         }
-        let listening = self.clients.list.len() < CLIENTS_MAX;
+        let listening = !deaf && self.clients.list.len() < CLIENTS_MAX;
         let listener = self.clients.listener.as_ref().filter(|_| listening);
         if let Some(listener) = listener {
             fds.push(PollFd::new(listener, PollFlags::IN));

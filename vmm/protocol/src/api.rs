@@ -37,6 +37,10 @@ pub enum Request {
     /// Begin to move the machine to another process, over connected Unix sockets that come with the request: one for
     /// messages, the others for memory; takes [`Migrate`].
     Migrate,
+    /// Begin to hand the machine to another process of this host, with its memory and all that is open; takes [`Upgrade`] and
+    /// two connected Unix sockets: one with that process, and one on which a [`MigrationInfo`] is written, as JSON, when it
+    /// is over. After that the other process answers here, or this one as before.
+    Upgrade,
     /// How far the move is; answered with [`MigrationInfo`].
     Migration,
     /// Let the guest run there now, and send the rest of its memory meanwhile: of a move that may end like that
@@ -562,6 +566,36 @@ pub struct Migrate {
     /// For how long nothing may be heard, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub silence_limit_ms: Option<u64>,
+}
+
+/// Body of [`Request::Upgrade`]; its connections come as descriptors. The machine itself needs none of what it says: all of
+/// it is for whoever starts the new process, who must not take it from a process that may be the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upgrade {
+    /// The new program: for the log.
+    pub to: String,
+    /// The file in which the process's number is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid_file: Option<String>,
+    /// Control groups that the new process enters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cgroup: Vec<String>,
+    /// Where its log goes; to the old one's standard error when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_file: Option<String>,
+    /// `on` or `off`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<String>,
+    /// `on`, `log` or `off`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seccomp: Option<String>,
+    /// The user that it becomes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// The group that it becomes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
 }
 
 /// What becomes of a move whose downtime limit cannot be kept.

@@ -389,6 +389,17 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         silence_limit_ms: Some(1),
     };
     check("Migrate", migrate);
+    let upgrade = Upgrade {
+        to: "p".into(),
+        pid_file: Some("f".into()),
+        cgroup: vec!["d".into()],
+        log_file: Some("l".into()),
+        sandbox: Some("on".into()),
+        seccomp: Some("on".into()),
+        uid: Some(1),
+        gid: Some(1),
+    };
+    check("Upgrade", upgrade);
     let disk = DiskMigration {
         id: "disk0".into(),
         size_bytes: 1,

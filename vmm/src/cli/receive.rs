@@ -18,11 +18,15 @@ use super::HostArguments;
 #[derive(Debug, Args)]
 pub struct ReceiveArguments {
     /// Unix socket that is created here, for the source to connect to
-    #[arg(long, value_name = "PATH", required_unless_present = "listen")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["listen", "upgrade"])]
     pub socket: Option<PathBuf>,
     /// Wait on the network instead: tcp:HOST:PORT (port 0: one that is free; the log tells)
     #[arg(long, value_name = "ADDRESS", conflicts_with = "socket")]
     pub listen: Option<String>,
+    /// Standard input is a connection with the process that has the machine, on this host: go on with what it has open
+    /// (`ctl upgrade` starts this)
+    #[arg(long, conflicts_with_all = ["socket", "listen", "spec"])]
+    pub upgrade: bool,
     #[command(flatten)]
     #[expect(
         missing_docs,

@@ -14,6 +14,7 @@ use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::backplane::Backplane;
+use super::belongings;
 use super::disks;
 use super::generation;
 use super::opened::{Opened, WAS_OPENED};
@@ -89,7 +90,19 @@ fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> 
         if let Some(socket) = &net.vhost_user {
             opened.keep_for(socket);
         }
-        opened.nets.push_back(CardEnd::open(net)?);
+        let name = belongings::card(check::id_of(&net.id));
+        // The kernel's end is no part of what goes along.
+        let mut own = None;
+        let taps = opened.obtain(&name, || {
+            let end = CardEnd::open(net)?;
+            let taps = end.taps().map_err(BuildError::device(name.clone()))?;
+            own = Some(end);
+            Ok::<_, BuildError>(taps)
+        })?;
+        opened.nets.push_back(match own {
+            Some(end) => end,
+            None => CardEnd::inherit(taps, net)?,
+        });
     }
     Ok(())
 }
@@ -178,7 +191,7 @@ fn rng(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
 }
 
 fn open_serial(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
-    opened.serial = Some(open_console("serial console", &spec.serial)?);
+    opened.serial = Some(open_console(opened, "serial console", &spec.serial)?);
     Ok(())
 }
 
@@ -199,18 +212,40 @@ fn serial(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
-pub(super) fn open_console(what: &str, spec: &ConsoleSpec) -> Result<ConsoleEnd, BuildError> {
+/// The end of a console, which is called `what`.
+pub(super) fn open_console(
+    opened: &mut Opened,
+    what: &str,
+    spec: &ConsoleSpec,
+) -> Result<ConsoleEnd, BuildError> {
     let backend = match spec {
         ConsoleSpec::Null => ConsoleBackend::Null,
         ConsoleSpec::Stdio => ConsoleBackend::Stdio,
         ConsoleSpec::Pty => ConsoleBackend::Pty,
-        ConsoleSpec::Socket(path) => {
+        ConsoleSpec::Socket(path) => ConsoleBackend::Socket(path.clone()),
+    };
+    open_end(opened, what, &backend)
+}
+
+/// The same for any backend.
+pub(super) fn open_end(
+    opened: &mut Opened,
+    what: &str,
+    backend: &ConsoleBackend,
+) -> Result<ConsoleEnd, BuildError> {
+    if *backend == ConsoleBackend::Null {
+        return ConsoleEnd::open(backend).map_err(BuildError::device(what));
+    }
+    let open = || {
+        if let ConsoleBackend::Socket(path) | ConsoleBackend::Channel(path) = backend {
             let device = format!("{what} {}", path.display());
             socket::remove_stale(path).map_err(BuildError::device(device))?;
-            ConsoleBackend::Socket(path.clone())
         }
+        let end = ConsoleEnd::open(backend).map_err(BuildError::device(what))?;
+        Ok::<_, BuildError>(end.into_files())
     };
-    ConsoleEnd::open(&backend).map_err(BuildError::device(what))
+    let files = opened.obtain(what, open)?;
+    ConsoleEnd::take(files.into(), backend).map_err(BuildError::device(what))
 }
 
 /// What `info` tells about a console: the path that a user opens.

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use atoll_devices::counters::CounterList;
@@ -12,19 +13,22 @@ use atoll_devices::scsi::{Target, TargetKind, TargetOptions};
 use atoll_devices::virtio::VirtioPci;
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_devices::virtio::scsi::{Scsi, ScsiOptions};
-use atoll_disk::{BlockBackend, Format, Limited, OpenOptions, OpenedDisk, ResizeError, WriterLock};
+use atoll_disk::{
+    BlockBackend, Format, Limited, OpenError, OpenOptions, OpenedDisk, ResizeError, WriterLock,
+};
 use atoll_vmm_protocol::api::{EjectDisk, InsertDisk, ResizeDisk, SetDiskLimits};
 use atoll_vmm_protocol::spec::{DiskBus, DiskSpec, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::backplane::Backplane;
+use super::belongings;
 use super::devices::boots_from;
 use super::opened::{Opened, WAS_OPENED};
 use super::parts::Parts;
 use crate::api::{self, Answer};
 use crate::check;
 use crate::fw_cfg::BootKind;
-use crate::resources::{Backup, Medium, Replacement, limits};
+use crate::resources::{Backup, Medium, Replacement, image_files, limits};
 
 /// Name of the SCSI host.
 pub(super) const HOST: &str = "scsi";
@@ -143,7 +147,15 @@ pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildE
     for disk in &spec.disks {
         let medium = match disk.path.as_os_str().is_empty() {
             true => None,
-            false => Some(Medium::open(disk)?),
+            false => {
+                let name = belongings::disk(check::id_of(&disk.id));
+                let open = || {
+                    let files = image_files(disk)?;
+                    Ok::<_, OpenError>(files.into_iter().map(OwnedFd::from).collect())
+                };
+                let files = opened.obtain(&name, open)?;
+                Some(Medium::take(files, disk)?)
+            }
         };
         opened.disks.push_back(medium);
     }

@@ -10,6 +10,7 @@
 //!                                            Done(in doubt)  └──► Paused, until somebody who knows says more
 //! ```
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
@@ -65,7 +66,7 @@ pub(super) enum MigrationEvent {
 
 /// The way from the thread `migrate` to the owner. Without an owner the machine has ended, and what is said to it is lost.
 #[derive(Clone)]
-struct Voice {
+pub(super) struct Voice {
     events: Sender<Event>,
     machine: VirtualMachine,
     memory: Arc<Ram>,
@@ -76,7 +77,7 @@ struct Voice {
 }
 
 impl Voice {
-    fn tell(&self, event: MigrationEvent) {
+    pub(super) fn tell(&self, event: MigrationEvent) {
         let _ = self.events.send(Event::Migration(event));
     }
 }
@@ -127,12 +128,54 @@ pub(super) struct Migration {
     /// Disks whose content moves along, and the most that is copied of all of them in a second.
     disks: Vec<String>,
     bytes_per_second: Option<u64>,
+    /// To a process that has what this one has, open as it is; whoever asked for that is told the end here.
+    report: Option<UnixStream>,
 }
 
 impl Migration {
     /// When the process ends because the machine has moved.
     pub(super) fn end(&self) -> Option<Instant> {
-        self.moved.map(|moved| moved + AFTERLIFE)
+        // Of one that has all of this one's descriptors, the other process answers already.
+        let afterlife = match self.report {
+            None => AFTERLIFE,
+            Some(_) => Duration::ZERO,
+        };
+        self.moved.map(|moved| moved + afterlife)
+    }
+
+    /// Of a machine that goes on in another process with all that it has open.
+    pub(super) fn of_upgrade(progress: Arc<Progress>, report: UnixStream) -> Self {
+        Self {
+            progress,
+            under_way: true,
+            held: false,
+            moved: None,
+            disks: Vec::new(),
+            bytes_per_second: None,
+            lost: None,
+            report: Some(report),
+        }
+    }
+
+    /// Whether it is one of those.
+    pub(super) fn is_upgrade(&self) -> bool {
+        self.report.is_some()
+    }
+
+    /// Whether the machine is another process's.
+    pub(super) fn has_moved(&self) -> bool {
+        self.moved.is_some()
+    }
+
+    /// Tells whoever asked for an upgrade how it has ended.
+    fn tell_end(&self) {
+        if let Some(report) = &self.report {
+            let told = serde_json::to_vec(&self.progress.info());
+            let told = told.expect("the API's types have string keys only");
+            // Whoever has gone away is not told.
+            let _ = (&*report).write_all(&told);
+            let _ = report.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// How the process ends then.
@@ -222,13 +265,7 @@ impl Machine {
         let progress = Arc::new(Progress::new(&plan).map_err(|error| failed(&error))?);
         // There is one log, and the move takes from it.
         self.tracked = None;
-        let owner = Voice {
-            events: self.events.clone(),
-            machine: self.parts.machine.clone(),
-            memory: self.parts.memory.clone(),
-            functions: self.parts.backplane.functions().cloned().collect(),
-            written: self.parts.disks.iter().filter_map(Disk::written).collect(),
-        };
+        let owner = self.voice();
         let (touched, shared) = (self.parts.touched(), progress.clone());
         let work = move || {
             let done = source::run(plan, hello, touched, &shared, &owner);
@@ -246,8 +283,20 @@ impl Machine {
             lost: None,
             disks: body.disks,
             bytes_per_second: body.max_bytes_per_second,
+            report: None,
         });
         Ok(info)
+    }
+
+    /// The way to this owner for the thread that moves the machine.
+    pub(super) fn voice(&self) -> Voice {
+        Voice {
+            events: self.events.clone(),
+            machine: self.parts.machine.clone(),
+            memory: self.parts.memory.clone(),
+            functions: self.parts.backplane.functions().cloned().collect(),
+            written: self.parts.disks.iter().filter_map(Disk::written).collect(),
+        }
     }
 
     /// How far it is.
@@ -331,7 +380,14 @@ impl Machine {
                 let _ = sender.send(state);
                 Ok(())
             }
-            MigrationEvent::Done(done) => self.finish_migration(done),
+            MigrationEvent::Done(done) => {
+                let finished = self.finish_migration(done);
+                self.end_upgrade();
+                if let Some(migration) = &self.migration {
+                    migration.tell_end();
+                }
+                finished
+            }
         }
     }
 
@@ -365,6 +421,10 @@ impl Machine {
     }
 
     fn hold_for_migration(&mut self) -> Result<Saved, MigrationError> {
+        let is_upgrade = self.is_upgrading();
+        if is_upgrade {
+            self.leave_clients();
+        }
         self.hold();
         if let Some(migration) = &mut self.migration {
             migration.held = true;
@@ -382,7 +442,9 @@ impl Machine {
         flushed
             .try_for_each(|flushed| flushed)
             .map_err(MigrationError::connection("write the disks back"))?;
-        for lock in shared.iter().filter_map(|disk| disk.lock()) {
+        // A lock belongs to the open file, and so to the process that has it, too.
+        let released = shared.iter().filter(|_| !is_upgrade);
+        for lock in released.filter_map(|disk| disk.lock()) {
             let released = lock.release();
             released.map_err(MigrationError::connection("let the target have the disks"))?;
         }

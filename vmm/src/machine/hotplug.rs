@@ -21,7 +21,7 @@ use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::BuildError;
 use super::owner::{GuestEvent, GuestVoice, Machine};
-use super::{devices, disks};
+use super::{belongings, devices, disks};
 use crate::api::{self, Answer, Asked};
 use crate::check;
 use crate::resources::{CardEnd, Medium};
@@ -44,6 +44,11 @@ impl Machine {
             .zip(targets.last().copied())
             .expect("pushed");
         let files = asked.files;
+        let id = disk.id.clone().unwrap_or_default();
+        let name = belongings::disk(&id);
+        if let (Some(kept), false) = (&mut self.parts.kept, files.is_empty()) {
+            kept.keep(&name, &files);
+        }
         let medium = match disk.path.as_os_str().is_empty() {
             true if files.is_empty() => None,
             true => return Err(api::refusal(400, "a drive without a disc takes no file")),
@@ -56,7 +61,6 @@ impl Machine {
         };
         let added = disks::plug(&mut self.parts, &spec, medium, target);
         let host = added.map_err(|error| refused(&error))?;
-        let id = disk.id.clone().unwrap_or_default();
         self.spec = spec;
         Ok(self.announce_function(id, host, target))
     }
@@ -68,6 +72,7 @@ impl Machine {
         let (spec, _) = self.candidate(with)?;
         let net = spec.nets.last().expect("pushed");
         let end = CardEnd::take(asked.files, net);
+        let taps = end.as_ref().ok().map(CardEnd::taps);
         let end =
             end.map_err(|error| api::refusal(400, format!("tap {}: {}", net.tap, chain(&error))))?;
         let card = devices::card(&mut self.parts.backplane, net, end);
@@ -75,6 +80,9 @@ impl Machine {
         // A log that is on does not know of it, and the kernel may write for it.
         self.tracked = None;
         let id = net.id.clone().unwrap_or_default();
+        if let (Some(kept), Some(Ok(taps))) = (&mut self.parts.kept, taps) {
+            kept.insert(belongings::card(&id), taps);
+        }
         self.spec = spec;
         Ok(self.announce_function(id.clone(), Some(id), None))
     }
@@ -184,6 +192,7 @@ impl Machine {
             .retain(|disk| disk.id.as_deref() != Some(id));
         self.spec.nets.retain(|net| net.id.as_deref() != Some(id));
         self.forget_mirror(id);
+        self.forget_kept(Some(id));
         let disk = disks::unplug(&mut self.parts, id);
         self.parts.nets.retain(|card| card.function.name() != id);
         self.parts.backplane.remove(id);
@@ -191,6 +200,14 @@ impl Machine {
             self.close_record(disk);
         }
         tracing::info!(name = self.spec.name, id, "device removed");
+    }
+
+    /// Closes the copies of what a disk or a card had, whose locks they hold.
+    pub(super) fn forget_kept(&mut self, id: Option<&str>) {
+        if let (Some(kept), Some(id)) = (&mut self.parts.kept, id) {
+            kept.forget(&belongings::disk(id));
+            kept.forget(&belongings::card(id));
+        }
     }
 
     /// What `info` tells of the bus and the SCSI host.

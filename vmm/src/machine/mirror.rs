@@ -327,6 +327,7 @@ impl Machine {
         let size_bytes = disk.size_bytes();
         let former = disk.exchange(target).expect("a drive has no mirror");
         let grown = disk.size_bytes() > size_bytes;
+        self.forget_kept(Some(&id));
         let mut former_spec = None;
         self.spec = self.spec_with(&id, |disk| {
             former_spec = Some(std::mem::replace(disk, at_target));
@@ -395,7 +396,9 @@ impl Machine {
     pub(super) fn refuse_while_mirroring(&self, asked: &Asked) -> Option<Answer> {
         let mirroring = match asked.request {
             // Its disks are at two places, and only one of them is told to the other process.
-            Request::Migrate => self.mirrors.iter().find(|one| one.is_under_way())?,
+            Request::Migrate | Request::Upgrade => {
+                self.mirrors.iter().find(|one| one.is_under_way())?
+            }
             Request::ResizeDisk | Request::RemoveDevice => {
                 let id = asked.body.get("id")?.as_str()?;
                 let mut mirrors = self.mirrors.iter();

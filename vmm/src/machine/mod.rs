@@ -18,11 +18,14 @@
 //! saved     its state taken out, and put into another one that was just built
 //! snapshot  the same into files, on request
 //! handover  its move to another process
+//! upgrade   the same on this host, with all that it has open
+//! belongings  what that is
 //! counters  its numbers for the control API
 //! ```
 
 mod assembly;
 mod backplane;
+pub mod belongings;
 mod controls;
 mod counters;
 mod devices;
@@ -41,6 +44,7 @@ mod parts;
 mod saved;
 mod services;
 mod snapshot;
+mod upgrade;
 
 use std::io;
 use std::path::PathBuf;
@@ -64,6 +68,7 @@ use crate::saved::{Layer, MachineState, image};
 use crate::{check, vcpu};
 
 pub use assembly::BuildError;
+pub use belongings::Belongings;
 #[cfg(feature = "testing")]
 pub(crate) use legacy::identity;
 use opened::Opened;
@@ -127,6 +132,8 @@ pub struct SavedStart {
     pub absence: Absence,
     /// Another process has the machine until it is handed over.
     pub handover: Option<Handover>,
+    /// What that process had open, when it comes along: then nothing is opened by the spec's paths.
+    pub belongings: Option<Belongings>,
 }
 
 /// RAM of a saved machine: how this process comes by it.
@@ -296,12 +303,14 @@ pub fn run_from(
 ) -> Result<Outcome, RunError> {
     let spec = &check::settle(spec)?;
     check::spec(spec)?;
-    let (was_saved, handover) = match &mut start {
-        Start::PowerOn => (false, None),
-        Start::Saved(saved) => (true, saved.handover.take()),
+    let (was_saved, handover, belongings) = match &mut start {
+        Start::PowerOn => (false, None, None),
+        Start::Saved(saved) => (true, saved.handover.take(), saved.belongings.take()),
     };
+    // Its taps have been up all the time, and nobody looks for it elsewhere.
+    let was_here = belongings.is_some();
     let (events, received) = channel();
-    let (opened, api_socket) = Opened::of(spec, options, &start)?;
+    let (opened, api_socket) = Opened::of(spec, options, &start, belongings)?;
     // Before any thread is made, so that all of them inherit the mask.
     let ending = match options.signals {
         Signals::Leave => None,
@@ -324,6 +333,7 @@ pub fn run_from(
         Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
         None => None,
     };
+    machine.gate = server.as_ref().map(ApiServer::gate);
     tracing::info!(
         name = spec.name,
         cpus = spec.cpu_count,
@@ -332,7 +342,7 @@ pub fn run_from(
     );
     sandbox::seal_starter();
     let outcome = begin(&mut machine, handover).and_then(|()| {
-        if was_saved {
+        if was_saved && !was_here {
             // Wherever the guest was before, it is here now.
             machine.announce();
         }
@@ -342,6 +352,13 @@ pub fn run_from(
         machine.drive(&received)
     });
     machine.hold();
+    if machine.is_handed_on() {
+        machine.leave();
+        // The other process listens on this socket.
+        std::mem::forget(server);
+        drop(received);
+        return outcome;
+    }
     if !matches!(outcome, Ok(Outcome::Migrated)) {
         machine.close_records();
     }

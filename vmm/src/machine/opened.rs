@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
 use super::assembly::BuildError;
+use super::belongings::{self, Belongings};
 use super::devices::KINDS;
 use super::{Options, RunError, Start};
 use crate::api::ApiSocket;
@@ -66,6 +68,10 @@ pub(super) struct Opened {
     pub(super) filesystems: VecDeque<BackendOptions>,
     pub(super) vhost_user: VecDeque<BackendOptions>,
     pub(super) serial: Option<ConsoleEnd>,
+    /// What came from the process that had the machine before: nothing else is opened then.
+    inherited: Option<Belongings>,
+    /// For the process that has it next; absent where that cannot be.
+    pub(super) kept: Option<Belongings>,
 }
 
 /// A socket device's end.
@@ -75,6 +81,31 @@ pub(super) enum VsockEnd {
 }
 
 impl Opened {
+    /// What is called `name`: opened, or from the process that had it before. The spec may be that process's, too, so that
+    /// no path in it is opened then.
+    pub(super) fn obtain<E: Into<BuildError>>(
+        &mut self,
+        name: &str,
+        open: impl FnOnce() -> Result<Vec<OwnedFd>, E>,
+    ) -> Result<VecDeque<OwnedFd>, BuildError> {
+        let files = match &mut self.inherited {
+            Some(inherited) => {
+                let files = inherited.take(name);
+                files.ok_or_else(|| BuildError::device(name)("it has not come along"))?
+            }
+            None => open().map_err(Into::into)?,
+        };
+        if let Some(kept) = &mut self.kept {
+            kept.keep(name, &files);
+        }
+        Ok(files.into())
+    }
+
+    /// Whether another process had the machine before, whose descriptors these are.
+    pub(super) fn is_inherited(&self) -> bool {
+        self.inherited.is_some()
+    }
+
     /// Has a directory stay reachable.
     pub(super) fn keep(&mut self, directory: &Path) {
         if !self.directories.iter().any(|kept| kept == directory) {
@@ -101,6 +132,7 @@ impl Opened {
         spec: &MachineSpec,
         options: &Options,
         start: &Start,
+        mut inherited: Option<Belongings>,
     ) -> Result<(Self, Option<ApiSocket>), RunError> {
         let kvm = match start.kvm() {
             Some(open) => open,
@@ -110,24 +142,14 @@ impl Opened {
             Start::PowerOn => Some(guest_cpu(spec, &kvm)?),
             Start::Saved(_) => None,
         };
-        let (boot_files, firmware) = match &spec.boot {
-            BootSpec::Kernel(kernel) => {
-                let mut files = BootFiles::open(kernel).map_err(BuildError::from)?;
-                if kernel.shared {
-                    share(&mut files, start)?;
-                }
-                (Some(files), None)
-            }
-            BootSpec::Firmware(firmware) => {
-                let files = FirmwareFiles::open(firmware).map_err(BuildError::from)?;
-                (None, Some(files))
-            }
-        };
+        let api = inherited
+            .as_mut()
+            .and_then(|them| them.take_one(belongings::API));
         let faults = start.is_lazy().then(UserFault::open).transpose();
         let mut opened = Self {
             faults: faults.map_err(|error| BuildError::from(FillingError::from(error)))?,
-            boot_files,
-            firmware,
+            boot_files: None,
+            firmware: None,
             kvm,
             cpu,
             statm: File::open("/proc/self/statm").ok(),
@@ -141,12 +163,41 @@ impl Opened {
             filesystems: VecDeque::new(),
             vhost_user: VecDeque::new(),
             serial: None,
+            inherited,
+            kept: belongings::has_shared_memory(spec).then(Belongings::default),
         };
+        opened.open_boot(spec, start)?;
         for kind in KINDS {
             (kind.open)(spec, &mut opened)?;
         }
-        let socket = options.api_socket.as_deref().map(ApiSocket::open);
-        Ok((opened, socket.transpose()?))
+        let socket = options.api_socket.as_deref().map(|path| match api {
+            Some(listener) => ApiSocket::of(OwnedFd::from(listener).into(), path),
+            None => ApiSocket::open(path),
+        });
+        let socket = socket.transpose()?;
+        if let (Some(kept), Some(socket)) = (&mut opened.kept, &socket) {
+            kept.keep(belongings::API, [socket]);
+        }
+        Ok((opened, socket))
+    }
+
+    /// What the machine boots from.
+    fn open_boot(&mut self, spec: &MachineSpec, start: &Start) -> Result<(), BuildError> {
+        match &spec.boot {
+            BootSpec::Kernel(kernel) => {
+                let files = self.obtain("kernel", || BootFiles::files(kernel))?;
+                let mut files = BootFiles::take(files, kernel)?;
+                if kernel.shared && !self.is_inherited() {
+                    share(&mut files, start)?;
+                }
+                self.boot_files = Some(files);
+            }
+            BootSpec::Firmware(firmware) => {
+                let files = self.obtain("firmware", || FirmwareFiles::files(firmware))?;
+                self.firmware = Some(FirmwareFiles::take(files, firmware)?);
+            }
+        }
+        Ok(())
     }
 }
 

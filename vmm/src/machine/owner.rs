@@ -32,7 +32,7 @@ use super::mirror::Mirroring;
 use super::parts::Parts;
 use super::snapshot::Tracked;
 use super::{Outcome, RunError, controls, counters};
-use crate::api::{self, Answer, Asked};
+use crate::api::{self, Answer, Asked, Gate};
 use crate::layout;
 use crate::memory::filling::Filling;
 use crate::vcpu::{Report, Vcpu};
@@ -146,6 +146,8 @@ pub(super) struct Machine {
     pub(super) mirrors: Vec<Mirroring>,
     /// The snapshot that may have a child.
     pub(super) tracked: Option<Tracked>,
+    /// Lets in whoever asks something of the machine.
+    pub(super) gate: Option<Arc<Gate>>,
     /// What the guest said while it was held for its move.
     pub(super) deferred: Vec<Event>,
 }
@@ -164,6 +166,7 @@ impl Machine {
             export: None,
             mirrors: Vec::new(),
             tracked: None,
+            gate: None,
             deferred: Vec::new(),
         }
     }
@@ -309,6 +312,7 @@ impl Machine {
             }
             Request::Snapshot => return self.snapshot(asked),
             Request::Migrate => return Ok(self.migrate(asked)),
+            Request::Upgrade => return Ok(self.upgrade(asked)),
             Request::Migration => return Ok(self.migration_info()),
             Request::SwitchMigration => return Ok(self.switch_migration()),
             Request::CancelMigration => return Ok(self.cancel_migration()),
@@ -324,6 +328,10 @@ impl Machine {
             Request::RemoveDevice => return Ok(answer_of(self.remove_device(asked))),
             // What is left is for one of the devices.
             _ => {
+                if matches!(asked.request, Request::EjectDisk | Request::InsertDisk) {
+                    // What is in the drive is not what its copies are of.
+                    self.forget_kept(asked.body.get("id").and_then(|id| id.as_str()));
+                }
                 if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
                     return Ok(refused);
                 }

@@ -21,6 +21,7 @@ use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2};
 
 use super::assembly::BuildError;
 use super::backplane::Backplane;
+use super::belongings::Belongings;
 use super::disks::Disk;
 use super::legacy::Legacy;
 use crate::board::Board;
@@ -58,7 +59,9 @@ pub(super) struct Parts {
     pub(super) console_path: Option<PathBuf>,
     pub(super) serial: Option<Arc<Serial>>,
     /// The consoles' threads, and what is on the other side.
-    pub(super) _consoles: Vec<Console>,
+    pub(super) consoles: Vec<Console>,
+    /// For the process that has the machine next; see `belongings`.
+    pub(super) kept: Option<Belongings>,
     /// See [`super::opened::Opened`].
     pub(super) statm: Option<File>,
     /// Only for RAM that is private and anonymous; see [`Parts::touched`].

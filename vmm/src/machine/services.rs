@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
-use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
+use atoll_devices::console::{Console, ConsoleBackend};
 use atoll_devices::platform::{PanicDevice, Watchdog};
 use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
@@ -17,7 +17,8 @@ use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::assembly::{Assembly, BuildError};
-use super::devices::{open_console, path_of};
+use super::belongings;
+use super::devices::{open_console, open_end, path_of};
 use super::opened::{Opened, VsockEnd, WAS_OPENED};
 use super::owner::GuestEvent;
 use crate::{resources, socket};
@@ -28,16 +29,12 @@ pub(super) fn open_virtio_console(
     opened: &mut Opened,
 ) -> Result<(), BuildError> {
     if let Some(console) = &spec.console {
-        opened.console = Some(open_console("virtio console", console)?);
+        opened.console = Some(open_console(opened, "virtio console", console)?);
     }
     for port in &spec.services.ports {
-        let device = format!("port {}: {}", port.name, port.path.display());
-        socket::remove_stale(&port.path).map_err(BuildError::device(device))?;
         let backend = ConsoleBackend::Channel(port.path.clone());
-        let end = ConsoleEnd::open(&backend);
-        opened
-            .ports
-            .push_back(end.map_err(BuildError::device(format!("port {}", port.name)))?);
+        let end = open_end(opened, &belongings::port(&port.name), &backend)?;
+        opened.ports.push_back(end);
     }
     Ok(())
 }
@@ -75,6 +72,7 @@ pub(super) fn open_vsock(spec: &MachineSpec, opened: &mut Opened) -> Result<(), 
     let Some(spec) = &spec.services.vsock else {
         return Ok(());
     };
+    refuse_inherited(opened, "vsock")?;
     if spec.vhost {
         let device = format!("vsock {}: /dev/vhost-vsock", spec.cid);
         let file = VhostVsockFile::open(spec.cid).map_err(BuildError::device(device))?;
@@ -133,12 +131,21 @@ pub(super) fn panic(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     Ok(())
 }
 
+/// For what is reached by paths only: those of a spec that came along are not opened.
+fn refuse_inherited(opened: &Opened, device: &str) -> Result<(), BuildError> {
+    match opened.is_inherited() {
+        true => Err(BuildError::device(device)("it cannot come along")),
+        false => Ok(()),
+    }
+}
+
 /// Connects with the process that serves the device `name`.
 fn connect(
     name: String,
     socket: &VhostUserSocket,
     opened: &mut Opened,
 ) -> Result<BackendOptions, BuildError> {
+    refuse_inherited(opened, &name)?;
     let device = format!("{name}: vhost-user {}", socket.path.display());
     let stream = UnixStream::connect(&socket.path).map_err(BuildError::device(device))?;
     opened.keep_for(socket);

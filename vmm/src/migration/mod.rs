@@ -23,11 +23,13 @@
 //! anything else; unknown fields are ignored, so that the protocol only grows.
 //!
 //! A move may end with memory that is sent while the guest runs at the target: see [`postcopy`].
+//! To another process of this host, with memory and all else as descriptors: [`local`].
 //!
 //! Not here: what the owner of the machine does meanwhile (`machine::handover`), networks and encryption (`relay`).
 
 pub mod converge;
 pub mod disks;
+pub mod local;
 pub mod pages;
 pub mod postcopy;
 pub mod source;
@@ -36,6 +38,7 @@ pub mod target;
 use std::io::{self, Read, Write};
 
 use atoll_vmm_protocol::spec::MachineSpec;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use self::disks::MovingDisk;
@@ -244,6 +247,11 @@ impl MigrationError {
 
 /// Sends one message: its length in four bytes, then JSON. Blocks until the other side has room for it.
 pub fn send(stream: &mut impl Write, message: &Message) -> io::Result<()> {
+    send_frame(stream, message)
+}
+
+/// The same with any message, of which the other side knows what it is.
+fn send_frame(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
     let body = serde_json::to_vec(message).expect("messages have string keys only");
     let size = u32::try_from(body.len()).map_err(io::Error::other)?;
     let mut bytes = size.to_le_bytes().to_vec();
@@ -253,6 +261,11 @@ pub fn send(stream: &mut impl Write, message: &Message) -> io::Result<()> {
 
 /// Receives one message, of bounded length. Blocks until it is there; an error after that leaves the connection of no use.
 pub fn receive(stream: &mut impl Read) -> io::Result<Message> {
+    receive_frame(stream)
+}
+
+/// The same with any message.
+fn receive_frame<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
     let mut size = [0; 4];
     stream.read_exact(&mut size)?;
     let size = u32::from_le_bytes(size);

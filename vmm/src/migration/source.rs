@@ -111,7 +111,8 @@ impl Progress {
         cancelled || self.decision.load(Ordering::SeqCst) == CANCELLED
     }
 
-    fn cut(&self) {
+    /// Ends the connections, for the other side, too.
+    pub(super) fn cut(&self) {
         for socket in &self.sockets {
             // Fails when the other side has ended it.
             let _ = shutdown(socket, Shutdown::Both);
@@ -126,6 +127,17 @@ impl Progress {
             self.switch.store(true, Ordering::SeqCst);
         }
         self.may_switch
+    }
+
+    /// Has the machine be the target's; false when it was cancelled before.
+    pub(super) fn commit(&self) -> bool {
+        self.decide(COMMITTED)
+    }
+
+    /// Notes for how long the guest has stood still.
+    pub(super) fn note_downtime(&self, time: Duration) {
+        self.downtime_us
+            .store(microseconds(time), Ordering::Relaxed);
     }
 
     fn decide(&self, decision: u8) -> bool {
@@ -446,7 +458,7 @@ fn microseconds(time: Duration) -> u64 {
 }
 
 /// Whether the process at the other end of a Unix socket is gone.
-fn has_ended(error: &io::Error) -> bool {
+pub(super) fn has_ended(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
@@ -454,7 +466,7 @@ fn has_ended(error: &io::Error) -> bool {
 }
 
 /// The target's next message; its refusal is an error.
-fn ask(control: &mut UnixStream) -> Result<Message, MigrationError> {
+pub(super) fn ask(control: &mut UnixStream) -> Result<Message, MigrationError> {
     match receive(control) {
         Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason)),
         Ok(message) => Ok(message),

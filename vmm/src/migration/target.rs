@@ -53,9 +53,9 @@ pub struct Arrived {
 
 /// The connection on which the machine becomes this process's.
 pub struct Handover {
-    control: UnixStream,
+    pub(super) control: UnixStream,
     /// Only this process may run the machine.
-    taken: Arc<AtomicBool>,
+    pub(super) taken: Arc<AtomicBool>,
 }
 
 impl Handover {
@@ -259,13 +259,7 @@ fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Base, MigrationError> {
     same("MiB of memory", hello.spec.memory_mib, spec.memory_mib)?;
     same_devices(&hello.spec, spec)?;
     check::spec(spec).map_err(|error| refused(&error))?;
-    let kvm = Kvm::open().map_err(|error| refused(&error))?;
-    let host = kvm.cpu().map_err(|error| refused(&error))?;
-    let wanted = entries(&hello.cpuid);
-    compare::check(&wanted, &hello.feature_msrs, host).map_err(|unlike| {
-        MigrationError::Refused(format!("this host's CPU is not the guest's: {unlike}"))
-    })?;
-    let bits = cpuid::address_bits(&wanted);
+    let (kvm, bits) = kvm_for(hello)?;
     let board = Board::of(spec.profile);
     let backing = spec.services.memory_backing.into();
     let memory = allocate(board, spec.memory_mib, bits, backing);
@@ -277,6 +271,18 @@ fn prepare(hello: &Hello, spec: &MachineSpec) -> Result<Base, MigrationError> {
         memory,
         late: None,
     })
+}
+
+/// This host's KVM, if it can give the guest the CPU that it has, and the width of that one's addresses.
+pub(super) fn kvm_for(hello: &Hello) -> Result<(Kvm, u8), MigrationError> {
+    let refused = |error: &dyn std::error::Error| MigrationError::Refused(chain(error));
+    let kvm = Kvm::open().map_err(|error| refused(&error))?;
+    let host = kvm.cpu().map_err(|error| refused(&error))?;
+    let wanted = entries(&hello.cpuid);
+    compare::check(&wanted, &hello.feature_msrs, host).map_err(|unlike| {
+        MigrationError::Refused(format!("this host's CPU is not the guest's: {unlike}"))
+    })?;
+    Ok((kvm, cpuid::address_bits(&wanted)))
 }
 
 /// A guest would not find the devices that it has, or find others.

@@ -68,7 +68,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Owner => &[COMMON, FILES, CHANNELS, OWNER],
         Kind::Starter => &[STARTER],
         Kind::Signals => &[COMMON, SIGNALS],
-        Kind::Api => &[COMMON, CHANNELS],
+        Kind::Api => &[COMMON, WAIT, CHANNELS],
         Kind::Vcpu => &[COMMON, VCPU],
         Kind::Disk => &[COMMON, WAIT, FILES, DISK],
         Kind::Net => &[COMMON, WAIT, NET],

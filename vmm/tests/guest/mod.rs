@@ -139,15 +139,30 @@ impl Guest {
             }
             connected
         });
+        Serial::of(stream)
+    }
+
+    /// The same of a machine that another process has.
+    pub fn serial_of_another_process(&self) -> Serial {
+        let path = self.path("serial");
+        let stream = eventually("the serial port", || UnixStream::connect(&path).ok());
+        Serial::of(stream)
+    }
+}
+
+impl Serial {
+    fn of(stream: UnixStream) -> Self {
         stream
             .set_read_timeout(Some(Duration::from_millis(100)))
             .unwrap();
-        Serial {
+        Self {
             stream,
             text: String::new(),
         }
     }
+}
 
+impl Guest {
     /// Ends it by a kill, if it has not ended; the folder as it is then.
     pub fn place_again(self) -> Place {
         self.place.clone()

@@ -8,7 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -295,6 +295,11 @@ impl Tap {
     /// The tap's descriptor, which goes on being attached; for another process's [`Tap::from_file`].
     pub fn into_file(self) -> File {
         self.file
+    }
+
+    /// Another handle of the descriptor, of the same queue.
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.file.as_fd().try_clone_to_owned()
     }
 
     /// For a kernel thread that moves the packets itself.

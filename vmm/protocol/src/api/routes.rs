@@ -188,6 +188,64 @@ pub const ROUTES: &[Route] = &[
         answer: "MigrationInfo",
     },
     Route {
+        request: Request::Upgrade,
+        method: "PUT",
+        path: "/upgrade",
+        summary: "Let another atoll-vmm program go on with the running machine, on this host and with all that it has open; needs \
+                  --memory SIZE,shared or huge pages",
+        parameters: &[
+            Parameter {
+                name: "to",
+                kind: ParameterKind::Text,
+                required: true,
+                summary: "The new program's file. What follows is for its process, as it was said to run: none of it is taken over",
+            },
+            Parameter {
+                name: "pid_file",
+                kind: ParameterKind::Text,
+                required: false,
+                summary: "Write the new process's number to this file",
+            },
+            Parameter {
+                name: "cgroup",
+                kind: ParameterKind::Texts,
+                required: false,
+                summary: "Control groups (directories) that it enters",
+            },
+            Parameter {
+                name: "log_file",
+                kind: ParameterKind::Text,
+                required: false,
+                summary: "Append its log to this file instead of the old process's standard error",
+            },
+            Parameter {
+                name: "sandbox",
+                kind: ParameterKind::Text,
+                required: false,
+                summary: "on or off [default: on]",
+            },
+            Parameter {
+                name: "seccomp",
+                kind: ParameterKind::Text,
+                required: false,
+                summary: "on, log or off [default: on]",
+            },
+            Parameter {
+                name: "uid",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "Run as this user instead of one of its own; root only",
+            },
+            Parameter {
+                name: "gid",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "Run as this group; root only",
+            },
+        ],
+        answer: "MigrationInfo",
+    },
+    Route {
         request: Request::Migration,
         method: "GET",
         path: "/migration",

@@ -1,0 +1,266 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Machines that go on in a new process of the same host, with their memory and all that is open (`ctl upgrade`), while
+//! the probe guest works; and what is left when a process is killed in the middle of it, or the new program is none.
+//! Seeds are printed; another one comes from ATOLL_SEED, more of them from ATOLL_MIGRATION_SEEDS (`make soak`).
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests fail by panicking, and say what they skip"
+)]
+
+mod guest;
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
+use guest::{BINARY, Guest, Place, Random, eventually, kvm, number, runs, shell, works};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A machine whose process was started by a test, and which ends with the test whatever process has it then.
+struct Upgraded(Guest);
+
+impl Drop for Upgraded {
+    fn drop(&mut self) {
+        let Ok(info) = self.0.client().info() else {
+            return;
+        };
+        // Refused when there is none any more.
+        let _ = self.0.ctl(&["shutdown"]);
+        let program = format!("/proc/{}/exe", info.pid);
+        for _ in 0..1000 {
+            if std::fs::read_link(&program).is_err() {
+                return;
+            }
+            sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn pid(guest: &Guest) -> u32 {
+    guest.client().info().unwrap().pid
+}
+
+/// `ctl upgrade`, which has to succeed; the old process ends.
+#[track_caller]
+fn upgrade(guest: &Guest) -> MigrationInfo {
+    let before = pid(guest);
+    let told = guest.ctl(&["upgrade", "--to", BINARY, "--pid-file", "pid"]);
+    let told = told.unwrap_or_else(|said| panic!("{said} {}", guest.said()));
+    let info: MigrationInfo = serde_json::from_value(told).unwrap();
+    assert_eq!(info.stage, MigrationStage::Completed);
+    println!("stood still for {} us", info.downtime_us);
+    let after = pid(guest);
+    assert_ne!(before, after);
+    let written = std::fs::read_to_string(guest.path("pid")).unwrap();
+    assert_eq!(written, format!("{after}\n"));
+    info
+}
+
+#[test]
+fn a_guest_at_work_goes_on_in_a_new_process_and_in_the_next() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Upgraded(Place::new().start(&shell("64M,shared", "2")));
+    let mut serial = guest.0.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    for _ in 0..2 {
+        upgrade(&guest.0);
+        serial = guest.0.serial();
+        done = serial.load_beyond(done);
+    }
+    assert_eq!(guest.0.ended().0.code(), Some(0), "the first process ended");
+    assert!(serial.end_load() >= done);
+    serial.wait_for("probe> ");
+    serial.type_line("report");
+    serial.wait_for("everything works");
+    // Its disk is locked still, and its kernel is there for a reset.
+    guest.0.ctl(&["reset"]).unwrap();
+    let mut serial = guest.0.serial();
+    serial.wait_for("everything works");
+    let mut second = guest.0.place.command(&["run", "--kernel", "kernel"]);
+    let second = second
+        .args(["--disk", "path=disk,format=raw"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert!(said.contains("in use"), "{said}");
+}
+
+/// The console is the process's own input and output, which both processes have.
+#[test]
+fn a_console_on_standard_streams_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let arguments = shell("32M,shared", "1").into_iter().map(|argument| {
+        if argument == "socket=serial" {
+            "stdio"
+        } else {
+            argument
+        }
+    });
+    let arguments: Vec<_> = arguments.collect();
+    let mut command = place.command(&arguments);
+    let mut process = command
+        .args(["--api-socket", "api"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(std::fs::File::create(place.path("stderr")).unwrap())
+        .spawn()
+        .unwrap();
+    let (mut keys, mut screen) = (
+        process.stdin.take().unwrap(),
+        process.stdout.take().unwrap(),
+    );
+    let guest = Upgraded(Guest { place, process });
+    let mut wait_for = |expected: &str| {
+        let mut text = String::new();
+        let mut chunk = [0; 4096];
+        while !text.contains(expected) {
+            let count = screen.read(&mut chunk).unwrap();
+            assert!(count > 0, "no {expected:?} in {text:?}");
+            text.push_str(&String::from_utf8_lossy(&chunk[..count]));
+        }
+    };
+    wait_for("probe> ");
+    upgrade(&guest.0);
+    keys.write_all(b"report\r").unwrap();
+    wait_for("everything works");
+    upgrade(&guest.0);
+    keys.write_all(b"report\r").unwrap();
+    wait_for("everything works");
+}
+
+/// A program of the test's own.
+fn script(place: &Place, name: &str, text: &str) -> PathBuf {
+    let path = place.path(name);
+    // Under its name only when nobody has it open for writing any more.
+    let early = place.path("early");
+    std::fs::write(&early, format!("#!/bin/sh\n{text}\n")).unwrap();
+    std::fs::set_permissions(&early, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::rename(early, &path).unwrap();
+    path
+}
+
+#[test]
+fn what_cannot_go_on_stays_with_the_reason() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("64M,shared", "1"));
+    let mut serial = guest.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    let place = guest.place.clone();
+    std::fs::write(place.path("text"), "text").unwrap();
+    script(&place, "silent", "exit 0");
+    script(
+        &place,
+        "older",
+        "echo \"atoll-vmm: unexpected argument '--upgrade' found (see --help)\" >&2; exit 2",
+    );
+    script(&place, "dies", "head -c 1000 > /dev/null; kill -9 $$");
+    script(&place, "waits", "exec sleep 1000");
+    for (program, expected) in [
+        ("nothing", "No such file or directory"),
+        ("text", "Permission denied"),
+        ("silent", "exit status: 0"),
+        ("older", "unexpected argument '--upgrade'"),
+        ("dies", "signal: 9"),
+    ] {
+        let said = guest.ctl(&["upgrade", "--to", program]).unwrap_err();
+        assert!(said.contains(program) && said.contains(expected), "{said}");
+        done = serial.load_beyond(done);
+        assert!(runs(&guest));
+    }
+    // Called off.
+    let mut asker = place.command(&["ctl", "--api-socket", "api", "upgrade", "--to", "waits"]);
+    let asker = asker.stderr(Stdio::piped()).spawn().unwrap();
+    eventually("the upgrade", || {
+        guest.ctl(&["cancel-migration"]).ok().map(|_| ())
+    });
+    let said = String::from_utf8(asker.wait_with_output().unwrap().stderr).unwrap();
+    assert!(said.contains("the machine stays: cancelled"), "{said}");
+    serial.load_beyond(done);
+
+    let private = Place::new().start(&shell("64", "1"));
+    eventually("the machine", || runs(&private).then_some(()));
+    let said = private.ctl(&["upgrade", "--to", BINARY]).unwrap_err();
+    assert!(said.contains("--memory SIZE,shared"), "{said}");
+    private.ctl(&["pause"]).unwrap();
+    let said = private.ctl(&["upgrade", "--to", BINARY]).unwrap_err();
+    assert!(said.contains("resume it first"), "{said}");
+}
+
+/// `ctl upgrade`, not waited for, to a program that says its process's number in the file `new`.
+fn begin(guest: &Guest) -> Child {
+    let text = format!("echo $$ > early-pid; mv early-pid new; exec {BINARY} \"$@\"");
+    script(&guest.place, "program", &text);
+    let arguments = ["ctl", "--api-socket", "api", "upgrade", "--to", "program"];
+    let mut command = guest.place.command(&arguments);
+    command.stderr(Stdio::piped()).stdout(Stdio::null());
+    command.spawn().unwrap()
+}
+
+/// One upgrade in which a process is killed at a random moment.
+fn disturbed(seed: u64) {
+    let mut random = Random::of(seed);
+    let kills_new = random.below(2) == 0;
+    let moment = Duration::from_micros(random.below(300_000));
+    println!("seed {seed}: kills the new process: {kills_new}, after {moment:?}");
+    let mut guest = Upgraded(Place::new().start(&shell("64M,shared", "1")));
+    let mut serial = guest.0.serial();
+    serial.start_load("");
+    serial.load_beyond(0);
+    let asker = begin(&guest.0);
+    let new: i32 = eventually("the new process", || {
+        let text = std::fs::read_to_string(guest.0.path("new")).ok()?;
+        text.trim().parse().ok()
+    });
+    sleep(moment);
+    match kills_new {
+        // It may have failed by itself, never before this.
+        true => kill(Pid::from_raw(new), Signal::SIGKILL).unwrap_or_default(),
+        false => guest.0.process.kill().unwrap(),
+    }
+    let output = asker.wait_with_output().unwrap();
+    let moved = output.status.success();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    println!("seed {seed}: moved: {moved} {said}");
+    if kills_new {
+        // It was the new one's and died with it, or it is the old one's again.
+        if !moved {
+            assert!(works(&mut guest.0), "seed {seed}: {said}");
+        }
+        return;
+    }
+    guest.0.process.wait().unwrap();
+    if moved {
+        let mut serial = guest.0.serial_of_another_process();
+        let done = serial.load_beyond(0);
+        serial.load_beyond(done);
+    } else {
+        assert!(!runs(&guest.0), "seed {seed}: {said}");
+    }
+}
+
+#[test]
+fn exactly_one_runs_whatever_is_killed() {
+    if !kvm() {
+        return;
+    }
+    let first = number("ATOLL_SEED", u64::from(std::process::id()));
+    for seed in first..first + number("ATOLL_MIGRATION_SEEDS", 6) {
+        disturbed(seed);
+    }
+}
