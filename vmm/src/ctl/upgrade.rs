@@ -15,7 +15,7 @@ use anyhow::Context;
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage, Request, Upgrade};
 use atoll_vmm_protocol::client::Client;
 
-/// How long the new process may take to answer when the old one has ended without a word.
+/// How long the new process may take to answer, or to end, when the old one does not know whose the machine is.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is looked at.
 const POLL: Duration = Duration::from_millis(20);
@@ -45,10 +45,26 @@ pub(super) fn upgrade(client: &Client, body: &Upgrade) -> anyhow::Result<Migrati
     let mut text = Vec::new();
     // Its end without a word, or with half of it, is looked at below.
     let _ = report.read_to_end(&mut text);
-    let info = match serde_json::from_slice::<MigrationInfo>(&text) {
+    let mut info = match serde_json::from_slice::<MigrationInfo>(&text) {
         Ok(info) => info,
-        Err(_) => ended_silently(client, &mut child)?,
+        Err(_) => unknown(),
     };
+    if info.stage == MigrationStage::InDoubt {
+        info.stage = match whose(client, &mut child) {
+            Whose::New => MigrationStage::Completed,
+            Whose::Old => MigrationStage::Failed,
+            Whose::Unknown => {
+                let pid = child.keep();
+                anyhow::bail!(
+                    "whether process {pid} has the machine is not known: it runs, and does not answer; when it has ended \
+                     and the old one is there, resume that one"
+                );
+            }
+        };
+        if info.stage == MigrationStage::Failed && client.act(Request::Resume).is_err() {
+            anyhow::bail!("both processes have ended: {}", child.end());
+        }
+    }
     if info.stage == MigrationStage::Completed {
         let pid = child.keep();
         if let Some(path) = &body.pid_file {
@@ -60,38 +76,49 @@ pub(super) fn upgrade(client: &Client, body: &Upgrade) -> anyhow::Result<Migrati
     }
     let error = info.error.unwrap_or_default();
     let said = child.end();
-    if info.stage == MigrationStage::InDoubt {
-        // No more, since the new process is gone.
-        client.act(Request::Resume)?;
-    }
     match error.contains("the other side: ") {
         true => anyhow::bail!("the machine stays: {error}"),
         false => anyhow::bail!("the machine stays: {error} ({}: {said})", program.display()),
     }
 }
 
-/// The old process has ended: whether the new one has the machine.
-fn ended_silently(client: &Client, child: &mut Starting) -> anyhow::Result<MigrationInfo> {
+/// What is known when the old process has ended without a word.
+fn unknown() -> MigrationInfo {
+    MigrationInfo {
+        stage: MigrationStage::InDoubt,
+        rounds: 0,
+        sent_bytes: 0,
+        remaining_bytes: 0,
+        elapsed_ms: 0,
+        downtime_us: 0,
+        throttle_percent: 0,
+        disks: Vec::new(),
+        error: None,
+    }
+}
+
+/// Which process has a machine.
+enum Whose {
+    New,
+    Old,
+    Unknown,
+}
+
+/// Whose the machine is when the old process does not know. A new one that has not got it ends by itself, since the
+/// connection with the old one has ended; so one that goes on is never ended here: it may be the guest's.
+fn whose(client: &Client, child: &mut Starting) -> Whose {
     let deadline = Instant::now() + PATIENCE;
     let pid = child.id();
-    while Instant::now() < deadline && child.runs() {
+    while Instant::now() < deadline {
         if client.info().is_ok_and(|info| info.pid == pid) {
-            return Ok(MigrationInfo {
-                stage: MigrationStage::Completed,
-                rounds: 0,
-                sent_bytes: 0,
-                remaining_bytes: 0,
-                elapsed_ms: 0,
-                downtime_us: 0,
-                throttle_percent: 0,
-                disks: Vec::new(),
-                error: None,
-            });
+            return Whose::New;
+        }
+        if !child.runs() {
+            return Whose::Old;
         }
         std::thread::sleep(POLL);
     }
-    let said = child.end();
-    anyhow::bail!("the old process has ended, and the new one does not have the machine: {said}")
+    Whose::Unknown
 }
 
 /// What the new process is told.
