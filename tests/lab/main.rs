@@ -20,6 +20,7 @@ mod migration;
 mod node;
 mod payload;
 mod rig;
+mod scopes;
 mod shell;
 mod uefi;
 mod vmm;
