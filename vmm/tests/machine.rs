@@ -487,7 +487,7 @@ fn a_tap_that_another_machine_has_is_busy() {
         "{said}"
     );
     assert!(said.contains("tap t0"), "{said}");
-    assert!(said.contains("busy"), "{said}");
+    assert!(said.contains("in use by another process"), "{said}");
 }
 
 #[test]

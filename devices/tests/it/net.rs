@@ -601,7 +601,16 @@ fn configuration_and_names() {
     assert_eq!(rig.driver.device_config::<6>(0), MAC);
     assert_eq!(rig.driver.device_config::<6>(6), [1, 0, 1, 0, 0x28, 0x23]);
     let second = Tap::open("t0").unwrap_err();
-    assert_eq!(second.to_string(), "attach to tap t0");
+    let said = "tap t0 is in use by another process: ";
+    assert!(second.to_string().starts_with(said), "{second}");
+    let loopback = [
+        Tap::open("lo").map(drop),
+        Tap::open_queues("lo", 2).map(drop),
+    ];
+    for refused in loopback {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, TapError::NoTap { .. }), "{error}");
+    }
     for name in ["", "a/b", "a-name-that-is-too-long"] {
         assert!(matches!(Tap::open(name), Err(TapError::Name { .. })));
     }

@@ -67,7 +67,31 @@ pub enum TapError {
     /// No such device, or no permission.
     #[error("open /dev/net/tun")]
     Device(#[source] io::Error),
-    /// In use, of another kind, or no permission to make it.
+    /// Another machine's, most often.
+    #[error(
+        "tap {name} is in use by another process: end that, or give this card a tap of its own"
+    )]
+    Busy {
+        /// The interface.
+        name: String,
+    },
+    /// Made for another user, or not there, and only root may make one.
+    #[error(
+        "tap {name} is not this user's, or there is none: make it as root, with `ip tuntap add {name} mode tap user NAME`"
+    )]
+    NotAllowed {
+        /// The interface.
+        name: String,
+    },
+    /// As a bridge or a network card of the host.
+    #[error(
+        "{name} is an interface of the host, but no tap: name a tap, or none that exists to have it made"
+    )]
+    NoTap {
+        /// The interface.
+        name: String,
+    },
+    /// Whatever else the kernel says.
     #[error("attach to tap {name}")]
     Attach {
         /// The interface.
@@ -208,7 +232,9 @@ impl Tap {
         }
         let one = |_| match attach(name, TAP_FLAGS | libc::IFF_MULTI_QUEUE) {
             Ok(file) => Self::set_up(file, name),
-            Err(AttachError::Attach(error)) if error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(AttachError::Attach(error))
+                if error.raw_os_error() == Some(libc::EINVAL) && !is_no_tap(name) =>
+            {
                 Err(TapError::SingleQueue {
                     name: name.to_owned(),
                     count,
@@ -429,9 +455,21 @@ impl AttachError {
         match self {
             Self::Name => TapError::Name { name },
             Self::Device(source) => TapError::Device(source),
-            Self::Attach(source) => TapError::Attach { name, source },
+            Self::Attach(source) => match source.raw_os_error() {
+                Some(libc::EBUSY) => TapError::Busy { name },
+                Some(libc::EPERM) => TapError::NotAllowed { name },
+                Some(libc::EINVAL) if is_no_tap(&name) => TapError::NoTap { name },
+                _ => TapError::Attach { name, source },
+            },
         }
     }
+}
+
+/// Whether an interface of that name is known to be something else. Of one that sysfs does not show, as of another
+/// network namespace than its own, nothing is known.
+fn is_no_tap(name: &str) -> bool {
+    let interface = std::path::Path::new("/sys/class/net").join(name);
+    interface.exists() && !interface.join("tun_flags").exists()
 }
 
 /// One more queue of the interface.
