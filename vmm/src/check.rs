@@ -7,7 +7,7 @@
 
 mod vhost_user;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -112,6 +112,7 @@ pub fn boot_disk(spec: &MachineSpec) -> Option<String> {
 /// Whether a machine can be built from this, as far as this process can see.
 pub fn spec(spec: &MachineSpec) -> Result<(), SpecError> {
     shape(spec)?;
+    twice(spec)?;
     match &spec.boot {
         BootSpec::Kernel(boot) => {
             is_file("kernel", &boot.image)?;
@@ -326,6 +327,26 @@ pub fn targets(spec: &MachineSpec) -> Result<Vec<Option<u8>>, SpecError> {
         }
     }
     Ok(numbers)
+}
+
+/// One image behind two disks, of which one is written: the image's lock would tell of another process.
+fn twice(spec: &MachineSpec) -> Result<(), SpecError> {
+    let files = spec
+        .disks
+        .iter()
+        .filter(|disk| disk.format != DiskFormat::Nbd && !disk.path.as_os_str().is_empty());
+    let mut readonly_by_path = BTreeMap::new();
+    for disk in files {
+        let readonly = disk.readonly || disk.bus == DiskBus::Cdrom;
+        let other = readonly_by_path.insert(&disk.path, readonly);
+        if other.is_some_and(|other| !(other && readonly)) {
+            return refuse(format!(
+                "disk {}: it is there twice: only what is read-only can be behind two disks",
+                disk.path.display()
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn ids(spec: &MachineSpec) -> Result<(), SpecError> {
@@ -627,6 +648,24 @@ mod tests {
             },
             "a kernel is shared in memory of the machine's own: leave out --share-kernel (kernel.shared), or shared and \
              hugepages= of --memory",
+        );
+    }
+
+    #[test]
+    fn a_disk_is_behind_one_device() {
+        let disks = |first: bool, second: bool| {
+            move |m: &mut serde_json::Value| {
+                let one = |readonly| serde_json::json!({"path": "/a", "format": "raw", "readonly": readonly});
+                m["disks"] = serde_json::json!([one(first), one(second)]);
+            }
+        };
+        let said = "disk /a: it is there twice: only what is read-only can be behind two disks";
+        check(disks(false, false), said);
+        check(disks(true, false), said);
+        // It is not there, but it is not refused for being there twice.
+        check(
+            disks(true, true),
+            "disk /a: No such file or directory (os error 2)",
         );
     }
 
