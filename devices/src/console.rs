@@ -174,6 +174,14 @@ pub struct ConsoleEnd {
     pty: Option<PathBuf>,
 }
 
+/// Bytes of past output that a new client gets: of a channel none, whose ends talk to each other.
+fn backlog(backend: &ConsoleBackend) -> usize {
+    match backend {
+        ConsoleBackend::Channel(_) => 0,
+        _ => BACKLOG_BYTES,
+    }
+}
+
 impl ConsoleEnd {
     /// Opens the backend: makes the pseudo-terminal, or creates the socket and listens. Needs the file system, so it
     /// comes before the sandbox; makes no thread and does not wait for a client.
@@ -192,11 +200,7 @@ impl ConsoleEnd {
                 Some(clients)
             }
             ConsoleBackend::Socket(path) | ConsoleBackend::Channel(path) => {
-                let backlog = match backend {
-                    ConsoleBackend::Channel(_) => 0,
-                    _ => BACKLOG_BYTES,
-                };
-                let clients = pump::Clients::listen(path, backlog).map_err(|source| {
+                let clients = pump::Clients::listen(path, backlog(backend)).map_err(|source| {
                     ConsoleError::Socket {
                         path: path.clone(),
                         source,
@@ -235,12 +239,8 @@ impl ConsoleEnd {
                 Some(clients)
             }
             ConsoleBackend::Socket(path) | ConsoleBackend::Channel(path) => {
-                let backlog = match backend {
-                    ConsoleBackend::Channel(_) => 0,
-                    _ => BACKLOG_BYTES,
-                };
                 end.socket = Some(path.clone());
-                Some(pump::Clients::of_listener(next()?.into(), backlog))
+                Some(pump::Clients::of_listener(next()?.into(), backlog(backend)))
             }
         };
         Ok(end)

@@ -55,19 +55,17 @@ impl Clients {
 
     pub(super) fn stdio() -> Self {
         let copy = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, 3).ok();
-        Self::of(Client {
-            input: copy(io::stdin().as_fd()),
-            output: copy(io::stdout().as_fd()),
-            position: 0,
-            writable: false,
-            permanent: true,
-        })
+        Self::permanent(copy(io::stdin().as_fd()), copy(io::stdout().as_fd()))
     }
 
     pub(super) fn of_streams(input: OwnedFd, output: OwnedFd) -> Self {
+        Self::permanent(Some(input), Some(output))
+    }
+
+    fn permanent(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
         Self::of(Client {
-            input: Some(input),
-            output: Some(output),
+            input,
+            output,
             position: 0,
             writable: false,
             permanent: true,
