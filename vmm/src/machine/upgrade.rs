@@ -40,6 +40,7 @@ impl Machine {
         if let Some(text) = self.upgrade_obstacle() {
             return Err(api::refusal(409, text));
         }
+        self.refuse_while_exporting()?;
         let failed = |error: &dyn std::error::Error| api::refusal(500, chain(error));
         let control = asked.file("the connection with the new process")?;
         let report = asked.file("the connection for the report")?;
@@ -94,9 +95,6 @@ impl Machine {
         }
         if let Some(text) = self.parts.obstacle(Act::Snapshot) {
             return Some(text);
-        }
-        if self.export.is_some() {
-            return Some("a backup is under way: end-export first".to_owned());
         }
         let stdio = [Some(&self.spec.serial), self.spec.console.as_ref()];
         if stdio.contains(&Some(&ConsoleSpec::Stdio)) && isatty(io::stdin()) {
