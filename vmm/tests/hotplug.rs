@@ -308,7 +308,9 @@ fn a_snapshot_has_what_was_plugged_in_on_its_slots() {
         let place = guest.killed();
         let mut copy = place.start(&["run", "--restore", "saved"]);
         let mut serial = copy.serial();
-        assert_eq!(copy.client().info().unwrap().devices, devices);
+        // Where the control API will be, the killed process's socket is until then.
+        let info = eventually("the control API", || copy.client().info().ok());
+        assert_eq!(info.devices, devices);
         check_disks(&mut serial, 3);
         let boots = remove(&copy, "disk0", &[]).unwrap_err();
         assert!(boots.contains("boots from it"), "{boots}");
