@@ -214,6 +214,11 @@ impl Driver {
         self.read(DEVICE + offset)
     }
 
+    /// Writes the device's own configuration.
+    pub fn set_device_config(&self, offset: u64, data: &[u8]) {
+        self.write(DEVICE + offset, data);
+    }
+
     /// The status byte.
     pub fn status(&self) -> u8 {
         self.read::<1>(COMMON + 0x14)[0]

@@ -461,6 +461,12 @@ fn a_disk_of_qemus_storage_daemon() {
     driver.start(u64::MAX);
     write_and_read(&mut driver, 0, 0x11);
     write_and_read(&mut driver, 1, 0x22);
+    // Its write cache is the driver's to turn off and on.
+    for writeback in [0, 1] {
+        driver.set_device_config(32, &[writeback]);
+        assert_eq!(driver.device_config::<1>(32), [writeback]);
+        write_and_read(&mut driver, 0, 0x30 | writeback);
+    }
     driver.device.pause();
     assert_eq!(disk.obstacle(Act::Snapshot), None);
     assert!(disk.obstacle(Act::Migration).is_some());

@@ -30,6 +30,9 @@ use super::messages;
 
 /// How often a new backend is looked for.
 const RETRY: Duration = Duration::from_secs(1);
+/// Why configuration is written (`VHOST_USER_SET_CONFIG`, flags): the driver did. The protocol has numbers here, 0 for
+/// this and 1 for a migration; the crate has them as bits, and takes 1 for this, which QEMU's backends refuse.
+const BY_DRIVER: VhostUserConfigFlags = VhostUserConfigFlags::empty();
 const PROTOCOL: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// A connection that has been greeted.
@@ -289,9 +292,7 @@ impl Conversation {
     pub(super) fn configure(&mut self, offset: usize, data: &[u8]) {
         let Some(link) = &mut self.link else { return };
         let at = u32::try_from(offset).expect("within the configuration space");
-        let set = link
-            .frontend
-            .set_config(at, VhostUserConfigFlags::WRITABLE, data);
+        let set = link.frontend.set_config(at, BY_DRIVER, data);
         match set {
             Ok(()) => {
                 let mut config = self.shared.lock_config();
