@@ -6,6 +6,7 @@
     reason = "comments on arguments are help texts, where brackets are what may be left out"
 )]
 
+mod confinement;
 mod ctl;
 mod receive;
 mod services;
@@ -19,11 +20,11 @@ use atoll_vmm_protocol::spec::{
     FirmwareSpec, KernelSpec, MachineSpec, NetSpec, Profile, VhostNet,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
+pub use self::confinement::{ConfinementArguments, Filters, Switch};
 pub use self::ctl::{CtlArguments, CtlRequest};
 pub use self::receive::{NetworkArguments, ReceiveArguments};
-use crate::sandbox::{Confinement, Identity, Seccomp};
 use crate::saved::image;
 use crate::{check, cpu_models, flash, probe, serve};
 
@@ -209,43 +210,6 @@ pub struct HostArguments {
     pub confinement: ConfinementArguments,
 }
 
-/// What the process gives up once everything is open.
-#[derive(Debug, Args)]
-pub struct ConfinementArguments {
-    /// Once everything is open, give up the file system, the network and (root only) the user
-    #[arg(long, value_name = "WHETHER", default_value = "on")]
-    pub sandbox: Switch,
-    /// System-call filters: `log` lets a denied call pass and leaves it to the kernel's log
-    #[arg(long, value_name = "WHETHER", default_value = "on")]
-    pub seccomp: Filters,
-    /// Run as this user instead of one of its own [default: 4290000000 + process number]; root only
-    #[arg(long, value_name = "NUMBER")]
-    pub uid: Option<u32>,
-    /// Run as this group [default: the user's number]; root only
-    #[arg(long, value_name = "NUMBER")]
-    pub gid: Option<u32>,
-}
-
-/// `on` or `off`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Switch {
-    /// Yes.
-    On,
-    /// No.
-    Off,
-}
-
-/// Values of `--seccomp`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Filters {
-    /// A denied call ends the process.
-    On,
-    /// A denied call is logged by the kernel.
-    Log,
-    /// No filters.
-    Off,
-}
-
 /// What `--spec` stands instead of.
 const MACHINE_ARGUMENTS: [&str; 22] = [
     "profile",
@@ -271,23 +235,6 @@ const MACHINE_ARGUMENTS: [&str; 22] = [
     services::ARGUMENTS[4],
     services::ARGUMENTS[5],
 ];
-
-impl ConfinementArguments {
-    /// How the process is to be confined, but for its log.
-    #[must_use]
-    pub fn to_confinement(&self) -> Confinement {
-        let identity = Identity::new(self.uid, self.gid);
-        Confinement {
-            sandbox: (self.sandbox == Switch::On).then_some(identity),
-            seccomp: match self.seccomp {
-                Filters::On => Seccomp::On,
-                Filters::Log => Seccomp::Log,
-                Filters::Off => Seccomp::Off,
-            },
-            log: None,
-        }
-    }
-}
 
 impl RunArguments {
     /// The machine that the arguments describe, when there is no `--spec`.
