@@ -20,7 +20,7 @@ use atoll_vmm::machine::{
 use atoll_vmm::migration::local;
 use atoll_vmm::migration::target::{self, Door};
 use atoll_vmm::relay::Relay;
-use atoll_vmm::sandbox::Confinement;
+use atoll_vmm::sandbox::{Confinement, Identity};
 use atoll_vmm::terminal::{RawTerminal, one_line, print};
 use atoll_vmm::{check, cpu_models, ctl, log, probe, saved, serve, socket};
 use atoll_vmm_protocol::client::Client;
@@ -75,7 +75,9 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
-    let log = log_to(arguments.host.log_file.as_deref())?;
+    let host = &arguments.host;
+    host.confinement.check(Identity::current())?;
+    let log = log_to(host.log_file.as_deref())?;
     let spec = match (&arguments.spec, &arguments.restore) {
         (Some(path), _) => read_spec(path)?,
         (None, Some(snapshot)) => read_spec(&snapshot.join(saved::SPEC_FILE))?,
@@ -101,12 +103,13 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
         }
     };
     check::spec(&spec)?;
-    settle(&arguments.host)?;
-    run_on(&arguments.host, log, &spec, start)
+    settle(host)?;
+    run_on(host, log, &spec, start)
 }
 
 /// Waits for a machine of another process, then runs it as `run` does.
 fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
+    arguments.host.confinement.check(Identity::current())?;
     let log = log_to(arguments.host.log_file.as_deref())?;
     if arguments.upgrade {
         return take_over(&arguments.host, log);

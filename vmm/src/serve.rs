@@ -20,6 +20,7 @@ use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cli::{self, ConfinementArguments};
+use crate::sandbox::Identity;
 use crate::{log, resources, sandbox, socket};
 
 /// Arguments of `serve-disk`.
@@ -42,6 +43,7 @@ pub struct Arguments {
 
 /// Serves the disk until SIGTERM or SIGINT. Its image is locked meanwhile.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    arguments.confinement.check(Identity::current())?;
     let disk = &arguments.disk;
     let served = DiskSpec {
         path: disk.path.clone(),

@@ -67,6 +67,8 @@ fn arguments_that_cannot_be() {
             "expected stdio, pty, socket=PATH or null",
         ),
         ("--spec /tmp/x", "cannot be used with"),
+        // By which setresuid(2) means "as it is".
+        ("--uid 4294967295", "4294967295 is not in 0..4294967295"),
     ] {
         check(
             &format!("{KERNEL} {wrong}"),
@@ -116,6 +118,22 @@ fn files_that_are_not_there_or_not_files() {
         1,
         "atoll-vmm: spec /nonexistent: No such file…",
     );
+}
+
+/// Whoever runs this; what only root can have is the unit test's of `check`.
+#[test]
+fn a_user_that_cannot_be_had() {
+    for command in [
+        KERNEL,
+        "receive --socket /nonexistent/s",
+        "serve-disk --socket /nonexistent/s --disk path=/etc/hostname,format=raw",
+    ] {
+        check(
+            &format!("{command} --sandbox off --uid 3000000100"),
+            2,
+            "atoll-vmm: --uid 3000000100: that is the sandbox's work: leave out --sandbox off",
+        );
+    }
 }
 
 #[test]

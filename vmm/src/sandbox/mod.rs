@@ -58,6 +58,15 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// That of this process.
+    #[must_use]
+    pub fn current() -> Self {
+        Self {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        }
+    }
+
     /// What was asked for, or a number of its own for this process.
     #[must_use]
     pub fn new(uid: Option<u32>, gid: Option<u32>) -> Self {
