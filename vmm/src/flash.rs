@@ -23,6 +23,10 @@ use crate::machine::BuildError;
 const END: u64 = 1 << 32;
 /// Most bytes of code and variables together: what is below belongs to local APICs.
 const BYTES_MAX: u64 = 16 << 20;
+/// Place and content of the signature in the header of a firmware volume, with which both images begin. UEFI PI 1.8,
+/// volume 3, section 3.2.1, "EFI_FIRMWARE_VOLUME_HEADER".
+const SIGNATURE_OFFSET: usize = 40;
+const SIGNATURE: &[u8] = b"_FVH";
 /// Directory of the firmware images that Debian's package `ovmf` installs.
 pub const PACKAGED: &str = "/usr/share/OVMF/";
 
@@ -51,6 +55,16 @@ pub enum FlashError {
         path: PathBuf,
         /// Its size.
         bytes: u64,
+    },
+    /// Neither firmware nor a place for its variables.
+    #[error("firmware {what} {path}: is not a UEFI firmware image: {remedy}")]
+    Content {
+        /// `code` or `variables`.
+        what: &'static str,
+        /// From the spec.
+        path: PathBuf,
+        /// What should be there instead.
+        remedy: &'static str,
     },
     /// The variables are written to by another machine.
     #[error("firmware variables {path}: another machine uses this file; each needs its own copy")]
@@ -121,7 +135,21 @@ impl FirmwareFiles {
         let log = spec.log.as_deref().map(|path| next("log", path));
         let log = log.transpose()?;
         let code = read("code", &spec.code, &code)?;
+        if !is_volume(&code) {
+            return Err(FlashError::Content {
+                what: "code",
+                path: spec.code.clone(),
+                remedy: "OVMF_CODE_4M.fd of the package ovmf is one",
+            });
+        }
         let vars = read("variables", &spec.vars, &vars_file)?;
+        if !is_volume(&vars) && !is_blank(&vars) {
+            return Err(FlashError::Content {
+                what: "variables",
+                path: spec.vars.clone(),
+                remedy: "a copy of OVMF_VARS_4M.fd of the package ovmf is one",
+            });
+        }
         let lock = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         rustix::fs::flock(&vars_file, lock).map_err(|_| FlashError::InUse {
             path: spec.vars.clone(),
@@ -220,6 +248,19 @@ fn read(what: &'static str, path: &Path, file: &File) -> Result<Vec<u8>, FlashEr
     Ok(bytes)
 }
 
+/// Whether a flash image begins with the header of a firmware volume.
+fn is_volume(image: &[u8]) -> bool {
+    image[SIGNATURE_OFFSET..].starts_with(SIGNATURE)
+}
+
+/// Whether the first block is erased: where nothing was written yet, or where a machine ended between erasing it and
+/// writing it anew, which firmware makes up for from its spare blocks.
+fn is_blank(image: &[u8]) -> bool {
+    let block = usize::try_from(FLASH_BLOCK_BYTES).expect("4 KiB");
+    let mut bytes = image[..block].iter();
+    matches!(image[0], 0 | 0xff) && bytes.all(|byte| *byte == image[0])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,8 +283,22 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         };
         check("firmware code");
-        std::fs::write(&spec.code, [0; 4096]).unwrap();
+        std::fs::write(&spec.code, [b'#'; 4096]).unwrap();
         check("firmware variables");
+        std::fs::write(&spec.vars, [0; 4096]).unwrap();
+        check("code: is not a UEFI firmware image: OVMF_CODE_4M.fd");
+        let mut volume = [0; 4096];
+        volume[40..44].copy_from_slice(b"_FVH");
+        std::fs::write(&spec.code, volume).unwrap();
+        let mut note = [b' '; 4096];
+        note[..5].copy_from_slice(b"hello");
+        std::fs::write(&spec.vars, note).unwrap();
+        check("vars: is not a UEFI firmware image: a copy of OVMF_VARS_4M.fd");
+        assert_eq!(std::fs::read(&spec.vars).unwrap(), note);
+        for vars in [volume, [0xff; 4096]] {
+            std::fs::write(&spec.vars, vars).unwrap();
+            FirmwareFiles::open(&spec).unwrap();
+        }
         std::fs::write(&spec.vars, [0; 4095]).unwrap();
         check("4095 bytes: a flash image is a multiple of 4096");
         std::fs::write(&spec.vars, [0; 4096]).unwrap();
@@ -251,10 +306,8 @@ mod tests {
         check("another machine uses this file");
         drop(first);
         FirmwareFiles::open(&spec).unwrap();
-        File::create(&spec.code)
-            .unwrap()
-            .set_len(BYTES_MAX)
-            .unwrap();
+        let code = File::options().write(true).open(&spec.code).unwrap();
+        code.set_len(BYTES_MAX).unwrap();
         check("both together");
     }
 }

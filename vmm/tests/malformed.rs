@@ -379,14 +379,19 @@ fn firmware_that_is_none() {
     let fifo = case.path("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
     assert!(made.success());
-    case.write("code", &[0; 4096]);
-    case.write("vars", &[0; 4096]);
+    let mut volume = [0; 4096];
+    volume[40..44].copy_from_slice(b"_FVH");
+    case.write("code", &volume);
+    case.write("vars", &volume);
+    case.write("text", &[b'#'; 4096]);
     case.write("none", b"");
     case.write("odd", &[0; 4097]);
-    std::fs::File::create(case.path("huge"))
-        .unwrap()
-        .set_len(16 << 20)
-        .unwrap();
+    case.write("huge", &volume);
+    let huge = std::fs::File::options().write(true).open(case.path("huge"));
+    huge.unwrap().set_len(16 << 20).unwrap();
+    let content = |what: &str, remedy: &str| {
+        format!("{what} text: is not a UEFI firmware image: {remedy} of the package ovmf is one")
+    };
     let size = |what: &str, path: &str, bytes: u64| {
         format!(
             "{what} {path}: {bytes} bytes: a flash image is a multiple of 4096 bytes, and both together have at most \
@@ -412,6 +417,12 @@ fn firmware_that_is_none() {
         ("code", "none", size("variables", "none", 0)),
         ("code", "odd", size("variables", "odd", 4097)),
         ("huge", "vars", size("code", "huge", 16 << 20)),
+        ("text", "vars", content("code", "OVMF_CODE_4M.fd")),
+        (
+            "code",
+            "text",
+            content("variables", "a copy of OVMF_VARS_4M.fd"),
+        ),
     ] {
         case.firmware(&format!("code={code},vars={vars}"), &expected);
     }
