@@ -443,7 +443,8 @@ fn vhost_net(net: &NetSpec, pairs: u16) -> Result<Option<VhostNetFiles>, NetErro
     match VhostNetFiles::open(&net.tap, pairs) {
         Ok(files) => Ok(Some(files)),
         Err(error) if net.vhost == VhostNet::Auto => {
-            tracing::info!(
+            // Nobody asked for it, and many hosts do not have it.
+            tracing::debug!(
                 tap = net.tap,
                 "own threads move the packets: /dev/vhost-net: {error}"
             );
