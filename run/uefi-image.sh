@@ -8,6 +8,7 @@
 #   boot.iso           El Torito, the same loaders and kernel; its initial RAM disk is busybox, which says
 #                      "ISO-READY" on the serial console
 #   unsigned.raw       like the disk's first partition, but shim has lost its signature; its GRUB says "UNSIGNED-RAN"
+#   net.efi            the same GRUB as one that reads grub/grub.cfg where it came from, by TFTP
 #   OVMF_CODE_4M.fd    the package ovmf's firmware and variables, as they are
 #   OVMF_VARS_4M.fd, OVMF_VARS_4M.ms.fd
 #
@@ -146,5 +147,6 @@ say "making disks and ISO"
 make_disk
 make_unsigned
 make_iso
+cp "$root/usr/lib/grub/x86_64-efi-signed/grubnetx64.efi.signed" "$work/net.efi"
 cp "$root"/usr/share/OVMF/OVMF_{CODE_4M,VARS_4M,VARS_4M.ms}.fd "$work/"
 publish

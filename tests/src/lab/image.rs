@@ -26,7 +26,7 @@ pub fn guest_image() -> Result<PathBuf> {
     recipe("run/guest-image.sh")
 }
 
-/// Directory with what boots by UEFI: `disk.raw`, `unsigned.raw`, `boot.iso`, and OVMF's files.
+/// Directory with what boots by UEFI: `disk.raw`, `unsigned.raw`, `boot.iso`, `net.efi`, and OVMF's files.
 pub fn uefi_image() -> Result<PathBuf> {
     recipe("run/uefi-image.sh")
 }
