@@ -30,6 +30,8 @@ pub const PAGE_BYTES: usize = 4096;
 #[derive(Debug, Default)]
 pub struct DirtyLog {
     on: AtomicBool,
+    /// See [`DirtyLog::keep`].
+    keeps: AtomicBool,
     /// One bit a page, lowest first.
     words: Vec<AtomicU64>,
 }
@@ -42,6 +44,18 @@ impl DirtyLog {
         for word in &self.words {
             word.store(0, Ordering::SeqCst);
         }
+    }
+
+    /// Whether from now on whoever gives pages back to the host writes to each of them first, since somebody waits for that
+    /// to keep what they hold. Called while no device works.
+    pub fn keep(&self, on: bool) {
+        self.keeps.store(on, Ordering::SeqCst);
+    }
+
+    /// Whether pages are to be written to before they are given back.
+    #[must_use]
+    pub fn keeps(&self) -> bool {
+        self.keeps.load(Ordering::SeqCst)
     }
 
     /// Adds the written pages to `words`, which has a bit a page, and forgets them.
@@ -96,6 +110,7 @@ impl NewBitmap for DirtyLog {
         let words = bytes.div_ceil(PAGE_BYTES).div_ceil(64);
         Self {
             on: AtomicBool::new(false),
+            keeps: AtomicBool::new(false),
             words: (0..words).map(|_| AtomicU64::new(0)).collect(),
         }
     }

@@ -1,9 +1,11 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Guest RAM: where its bytes come from, and that there can be enough of them.
 //!
-//! Not here: which addresses are RAM (`layout.rs`), telling KVM (`kvm`). RAM whose content comes later: `filling`.
+//! Not here: which addresses are RAM (`layout.rs`), telling KVM (`kvm`). RAM whose content comes later: `filling`;
+//! that is written down while the guest runs: `saving`.
 
 pub mod filling;
+pub mod saving;
 mod userfault;
 
 use std::fs::File;
@@ -17,7 +19,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion}
 
 use crate::board::Board;
 
-pub use userfault::{Told, UserFault, UserFaultError};
+pub use userfault::{Told, USERFAULTFD, UserFault, UserFaultError, Writes, WritesError};
 
 /// The smaller huge page of x86-64, which the host may put where it likes (transparent huge pages).
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;

@@ -96,6 +96,8 @@ pub trait StartedQueue: Send {
 pub enum Act {
     /// Its state and its memory are written down, and it goes on.
     Snapshot,
+    /// The same, and while its memory is written down it runs, but for what writes to a page that is still to come: that waits.
+    LiveSnapshot,
     /// Its memory is copied while it runs.
     Migration,
 }

@@ -439,6 +439,9 @@ impl VirtioDevice for Net {
             (Wire::Backend { .. }, Act::Migration) => {
                 "what its vhost-user backend writes into memory is not logged: unplug it to migrate"
             }
+            (Wire::Backend { .. }, Act::LiveSnapshot) => {
+                "what its vhost-user backend writes into memory does not wait: unplug it, or leave out --live"
+            }
             (Wire::Taps(_), Act::Migration) if !self.kernel_rings().all(KernelRings::can_log) => {
                 "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate"
             }

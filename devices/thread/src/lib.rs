@@ -55,6 +55,8 @@ pub enum Kind {
     Memory,
     /// The same with pages that come from another process.
     Fetch,
+    /// Writes guest memory down while the guest runs.
+    Saver,
     /// Owns a disk that is served to others, until a signal ends it; the first thread of a process without a machine.
     Server,
 }
@@ -79,6 +81,7 @@ impl Kind {
         Self::Relay,
         Self::Memory,
         Self::Fetch,
+        Self::Saver,
         Self::Server,
     ];
 }

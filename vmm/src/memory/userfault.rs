@@ -6,11 +6,13 @@
 //! open (before the sandbox) ─► register RAM ─► read: missing(address) ─► copy or zero, which wakes who waits
 //!                                                    removed(range): who gives memory back waits until this is read
 //! ```
-//! Not here: which bytes a page has (`filling`).
+//! Not here: which bytes a page has (`filling`). Memory that is written: `writes`.
 #![expect(
     unsafe_code,
     reason = "userfaultfd(2) and its ioctls, which put bytes where no reference may be"
 )]
+
+mod writes;
 
 use std::fs::File;
 use std::io;
@@ -23,8 +25,10 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub use self::writes::{Writes, WritesError};
+
 /// Gives a userfaultfd to whoever may open it, since Linux 6.1.
-const DEVICE: &str = "/dev/userfaultfd";
+pub const USERFAULTFD: &str = "/dev/userfaultfd";
 
 /// `linux/userfaultfd.h`.
 const UFFDIO: u32 = 0xaa;
@@ -107,7 +111,7 @@ const MESSAGES: usize = 16;
 pub enum UserFaultError {
     /// Not for this user, or this kernel has none.
     #[error(
-        "reading memory lazily takes a userfaultfd: let this user open {DEVICE}, or set vm.unprivileged_userfaultfd=1 \
+        "reading memory lazily takes a userfaultfd: let this user open {USERFAULTFD}, or set vm.unprivileged_userfaultfd=1 \
          (sysctl), or choose --memory-mode map or read"
     )]
     Refused(#[source] io::Error),
@@ -126,6 +130,8 @@ pub enum UserFaultError {
 pub enum Told {
     /// Somebody waits for the page at this address.
     Missing(usize),
+    /// Somebody waits to write to the page at this address, which is protected.
+    Written(usize),
     /// Memory from the first to before the second address is being given back: it reads as zeroes from now on.
     Removed(usize, usize),
 }
@@ -138,7 +144,7 @@ impl UserFault {
     /// One that also answers for the kernel (KVM, io_uring, vhost), which takes a right that the sandbox gives up.
     pub fn open() -> Result<Self, UserFaultError> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        let file = Self::by_device(Path::new(DEVICE), flags).or_else(|_| Self::by_call(flags));
+        let file = Self::by_device(Path::new(USERFAULTFD), flags).or_else(|_| Self::by_call(flags));
         let faults = Self(file.map_err(UserFaultError::Refused)?);
         let mut request = ApiRequest {
             api: UFFD_API,
@@ -192,6 +198,9 @@ impl UserFault {
             let [first, second, _] = message.words;
             match message.event {
                 // Flags come first.
+                UFFD_EVENT_PAGEFAULT if first & writes::UFFD_PAGEFAULT_FLAG_WP != 0 => {
+                    told.push(Told::Written(address(second)));
+                }
                 UFFD_EVENT_PAGEFAULT => told.push(Told::Missing(address(second))),
                 UFFD_EVENT_REMOVE => told.push(Told::Removed(address(first), address(second))),
                 _ => {}

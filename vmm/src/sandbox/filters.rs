@@ -82,6 +82,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Relay => &[COMMON, WAIT, CHANNELS, RELAY],
         Kind::Memory => &[COMMON, FILES, MEMORY],
         Kind::Fetch => &[COMMON, WAIT, CHANNELS, FETCH],
+        Kind::Saver => &[COMMON, WAIT, FILES, SAVER],
         Kind::Server => &[COMMON, FILES, CHANNELS, SIGNALS, SERVER],
     }
 }
@@ -282,6 +283,9 @@ const MEMORY: &[Call] = &[ioctl(&[
 /// The same. (Nothing but a name: `MEMORY`, beside connections instead of files; `CHANNELS` has another ioctl.)
 const FETCH: &[Call] = MEMORY;
 
+/// Pages that may be written again.
+const SAVER: &[Call] = &[ioctl(&[nr(UFFD, 0x06)])]; // UFFDIO_WRITEPROTECT
+
 /// The log of written pages, on and off: KVM's, and what the kernel writes for network cards.
 const MIGRATION: &[Call] = &[ioctl(&[
     nr(KVM, 0x03),   // KVM_CHECK_EXTENSION
@@ -296,7 +300,8 @@ const MIGRATION: &[Call] = &[ioctl(&[
 
 /// The machine's life: everything of KVM, memory, terminal modes at the end. (It also grows images: `FILES`.)
 const OWNER: &[Call] = &[
-    ioctl_types(&[nr(KVM, 0), nr(VHOST, 0), nr(TUN, 0)]),
+    // UFFD: a live snapshot's, of a descriptor that comes with the request.
+    ioctl_types(&[nr(KVM, 0), nr(VHOST, 0), nr(TUN, 0), nr(UFFD, 0)]),
     call(libc::SYS_eventfd2),
     call(libc::SYS_memfd_create),
     call(libc::SYS_timerfd_settime),
@@ -340,6 +345,7 @@ pub(super) const LATE: &[Kind] = &[
     Kind::Mirror,
     Kind::Backend,
     Kind::Relay,
+    Kind::Saver,
 ];
 
 #[cfg(test)]

@@ -23,6 +23,13 @@ use crate::board::Board;
 /// Pages that are looked at together, and written together when they have something in them.
 const CHUNK_BYTES: usize = 256 * PAGE_BYTES;
 
+/// Bytes of a page's entry in the pagemap, and of those of a word of 64 pages; the pages' own bytes.
+const ENTRY_BYTES: usize = 8;
+const WORD_ENTRIES_BYTES: usize = 64 * ENTRY_BYTES;
+const WORD_BYTES: usize = 64 * PAGE_BYTES;
+/// Words whose entries are read together: those of 16 MiB.
+const MARKED_WORDS: usize = 64;
+
 /// How RAM comes back from its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Mode {
@@ -70,18 +77,52 @@ impl Touched {
     /// which nothing can be learnt count as touched.
     #[must_use]
     pub fn any(&self, address: usize, length: usize) -> bool {
-        let end = address + length;
-        let mut files = self.files.iter();
-        if files.any(|file| file.start < end && address < file.end) {
+        if self.is_file(address, length) {
             return true;
         }
-        let mut entries = vec![0; length / PAGE_BYTES * 8];
-        let at = address / PAGE_BYTES * 8;
-        let read = self.pagemap.read_exact_at(&mut entries, at as u64);
-        let (entries, _) = entries.as_chunks::<8>();
-        let exists = |entry: &[u8; 8]| u64::from_le_bytes(*entry) >> 62 != 0;
-        read.is_err() || entries.iter().any(exists)
+        let mut entries = vec![0; length / PAGE_BYTES * ENTRY_BYTES];
+        !self.read(address, &mut entries) || exists(&entries)
     }
+
+    /// The same of each word of 64 pages, the first word's from `address` on: sets those with a touched page to all ones.
+    pub fn mark(&self, address: usize, words: &mut [u64]) {
+        let mut buffer = vec![0; MARKED_WORDS * WORD_ENTRIES_BYTES];
+        for (piece, start) in words
+            .chunks_mut(MARKED_WORDS)
+            .zip((address..).step_by(MARKED_WORDS * WORD_BYTES))
+        {
+            if piece.iter().all(|word| *word == !0) {
+                continue;
+            }
+            let entries = &mut buffer[..piece.len() * WORD_ENTRIES_BYTES];
+            let is_known = self.read(start, entries);
+            let entries = entries.chunks_exact(WORD_ENTRIES_BYTES);
+            let addresses = (start..).step_by(WORD_BYTES);
+            for ((word, entries), address) in piece.iter_mut().zip(entries).zip(addresses) {
+                if !is_known || exists(entries) || self.is_file(address, WORD_BYTES) {
+                    *word = !0;
+                }
+            }
+        }
+    }
+
+    fn is_file(&self, address: usize, length: usize) -> bool {
+        let mut files = self.files.iter();
+        files.any(|file| file.start < address + length && address < file.end)
+    }
+
+    /// Whether the entries of the pages from `address` on could be read.
+    fn read(&self, address: usize, entries: &mut [u8]) -> bool {
+        let at = address / PAGE_BYTES * ENTRY_BYTES;
+        self.pagemap.read_exact_at(entries, at as u64).is_ok()
+    }
+}
+
+/// Whether one of these entries is of a page that is somewhere.
+fn exists(entries: &[u8]) -> bool {
+    let (entries, _) = entries.as_chunks::<ENTRY_BYTES>();
+    let somewhere = |entry: &[u8; ENTRY_BYTES]| u64::from_le_bytes(*entry) >> 62 != 0;
+    entries.iter().any(somewhere)
 }
 
 /// Writes all of `ram`; returns how many bytes were not zero, by page. `touched` is for private anonymous RAM only.
@@ -123,7 +164,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// The longest runs of pages that are not zero, with their offsets.
-fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+pub(super) fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
     let mut pages = bytes.chunks(PAGE_BYTES).enumerate().peekable();
     std::iter::from_fn(move || {
         let first = loop {

@@ -11,11 +11,12 @@
 //! with a parser's complaint. The format only grows: fields that come later have a default.
 //!
 //! Not here: taking the state out of a machine and putting it back (`machine::saved`), RAM (`image`,
-//! `packed`, and `layers` of both).
+//! `packed`, `layers` of both, and `sinks` for both).
 
 pub mod image;
 pub mod layers;
 pub mod packed;
+pub mod sinks;
 mod vcpu;
 
 use std::collections::BTreeMap;

@@ -69,7 +69,7 @@ pub enum Wanted<'a> {
 
 /// Writes RAM, or a part of it, as it is to an empty file; returns the bytes of pages that were not zero.
 pub fn write(ram: &Ram, wanted: Wanted<'_>, file: &File) -> io::Result<u64> {
-    let mut out = Writer::new(file);
+    let mut out = Writer::new(file.try_clone()?);
     let keeps_zeroes = matches!(wanted, Wanted::Written(_));
     let mut buffer = vec![0; BLOCK_BYTES];
     let mut ram_bytes = 0;
@@ -107,7 +107,7 @@ pub fn compress(from: &File, to: &File) -> io::Result<()> {
     let mut header = Header::new_zeroed();
     from.read_exact_at(header.as_mut_bytes(), 0)?;
     let from = Packed::open(from.try_clone()?, header.ram_bytes)?;
-    let mut out = Writer::new(to);
+    let mut out = Writer::new(to.try_clone()?);
     let mut buffer = vec![0; BLOCK_BYTES];
     for block in &from.blocks {
         let content = &mut buffer[..index(block.pages) * PAGE_BYTES];
@@ -127,15 +127,17 @@ pub fn compress(from: &File, to: &File) -> io::Result<()> {
 }
 
 /// A file that grows.
-struct Writer<'a> {
-    file: &'a File,
+#[derive(Debug)]
+pub(super) struct Writer {
+    file: File,
     offset: u64,
     blocks: Vec<Block>,
     written: u64,
 }
 
-impl<'a> Writer<'a> {
-    fn new(file: &'a File) -> Self {
+impl Writer {
+    /// Of an empty file.
+    pub(super) fn new(file: File) -> Self {
         Self {
             file,
             offset: size_of::<Header>() as u64,
@@ -145,7 +147,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Those of up to 64 pages that are wanted, by their number among these and whether they are zero.
-    fn pages(
+    pub(super) fn pages(
         &mut self,
         bytes: &[u8],
         first_page: u64,
@@ -184,8 +186,15 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
+    /// Bytes of pages so far.
+    pub(super) fn written(&self) -> u64 {
+        self.written
+    }
+
     /// The index, then the header, without which the file is nothing.
-    fn end(self, ram_bytes: u64) -> io::Result<u64> {
+    pub(super) fn end(mut self, ram_bytes: u64) -> io::Result<u64> {
+        // They may have come in any order.
+        self.blocks.sort_unstable_by_key(|block| block.first_page);
         self.file
             .write_all_at(self.blocks.as_bytes(), self.offset)?;
         let header = Header {

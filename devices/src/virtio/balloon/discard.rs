@@ -4,9 +4,9 @@
 
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::memory::Ram;
+use crate::memory::{self, Ram};
 
 /// Discards the whole host pages among `size` bytes at the guest-physical `address`; returns their bytes. What is
 /// not RAM is an error. May be called by whoever has the RAM, while nothing of the guest runs or at its own wish.
@@ -31,6 +31,12 @@ pub fn discard(ram: &Ram, address: u64, size: u64) -> io::Result<u64> {
         let end = (guard.as_ptr().addr() + slice.len()) / page * page;
         if first >= end {
             continue;
+        }
+        if memory::log(region).keeps() {
+            let mut pages =
+                (first - guard.as_ptr().addr()..end - guard.as_ptr().addr()).step_by(page);
+            let written = pages.try_for_each(|offset| slice.write_obj(0_u8, offset));
+            written.map_err(io::Error::other)?;
         }
         let pointer = guard.as_ptr().with_addr(first);
         // SAFETY: whole pages inside a slice of mapped guest RAM, which nobody holds Rust references into: all

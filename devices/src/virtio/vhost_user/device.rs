@@ -170,6 +170,10 @@ impl VirtioDevice for VhostUser {
                 "what its vhost-user backend writes into memory is not logged: unplug it to migrate"
                     .to_owned(),
             ),
+            Act::LiveSnapshot => Some(
+                "what its vhost-user backend writes into memory does not wait: unplug it, or leave out --live"
+                    .to_owned(),
+            ),
             Act::Snapshot if !self.kind.keeps_nothing => Some(
                 "its vhost-user backend knows what is in no saved state, as of open files"
                     .to_owned(),

@@ -82,6 +82,8 @@ impl Places {
                 match told {
                     Told::Missing(address) => self.awaited.extend(self.page(address)),
                     Told::Removed(start, end) => self.forget(start, end),
+                    // Nothing is protected by this one.
+                    Told::Written(_) => {}
                 }
             }
         }
