@@ -2,6 +2,7 @@
 //! `atoll-vmm ctl`: sends one request to a running machine, and opens on its behalf what the request names, since
 //! the machine's process can open nothing itself.
 
+mod live;
 mod upgrade;
 
 use std::ffi::OsString;
@@ -322,9 +323,15 @@ fn write_into(client: &Client, directory: &Path, body: &Snapshot) -> anyhow::Res
         sent.push(file);
         body.parent = Some(way.clone());
     }
+    let is_live = body.live == Some(true);
+    let device = is_live.then(live::device).transpose()?;
+    sent.extend(&device);
     let descriptors: Vec<_> = sent.into_iter().map(File::as_fd).collect();
     let client = client.clone().with_timeout(SNAPSHOT_TIMEOUT);
-    let taken = client.ask_with_files(Request::Snapshot, &body, &descriptors)?;
+    let mut taken = client.ask_with_files(Request::Snapshot, &body, &descriptors)?;
+    if is_live {
+        taken = live::wait(&client, &body.to, &files[1], taken)?;
+    }
     if body.packed == Some(true) {
         let new = format!("{MEMORY_FILE}.new");
         let compressed = create(&new)?;

@@ -236,6 +236,12 @@ impl BootFiles {
         self.shared.as_ref().map_or(&[], |shared| &shared.mapped)
     }
 
+    /// Whether guest memory is, or may be after a reset.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.shared.is_some()
+    }
+
     /// Makes guest memory the machine's own, with the same content, for good; returns how much of it. Nothing may write to
     /// it meanwhile. After an error it is as before.
     pub fn part(&mut self) -> io::Result<usize> {

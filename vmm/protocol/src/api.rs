@@ -5,6 +5,7 @@
 //! sub-commands from it, and `openapi.json` beside this crate's manifest is compared with it by a test.
 
 mod routes;
+mod saving;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::spec::{DiskLimits, DiskSpec, NetSpec};
 
 pub use routes::ROUTES;
+pub use saving::{SavingInfo, SavingStage};
 
 /// A request that the control API knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,6 +36,10 @@ pub enum Request {
     /// Write the machine to three files, which come with the request (`spec.json`, `state.json`, `memory`); takes
     /// [`Snapshot`].
     Snapshot,
+    /// How far the snapshot is that is written while the guest runs ([`Snapshot::live`]); answered with [`SavingInfo`].
+    Saving,
+    /// Give it up; answered with [`SavingInfo`].
+    CancelSnapshot,
     /// Begin to move the machine to another process, over connected Unix sockets that come with the request: one for
     /// messages, the others for memory; takes [`Migrate`].
     Migrate,
@@ -486,7 +492,7 @@ pub struct Acted {
 }
 
 /// Body of [`Request::Snapshot`]; its files come as descriptors: `spec.json`, `state.json` and `memory`, which are
-/// written, and the parent's `state.json`, where there is one.
+/// written, the parent's `state.json`, where there is one, and `/dev/userfaultfd`, where it is live.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Snapshot {
@@ -502,12 +508,19 @@ pub struct Snapshot {
     /// written since.
     #[serde(default)]
     pub parent: Option<String>,
+    /// Whether memory is written while the guest runs. Then the answer comes at once, when what is saved is certain; the
+    /// state is written last, when all memory is ([`Request::Saving`]). A machine that is paused may be resumed meanwhile.
+    #[serde(default)]
+    pub live: Option<bool>,
+    /// Bytes of memory that are written in a second at most, beside those that the guest waits for: of a live one.
+    #[serde(default)]
+    pub max_bytes_per_second: Option<u64>,
 }
 
 /// Answer of [`Request::Snapshot`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotTaken {
-    /// Bytes of RAM that were written to the snapshot and not zero, by page.
+    /// Bytes of RAM that were written to the snapshot and not zero, by page; of a live one, so far.
     pub memory_bytes: u64,
     /// For how long the machine was held, in microseconds.
     pub held_us: u64,

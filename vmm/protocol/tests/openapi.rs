@@ -371,7 +371,7 @@ fn schemas_of_mirrors_are_the_types() {
 }
 
 #[test]
-fn schemas_of_saved_and_moved_machines_are_the_types() {
+fn schemas_of_moved_machines_are_the_types() {
     let migrate = Migrate {
         to: "s".into(),
         connections: Some(1),
@@ -420,13 +420,30 @@ fn schemas_of_saved_and_moved_machines_are_the_types() {
         error: Some("e".into()),
     };
     check("MigrationInfo", info);
+}
+
+#[test]
+fn schemas_of_saved_machines_are_the_types() {
     let snapshot = Snapshot {
         to: "d".into(),
         packed: Some(true),
         track: Some(true),
         parent: Some("../before".into()),
+        live: Some(true),
+        max_bytes_per_second: Some(1),
     };
     check("Snapshot", snapshot);
+    let saving = SavingInfo {
+        to: "d".into(),
+        stage: SavingStage::Saving,
+        memory_bytes: 1,
+        remaining_bytes: 1,
+        fault_count: 1,
+        held_us: 1,
+        elapsed_ms: 1,
+        error: Some("e".into()),
+    };
+    check("SavingInfo", saving);
     let (memory_bytes, held_us) = (1, 1);
     let taken = SnapshotTaken {
         memory_bytes,

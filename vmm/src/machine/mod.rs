@@ -16,7 +16,7 @@
 //! kernel    the kernel's file, where machines share it
 //! export    disks as they are at one moment, for backups
 //! saved     its state taken out, and put into another one that was just built
-//! snapshot  the same into files, on request
+//! snapshot  the same into files, on request; live: while the guest runs
 //! handover  its move to another process
 //! upgrade   the same on this host, with all that it has open
 //! belongings  what that is
@@ -37,6 +37,7 @@ mod hotplug;
 mod kernel;
 mod leftovers;
 mod legacy;
+mod live;
 mod mirror;
 mod opened;
 mod owner;

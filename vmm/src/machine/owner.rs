@@ -28,6 +28,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use super::export::Export;
 use super::handover::{Migration, MigrationEvent};
+use super::live::{Live, SaveError};
 use super::mirror::Mirroring;
 use super::parts::Parts;
 use super::snapshot::Tracked;
@@ -45,6 +46,8 @@ pub(super) enum Event {
     Guest(u64, GuestEvent),
     /// By the thread that moves the machine.
     Migration(MigrationEvent),
+    /// By the thread that saves memory: how that ended.
+    Saved(Result<u64, SaveError>),
     /// By SIGTERM or SIGINT.
     Terminate,
     /// By the thread that watches a shared kernel: somebody waits to write to its file.
@@ -146,6 +149,8 @@ pub(super) struct Machine {
     pub(super) mirrors: Vec<Mirroring>,
     /// The snapshot that may have a child.
     pub(super) tracked: Option<Tracked>,
+    /// The last snapshot that was written while the guest ran, or is. Behind `parts`, whose threads may wait for it.
+    pub(super) live: Option<Live>,
     /// Lets in whoever asks something of the machine.
     pub(super) gate: Option<Arc<Gate>>,
     /// What the guest said while it was held for its move.
@@ -166,6 +171,7 @@ impl Machine {
             export: None,
             mirrors: Vec::new(),
             tracked: None,
+            live: None,
             gate: None,
             deferred: Vec::new(),
         }
@@ -207,6 +213,7 @@ impl Machine {
                     }
                 }
                 Event::Migration(event) => self.obey_migration(event)?,
+                Event::Saved(done) => self.end_live(done),
                 // Its guest needs what is here; a move that is over ends the process by itself.
                 Event::Terminate if self.state == MachineState::Migrated && self.is_moving() => {
                     tracing::warn!("the guest runs elsewhere and its memory is still being sent");
@@ -287,6 +294,9 @@ impl Machine {
         if let Some(refused) = self.refuse_while_mirroring(&asked) {
             return Ok(refused);
         }
+        if let Some(refused) = self.refuse_while_saving(asked.request) {
+            return Ok(refused);
+        }
         match asked.request {
             Request::Info => return Ok(api::json(200, &self.info())),
             Request::Counters => {
@@ -311,6 +321,8 @@ impl Machine {
                 self.state = MachineState::Stopped;
             }
             Request::Snapshot => return self.snapshot(asked),
+            Request::Saving => return Ok(answer_of(self.saving())),
+            Request::CancelSnapshot => return Ok(answer_of(self.cancel_live())),
             Request::Migrate => return Ok(self.migrate(asked)),
             Request::Upgrade => return Ok(self.upgrade(asked)),
             Request::Migration => return Ok(self.migration_info()),

@@ -11,6 +11,8 @@
 //! a fault for each page that it writes first. It ends with a snapshot that does not ask for it, with a move of the
 //! machine, and with a child that could not be written, since what it has taken from the log is in no file then.
 //!
+//! **Live.** With `live` the machine is held for a moment only, see `live`; what is said above is so all the same.
+//!
 //! Not here: the formats (`crate::saved`), the names of the files (`crate::ctl`), the machine's disks, whose copy is the
 //! asker's affair.
 
@@ -20,6 +22,7 @@ use std::os::unix::fs::FileExt;
 
 use atoll_devices::virtio::Act;
 use atoll_vmm_protocol::api::{Snapshot, SnapshotTaken};
+use atoll_vmm_protocol::spec::MachineSpec;
 
 use super::owner::Machine;
 use super::{RunError, generation, saved};
@@ -32,10 +35,10 @@ use crate::saved::{MachineState, Parent, SnapshotForm, image};
 const STATE_BYTES_MAX: u64 = 64 << 20;
 
 /// Files of a snapshot, in the order in which they come with the request.
-struct Files {
+pub(super) struct Files {
     spec: File,
     state: File,
-    memory: File,
+    pub(super) memory: File,
 }
 
 impl Files {
@@ -46,27 +49,51 @@ impl Files {
             memory: asked.file("memory")?,
         })
     }
+
+    /// What makes the directory a snapshot, once its memory is written.
+    pub(super) fn finish(&self, spec: &MachineSpec, state: &MachineState) -> anyhow::Result<()> {
+        let whole = |file: &File, bytes: &[u8]| -> io::Result<()> {
+            file.set_len(0)?;
+            file.write_all_at(bytes, 0)
+        };
+        whole(&self.spec, &serde_json::to_vec_pretty(spec)?)?;
+        let written = whole(&self.state, &state.to_json());
+        if written.is_err() {
+            let _ = self.state.set_len(0);
+        }
+        Ok(written?)
+    }
 }
 
 /// The last snapshot, and what was written to RAM since.
 pub(super) struct Tracked {
     id: String,
-    log: WriteLog,
+    pub(super) log: WriteLog,
 }
 
 impl Machine {
     /// Holds the machine for as long as its RAM takes to be written.
     pub(super) fn snapshot(&mut self, mut asked: Asked) -> Result<Answer, RunError> {
         let planned = Files::of(&mut asked).and_then(|files| {
-            let parent = asked.files.pop_front().map(File::from);
-            let body: Snapshot = api::body(asked.body)?;
-            let form = self.form_of(&body, parent)?;
-            Ok((files, body, form))
+            let body: Snapshot = api::body(std::mem::take(&mut asked.body))?;
+            let parent = body.parent.is_some();
+            let parent = parent.then(|| asked.file("the parent's state.json"));
+            let form = self.form_of(&body, parent.transpose()?)?;
+            let live = body.live.unwrap_or(false);
+            if body.max_bytes_per_second.is_some() && !live {
+                let text = "max_bytes_per_second is of a live snapshot: the guest would be held for longer";
+                return Err(api::refusal(400, text));
+            }
+            let writes = live.then(|| self.writes_of(&mut asked)).transpose()?;
+            Ok((files, body, form, writes))
         });
-        let (files, body, form) = match planned {
+        let (files, body, form, writes) = match planned {
             Ok(planned) => planned,
             Err(refused) => return Ok(refused),
         };
+        if let Some(writes) = writes {
+            return self.snapshot_live(files, &body, form, writes);
+        }
         let (written, held_us) = self.while_held(|machine| {
             machine.settle_mirrors();
             let written = machine.write_snapshot(&files, &form);
@@ -106,8 +133,7 @@ impl Machine {
         let id = generation::random();
         let id = id.map_err(|error| api::refusal(500, format!("take a random number: {error}")))?;
         let parent = body.parent.as_ref().map(|directory| {
-            let file = parent.ok_or_else(|| api::refusal(400, "the parent's state.json is missing"))?;
-            let known = form_in(&file).map(|form| form.id);
+            let known = parent.as_ref().and_then(form_in).map(|form| form.id);
             let tracked = self.tracked.as_ref().map(|tracked| tracked.id.clone());
             match known.filter(|id| Some(id) == tracked.as_ref()) {
                 Some(id) => Ok(Parent { id, directory: directory.into() }),
@@ -129,7 +155,7 @@ impl Machine {
     }
 
     /// From now on what is written is for a child of this snapshot; or no more.
-    fn track(&mut self, form: Option<&SnapshotForm>) {
+    pub(super) fn track(&mut self, form: Option<&SnapshotForm>) {
         let Some(SnapshotForm { id, .. }) = form else {
             self.tracked = None;
             return;
@@ -153,7 +179,6 @@ impl Machine {
 
     fn write_snapshot(&self, files: &Files, form: &SnapshotForm) -> anyhow::Result<u64> {
         let mut state = saved::save(&self.parts, &self.spec)?;
-        let spec = serde_json::to_vec_pretty(&self.spec)?;
         let (ram, touched) = (&self.parts.memory, self.parts.touched());
         let touched = touched.as_deref();
         // Emptied also for one that has all: the next child's pages are those since this one.
@@ -165,12 +190,7 @@ impl Machine {
             (false, ..) => image::write(ram, touched, &files.memory)?,
         };
         state.snapshot = Some(form.clone());
-        let whole = |file: &File, bytes: &[u8]| -> io::Result<()> {
-            file.set_len(0)?;
-            file.write_all_at(bytes, 0)
-        };
-        whole(&files.spec, &spec)?;
-        whole(&files.state, &state.to_json())?;
+        files.finish(&self.spec, &state)?;
         Ok(memory_bytes)
     }
 }

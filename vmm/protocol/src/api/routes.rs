@@ -65,7 +65,7 @@ pub const ROUTES: &[Route] = &[
         request: Request::Snapshot,
         method: "PUT",
         path: "/snapshot",
-        summary: "Write the machine to a directory; it is held meanwhile (go on: run --restore)",
+        summary: "Write the machine to a directory; it is held meanwhile, or with --live true for a moment (go on: run --restore)",
         parameters: &[
             Parameter {
                 name: "to",
@@ -91,8 +91,36 @@ pub const ROUTES: &[Route] = &[
                 required: false,
                 summary: "The last snapshot's directory: the new one has only what was written since, and needs it",
             },
+            Parameter {
+                name: "live",
+                kind: ParameterKind::Switch,
+                required: false,
+                summary: "Whether the guest runs while its memory is written, as it was when asked; what it writes first waits for a moment (Linux 5.14, /dev/userfaultfd)",
+            },
+            Parameter {
+                name: "max_bytes_per_second",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What a live one writes at most, beside what the guest waits for; as much as goes when absent",
+            },
         ],
         answer: "SnapshotTaken",
+    },
+    Route {
+        request: Request::Saving,
+        method: "GET",
+        path: "/saving",
+        summary: "How far the live snapshot is, or how the last one ended",
+        parameters: &[],
+        answer: "SavingInfo",
+    },
+    Route {
+        request: Request::CancelSnapshot,
+        method: "PUT",
+        path: "/cancel-snapshot",
+        summary: "Give the live snapshot up; the guest goes on as it does",
+        parameters: &[],
+        answer: "SavingInfo",
     },
     Route {
         request: Request::Migrate,
