@@ -21,6 +21,7 @@ mod node;
 mod payload;
 mod rig;
 mod scopes;
+mod sharing;
 mod shell;
 mod uefi;
 mod vmm;

@@ -41,6 +41,17 @@ pub fn add_vmlinux(payload: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `full/`: Debian's generic kernel, that of the hosts, uncompressed, and the initial RAM disk that they boot with.
+pub fn add_full_kernel(payload: &Path) -> anyhow::Result<()> {
+    let from = lab::host_image()?;
+    let full = payload.join("full");
+    std::fs::create_dir(&full)?;
+    for file in ["vmlinux", "initrd.img"] {
+        std::fs::copy(from.join(file), full.join(file))?;
+    }
+    Ok(())
+}
+
 /// `testpmd/`: the program, the drivers that it loads by itself, and the libraries of all.
 pub fn add_testpmd(payload: &Path) -> anyhow::Result<()> {
     let place = payload.join("testpmd");
