@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// RAM of a host. Part of the template, so one size for all.
+/// RAM of a host. Part of the template, so one size for all; too little for a guest in a 1 GiB page.
 pub(super) const MEMORY_MIB: u32 = 3072;
 /// vCPUs of a host, likewise.
 pub(super) const VCPU_COUNT: u32 = 2;
