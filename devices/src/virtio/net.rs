@@ -297,7 +297,8 @@ impl Net {
         self.shared.wire.pair_count()
     }
 
-    /// Limits what the guest receives and sends from now on; `None` for no limit. Not for a card in the kernel.
+    /// Limits what the guest receives and sends from now on; `None` for no limit. A packet that is being held back follows
+    /// within half a second. Not for a card in the kernel.
     pub fn set_limits(&self, receive: Option<Rate>, send: Option<Rate>) {
         self.shared.receive_limit.set(receive);
         self.shared.send_limit.set(send);

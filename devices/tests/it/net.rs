@@ -528,9 +528,18 @@ fn a_rate_limit_delays_and_loses_nothing() {
     // The first goes at once, each of the others after the debt of the one before it: 50 ms.
     let took = start.elapsed();
     assert!(took.as_millis() >= 145, "{took:?}");
-    rig.net.set_limits(None, None);
-    rig.driver.add(1, &[Segment::readable(DATA, 1012)]);
+    // The second would wait for a quarter of an hour; it goes once the limit is lifted.
+    let rate = Rate {
+        bytes_per_second: 1,
+        burst_bytes: 1,
+    };
+    rig.net.set_limits(None, Some(rate));
+    for _ in 0..2 {
+        rig.driver.add(1, &[Segment::readable(DATA, 1012)]);
+    }
     rig.driver.kick(1);
+    rig.driver.wait_used(1);
+    rig.net.set_limits(None, None);
     rig.driver.wait_used(1);
 }
 

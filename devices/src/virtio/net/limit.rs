@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 
 use atoll_disk::TokenBucket;
 
+/// How long a held packet waits at most before the limit is looked at again: it may have been raised.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
 /// How much one direction of a card may carry, its Ethernet headers included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
@@ -35,13 +38,13 @@ impl Limit {
         *current = bucket;
     }
 
-    /// How long the next packet has to wait, if it has to.
+    /// How long the next packet has to wait before it is asked again, if it has to.
     pub(super) fn wait(&self) -> Option<Duration> {
         if !self.limited.load(Ordering::Acquire) {
             return None;
         }
         let wait = self.lock().as_mut()?.wait(Instant::now());
-        (!wait.is_zero()).then_some(wait)
+        (!wait.is_zero()).then_some(wait.min(LOOK_AGAIN))
     }
 
     /// A packet of `bytes` went.
