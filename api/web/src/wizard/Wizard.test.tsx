@@ -44,3 +44,36 @@ it('offers what the schema has, checks by it, and shows what the server refuses 
   await user.click(screen.getByRole('button', { name: /General/ }));
   expect(screen.getByText('VM 101 already exists')).toBeTruthy();
 }, 20_000);
+
+it('lets the host ask for an address, as long as one is asked for', async () => {
+  const card = { bridge: { type: 'string' }, name: { type: 'string' }, ip: { type: 'string' }, 'host-managed': { type: 'boolean', optional: 1 } } as const;
+  const { vmid, ostemplate, rootfs } = SCHEMA.parameters;
+  const changes = serve({
+    'GET /atoll/schema': () => ({ body: { data: { parameters: { vmid, ostemplate, rootfs, 'net[n]': { type: 'string', optional: 1, format: card } } } } }),
+    'GET /cluster/resources': () => ({ body: { data: [{ id: 'node/n1', type: 'node', node: 'n1', status: 'online' }] } }),
+    'GET /cluster/nextid': () => ({ body: { data: '101' } }),
+    'GET /nodes/n1/network': () => ({ body: { data: [{ iface: 'vmbr0', type: 'bridge', active: 1 }] } }),
+    'GET /nodes/n1/storage': () => ({ body: { data: [{ storage: 'local', type: 'dir', content: 'rootdir,vztmpl', active: 1 }] } }),
+    'GET /nodes/n1/storage/local/content': () => ({ body: { data: [{ volid: 'local:vztmpl/app.tar', content: 'vztmpl', format: 'tar', size: 1 }] } }),
+    'POST /nodes/n1/lxc': () => ({ status: 400, body: { message: 'not now' } }),
+  });
+  const user = userEvent.setup();
+  renderPage(<Wizard kind="ct" node={undefined} onClose={() => undefined} />);
+
+  const sent = async (address: string) => {
+    await user.click(await screen.findByRole('button', { name: /Network/ }));
+    const field = screen.getByLabelText(/^IPv4/, { selector: 'input' });
+    await user.clear(field);
+    await user.type(field, address);
+    if (address === 'dhcp') await user.click(screen.getByLabelText('The host asks for the address'));
+    else expect(screen.queryByLabelText('The host asks for the address')).toBeNull();
+    await user.click(screen.getByRole('button', { name: /Confirm|Summary|Finish/ }));
+    const before = changes.length;
+    await user.click(await screen.findByRole('button', { name: 'Create' }));
+    await waitFor(() => expect(changes).toHaveLength(before + 1));
+    return changes[before]?.parameters['net0'];
+  };
+  await waitFor(() => expect((screen.getByLabelText(/^ID/) as HTMLInputElement).value).toBe('101'));
+  expect(await sent('dhcp')).toBe('bridge=vmbr0,name=eth0,ip=dhcp,host-managed=1');
+  expect(await sent('10.0.0.2/24')).toBe('bridge=vmbr0,name=eth0,ip=10.0.0.2/24');
+}, 60_000);

@@ -83,6 +83,7 @@ const CONTAINER: WizardSpec = {
         { name: 'net0.bridge', label: 'Bridge', source: 'bridges' },
         { name: 'net0.name', label: 'Name in the container', shown: hasBridge },
         { name: 'net0.ip', label: 'IPv4', suggestions: ['dhcp', 'manual'], shown: hasBridge },
+        { name: 'net0.host-managed', label: 'The host asks for the address', shown: (values) => hasBridge(values) && values['net0.ip'] === 'dhcp' },
         { name: 'net0.gw', label: 'Gateway (IPv4)', shown: staticAddress('net0.ip') },
         { name: 'net0.ip6', label: 'IPv6', suggestions: ['auto', 'dhcp', 'manual'], shown: hasBridge },
         { name: 'net0.gw6', label: 'Gateway (IPv6)', shown: staticAddress('net0.ip6') },
