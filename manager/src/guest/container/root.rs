@@ -2,10 +2,11 @@
 //! A container's root file system, mounted on the host and written to from outside.
 //!
 //! The container's root user may have planted anything in it. Every path is resolved inside the root by
-//! openat2(2), so that a link to `/etc/shadow` means the container's own, and only regular files are written.
+//! openat2(2), so that a link to `/etc/shadow` means the container's own. Only regular files are read and written, and
+//! nothing else is opened even to look: opening a device is an act by itself.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -42,22 +43,19 @@ impl GuestRoot {
 
     /// Reads a regular file; `None` when there is none.
     pub fn read(&self, path: &str) -> io::Result<Option<String>> {
-        let file = match self.open_at(path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()) {
+        let file = match self.open_regular(path, OFlags::RDONLY, ResolveFlags::empty()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => regular(other?)?,
+            other => other?,
         };
         let mut bytes = Vec::new();
-        std::fs::File::from(file)
-            .take(FILE_BYTES_MAX)
-            .read_to_end(&mut bytes)?;
+        file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
         Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
     }
 
     /// Opens a regular file to read.
     pub fn open_file(&self, path: &Path) -> io::Result<std::fs::File> {
         let path = path.to_str().ok_or_else(not_utf8)?;
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-        Ok(regular(self.open_at(path, flags, Mode::empty())?)?.into())
+        self.open_regular(path, OFlags::RDONLY, ResolveFlags::empty())
     }
 
     /// Writes a regular file. Its mode is kept when it exists; a missing folder is made.
@@ -65,10 +63,32 @@ impl GuestRoot {
         if let Some((parent, _)) = path.rsplit_once('/') {
             self.make_folders(parent)?;
         }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK;
-        let file = regular(self.open_at(path, flags, Mode::from_raw_mode(mode))?)?;
-        rustix::fs::ftruncate(&file, 0)?;
-        std::fs::File::from(file).write_all(text.as_bytes())
+        let mut file = match self.open_regular(path, OFlags::WRONLY, ResolveFlags::empty()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NONBLOCK;
+                regular(self.open_at(path, flags, Mode::from_raw_mode(mode))?)?.into()
+            }
+            other => other?,
+        };
+        file.set_len(0)?;
+        file.write_all(text.as_bytes())
+    }
+
+    /// Replaces the content of a regular file of a container that runs. False, and nothing is changed, when there is
+    /// none of that name, or when a link is on the way: its owner has something else in mind.
+    ///
+    /// Nothing is made, so that the folder may be the upper layer of an overlay that is mounted: the file is the one
+    /// that overlayfs shows.
+    pub fn overwrite(&self, path: &str, text: &str) -> io::Result<bool> {
+        let opened = self.open_regular(path, OFlags::WRONLY, ResolveFlags::NO_SYMLINKS);
+        let mut file = match opened {
+            Ok(file) => file,
+            Err(_) if !self.is_regular(path) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        file.set_len(0)?;
+        file.write_all(text.as_bytes())?;
+        Ok(true)
     }
 
     /// Makes a symbolic link unless something has that name already.
@@ -146,8 +166,37 @@ impl GuestRoot {
         Ok(())
     }
 
+    /// Whether a regular file has that name, without any link.
+    fn is_regular(&self, path: &str) -> bool {
+        self.resolve(path, OFlags::PATH, Mode::empty(), ResolveFlags::NO_SYMLINKS)
+            .is_ok_and(|file| regular(file).is_ok())
+    }
+
+    /// Opens what is there, once it is known to be a regular file.
+    fn open_regular(
+        &self,
+        path: &str,
+        flags: OFlags,
+        resolve: ResolveFlags,
+    ) -> io::Result<std::fs::File> {
+        let found = regular(self.resolve(path, OFlags::PATH, Mode::empty(), resolve)?)?;
+        let again = format!("/proc/self/fd/{}", found.as_raw_fd());
+        let flags = flags | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(CWD, again, flags, Mode::empty())?.into())
+    }
+
     fn open_at(&self, path: &str, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        self.resolve(path, flags, mode, ResolveFlags::empty())
+    }
+
+    fn resolve(
+        &self,
+        path: &str,
+        flags: OFlags,
+        mode: Mode,
+        more: ResolveFlags,
+    ) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | more;
         let flags = flags | OFlags::CLOEXEC;
         Ok(rustix::fs::openat2(
             self.folder.as_fd(),
@@ -201,12 +250,34 @@ mod tests {
     }
 
     #[test]
+    fn of_a_running_container_only_what_is_there_is_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = GuestRoot::open(folder.path()).unwrap();
+        root.write("etc/kept", "kept", 0o600).unwrap();
+        let path = |name: &str| folder.path().join(name);
+        assert!(!root.overwrite("etc/resolv.conf", "x").unwrap());
+        assert!(!path("etc/resolv.conf").exists(), "nothing is made");
+        symlink("kept", path("etc/resolv.conf")).unwrap();
+        symlink("etc", path("link")).unwrap();
+        let fifo = path("etc/fifo");
+        rustix::fs::mkfifoat(CWD, &fifo, Mode::from_raw_mode(0o600)).unwrap();
+        for name in ["etc/resolv.conf", "link/kept", "etc/fifo", "etc", "no/file"] {
+            assert!(!root.overwrite(name, "x").unwrap(), "{name}");
+        }
+        assert_eq!(root.read("etc/kept").unwrap().as_deref(), Some("kept"));
+        assert!(root.overwrite("etc/kept", "new").unwrap());
+        assert_eq!(root.read("etc/kept").unwrap().as_deref(), Some("new"));
+    }
+
+    #[test]
     fn only_regular_files_are_touched() {
         let folder = tempfile::tempdir().unwrap();
         let root = GuestRoot::open(folder.path()).unwrap();
         let fifo = folder.path().join("fifo");
         rustix::fs::mkfifoat(CWD, &fifo, Mode::from_raw_mode(0o600)).unwrap();
-        assert!(root.write("fifo", "x", 0o644).is_err());
+        // Opened without a reader, the first would have failed with ENXIO.
+        let refused = root.write("fifo", "x", 0o644).unwrap_err();
+        assert_eq!(refused.to_string(), "not a regular file");
         assert!(root.read("fifo").is_err());
         assert_eq!(root.read("none").unwrap(), None);
         root.write("a/b/c", "text", 0o600).unwrap();

@@ -95,6 +95,9 @@ async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
         }
         let root = GuestRoot::open(&rootfs)?;
         std::fs::write(halt_file, halt_signal(&root))?;
+        if asks_dhcp {
+            setup::ensure_resolver(&root)?;
+        }
         setup::apply(&root, &identity, ostype.as_deref()).map(Some)
     });
     let found = work

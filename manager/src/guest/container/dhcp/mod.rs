@@ -186,14 +186,14 @@ pub async fn write_resolver(seat: &Seat, config: &GuestConfig) -> Result<(), Err
     if identity.search_domains.is_empty() {
         identity.search_domains = leases.into_iter().filter_map(|l| l.domain).collect();
     }
-    // Seen from the host, where nothing that the container mounts is. An image's upper layer: its file is there since
-    // the start, and overlayfs has no other copy of it.
+    // Seen from the host, where nothing that the container mounts is. An image's upper layer: overlayfs has no other
+    // copy of the file, and nothing but its content is changed.
     let mut rootfs = Container::new(seat.clone()).rootfs();
     if config.get(image::KEY).is_some() {
         rootfs.push(image::UPPER);
     }
     let work = tokio::task::spawn_blocking(move || {
-        setup::write_resolver(&GuestRoot::open(&rootfs)?, &identity)
+        setup::overwrite_resolver(&GuestRoot::open(&rootfs)?, &identity)
     });
     work.await
         .map_err(|e| Error::failed("write the resolver's file", e))?

@@ -173,7 +173,7 @@ fn inittab_with(inittab: &str, entry: &str) -> String {
 }
 
 /// Writes the resolver's file, if there is something to write.
-pub fn write_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
+fn write_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
     if identity.nameservers.is_empty() {
         return Ok(());
     }
@@ -184,12 +184,25 @@ pub fn write_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
     }
 }
 
-/// Makes a resolver's file in an image's upper layer, if it has none: what comes into it while overlayfs shows it has
-/// to be in a file that overlayfs knows.
-pub fn ensure_resolver(upper: &GuestRoot) -> io::Result<()> {
-    match upper.exists("etc/resolv.conf") {
-        true => Ok(()),
-        false => write(upper, "etc/resolv.conf", "", 0o644),
+/// Writes the resolver's file of a container that runs, if there is something to write. A link, or no file: the
+/// container has its own way, and is left to it.
+pub fn overwrite_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<()> {
+    if !identity.nameservers.is_empty() && !root.exists("etc/.pve-ignore.resolv.conf") {
+        root.overwrite("etc/resolv.conf", &resolv_conf(identity))?;
+    }
+    Ok(())
+}
+
+/// Makes a resolver's file, if there is none, for [`overwrite_resolver`]. In an image's upper layer: what comes into it
+/// while overlayfs shows it has to be in a file that overlayfs knows.
+pub fn ensure_resolver(root: &GuestRoot) -> io::Result<()> {
+    if root.exists("etc/resolv.conf") {
+        return Ok(());
+    }
+    match write(root, "etc/resolv.conf", "", 0o644) {
+        // A link to what comes later.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
 
