@@ -5,6 +5,7 @@
 //! [`shape`] is pure. [`spec`] also looks at files (there, and of the right kind), so that a missing disk is told before a
 //! tap has been made.
 
+mod limits;
 mod vhost_user;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,7 @@ use atoll_vmm_protocol::spec::{
 use crate::kvm::cpu::{Vendor, model};
 use crate::{flash, layout};
 
+pub use self::limits::disk_limits;
 pub use self::vhost_user::device_number;
 
 /// Slots of the PCI bus beside the host bridge, less those for one device each of the other kinds.
@@ -402,6 +404,9 @@ fn disk(disk: &DiskSpec) -> Result<(), SpecError> {
     }
     if drive && disk.limits != DiskLimits::default() {
         return refuse(format!("cdrom {path}: only disks have limits"));
+    }
+    if let Err(SpecError(what)) = disk_limits(&disk.limits) {
+        return refuse(format!("disk {path}: {what}"));
     }
     if disk.changes.is_some() && (drive || disk.readonly) {
         return refuse(format!(

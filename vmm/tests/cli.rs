@@ -136,6 +136,89 @@ fn a_user_that_cannot_be_had() {
     }
 }
 
+/// Abilities of disks that do not go together: told before any file is opened.
+#[test]
+fn disks_that_cannot_be() {
+    for (keys, expected) in [
+        ("cache=fast", "cache=fast: there are none, writeback, "),
+        ("target=3", "a target number is for bus scsi or cdrom"),
+        (
+            "bus=scsi,queues=2",
+            "queues are the SCSI host's, one a vCPU",
+        ),
+        ("queues=0", "0 queues: 1 to "),
+        (
+            "bus=scsi,target=255",
+            "SCSI target 255: each number from 0 to 254 at most once",
+        ),
+        (
+            "serial=twenty-one-characters",
+            "at most 20 printable ASCII characters",
+        ),
+        (
+            "readonly,changes=/c",
+            "changes are recorded of disks that the guest can write to",
+        ),
+        ("backing=/base", "backing=/base: expected FORMAT:FILE"),
+        ("backing=nbd:/base", "the images behind it are files"),
+        (
+            "bytes-per-second=fast",
+            "bytes-per-second=fast: expected a number",
+        ),
+        (
+            "bytes-per-second=0",
+            "bytes_per_second is 0, and nothing would move: leave it out for no limit",
+        ),
+        (
+            "operations-burst=9,read-operations-per-second=9",
+            "operations_burst without operations_per_second: a burst is of a rate",
+        ),
+        ("bus=cdrom,bytes-per-second=1", "only disks have limits"),
+    ] {
+        let disk = format!("{KERNEL} --disk path=/etc/hostname,format=raw,{keys}");
+        check(&disk, 2, &format!("atoll-vmm: …{expected}…"));
+    }
+    for keys in ["cache=none", "changes=/c", "backing=raw:/base"] {
+        let disk = format!("{KERNEL} --disk path=/s,format=nbd,{keys}");
+        let expected = "atoll-vmm: …/s: backing images, recorded changes and the cache of an NBD disk are its server's";
+        check(&disk, 2, expected);
+    }
+    let twice = "--disk path=/etc/hostname,format=raw";
+    check(
+        &format!("{KERNEL} {twice} {twice},readonly"),
+        2,
+        "atoll-vmm: …disk /etc/hostname: it is there twice: only what is read-only can be behind two disks",
+    );
+}
+
+#[test]
+fn devices_of_other_processes_that_cannot_be() {
+    for (keys, expected) in [
+        ("type=blk", "socket= is missing"),
+        ("socket=/s", "type= is missing"),
+        (
+            "socket=/s,type=disk",
+            "type=disk: there are net, blk, rng, scsi, fs, and virtio's device numbers",
+        ),
+        (
+            "socket=/s,type=net",
+            "a network card is told by --net vhost-user=",
+        ),
+        ("socket=/s,type=blk,queues=0", "0 queues: 1 to "),
+        (
+            "socket=/s,type=blk,config=257",
+            "257 bytes of configuration: at most 256",
+        ),
+        (
+            "socket=s,type=blk,reconnect",
+            "must be an absolute path to be connected to again",
+        ),
+    ] {
+        let device = format!("{KERNEL} --memory 64M,shared --vhost-user {keys}");
+        check(&device, 2, &format!("atoll-vmm: …{expected}…"));
+    }
+}
+
 #[test]
 fn specs_that_are_not_specs() {
     let folder = tempfile::tempdir().unwrap();

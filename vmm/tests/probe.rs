@@ -405,6 +405,10 @@ fn a_qcow2_disk_is_written_limited_and_grown_while_its_guest_runs() {
     let wrong = serde_json::json!({"id": "disk0", "read_bytes": 1});
     let refused = ask(Request::SetDiskLimits, wrong).unwrap_err();
     assert!(refused.to_string().contains("unknown field"), "{refused}");
+    let nothing = serde_json::json!({"id": "disk0", "read_bytes_per_second": 0});
+    let refused = ask(Request::SetDiskLimits, nothing).unwrap_err();
+    let why = "disk0: read_bytes_per_second is 0, and nothing would move";
+    assert!(refused.to_string().contains(why), "{refused}");
     assert_eq!(fs::metadata(path.join("raw")).unwrap().len(), 1 << 20);
     machine.client.act(Request::Shutdown).unwrap();
     assert_eq!(machine.exit_code(), Some(0));

@@ -299,9 +299,9 @@ pub enum CacheMode {
     Unsafe,
 }
 
-/// Rates to which a disk is held; what is absent is without limit. A burst is what may come at once after
-/// idleness; a tenth of a second's worth when absent. Reads draw from the plain and the `read_` limits, everything
-/// that writes from the plain and the `write_` ones.
+/// Rates to which a disk is held, each above 0; what is absent is without limit. A burst is what may come at once after
+/// idleness; a tenth of a second's worth when absent, refused without its rate. Reads draw from the plain and the `read_`
+/// limits, everything that writes from the plain and the `write_` ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DiskLimits {

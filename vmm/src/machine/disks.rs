@@ -345,6 +345,8 @@ pub(super) fn resize(parts: &Parts, body: &ResizeDisk) -> Result<(), Answer> {
 pub(super) fn set_limits(parts: &Parts, body: &SetDiskLimits) -> Result<(), Answer> {
     let backend = find(parts, &body.id)?.backend.as_ref();
     let backend = backend.ok_or_else(|| no_disk(&body.id))?;
+    let meant = check::disk_limits(&body.limits);
+    meant.map_err(|error| api::refusal(400, format!("{}: {error}", body.id)))?;
     backend.set(limits(&body.limits));
     Ok(())
 }

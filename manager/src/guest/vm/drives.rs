@@ -188,10 +188,14 @@ pub fn limits(disk: &Properties) -> DiskLimits {
     without_zeroes(limits)
 }
 
-/// In configs, 0 is no limit.
+/// In configs, 0 is no limit, and a burst may be left of a rate that has gone.
 fn without_zeroes(mut limits: DiskLimits) -> DiskLimits {
-    for (_, limit) in limits.fields() {
-        *limit = limit.filter(|limit| *limit > 0);
+    for pair in limits.fields().chunks_exact_mut(2) {
+        let mut is_limited = true;
+        for (_, limit) in pair {
+            **limit = limit.filter(|limit| is_limited && *limit > 0);
+            is_limited = limit.is_some();
+        }
     }
     limits
 }

@@ -318,7 +318,7 @@ mod tests {
     fn options_reach_the_machine() {
         let config = config(
             "kernel: local:snippets/k\nsharekernel: 1\nagent: 1\nballoon: 0\n\
-             scsi0: local:100/vm-100-disk-0.raw,cache=unsafe,discard=on,iops_wr=100,mbps=1.5,mbps_rd=0\n\
+             scsi0: local:100/vm-100-disk-0.raw,cache=unsafe,discard=on,iops_wr=100,mbps=1.5,mbps_rd=0,mbps_rd_max=9\n\
              virtio0: local:100/vm-100-disk-1.raw,ro=1\n\
              net0: virtio,queues=4,rate=2,link_down=1,mtu=1400\n",
         );
@@ -330,7 +330,11 @@ mod tests {
         assert_eq!((fast.cache, fast.discard), (CacheMode::Unsafe, true));
         assert_eq!(fast.limits.bytes_per_second, Some(1_572_864));
         assert_eq!(fast.limits.write_operations_per_second, Some(100));
-        assert_eq!(fast.limits.read_bytes_per_second, None);
+        let read = (
+            fast.limits.read_bytes_per_second,
+            fast.limits.read_bytes_burst,
+        );
+        assert_eq!(read, (None, None));
         let net = &spec.nets[0];
         assert_eq!((net.queue_pairs, net.link_down), (Some(4), true));
         assert_eq!(
