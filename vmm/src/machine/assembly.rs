@@ -35,7 +35,6 @@ use super::{SavedRam, Start};
 use crate::board::Board;
 use crate::check;
 use crate::flash::FlashError;
-use crate::fw_cfg::BootEntry;
 use crate::kvm::cpu::features::{Feature, FeatureSet};
 use crate::kvm::cpu::{CpuError, GuestCpu};
 use crate::kvm::doorbells::Doorbells;
@@ -142,7 +141,6 @@ pub(super) struct Assembly<'a> {
     pm: Option<Arc<AcpiPm>>,
     acpi_devices: Vec<AcpiDevice>,
     event_count: usize,
-    pub(super) boot_order: Vec<BootEntry>,
     /// The guest sees VMX, which its firmware has to switch on.
     pub(super) vmx: bool,
     ports: Vec<BusRange>,
@@ -404,7 +402,6 @@ impl<'a> Assembly<'a> {
             pm,
             acpi_devices: Vec::new(),
             event_count: 0,
-            boot_order: Vec::new(),
             vmx: cpus.features().has(Feature::known("vmx")),
             routes,
             ports: Vec::new(),
@@ -506,13 +503,14 @@ impl Assembly<'_> {
     /// The hardware as ACPI tells it, as far as it is there.
     pub(super) fn platform(&self) -> Platform {
         let devices = self.acpi_devices.clone();
+        let comes_and_goes = |name: &str| {
+            let disks = self.spec.disks.iter().map(|disk| &disk.id);
+            let mut ids = disks.chain(self.spec.nets.iter().map(|net| &net.id));
+            ids.any(|id| id.as_deref() == Some(name))
+        };
         let fixed = |slot: &usize| {
-            let name = self.backplane.name_at(*slot);
-            name.is_some_and(|name| {
-                let disk = self.disks.iter().any(|disk| disk.id() == name);
-                let card = self.nets.iter().any(|card| card.function.name() == name);
-                !disk && !card
-            })
+            let name = self.backplane.name_of(*slot);
+            name.is_some_and(|name| !comes_and_goes(name))
         };
         let slots = (1..q35::LPC_SLOT).filter(|slot| !fixed(slot));
         let hotplug = acpi::PciHotplug {

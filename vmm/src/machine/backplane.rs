@@ -143,6 +143,22 @@ impl Backplane {
         found.map(|(slot, _)| *slot)
     }
 
+    /// Where a function is, or will be in a machine that goes on here.
+    pub(super) fn place_of(&self, name: &str) -> Option<usize> {
+        let place = || self.places.get(name).copied();
+        self.slot_of(name).or_else(place)
+    }
+
+    /// Whose a slot is, as [`Backplane::place_of`] says.
+    pub(super) fn name_of(&self, slot: usize) -> Option<&str> {
+        let place = || {
+            let mut places = self.places.iter();
+            let found = places.find(|(_, other)| **other == slot);
+            found.map(|(name, _)| name.as_str())
+        };
+        self.name_at(slot).or_else(place)
+    }
+
     /// Name of what is in a slot.
     pub(super) fn name_at(&self, slot: usize) -> Option<&str> {
         self.functions

@@ -111,12 +111,6 @@ fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     for net in &assembly.spec.nets {
         let end = assembly.opened.nets.pop_front().expect(WAS_OPENED);
         let card = card(&mut assembly.backplane, net, end)?;
-        boots_from(
-            assembly,
-            card.function.name(),
-            net.boot_index,
-            BootKind::Net,
-        );
         assembly.nets.push(card);
     }
     Ok(())
@@ -154,17 +148,24 @@ pub(super) fn card(
     Ok(Card { function, device })
 }
 
-/// Notes the place of a function in the boot order.
-pub(super) fn boots_from(
-    assembly: &mut Assembly<'_>,
-    name: &str,
-    index: Option<u16>,
-    kind: BootKind,
-) {
-    let slot = assembly.backplane.slot_of(name);
-    if let (Some(index), Some(slot)) = (index, slot) {
-        assembly.boot_order.push(BootEntry { index, slot, kind });
-    }
+/// What the spec wants to be booted from, with its place on the bus.
+pub(super) fn boot_order(
+    spec: &MachineSpec,
+    backplane: &Backplane,
+) -> Result<Vec<BootEntry>, BuildError> {
+    let targets = check::targets(spec).map_err(BuildError::device(disks::HOST))?;
+    let disks = spec.disks.iter().zip(targets);
+    let disks = disks.map(|(disk, target)| match target {
+        Some(number) => (disks::HOST, disk.boot_index, BootKind::Scsi(number)),
+        None => (check::id_of(&disk.id), disk.boot_index, BootKind::Disk),
+    });
+    let nets = spec.nets.iter();
+    let nets = nets.map(|net| (check::id_of(&net.id), net.boot_index, BootKind::Net));
+    let entry = |(name, index, kind): (&str, Option<u16>, BootKind)| {
+        let (index, slot) = index.zip(backplane.place_of(name))?;
+        Some(BootEntry { index, slot, kind })
+    };
+    Ok(disks.chain(nets).filter_map(entry).collect())
 }
 
 /// A limit as the spec has it: 0 is none.

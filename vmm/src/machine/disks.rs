@@ -22,12 +22,10 @@ use atoll_vmm_protocol::spec::{DiskBus, DiskSpec, MachineSpec};
 use super::assembly::{Assembly, BuildError};
 use super::backplane::Backplane;
 use super::belongings;
-use super::devices::boots_from;
 use super::opened::{Opened, WAS_OPENED};
 use super::parts::Parts;
 use crate::api::{self, Answer};
 use crate::check;
-use crate::fw_cfg::BootKind;
 use crate::resources::{Backup, Medium, Replacement, image_files, limits};
 
 /// Name of the SCSI host.
@@ -162,11 +160,21 @@ pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildE
     Ok(())
 }
 
-/// Puts a virtio-blk device for each disk into its slot, then the SCSI host with all others, if there are any.
+/// Puts all of them on the bus.
 pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
-    let spec = assembly.spec;
+    let media = assembly.opened.disks.drain(..).collect();
+    (assembly.disks, assembly.scsi) = put(&mut assembly.backplane, assembly.spec, media)?;
+    Ok(())
+}
+
+/// Puts a virtio-blk device for each disk into its slot, then the SCSI host with all others, if there are any. `media` has
+/// one entry for each disk of the spec.
+pub(super) fn put(
+    backplane: &mut Backplane,
+    spec: &MachineSpec,
+    media: Vec<Option<Medium>>,
+) -> Result<(Vec<Disk>, Option<Arc<Scsi>>), BuildError> {
     let targets = check::targets(spec).map_err(BuildError::device("SCSI host"))?;
-    let media: Vec<_> = assembly.opened.disks.drain(..).collect();
     assert_eq!(media.len(), spec.disks.len(), "{WAS_OPENED}");
     let rows = spec.disks.iter().zip(targets).zip(media).enumerate();
     let (units, functions): (Vec<_>, Vec<_>) =
@@ -174,22 +182,17 @@ pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
     let mut disks = BTreeMap::new();
     for (index, ((disk, _), medium)) in functions {
         let medium = medium.expect("only a drive has no path");
-        let made = function(&mut assembly.backplane, spec, disk, medium)?;
-        boots_from(assembly, &made.id, disk.boot_index, BootKind::Disk);
-        disks.insert(index, made);
+        disks.insert(index, function(backplane, spec, disk, medium)?);
     }
     // One from which the last unit was taken is there still.
-    if !units.is_empty() || assembly.backplane.had(HOST) {
-        assembly.scsi = Some(host(&mut assembly.backplane, spec)?);
-    }
+    let has_host = !units.is_empty() || backplane.had(HOST);
+    let scsi = has_host.then(|| host(backplane, spec)).transpose()?;
     for (index, ((disk, target), medium)) in units {
-        let host = assembly.scsi.as_ref().expect("made for its units");
+        let host = scsi.as_ref().expect("made for its units");
         let number = target.expect("partitioned so");
         disks.insert(index, unit(host, number, disk, medium));
-        boots_from(assembly, HOST, disk.boot_index, BootKind::Scsi(number));
     }
-    assembly.disks.extend(disks.into_values());
-    Ok(())
+    Ok((disks.into_values().collect(), scsi))
 }
 
 /// Plugs the last disk of `spec` in. Names the function that is new on the bus, if one is.

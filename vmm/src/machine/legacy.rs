@@ -13,6 +13,7 @@ use atoll_vmm_protocol::spec::{BootSpec, IdentitySpec};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::assembly::{Assembly, BuildError};
+use super::devices::boot_order;
 use super::generation;
 use crate::flash::{FirmwareFiles, FlashSlot};
 use crate::kvm::VirtualMachine;
@@ -179,7 +180,7 @@ fn firmware(
         BootSpec::Kernel(_) => None,
     };
     let ram = assembly.board.ram(assembly.memory_bytes());
-    let boot_order = std::mem::take(&mut assembly.boot_order);
+    let boot_order = boot_order(assembly.spec, &assembly.backplane)?;
     let identity = identity(&assembly.spec.identity);
     let mut items = fw_cfg::items(&assembly.platform(), &ram, &identity, boot_order, menu_ms);
     if let Some(device) = &assembly.generation {
