@@ -158,7 +158,7 @@ fn signal(wake: &OwnedFd) {
 }
 
 /// A running console. Dropping it ends the thread, after what is in the ring was offered to its clients, and
-/// removes the socket.
+/// removes the socket; not while it is deaf, since then that is another process's.
 pub struct Console {
     port: Arc<ConsolePort>,
     thread: Option<JoinHandle<()>>,
@@ -172,6 +172,7 @@ pub struct ConsoleEnd {
     clients: Option<pump::Clients>,
     socket: Option<PathBuf>,
     pty: Option<PathBuf>,
+    deaf: bool,
 }
 
 /// Bytes of past output that a new client gets: of a channel none, whose ends talk to each other.
@@ -190,6 +191,7 @@ impl ConsoleEnd {
             clients: None,
             socket: None,
             pty: None,
+            deaf: false,
         };
         end.clients = match backend {
             ConsoleBackend::Null => None,
@@ -213,6 +215,12 @@ impl ConsoleEnd {
         Ok(end)
     }
 
+    /// One whose clients are another process's until [`Console::set_deaf`] says that they are this one's.
+    #[must_use]
+    pub fn deaf(self) -> Self {
+        Self { deaf: true, ..self }
+    }
+
     /// What is open, for [`ConsoleEnd::take`] here or in another process.
     pub fn into_files(self) -> Vec<OwnedFd> {
         self.clients
@@ -228,6 +236,7 @@ impl ConsoleEnd {
             clients: None,
             socket: None,
             pty: None,
+            deaf: false,
         };
         end.clients = match backend {
             ConsoleBackend::Null => None,
@@ -266,6 +275,7 @@ impl Console {
         let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
         let wake = eventfd(0, flags).map_err(|errno| ConsoleError::Thread(errno.into()))?;
         let port = Arc::new(ConsolePort::new(Some(wake)));
+        port.lock().deaf = end.deaf;
         let carrier = pump::Pump::new(port.clone(), clients);
         let thread = atoll_thread::spawn(Kind::Console, "console", move || carrier.run())
             .map_err(ConsoleError::Thread)?;
@@ -291,11 +301,6 @@ impl Console {
         }
     }
 
-    /// Ends it as a drop does, but for the socket: another process listens there now.
-    pub fn leave(mut self) {
-        self.socket = None;
-    }
-
     /// The terminal to open, if the backend is a pseudo-terminal.
     pub fn pty_path(&self) -> Option<&Path> {
         self.pty.as_deref()
@@ -304,7 +309,11 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        self.port.lock().closing = true;
+        let deaf = {
+            let mut buffers = self.port.lock();
+            buffers.closing = true;
+            buffers.deaf
+        };
         if let (Some(wake), Some(thread)) = (&self.port.wake, self.thread.take()) {
             signal(wake);
             if thread.join().is_err() {
@@ -313,6 +322,7 @@ impl Drop for Console {
         }
         // In a sandbox there is no such path: the next machine replaces the socket.
         if let Some(path) = &self.socket
+            && !deaf
             && let Err(error) = std::fs::remove_file(path)
             && error.kind() != io::ErrorKind::NotFound
         {

@@ -150,6 +150,14 @@ enum GateState {
 }
 
 impl Gate {
+    /// One that lets nobody in yet.
+    #[must_use]
+    pub fn closed() -> Self {
+        let gate = Self::default();
+        gate.shut();
+        gate
+    }
+
     /// No connection is accepted after this. Waits for one that is being accepted, not for its request.
     pub fn shut(&self) {
         self.set(GateState::Shut);
@@ -160,9 +168,10 @@ impl Gate {
         self.set(GateState::Open);
     }
 
-    fn set(&self, state: GateState) {
-        *self.lock() = state;
+    fn set(&self, state: GateState) -> GateState {
+        let before = std::mem::replace(&mut *self.lock(), state);
         self.opened.notify_all();
+        before
     }
 
     fn lock(&self) -> MutexGuard<'_, GateState> {
@@ -181,7 +190,8 @@ impl Gate {
     }
 }
 
-/// The listening socket and its thread. Dropping it ends both and removes the socket's file.
+/// The listening socket and its thread. Dropping it ends both and removes the socket's file; while its gate is shut both are
+/// another process's, and nothing is done: this one ends.
 pub struct ApiServer {
     listener: UnixListener,
     gate: Arc<Gate>,
@@ -190,9 +200,10 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Serves an open socket. `answer` is called on the `api` thread and may wait.
+    /// Serves an open socket, from the moment on in which `gate` is open. `answer` is called on the `api` thread and may wait.
     pub fn start(
         socket: ApiSocket,
+        gate: Gate,
         answer: impl Fn(Asked) -> Answer + Send + 'static,
     ) -> Result<Self, ApiError> {
         let ApiSocket { listener, path } = socket;
@@ -203,7 +214,7 @@ impl ApiServer {
         let accepting = listener.try_clone().map_err(failed)?;
         // Another process may take a connection that this one has been told of.
         accepting.set_nonblocking(true).map_err(failed)?;
-        let gate = Arc::new(Gate::default());
+        let gate = Arc::new(gate);
         let opened = gate.clone();
         let serve = move || serve(&accepting, &opened, &answer);
         let thread = atoll_thread::spawn(Kind::Api, "api", serve).map_err(failed)?;
@@ -224,8 +235,10 @@ impl ApiServer {
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
+        if self.gate.set(GateState::Over) == GateState::Shut {
+            return;
+        }
         let _ = std::fs::remove_file(&self.path);
-        self.gate.set(GateState::Over);
         // Wakes the thread's poll(2).
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
@@ -340,12 +353,14 @@ mod tests {
     use std::io::Write;
 
     fn server(path: &Path) -> ApiServer {
-        ApiServer::start(ApiSocket::open(path).unwrap(), |asked| {
-            match asked.request {
+        ApiServer::start(
+            ApiSocket::open(path).unwrap(),
+            Gate::default(),
+            |asked| match asked.request {
                 Request::Pause => refusal(409, "the machine is stopped"),
                 _ => json(200, &serde_json::json!({"state": "running"})),
-            }
-        })
+            },
+        )
         .unwrap()
     }
 
@@ -369,7 +384,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api");
         let socket = ApiSocket::open(&path).unwrap();
-        let _running = ApiServer::start(socket, |mut asked| {
+        let _running = ApiServer::start(socket, Gate::default(), |mut asked| {
             let said = (|| {
                 let name: String = body(asked.body.take())?;
                 let text = io::read_to_string(asked.file("the disk")?).unwrap();

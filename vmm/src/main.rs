@@ -98,7 +98,6 @@ fn run(arguments: &RunArguments) -> anyhow::Result<ExitCode> {
                 memory: SavedMemory::Files(layers, arguments.memory_mode),
                 absence: Absence::Unseen,
                 handover: None,
-                belongings: None,
             }))
         }
     };
@@ -135,7 +134,6 @@ fn receive(arguments: &ReceiveArguments) -> anyhow::Result<ExitCode> {
         memory: SavedMemory::Here(base),
         absence: Absence::Passed,
         handover: Some(handover),
-        belongings: None,
     }));
     let outcome = run_on(&arguments.host, log, &spec, start);
     if let Err(error) = &outcome {
@@ -150,27 +148,16 @@ fn take_over(host: &HostArguments, log: Option<RawFd>) -> anyhow::Result<ExitCod
     settle(host)?;
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = UnixStream::from(control.context("take the connection")?);
-    let mut expected = local::expect(control)?;
-    let [input, output, error] = expected.take_streams()?;
-    let local::Arrived {
+    let local::Expected {
         spec,
-        state,
-        base,
-        belongings,
-        handover,
-    } = expected.welcome()?;
+        streams: [input, output, error],
+        mut source,
+        coming,
+    } = local::expect(control)?;
     rustix::stdio::dup2_stdin(input).context("take standard input")?;
     rustix::stdio::dup2_stdout(output).context("take standard output")?;
     rustix::stdio::dup2_stderr(error).context("take standard error")?;
-    let mut source = handover.try_clone().context("keep the connection")?;
-    let start = Start::Saved(Box::new(SavedStart {
-        state,
-        memory: SavedMemory::Here(base),
-        absence: Absence::Passed,
-        handover: Some(handover),
-        belongings: Some(belongings),
-    }));
-    let outcome = run_on(host, log, &spec, start);
+    let outcome = run_on(host, log, &spec, Start::Coming(Box::new(coming)));
     if let Err(error) = &outcome {
         // Read by a process that still waits; one that has handed the machine over is gone.
         source.fail(&format!("{error:#}"));

@@ -384,8 +384,17 @@ impl CardEnd {
         }
     }
 
-    /// Takes the taps of a card that another process had. The kernel's end is a new one: the other's is bound to its memory.
-    pub(crate) fn inherit(files: VecDeque<OwnedFd>, net: &NetSpec) -> Result<Self, NetError> {
+    /// The kernel's end of a card whose taps come from another process.
+    pub(crate) fn kernel(net: &NetSpec) -> Result<Option<VhostNetFiles>, NetError> {
+        vhost_net(net, net.queue_pairs.unwrap_or(1))
+    }
+
+    /// Takes the taps of a card that another process had, and uses no more.
+    pub(crate) fn inherit(
+        files: VecDeque<OwnedFd>,
+        kernel: Option<VhostNetFiles>,
+        net: &NetSpec,
+    ) -> Result<Self, NetError> {
         let pairs = net.queue_pairs.unwrap_or(1);
         let found = files.len();
         if found != usize::from(pairs) {
@@ -395,7 +404,6 @@ impl CardEnd {
         let Self::Tap { taps, .. } = Self::take(files, net)? else {
             return Err(NetError::Connection(found));
         };
-        let kernel = vhost_net(net, pairs)?;
         Ok(Self::Tap { taps, kernel })
     }
 

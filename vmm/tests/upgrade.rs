@@ -11,15 +11,19 @@
 
 mod guest;
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
-use guest::{BINARY, Guest, Place, Random, eventually, kvm, number, runs, shell, works};
+use guest::{
+    BINARY, Guest, Place, Random, eventually, kvm, number, runs, shell, shell_with_disk, works,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -212,6 +216,15 @@ fn begin(guest: &Guest) -> Child {
     command.spawn().unwrap()
 }
 
+/// The process that [`begin`] starts.
+fn new_process(guest: &Guest) -> Pid {
+    let number: i32 = eventually("the new process", || {
+        let text = std::fs::read_to_string(guest.path("new")).ok()?;
+        text.trim().parse().ok()
+    });
+    Pid::from_raw(number)
+}
+
 /// One upgrade in which a process is killed at a random moment.
 fn disturbed(seed: u64) {
     let mut random = Random::of(seed);
@@ -223,14 +236,11 @@ fn disturbed(seed: u64) {
     serial.start_load("");
     serial.load_beyond(0);
     let asker = begin(&guest.0);
-    let new: i32 = eventually("the new process", || {
-        let text = std::fs::read_to_string(guest.0.path("new")).ok()?;
-        text.trim().parse().ok()
-    });
+    let new = new_process(&guest.0);
     sleep(moment);
     match kills_new {
         // It may have failed by itself, never before this.
-        true => kill(Pid::from_raw(new), Signal::SIGKILL).unwrap_or_default(),
+        true => kill(new, Signal::SIGKILL).unwrap_or_default(),
         false => guest.0.process.kill().unwrap(),
     }
     let output = asker.wait_with_output().unwrap();
@@ -252,6 +262,59 @@ fn disturbed(seed: u64) {
     } else {
         assert!(!runs(&guest.0), "seed {seed}: {said}");
     }
+}
+
+/// The new process finds out when the guest is held already. What it does at its end it could do to the sockets that the old
+/// one has, too, and to their files.
+#[test]
+fn a_new_process_that_fails_late_leaves_everything_to_the_old_one() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    place.qemu_img(&["create", "-q", "-f", "qcow2", "image", "1M"]);
+    let disk = "path=image,format=qcow2";
+    let guest = place.start(&shell_with_disk("64M,shared", "1", disk));
+    let mut guest = Upgraded(guest);
+    let mut serial = guest.0.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    let image = File::options()
+        .write(true)
+        .open(guest.0.path("image"))
+        .unwrap();
+    // Nobody but who opens the image reads this again.
+    image.write_all_at(b"none", 0).unwrap();
+    for sandbox in ["on", "off"] {
+        let arguments = ["upgrade", "--to", BINARY, "--sandbox", sandbox];
+        let said = guest.0.ctl(&arguments).unwrap_err();
+        assert!(said.contains("the machine stays"), "{said}");
+        assert!(said.contains("not a qcow2 image"), "{said}");
+        assert!(runs(&guest.0));
+        // What was connected is, and so is who comes now.
+        done = serial.load_beyond(done);
+        serial = guest.0.serial();
+        done = serial.load_beyond(done);
+    }
+    image.write_all_at(b"QFI\xfb", 0).unwrap();
+    upgrade(&guest.0);
+    serial = guest.0.serial();
+    serial.load_beyond(done);
+    serial.end_load();
+    guest.0.ctl(&["shutdown"]).unwrap();
+    guest.0.ended();
+    eventually("the image's end", || {
+        let check = guest
+            .0
+            .place
+            .command_of(Path::new("qemu-img"), &["check", "image"]);
+        check_succeeds(check).then_some(())
+    });
+}
+
+fn check_succeeds(mut check: Command) -> bool {
+    let output = check.output().unwrap();
+    output.status.success()
 }
 
 #[test]

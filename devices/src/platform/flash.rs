@@ -202,6 +202,14 @@ impl Flash {
         stored.expect("within the array, as checked");
     }
 
+    /// Has the array show what the file has.
+    fn read_file(&self) -> io::Result<()> {
+        let mut bytes = vec![0; usize::try_from(self.array.len()).expect("it is mapped")];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        let stored = self.array.write_slice(&bytes, MemoryRegionAddress(0));
+        stored.map_err(io::Error::other)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -220,6 +228,11 @@ impl DeviceState for Flash {
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
         let saved: State = saved.open()?;
         let mut state = self.lock();
+        // Another process may have written to it since it was opened here.
+        self.read_file().map_err(|error| StateError::Differs {
+            kind: State::KIND,
+            what: format!("the variables' file: {error}"),
+        })?;
         state.status = saved.status;
         self.enter(&mut state, saved.mode);
         Ok(())

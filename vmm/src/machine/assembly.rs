@@ -31,7 +31,7 @@ use super::opened::Opened;
 use super::owner::{GuestEvent, GuestVoice};
 use super::parts::{Card, Parts, Pristine};
 use super::saved::{self, Absence, RestoreError};
-use super::{SavedRam, Start};
+use super::{Base, SavedRam, Start};
 use crate::board::Board;
 use crate::check;
 use crate::flash::FlashError;
@@ -44,6 +44,7 @@ use crate::layout;
 use crate::loader::LoadError;
 use crate::memory::filling::{Filling, FillingError};
 use crate::memory::{self, Backing, MemoryError};
+use crate::migration::local::{Coming, Frame};
 use crate::migration::postcopy::Late;
 use crate::power::PowerRegisters;
 use crate::resources::NetError;
@@ -172,10 +173,9 @@ pub(super) fn build(
         memory,
         machine,
         cpus,
-        saved,
+        content,
     } = ground(spec, &mut opened, backing, start)?;
-    let places = saved.as_ref().map(|(state, _)| state.slots.clone());
-    let places = places.unwrap_or_default();
+    let places = content.places();
     let mut assembly = Assembly::new(
         spec,
         &mut opened,
@@ -195,9 +195,7 @@ pub(super) fn build(
     let vcpus = start_vcpus(&machine, &cpus, &spec.boot, &buses, voice)?;
     let kvm = &assembly.opened.kvm;
     let pristine = Pristine::of(kvm, &machine, &vcpus, &cpus.features(), legacy.as_ref())?;
-    let had = saved
-        .as_ref()
-        .and_then(|(state, _)| state.boot_disk.clone());
+    let had = content.boot_disk();
     let mut parts = Parts {
         vcpus,
         backplane: assembly.backplane,
@@ -212,6 +210,7 @@ pub(super) fn build(
         serial: assembly.serial,
         consoles: assembly.consoles,
         kept: assembly.opened.kept.take(),
+        awaited: assembly.opened.awaited.take(),
         power_button,
         serial_path: assembly.serial_path,
         console_path: assembly.console_path,
@@ -228,9 +227,11 @@ pub(super) fn build(
         filling,
         memory,
     };
-    match saved {
-        Some((state, absence)) => saved::restore(&parts, state, absence)?,
-        None => parts.load(spec)?,
+    match content {
+        Content::Fresh => parts.load(spec)?,
+        Content::Saved(state, absence) => saved::restore(&parts, *state, absence)?,
+        // The guest runs, in this memory.
+        Content::Coming(_) => {}
     }
     Ok(parts)
 }
@@ -243,8 +244,50 @@ struct Ground {
     /// With that memory, and without vCPUs.
     machine: VirtualMachine,
     cpus: Cpus,
-    /// What a saved machine consists of beside them.
-    saved: Option<(MachineState, Absence)>,
+    content: Content,
+}
+
+impl Ground {
+    /// All of it is here.
+    fn coming(coming: Coming) -> Self {
+        let Base {
+            machine, memory, ..
+        } = coming.base;
+        Self {
+            machine,
+            memory,
+            filling: None,
+            cpus: Cpus::coming(&coming.frame),
+            content: Content::Coming(coming.frame.slots),
+        }
+    }
+}
+
+/// What a machine consists of beside that, once it is built.
+enum Content {
+    /// What is loaded.
+    Fresh,
+    /// What a saved one had.
+    Saved(Box<MachineState>, Absence),
+    /// What comes when all else is here: known are the slots of its functions.
+    Coming(BTreeMap<String, usize>),
+}
+
+impl Content {
+    fn places(&self) -> BTreeMap<String, usize> {
+        match self {
+            Self::Fresh => BTreeMap::new(),
+            Self::Saved(state, _) => state.slots.clone(),
+            Self::Coming(slots) => slots.clone(),
+        }
+    }
+
+    fn boot_disk(&self) -> Option<String> {
+        match self {
+            Self::Saved(state, _) => state.boot_disk.clone(),
+            Self::Fresh | Self::Coming(_) => None,
+        }
+    }
 }
 
 /// The CPU of every vCPU.
@@ -262,6 +305,14 @@ impl Cpus {
         Self {
             cpuid: (0..count).map(of).collect(),
             msrs: cpu.msrs,
+        }
+    }
+
+    /// What they are in the process that has the machine.
+    fn coming(frame: &Frame) -> Self {
+        Self {
+            cpuid: frame.cpuid(),
+            msrs: frame.feature_msrs.clone(),
         }
     }
 
@@ -307,6 +358,7 @@ fn ground(
     };
     let saved = match start {
         Start::Saved(saved) => *saved,
+        Start::Coming(coming) => return Ok(Ground::coming(*coming)),
         Start::PowerOn => {
             let cpu = opened.cpu.take().expect("opened for a start by power");
             let cpus = Cpus::of(cpu, spec.cpu_count);
@@ -316,7 +368,7 @@ fn ground(
                 memory,
                 filling: None,
                 cpus,
-                saved: None,
+                content: Content::Fresh,
             });
         }
     };
@@ -357,7 +409,7 @@ fn ground(
         machine: made.map_or_else(|| machine(opened, &memory), Ok)?,
         memory,
         cpus,
-        saved: Some((saved.state, saved.absence)),
+        content: Content::Saved(Box::new(saved.state), saved.absence),
     })
 }
 

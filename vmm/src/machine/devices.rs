@@ -91,23 +91,29 @@ fn open_nets(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> 
             opened.keep_for(socket);
         }
         let name = belongings::card(check::id_of(&net.id));
-        // The kernel's end is no part of what goes along.
+        if opened.is_inherited() {
+            let taps = opened.obtain(&name, || Ok::<_, BuildError>(Vec::new()))?;
+            // No part of what comes along: the other's is bound to its memory.
+            let kernel = CardEnd::kernel(net)?;
+            opened.awaited(|awaited| awaited.cards.push((taps, kernel)));
+            continue;
+        }
         let mut own = None;
-        let taps = opened.obtain(&name, || {
+        opened.obtain(&name, || {
             let end = CardEnd::open(net)?;
             let taps = end.taps().map_err(BuildError::device(name.clone()))?;
             own = Some(end);
             Ok::<_, BuildError>(taps)
         })?;
-        opened.nets.push_back(match own {
-            Some(end) => end,
-            None => CardEnd::inherit(taps, net)?,
-        });
+        opened.nets.extend(own);
     }
     Ok(())
 }
 
 fn nets(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    if assembly.opened.is_inherited() {
+        return Ok(());
+    }
     for net in &assembly.spec.nets {
         let end = assembly.opened.nets.pop_front().expect(WAS_OPENED);
         let card = card(&mut assembly.backplane, net, end)?;
@@ -246,7 +252,11 @@ pub(super) fn open_end(
         Ok::<_, BuildError>(end.into_files())
     };
     let files = opened.obtain(what, open)?;
-    ConsoleEnd::take(files.into(), backend).map_err(BuildError::device(what))
+    let end = ConsoleEnd::take(files.into(), backend).map_err(BuildError::device(what))?;
+    Ok(match opened.is_inherited() {
+        true => end.deaf(),
+        false => end,
+    })
 }
 
 /// What `info` tells about a console: the path that a user opens.

@@ -140,10 +140,11 @@ pub(super) fn flush(backend: Arc<Limited>) -> io::Result<()> {
     atoll_thread::in_starter(move || atoll_disk::flush(&*backend))
 }
 
-/// Opens and locks every image, and those behind it. Makes no thread.
+/// Opens and locks every image, and those behind it. Makes no thread. What another process writes to is looked at when it
+/// does no longer (`arrival`).
 pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildError> {
     for disk in &spec.disks {
-        let medium = match disk.path.as_os_str().is_empty() {
+        let files = match disk.path.as_os_str().is_empty() {
             true => None,
             false => {
                 let name = belongings::disk(check::id_of(&disk.id));
@@ -151,17 +152,24 @@ pub(super) fn open(spec: &MachineSpec, opened: &mut Opened) -> Result<(), BuildE
                     let files = image_files(disk)?;
                     Ok::<_, OpenError>(files.into_iter().map(OwnedFd::from).collect())
                 };
-                let files = opened.obtain(&name, open)?;
-                Some(Medium::take(files, disk)?)
+                Some(opened.obtain(&name, open)?)
             }
         };
+        if opened.is_inherited() {
+            opened.awaited(|awaited| awaited.disks.push(files));
+            continue;
+        }
+        let medium = files.map(|files| Medium::take(files, disk)).transpose()?;
         opened.disks.push_back(medium);
     }
     Ok(())
 }
 
-/// Puts all of them on the bus.
+/// Puts all of them on the bus, if they are not awaited.
 pub(super) fn add(assembly: &mut Assembly<'_>) -> Result<(), BuildError> {
+    if assembly.opened.is_inherited() {
+        return Ok(());
+    }
     let media = assembly.opened.disks.drain(..).collect();
     (assembly.disks, assembly.scsi) = put(&mut assembly.backplane, assembly.spec, media)?;
     Ok(())

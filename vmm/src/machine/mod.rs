@@ -20,9 +20,11 @@
 //! handover  its move to another process
 //! upgrade   the same on this host, with all that it has open
 //! belongings  what that is
+//! arrival   such a machine in the process that takes it
 //! counters  its numbers for the control API
 //! ```
 
+mod arrival;
 mod assembly;
 mod backplane;
 pub mod belongings;
@@ -55,11 +57,12 @@ use std::sync::mpsc::channel;
 use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::spec::MachineSpec;
 
-use crate::api::{ApiError, ApiServer};
+use crate::api::{ApiError, ApiServer, Gate};
 use crate::board::Board;
 use crate::kvm::{Kvm, VirtualMachine};
 use crate::memory::{Backing, MemoryError};
 use crate::migration::MigrationError;
+use crate::migration::local::{self, Coming};
 use crate::migration::postcopy::Late;
 use crate::migration::target::Handover;
 use crate::sandbox::{self, Confinement, SandboxError};
@@ -95,12 +98,29 @@ pub enum Start {
     PowerOn,
     /// Where a saved one was held.
     Saved(Box<SavedStart>),
+    /// Where it runs in another process of this host, once this one is ready.
+    Coming(Box<Coming>),
 }
 
 impl Start {
     /// Whether the guest runs before its RAM is all read.
     fn is_lazy(&self) -> bool {
         matches!(self, Self::Saved(saved) if saved.memory.is_lazy())
+    }
+
+    /// Where the machine is, and what that process has open. Once.
+    fn take_whereabouts(&mut self) -> (Whereabouts, Option<Belongings>) {
+        match self {
+            Self::PowerOn => (Whereabouts::Here, None),
+            Self::Saved(saved) => {
+                let handover = saved.handover.take();
+                (handover.map_or(Whereabouts::Here, Whereabouts::Held), None)
+            }
+            Self::Coming(coming) => {
+                let handover = coming.handover.take().expect("taken once");
+                (Whereabouts::Elsewhere(handover), coming.belongings.take())
+            }
+        }
     }
 
     /// The host's KVM, where it is open already.
@@ -110,6 +130,7 @@ impl Start {
                 SavedMemory::Here(base) => Some(base.kvm.clone()),
                 SavedMemory::Files(..) => None,
             },
+            Self::Coming(coming) => Some(coming.base.kvm.clone()),
             Self::PowerOn => None,
         }
     }
@@ -119,6 +140,7 @@ impl Start {
         match self {
             Self::PowerOn => true,
             Self::Saved(saved) => !matches!(saved.memory, SavedMemory::Files(_, image::Mode::Map)),
+            Self::Coming(_) => false,
         }
     }
 }
@@ -133,8 +155,26 @@ pub struct SavedStart {
     pub absence: Absence,
     /// Another process has the machine until it is handed over.
     pub handover: Option<Handover>,
-    /// What that process had open, when it comes along: then nothing is opened by the spec's paths.
-    pub belongings: Option<Belongings>,
+}
+
+/// Where the machine is while this process builds it.
+enum Whereabouts {
+    /// Nowhere else.
+    Here,
+    /// Held in another process, which has sent its state.
+    Held(Handover),
+    /// Running in another process.
+    Elsewhere(Handover),
+}
+
+impl Whereabouts {
+    /// Of the control API's server: shut while its clients are another process's.
+    fn gate(&self) -> Gate {
+        match self {
+            Self::Elsewhere(_) => Gate::closed(),
+            Self::Here | Self::Held(_) => Gate::default(),
+        }
+    }
 }
 
 /// RAM of a saved machine: how this process comes by it.
@@ -304,12 +344,9 @@ pub fn run_from(
 ) -> Result<Outcome, RunError> {
     let spec = &check::settle(spec)?;
     check::spec(spec)?;
-    let (was_saved, handover, belongings) = match &mut start {
-        Start::PowerOn => (false, None, None),
-        Start::Saved(saved) => (true, saved.handover.take(), saved.belongings.take()),
-    };
-    // Its taps have been up all the time, and nobody looks for it elsewhere.
-    let was_here = belongings.is_some();
+    // The taps of one that comes have been up all the time, and nobody looks for it elsewhere.
+    let was_saved = matches!(start, Start::Saved(_));
+    let (place, belongings) = start.take_whereabouts();
     let (events, received) = channel();
     let (opened, api_socket) = Opened::of(spec, options, &start, belongings)?;
     // Before any thread is made, so that all of them inherit the mask.
@@ -331,7 +368,7 @@ pub fn run_from(
     let mut machine = Machine::new(spec.clone(), parts, voice);
     machine.watch_kernel().map_err(RunError::Signals)?;
     let server = match api_socket {
-        Some(socket) => Some(ApiServer::start(socket, ask_owner(events))?),
+        Some(socket) => Some(ApiServer::start(socket, place.gate(), ask_owner(events))?),
         None => None,
     };
     machine.gate = server.as_ref().map(ApiServer::gate);
@@ -341,9 +378,10 @@ pub fn run_from(
         memory_mib = spec.memory_mib,
         "machine starts"
     );
-    sandbox::seal_starter();
-    let outcome = begin(&mut machine, handover).and_then(|()| {
-        if was_saved && !was_here {
+    let begun = begin(&mut machine, place);
+    let is_own = begun.is_ok();
+    let outcome = begun.and_then(|()| {
+        if was_saved {
             // Wherever the guest was before, it is here now.
             machine.announce();
         }
@@ -360,7 +398,7 @@ pub fn run_from(
         drop(received);
         return outcome;
     }
-    if !matches!(outcome, Ok(Outcome::Migrated)) {
+    if is_own && !matches!(outcome, Ok(Outcome::Migrated)) {
         machine.close_records();
     }
     // A request that came too late is answered by its sender being dropped.
@@ -371,10 +409,24 @@ pub fn run_from(
 }
 
 /// Lets the guest go, once it is this process's.
-fn begin(machine: &mut Machine, handover: Option<Handover>) -> Result<(), RunError> {
-    let Some(mut handover) = handover else {
-        return machine.begin();
-    };
-    handover.take_over()?;
+fn begin(machine: &mut Machine, place: Whereabouts) -> Result<(), RunError> {
+    match place {
+        Whereabouts::Here => sandbox::seal_starter(),
+        Whereabouts::Held(mut handover) => {
+            sandbox::seal_starter();
+            handover.take_over()?;
+        }
+        Whereabouts::Elsewhere(mut handover) => {
+            // Now, not while it stands still.
+            sandbox::prepare();
+            let state = local::welcome(&mut handover)?;
+            machine.arrive(state)?;
+            sandbox::seal_starter();
+            handover.take_over()?;
+            machine.begin()?;
+            machine.hear_clients();
+            return Ok(());
+        }
+    }
     machine.begin()
 }

@@ -24,6 +24,7 @@ use atoll_devices::virtio::vsock::VhostVsockFile;
 use atoll_vmm_protocol::services::VhostUserSocket;
 use atoll_vmm_protocol::spec::{BootSpec, MachineSpec};
 
+use super::arrival::Awaited;
 use super::assembly::BuildError;
 use super::belongings::{self, Belongings};
 use super::devices::KINDS;
@@ -70,6 +71,8 @@ pub(super) struct Opened {
     pub(super) serial: Option<ConsoleEnd>,
     /// What came from the process that had the machine before: nothing else is opened then.
     inherited: Option<Belongings>,
+    /// What of that is taken when that process has held the guest; absent where there is none.
+    pub(super) awaited: Option<Awaited>,
     /// For the process that has it next; absent where that cannot be.
     pub(super) kept: Option<Belongings>,
 }
@@ -106,6 +109,13 @@ impl Opened {
         self.inherited.is_some()
     }
 
+    /// For what is taken later, of a machine that another process has.
+    pub(super) fn awaited(&mut self, note: impl FnOnce(&mut Awaited)) {
+        if let Some(awaited) = &mut self.awaited {
+            note(awaited);
+        }
+    }
+
     /// Has a directory stay reachable.
     pub(super) fn keep(&mut self, directory: &Path) {
         if !self.directories.iter().any(|kept| kept == directory) {
@@ -140,11 +150,12 @@ impl Opened {
         };
         let cpu = match start {
             Start::PowerOn => Some(guest_cpu(spec, &kvm)?),
-            Start::Saved(_) => None,
+            Start::Saved(_) | Start::Coming(_) => None,
         };
         let api = inherited
             .as_mut()
             .and_then(|them| them.take_one(belongings::API));
+        let awaited = inherited.is_some().then(|| Awaited::new(kvm.clone()));
         let faults = start.is_lazy().then(UserFault::open).transpose();
         let mut opened = Self {
             faults: faults.map_err(|error| BuildError::from(FillingError::from(error)))?,
@@ -164,6 +175,7 @@ impl Opened {
             vhost_user: VecDeque::new(),
             serial: None,
             inherited,
+            awaited,
             kept: belongings::has_shared_memory(spec).then(Belongings::default),
         };
         opened.open_boot(spec, start)?;
@@ -204,7 +216,7 @@ impl Opened {
 /// Has a kernel shared. A machine that brings its memory does so from its next reset on, or else without.
 fn share(files: &mut BootFiles, start: &Start) -> Result<(), BuildError> {
     match (files.share(), start) {
-        (Err(error), Start::Saved(_)) => {
+        (Err(error), Start::Saved(_) | Start::Coming(_)) => {
             let error = atoll_disk::chain(&error);
             tracing::warn!(error, "this host shares no kernel with the machine");
             Ok(())

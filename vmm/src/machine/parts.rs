@@ -19,6 +19,7 @@ use atoll_firmware::acpi::Platform;
 use atoll_vmm_protocol::spec::MachineSpec;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_irqchip, kvm_pit_state2};
 
+use super::arrival::Awaited;
 use super::assembly::BuildError;
 use super::backplane::Backplane;
 use super::belongings::Belongings;
@@ -62,6 +63,8 @@ pub(super) struct Parts {
     pub(super) consoles: Vec<Console>,
     /// For the process that has the machine next; see `belongings`.
     pub(super) kept: Option<Belongings>,
+    /// Until the machine has come; see `arrival`.
+    pub(super) awaited: Option<Awaited>,
     /// See [`super::opened::Opened`].
     pub(super) statm: Option<File>,
     /// Only for RAM that is private and anonymous; see [`Parts::touched`].

@@ -64,6 +64,9 @@ pub enum RestoreError {
         /// Names in the machine.
         built: String,
     },
+    /// The vCPUs have been made already, and are others.
+    #[error("the state's CPUs are not those of which the other process has told")]
+    OtherCpus,
     /// One device refused.
     #[error("{device}")]
     Device {

@@ -23,9 +23,10 @@ use super::handover::{Migration, MigrationEvent};
 use super::owner::Machine;
 use crate::api::{self, Answer, Asked};
 use crate::memory;
+use crate::migration::Hello;
 use crate::migration::converge::Convergence;
+use crate::migration::local::{self, Frame};
 use crate::migration::source::{Plan, Progress};
-use crate::migration::{Hello, local};
 
 impl Machine {
     /// Begins to hand the machine on.
@@ -54,6 +55,13 @@ impl Machine {
             Vec::new(),
             None,
         );
+        let slots = self.parts.backplane.places();
+        let slots = slots.map(|(name, slot)| (name.to_owned(), slot));
+        let frame = Frame::new(
+            slots.collect(),
+            &self.parts.cpuid,
+            hello.feature_msrs.clone(),
+        );
         let plan = Plan {
             control: control.try_clone().map_err(|error| failed(&error))?,
             data: Vec::new(),
@@ -73,7 +81,7 @@ impl Machine {
         self.tracked = None;
         let (shared, owner) = (progress.clone(), self.voice());
         let work = move || {
-            let done = local::run(control, hello, &belongings, &shared, &owner);
+            let done = local::run(control, (hello, frame), &belongings, &shared, &owner);
             drop(belongings);
             owner.tell(MigrationEvent::Done(done));
         };
@@ -150,19 +158,13 @@ impl Machine {
         if !self.is_upgrading() || self.is_handed_on() {
             return;
         }
-        let consoles = self.parts.consoles.iter();
-        consoles.for_each(|console| console.set_deaf(false));
-        if let Some(gate) = &self.gate {
-            gate.open();
-        }
+        self.hear_clients();
     }
 
     /// Ends what is left here of a machine that has been handed on: what the guest had written is shown to whoever looks;
     /// nothing is closed, removed or set back that is the other process's now. The caller's process ends.
     pub(super) fn leave(mut self) {
-        for console in std::mem::take(&mut self.parts.consoles) {
-            console.leave();
-        }
+        drop(std::mem::take(&mut self.parts.consoles));
         std::mem::forget(self);
     }
 }

@@ -4,10 +4,10 @@
 //!
 //! ```text
 //! old process (thread migrate)                    new process (receive --upgrade, started by ctl)
-//!   Greeting: version, spec, CPU    ──►
-//!   Item: name; its descriptors     ──►   …       maps memory, makes the virtual machine
-//!                                   ◄──  Welcome
-//!   hold; State                     ──►            builds the machine, restores it, holds it
+//!   Greeting: version, spec, CPUs   ──►
+//!   Item: name; its descriptors     ──►   …       maps memory, enters the sandbox, builds the machine
+//!   disks are flushed               ◄──  Welcome
+//!   hold; State                     ──►            takes disks and taps, restores the state, holds it
 //!                                   ◄──  Ready
 //!   Commit                          ──►
 //!                                   ◄──  Taken
@@ -18,6 +18,7 @@
 //! the old one says names a path that is opened: what the new process has are the descriptors that came, which the old
 //! one had, too; and how it is confined, whoever started it says.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,6 +29,8 @@ use std::time::{Duration, Instant};
 use atoll_disk::chain;
 use atoll_vmm_protocol::api::MigrationStage;
 use atoll_vmm_protocol::files::{FILES_MAX, Receiving, Sending};
+use atoll_vmm_protocol::spec::MachineSpec;
+use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 use super::source::{self, Owner, Progress};
@@ -37,12 +40,12 @@ use crate::board::Board;
 use crate::check;
 use crate::machine::{Base, Belongings, belongings};
 use crate::memory::map_passed;
-use crate::saved::MachineState;
+use crate::saved::{MachineState, entries, leaves};
 
 /// What the first field of a greeting says.
 const FORMAT: &str = "atoll-upgrade";
-/// Version of this protocol.
-const VERSION: u32 = 1;
+/// Version of this protocol. Since 2 the greeting has a [`Frame`], and the new process builds the machine while its guest runs.
+const VERSION: u32 = 2;
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Most names: more than a machine has devices.
@@ -53,7 +56,43 @@ struct Greeting {
     format: String,
     version: u32,
     hello: Hello,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    frame: Option<Frame>,
     items: usize,
+}
+
+/// What of the machine's state stays as it is while it moves.
+#[derive(Serialize, Deserialize)]
+pub struct Frame {
+    /// The slot of each PCI function, by its name.
+    pub slots: BTreeMap<String, usize>,
+    /// What each vCPU answers to CPUID, as in [`Hello::cpuid`].
+    cpuid: Vec<Vec<[u32; 7]>>,
+    /// Number and value of their MSRs that tell features.
+    pub feature_msrs: Vec<(u32, u64)>,
+}
+
+impl Frame {
+    /// Of a machine that is about to move.
+    #[must_use]
+    pub fn new(
+        slots: BTreeMap<String, usize>,
+        cpuid: &[Vec<kvm_cpuid_entry2>],
+        feature_msrs: Vec<(u32, u64)>,
+    ) -> Self {
+        let cpuid = cpuid.iter().map(|one| leaves(one)).collect();
+        Self {
+            slots,
+            cpuid,
+            feature_msrs,
+        }
+    }
+
+    /// What each vCPU answers to CPUID.
+    #[must_use]
+    pub fn cpuid(&self) -> Vec<Vec<kvm_cpuid_entry2>> {
+        self.cpuid.iter().map(|one| entries(one)).collect()
+    }
 }
 
 /// One of the belongings. Its descriptors come with the bytes of this.
@@ -66,12 +105,12 @@ struct Item {
 /// The machine's side. Blocks until it is the other process's, or until that has failed.
 pub fn run(
     mut control: UnixStream,
-    hello: Hello,
+    machine: (Hello, Frame),
     belongings: &Belongings,
     progress: &Progress,
     owner: &impl Owner,
 ) -> Result<(), MigrationError> {
-    let done = attempt(&mut control, hello, belongings, progress, owner);
+    let done = attempt(&mut control, machine, belongings, progress, owner);
     if done.is_err() {
         // The new process is to know: progress has another handle of the connection.
         progress.cut();
@@ -84,7 +123,7 @@ pub fn run(
 
 fn attempt(
     control: &mut UnixStream,
-    hello: Hello,
+    machine: (Hello, Frame),
     belongings: &Belongings,
     progress: &Progress,
     owner: &impl Owner,
@@ -92,12 +131,13 @@ fn attempt(
     let broken = MigrationError::connection;
     let limited = control.set_read_timeout(Some(PATIENCE));
     limited.map_err(broken("limit the wait for the new process"))?;
-    greet(control, hello, belongings).map_err(broken("greet the new process"))?;
+    greet(control, machine, belongings).map_err(broken("greet the new process"))?;
+    // What is durable now is not waited for when the guest is held and an image is closed.
+    owner.flush();
     match source::ask(control)? {
         Message::Welcome => {}
         _ => return Err(MigrationError::Unexpected("a welcome")),
     }
-    owner.flush();
     progress.set_stage(MigrationStage::Switching, None);
     let held = Instant::now();
     let state = owner.hold()?;
@@ -131,12 +171,17 @@ fn attempt(
     }
 }
 
-fn greet(control: &mut UnixStream, hello: Hello, belongings: &Belongings) -> io::Result<()> {
+fn greet(
+    control: &mut UnixStream,
+    (hello, frame): (Hello, Frame),
+    belongings: &Belongings,
+) -> io::Result<()> {
     let items = belongings.iter();
     let greeting = Greeting {
         format: FORMAT.to_owned(),
         version: VERSION,
         hello,
+        frame: Some(frame),
         items: items.len(),
     };
     send_frame(control, &greeting)?;
@@ -151,48 +196,88 @@ fn greet(control: &mut UnixStream, hello: Hello, belongings: &Belongings) -> io:
     Ok(())
 }
 
-/// A machine that is about to come, with everything but its state; it runs in the process that has it meanwhile.
+/// A machine that is about to come, and what is not the machine's own.
 pub struct Expected {
-    control: Handover,
-    hello: Hello,
-    base: Base,
-    belongings: Belongings,
+    /// How to build it.
+    pub spec: MachineSpec,
+    /// The other process's standard streams, which are this one's from now on.
+    pub streams: [OwnedFd; 3],
+    /// To tell the other process when this one fails.
+    pub source: Handover,
+    /// For [`crate::machine::Start::Coming`].
+    pub coming: Coming,
 }
 
-/// The new process's side, up to the moment in which the guest is held.
+/// A machine that runs in another process until [`welcome`] has it held, with everything but its state.
+pub struct Coming {
+    /// RAM, and what of KVM there is.
+    pub(crate) base: Base,
+    /// What is known of its state.
+    pub(crate) frame: Frame,
+    /// What the host gives it; then nothing is opened by the spec's paths.
+    pub(crate) belongings: Option<Belongings>,
+    /// The connection with the process that has it.
+    pub(crate) handover: Option<Handover>,
+}
+
+/// The new process's side, up to the point where the machine can be built. Blocks for the other one.
 pub fn expect(control: UnixStream) -> Result<Expected, MigrationError> {
-    let mut control = Handover {
+    let mut handover = Handover {
         control,
         taken: Arc::default(),
     };
-    let prepared = prepare(&mut control.control);
+    let source = handover.try_clone();
+    let source = source.map_err(MigrationError::connection("keep the connection"))?;
+    let prepared = prepare(&mut handover.control);
     if let Err(error) = &prepared {
-        control.fail(&chain(error));
+        handover.fail(&chain(error));
     }
-    let (hello, base, belongings) = prepared?;
+    let (spec, streams, coming) = prepared?;
     Ok(Expected {
-        control,
-        hello,
-        base,
-        belongings,
+        spec,
+        streams,
+        source,
+        coming: Coming {
+            handover: Some(handover),
+            ..coming
+        },
     })
 }
 
-fn prepare(control: &mut UnixStream) -> Result<(Hello, Base, Belongings), MigrationError> {
+/// The machine is built but for its state: has the guest held, and that come. Blocks for the other process.
+pub fn welcome(handover: &mut Handover) -> Result<MachineState, MigrationError> {
+    let control = &mut handover.control;
+    let broken = MigrationError::connection;
+    send(control, &Message::Welcome).map_err(broken("welcome the machine"))?;
+    match receive(control).map_err(broken("receive the machine"))? {
+        Message::State(state) => Ok(*state),
+        Message::Failed { reason } => Err(MigrationError::Other(reason)),
+        _ => Err(MigrationError::Unexpected("the machine's state")),
+    }
+}
+
+fn prepare(
+    control: &mut UnixStream,
+) -> Result<(MachineSpec, [OwnedFd; 3], Coming), MigrationError> {
     let broken = MigrationError::connection;
     let limited = control.set_read_timeout(Some(PATIENCE));
     limited.map_err(broken("limit the wait for the old process"))?;
     let greeting: Greeting =
         receive_frame(control).map_err(broken("be greeted by the old process"))?;
-    if greeting.format != FORMAT || greeting.version > VERSION {
-        return Err(MigrationError::Refused(format!(
-            "upgrade protocol {} of atoll-vmm {}, this program ({}) knows up to {VERSION}",
+    let frame = greeting.frame.filter(|_| greeting.version == VERSION);
+    let frame = frame.filter(|_| greeting.format == FORMAT);
+    let frame = frame.ok_or_else(|| {
+        MigrationError::Refused(format!(
+            "upgrade protocol {} of atoll-vmm {}, this program ({}) knows {VERSION}",
             greeting.version,
             greeting.hello.program,
             env!("CARGO_PKG_VERSION")
-        )));
-    }
+        ))
+    })?;
     greeting.hello.check()?;
+    if frame.cpuid.len() != usize::from(greeting.hello.spec.cpu_count) {
+        return Err(MigrationError::Unexpected("as many CPUs as the spec has"));
+    }
     let mut all = Belongings::default();
     if greeting.items > ITEMS_MAX {
         return Err(MigrationError::Unexpected("fewer descriptors"));
@@ -207,7 +292,16 @@ fn prepare(control: &mut UnixStream) -> Result<(Hello, Base, Belongings), Migrat
         all.insert(item.name, files);
     }
     let base = base(&greeting.hello, all.take_one(belongings::MEMORY))?;
-    Ok((greeting.hello, base, all))
+    let streams = all.take(belongings::STREAMS);
+    let streams = streams.and_then(|streams| streams.try_into().ok());
+    let streams = streams.ok_or(MigrationError::Unexpected("three standard streams"))?;
+    let coming = Coming {
+        base,
+        frame,
+        belongings: Some(all),
+        handover: None,
+    };
+    Ok((greeting.hello.spec, streams, coming))
 }
 
 fn receive_item(control: &UnixStream) -> io::Result<(Item, Vec<OwnedFd>)> {
@@ -233,52 +327,4 @@ fn base(hello: &Hello, memory: Option<File>) -> Result<Base, MigrationError> {
         memory,
         late: None,
     })
-}
-
-/// A machine that has come, and is still the other process's.
-pub struct Arrived {
-    /// How to build the machine.
-    pub spec: atoll_vmm_protocol::spec::MachineSpec,
-    /// Everything but RAM.
-    pub state: MachineState,
-    /// RAM, and what of KVM there is.
-    pub base: Base,
-    /// What the host gives it.
-    pub belongings: Belongings,
-    /// The last step.
-    pub handover: Handover,
-}
-
-impl Expected {
-    /// The old process's standard streams, which are this one's from now on.
-    pub fn take_streams(&mut self) -> Result<[OwnedFd; 3], MigrationError> {
-        let streams = self.belongings.take(belongings::STREAMS);
-        let streams = streams.and_then(|streams| streams.try_into().ok());
-        streams.ok_or(MigrationError::Unexpected("three standard streams"))
-    }
-
-    /// Has the guest held, and its state come.
-    pub fn welcome(mut self) -> Result<Arrived, MigrationError> {
-        let state = receive_state(&mut self.control.control);
-        if let Err(error) = &state {
-            self.control.fail(&chain(error));
-        }
-        Ok(Arrived {
-            spec: self.hello.spec,
-            state: state?,
-            base: self.base,
-            belongings: self.belongings,
-            handover: self.control,
-        })
-    }
-}
-
-fn receive_state(control: &mut UnixStream) -> Result<MachineState, MigrationError> {
-    let broken = MigrationError::connection;
-    send(control, &Message::Welcome).map_err(broken("welcome the machine"))?;
-    match receive(control).map_err(broken("receive the machine"))? {
-        Message::State(state) => Ok(*state),
-        Message::Failed { reason } => Err(MigrationError::Other(reason)),
-        _ => Err(MigrationError::Unexpected("the machine's state")),
-    }
 }

@@ -133,6 +133,13 @@ pub fn enter(confinement: &Confinement, directories: &[PathBuf]) -> Result<(), S
     seccomp::arm(confinement.seccomp, log)
 }
 
+/// Compiles the filters that [`seal_starter`], [`seal_owner`] and later threads need, for whoever has no time then.
+pub(crate) fn prepare() {
+    if seccomp::is_armed() {
+        seccomp::prepare();
+    }
+}
+
 /// The machine is built and all threads of its start exist: the starter gets its filter, before any later job.
 pub(crate) fn seal_starter() {
     if seccomp::is_armed() {

@@ -76,6 +76,13 @@ pub(super) fn enter(kind: Kind) {
     }
 }
 
+/// Compiles the filters of the owner, of the starter, and of the threads that it makes.
+pub(super) fn prepare() {
+    for kind in filters::LATE.iter().chain(&[Kind::Owner, Kind::Starter]) {
+        PROGRAMS[*kind as usize].get_or_init(|| compile(*kind));
+    }
+}
+
 fn compile(kind: Kind) -> BpfProgram {
     let late: &[Kind] = match kind {
         Kind::Starter => filters::LATE,
