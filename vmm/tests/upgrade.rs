@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -22,7 +23,8 @@ use std::time::Duration;
 
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
 use guest::{
-    BINARY, Guest, Place, Random, eventually, kvm, number, runs, shell, shell_with_disk, works,
+    BINARY, Guest, Place, Random, Serial, eventually, kvm, number, runs, shell, shell_with_disk,
+    works,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -143,6 +145,80 @@ fn a_console_on_standard_streams_goes_on() {
     upgrade(&guest.0);
     keys.write_all(b"report\r").unwrap();
     wait_for("everything works");
+}
+
+/// A card with more queues than its driver uses, a terminal, a channel, and what was plugged in: all of it is where it was,
+/// works, and goes when it is asked to.
+#[test]
+fn what_a_machine_has_of_its_host_goes_along() {
+    if !kvm() {
+        return;
+    }
+    for (number, board) in ["micro", "pc"].into_iter().enumerate() {
+        let place = Place::new();
+        for name in ["more", "other"] {
+            let image = File::create(place.path(name)).unwrap();
+            image.set_len(1 << 20).unwrap();
+        }
+        let mut arguments = shell("64M,shared", "2");
+        arguments.extend(["--profile", board, "--virtio-console", "pty"]);
+        arguments.extend(["--port", "name=a.port,socket=port"]);
+        let mut guest = Upgraded(place.start(&arguments));
+        let mut serial = guest.0.serial();
+        serial.wait_for("probe> ");
+        let tap = format!("aup{number}x{}", std::process::id());
+        let interface = Path::new("/sys/class/net").join(&tap);
+        let has_card = plug(&guest.0, &mut serial, &tap);
+        let before = guest.0.ctl(&["info"]).unwrap();
+        for _ in 0..2 {
+            upgrade(&guest.0);
+            let now = guest.0.ctl(&["info"]).unwrap();
+            for what in ["devices", "console_path"] {
+                assert_eq!(now[what], before[what]);
+            }
+            assert_eq!(interface.exists(), has_card);
+            UnixStream::connect(guest.0.path("port")).unwrap();
+            File::open(now["console_path"].as_str().unwrap()).unwrap();
+            serial = guest.0.serial();
+            serial.type_line("report");
+            let said = serial.wait_for("\"failures\":[");
+            assert_eq!(said.matches("blk:").count(), 2, "{said}");
+            // The card works: its driver has sent, and nobody has answered.
+            let failures = serial.wait_for("]");
+            let expected = match has_card {
+                true => "\"net: no DHCP server answers\"]",
+                false => "]",
+            };
+            assert_eq!(failures, expected);
+            serial.wait_for("probe> ");
+        }
+        if has_card {
+            let remove = ["remove-device", "--id", "net0"];
+            guest.0.ctl(&remove).unwrap();
+            // It is nobody's any more.
+            eventually("the tap to go", || (!interface.exists()).then_some(()));
+        }
+    }
+}
+
+/// Plugs in two disks, and a card if there are taps here; whether that is so.
+fn plug(guest: &Guest, serial: &mut Serial, tap: &str) -> bool {
+    let disk = |keys| guest.ctl(&["add-disk", "--disk", keys]).unwrap();
+    disk("path=more,format=raw");
+    serial.wait_for(": now blk");
+    disk("path=other,format=raw,bus=scsi");
+    let keys = format!("tap={tap},queues=2,mac=52:54:00:00:00:08");
+    match guest.ctl(&["add-net", "--net", &keys]) {
+        Ok(_) => {
+            serial.wait_for(": now net");
+            true
+        }
+        Err(said) if said.contains("/dev/net/tun") || said.contains("permitted") => {
+            println!("ATOLL-SKIP: no tap: {said}");
+            false
+        }
+        Err(said) => panic!("{said} {}", guest.said()),
+    }
 }
 
 /// A program of the test's own.

@@ -260,7 +260,11 @@ impl Tap {
             what: "make it non-blocking",
             source: errno.into(),
         })?;
-        Self::set_up(file, name)
+        let tap = Self::set_up(file, name)?;
+        // A queue that waits to be used, as the card's former process has left it: to detach it again is an error.
+        let waits = request.flags & DETACH_QUEUE != 0;
+        tap.attached.store(!waits, Ordering::Release);
+        Ok(tap)
     }
 
     fn set_up(file: File, name: &str) -> Result<Self, TapError> {
