@@ -21,9 +21,13 @@ cargo build --workspace --bins --locked || exit 1
 web=$?
 [ $web = 0 ] || { tail -n 40 target/test/web-check.log; echo "the web page's own checks failed (npm run check)"; }
 
+cargo nextest run --workspace --locked --no-run || exit 1
 echo "waiting for the lab's images"
 wait $images || { tail -n 20 target/test/images.log; echo "the lab's images could not be built"; }
 
+# What the compiler wrote, gigabytes, goes to the disk now: else tests wait for it in their own mounts and flushes, for
+# longer than programs are given for those.
+sync
 rm -f target/nextest/default/junit.xml
 cargo nextest run --workspace --locked --no-fail-fast --status-level fail --final-status-level slow
 tests=$?
