@@ -1,7 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! What a full Linux finds beside disks, on the `pc` board: Debian's generic kernel, the host's own, since its cloud
-//! kernel has no driver for a watchdog or a generation id. One machine, which is saved, goes on in another process, and
-//! ends in a panic. It runs without io_uring, and its memory is huge pages.
+//! kernel has no driver for a watchdog or a generation id. One machine, which is saved, goes on in another process, is
+//! reset by its watchdog, and ends in a panic; its copy is ended by its watchdog. It runs without io_uring, and its memory
+//! is huge pages.
 
 use atoll_tests::lab::{self, Host};
 
@@ -40,14 +41,18 @@ vmm="systemd-run --quiet --pipe --wait -p SystemCallFilter=~io_uring_setup -p Sy
 truncate -s 64M data.raw
 start --profile pc --kernel /payload/full/vmlinux --initrd /var/t/initrd.img \
   --cmdline 'console=ttyS0 net.ifnames=0 quiet rdinit=/start' --cpus 2 --memory 384M,hugepages=2M --generation-id 1 \
-  --disk $root --disk path=/var/t/data.raw,format=raw --net tap=tap0,mtu=1400,queues=2,vhost=off \
+  --disk $root --disk path=/var/t/data.raw,format=raw --net tap=tap0,mtu=1400,queues=2,vhost=off,rate=RATE \
   --watchdog action=pause --panic action=poweroff
 ip address replace 10.77.0.1/24 dev tap0; ip link set tap0 mtu 1400 up
 "#;
 
-/// Goes on from the snapshot, in another process.
+/// Bytes a second that the card carries at first, each way.
+const RATE: u64 = 100_000;
+
+/// Goes on from the snapshot, in another process, which does something else about a watchdog.
 const RESTORE: &str = r#"
-run --restore /var/t/saved
+jq '.services.watchdog.action = "ACTION"' saved/spec.json > spec.json
+run --restore /var/t/saved --spec /var/t/spec.json
 ip address replace 10.77.0.1/24 dev tap0; ip link set tap0 mtu 1400 up
 "#;
 
@@ -119,6 +124,50 @@ fn a_card_tells_what_it_is(host: &Host) {
     in_guest(host, "ping -c 3 -W 10 10.77.0.1 >/dev/null", 60);
 }
 
+/// Counts what a card carries while five seconds pass; prints the bytes, and the hundredths of a second around them.
+const FIVE_SECONDS: &str = "now() { read -r up _ < /proc/uptime; echo ${up/./}; }; \
+    count=/sys/class/net/eth0/statistics/WAY_bytes; t=$(now) n=$(<$count); sleep 5; echo $(($(<$count) - n)) $(($(now) - t))";
+
+/// A stream that is under way is neither faster than its limit nor stopped by it. Bounds are wide: the limit itself has
+/// its test.
+fn limit_is_kept(host: &Host, way: &str) {
+    let said = in_guest(host, &FIVE_SECONDS.replace("WAY", way), 60);
+    println!("{way} at {RATE} bytes/s: {said} bytes and hundredths of a second");
+    let (bytes, time) = said.split_once(' ').unwrap();
+    let (bytes, time) = (number(bytes), number(time));
+    let most = i64::try_from(3 * RATE).unwrap() * time / 100;
+    assert!(0 < bytes && bytes <= most, "{said}");
+}
+
+/// Streams that a limit would hold for four minutes: one begins under the limit that the card has from its start, the
+/// other under one that was set since; each ends soon once its own is lifted.
+fn a_rate_is_kept_until_it_is_lifted(host: &Host) {
+    let listen = "(head -c 24M /dev/zero | socat -u - TCP-LISTEN:9200,reuseaddr >/dev/null 2>&1 &); \
+        (socat -u TCP-LISTEN:9201,reuseaddr - 2>/dev/null | wc -c >sent &); \
+        for i in $(seq 50); do [ $(ss -ltn | grep -c ':920[01] ') = 2 ] && exit 0; sleep 0.2; done; exit 1";
+    on_host(host, listen, 60);
+    // Else the kernels remember how slow the other side is, and cut what comes later into small packets.
+    let forget = "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save";
+    on_host(host, forget, 60);
+    in_guest(host, forget, 60);
+    in_guest(host, "(wc -c < /dev/tcp/10.77.0.1/9200 > /tmp/got &)", 60);
+    limit_is_kept(host, "rx");
+    let other_way = format!("set-net-limits --id net0 --send-bytes-per-second {RATE}");
+    control(host, &other_way);
+    let got = "until [ -s /tmp/got ]; do sleep 1; done; cat /tmp/got";
+    let bytes = (24 << 20).to_string();
+    assert_eq!(in_guest(host, got, 150), bytes);
+    in_guest(
+        host,
+        "(head -c 24M /dev/zero > /dev/tcp/10.77.0.1/9201 &)",
+        60,
+    );
+    limit_is_kept(host, "tx");
+    control(host, "set-net-limits --id net0");
+    wait_for(host, "[ -s sent ]", 150);
+    assert_eq!(on_host(host, "cat sent", 30), bytes);
+}
+
 /// Streams both ways, each pair by a processor of its own, since the tap answers on the queue that a flow came from; in
 /// packets that only a wire would cut.
 fn both_pairs_carry_large_packets(host: &Host) {
@@ -161,15 +210,33 @@ fn a_guest_is_announced(host: &Host) {
     on_host(host, "kill $(pgrep -x tcpdump)", 30);
 }
 
+/// The guest opens its watchdog, once this has been answered, and does not feed it before it is told to close it. `before`:
+/// what the driver has found about the time before its start, WDIOF_CARDRESET being 32.
+fn starve_the_watchdog(host: &Host, before: &str) {
+    let open = "sleep 3; exec 5>/dev/watchdog; until [ -e /tmp/close ]; do sleep 0.1; done; printf V >&5; exec 5>&-; \
+        touch /tmp/closed";
+    let line = format!("cat /sys/class/watchdog/watchdog0/bootstatus; ( ({open}) & )");
+    assert_eq!(in_guest(host, &line, 60), before);
+}
+
 /// A guest that does not feed its watchdog is held, and goes on when it is let.
 fn a_watchdog_bites(host: &Host) {
-    in_guest(host, "exec 5>/dev/watchdog", 60);
+    starve_the_watchdog(host, "0");
     let paused =
         "/payload/bin/atoll-vmm ctl --api-socket api.sock info | grep -q '\"state\": \"paused\"'";
     wait_for(host, paused, 60);
     on_host(host, "grep 'did not feed its watchdog' vmm.log", 30);
     control(host, "resume");
-    in_guest(host, "printf V >&5; exec 5>&-", 60);
+    let close =
+        "touch /tmp/close; until [ -e /tmp/closed ]; do sleep 0.1; done; rm /tmp/close /tmp/closed";
+    in_guest(host, close, 60);
+}
+
+/// Goes on from the snapshot, with what is done about the watchdog, and with the disk of that moment.
+fn restore(host: &Host, action: &str) {
+    let go_on = RESTORE.replace("ACTION", action);
+    let copy = "cp saved.qcow2 root.qcow2";
+    on_host(host, &format!("{}{copy}{go_on}", shell::PREPARE), 120);
 }
 
 /// The kernel finds the device, and makes its random numbers anew when it wakes up as a copy.
@@ -179,10 +246,32 @@ fn a_copy_knows_that_it_is_one(host: &Host) {
     in_guest(host, found, 60);
     control(host, "snapshot --to /var/t/saved");
     shell::end(host);
-    on_host(host, &format!("{}{RESTORE}", shell::PREPARE), 120);
+    on_host(host, "cp root.qcow2 saved.qcow2", 60);
+    restore(host, "reset");
     let said = "for i in {1..30}; do dmesg | grep 'virtual machine fork' && break; sleep 1; done";
     assert!(in_guest(host, said, 120).contains("reseeded"));
     in_guest(host, "ping -c 3 -W 10 10.77.0.1 >/dev/null", 60);
+}
+
+/// The machine starts again, and its guest learns why.
+fn a_watchdog_resets(host: &Host) {
+    starve_the_watchdog(host, "0");
+    let reset =
+        "/payload/bin/atoll-vmm ctl --api-socket api.sock info | grep -q '\"reset_count\": 1,'";
+    wait_for(host, reset, 60);
+    on_host(host, "grep 'did not feed its watchdog.*Reset' vmm.log", 30);
+    let status = "! mountpoint -q /tmp && cat /sys/class/watchdog/watchdog0/bootstatus";
+    assert_eq!(in_guest(host, status, shell::BOOT_SECONDS), "32");
+}
+
+/// The machine ends as one that crashed, and says why.
+fn a_watchdog_ends_a_machine(host: &Host) {
+    restore(host, "poweroff");
+    starve_the_watchdog(host, "0");
+    wait_for(host, "[ -e exit ]", 60);
+    assert_eq!(on_host(host, "cat exit", 30), "3");
+    let ended = "grep 'machine ended.*Crashed.*did not feed its watchdog' vmm.log";
+    on_host(host, ended, 30);
 }
 
 /// Its last words are heard: the machine ends as one that crashed.
@@ -207,15 +296,18 @@ fn linux_finds_everything_on_the_pc_board() {
         Ok(())
     });
     let host = &hosts[0];
-    let start = format!("{}{INITRD}{START}", shell::PREPARE);
-    on_host(host, &start, 120);
+    let start = START.replace("RATE", &RATE.to_string());
+    on_host(host, &format!("{}{INITRD}{start}", shell::PREPARE), 120);
     in_guest(host, "mount -t tmpfs none /tmp", shell::BOOT_SECONDS);
     basics_are_there(host);
     data_survives_without_io_uring(host);
     a_card_tells_what_it_is(host);
+    a_rate_is_kept_until_it_is_lifted(host);
     both_pairs_carry_large_packets(host);
     a_guest_is_announced(host);
     a_watchdog_bites(host);
     a_copy_knows_that_it_is_one(host);
+    a_watchdog_resets(host);
     a_panic_is_heard(host);
+    a_watchdog_ends_a_machine(host);
 }
