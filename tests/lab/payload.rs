@@ -35,12 +35,6 @@ pub fn start_with(
     (hosts, [around, work])
 }
 
-/// `vmlinux`, an uncompressed kernel: that of the hosts.
-pub fn add_vmlinux(payload: &Path) -> anyhow::Result<()> {
-    std::fs::copy(lab::host_image()?.join("vmlinux"), payload.join("vmlinux"))?;
-    Ok(())
-}
-
 /// `full/`: Debian's generic kernel, that of the hosts, uncompressed, and the initial RAM disk that they boot with.
 pub fn add_full_kernel(payload: &Path) -> anyhow::Result<()> {
     let from = lab::host_image()?;
