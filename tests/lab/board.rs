@@ -4,7 +4,7 @@
 //! reset by its watchdog, and ends in a panic; its copy is ended by its watchdog. It runs without io_uring, and its memory
 //! is huge pages.
 
-use atoll_tests::lab::{self, Host};
+use atoll_tests::lab::Host;
 
 use crate::payload;
 use crate::shell::{self, control, in_guest, on_host, wait_for};
@@ -286,15 +286,7 @@ fn a_panic_is_heard(host: &Host) {
 
 #[test]
 fn linux_finds_everything_on_the_pc_board() {
-    let (hosts, _guard) = payload::start_with(1, |payload| {
-        let from = lab::host_image()?;
-        let full = payload.join("full");
-        std::fs::create_dir(&full)?;
-        for file in ["vmlinux", "initrd.img"] {
-            std::fs::copy(from.join(file), full.join(file))?;
-        }
-        Ok(())
-    });
+    let (hosts, _guard) = payload::start_with(1, payload::add_full_kernel);
     let host = &hosts[0];
     let start = START.replace("RATE", &RATE.to_string());
     on_host(host, &format!("{}{INITRD}{start}", shell::PREPARE), 120);
