@@ -1,30 +1,42 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! What the stock Debian cloud kernel and Debian's udev do with disks, in one machine: units of the SCSI host, among
-//! them the root disk and a CD-ROM drive, and disks on slots of their own, in image files and on a block device.
+//! them the root disk and a CD-ROM drive, and disks on slots of their own, in image files, on a block device, and in QEMU's
+//! storage daemon. Some come while it runs.
 
 use atoll_tests::lab::Host;
 
 use crate::payload;
 use crate::shell::{self, control, in_guest, on_host, refused, wait_for};
 
-/// `data` and `plain` are written to; `frozen` and `still` cannot be; `behind` is a block device of the host's.
+/// `data` and `plain` are written to; `frozen` and `still` cannot be; `behind` is a block device of the host's. The storage
+/// daemon has a disk in `served.raw`.
 const START: &str = r#"
 qemu-img create -q -f qcow2 data.qcow2 256M
 truncate -s 256M plain.raw; truncate -s 64M late.raw behind.raw; head -c 4M /dev/urandom > frozen.raw
 behind=$(losetup -f --show behind.raw)
-start $kernel --cmdline "$cmdline" --cpus 2 --memory 512 \
+truncate -s 96M served.raw
+setsid env LD_LIBRARY_PATH=/payload/storage /payload/storage/qemu-storage-daemon \
+  --blockdev driver=file,node-name=f,filename=served.raw,discard=unmap \
+  --export type=vhost-user-blk,id=e,node-name=f,writable=on,num-queues=2,addr.type=unix,addr.path=served.sock \
+  </dev/null >served.log 2>&1 &
+for i in $(seq 300); do [ -S served.sock ] && break; sleep 0.1; done
+[ -S served.sock ] || { cat served.log; exit 1; }
+start $kernel --cmdline "$cmdline" --cpus 2 --memory 512M,shared \
   --disk id=root,bus=scsi,target=4,serial=root-2342,$root \
   --disk id=data,bus=scsi,target=9,path=/var/t/data.qcow2,format=qcow2,discard,detect-zeroes,serial=data-4711 \
   --disk id=frozen,bus=scsi,path=/var/t/frozen.raw,format=raw,readonly \
   --disk id=drive,bus=cdrom,target=2,path=/payload/discs/1.iso \
-  --disk id=plain,path=/var/t/plain.raw,format=raw,discard,detect-zeroes,cache=none,serial=plain-0815 \
+  --disk id=plain,path=/var/t/plain.raw,format=raw,discard,detect-zeroes,cache=none,queues=2,serial=plain-0815 \
   --disk id=behind,path=$behind,format=raw,cache=none \
-  --disk id=still,path=/var/t/frozen.raw,format=raw,readonly
+  --disk id=still,path=/var/t/frozen.raw,format=raw,readonly \
+  --vhost-user socket=/var/t/served.sock,type=blk,queues=2
 "#;
 
-/// Functions of the guest's shell: a disk's name by its serial number; its size when it is as wanted; data, no two
-/// sectors of which are alike.
+/// Functions of the guest's shell: a disk's name by its serial number; waits for a disk; its size when it is as wanted;
+/// milliseconds that a command takes; data, no two sectors of which are alike.
 const FUNCTIONS: &str = "disk() { basename $(readlink -f /dev/disk/by-id/*$1); }; \
+    come() { for i in {1..60}; do ls /dev/disk/by-id/*$1 >/dev/null 2>&1 && return; sleep 1; done; return 1; }; \
+    took() { local a=${EPOCHREALTIME/./}; \"$@\" || return 1; echo $(((${EPOCHREALTIME/./} - a) / 1000)); }; \
     size() { for i in {1..30}; do [ $(cat /sys/block/$(disk $1)/size) = $2 ] && return; sleep 1; done; return 1; }; \
     data() { seq 1000000 9999999 2>/dev/null | head -c $1; }";
 
@@ -48,8 +60,8 @@ fn have_names(host: &Host) {
          d=$(disk $s); echo $s $(basename $(readlink /sys/block/$d/device)) $(cat /sys/block/$d/ro); done";
     let expected = "root-2342 0:0:4:0 0\ndata-4711 0:0:9:0 0\nfrozen 0:0:0:0 1\ndrive 0:0:2:0 1";
     assert_eq!(in_guest(host, place, 60), expected);
-    let mounted = "[ /dev/$(disk root-2342) = $(findmnt -no SOURCE /) ] && echo $(cat /sys/block/$(disk plain-0815)/serial)";
-    assert_eq!(in_guest(host, mounted, 60), "plain-0815");
+    let mounted = "[ /dev/$(disk root-2342) = $(findmnt -no SOURCE /) ] && d=/sys/block/$(disk plain-0815) && echo $(cat $d/serial) $(ls $d/mq)";
+    assert_eq!(in_guest(host, mounted, 60), "plain-0815 0 1");
 }
 
 /// What is written is read back past the page cache, and trimmed: the image has its space back.
@@ -156,8 +168,8 @@ fn discs_change(host: &Host) {
 
 /// 16 MiB at 4 MiB a second take seconds, and do not any more once the limit is gone.
 fn a_limit_comes_and_goes(host: &Host) {
-    let read = "a=${EPOCHREALTIME/./}; dd if=/dev/$(disk plain-0815) of=/dev/null bs=1M count=16 iflag=direct status=none; \
-        echo $(((${EPOCHREALTIME/./} - a) / 1000))";
+    let read =
+        "took dd if=/dev/$(disk plain-0815) of=/dev/null bs=1M count=16 iflag=direct status=none";
     let milliseconds = || in_guest(host, read, 120).parse::<u64>().unwrap();
     milliseconds();
     control(
@@ -172,6 +184,120 @@ fn a_limit_comes_and_goes(host: &Host) {
     let free = milliseconds();
     println!("16 MiB: {limited} ms at 4 MiB a second, then {free} ms");
     assert!(limited >= 3000 && free < limited, "{limited} ms, {free} ms");
+}
+
+/// Requests are limited as bytes are, on both buses, and what is held back goes on with the next limit. A burst is had at
+/// once, and no more than it: that of its rate, the time tells from below; that it is had, from above, with seconds to spare.
+fn operations_are_limited_and_have_bursts(host: &Host) {
+    let limit = |what: &str| control(host, &format!("set-disk-limits --id {what}"));
+    let milliseconds = |line: &str| {
+        let took = in_guest(host, &format!("took dd {line} status=none"), 120);
+        took.parse::<u64>().unwrap()
+    };
+    let read = "if=/dev/$(disk data-4711) of=/dev/null bs=4k iflag=direct";
+    limit("data --read-operations-per-second 5");
+    let steady = milliseconds(&format!("{read} count=20"));
+    limit("data --read-operations-per-second 5 --read-operations-burst 40");
+    let burst = milliseconds(&format!("{read} count=60"));
+    println!("5 reads a second: 20 took {steady} ms; with a burst of 40, 60 took {burst} ms");
+    assert!(steady >= 3000, "{steady} ms");
+    assert!((3000..12_000).contains(&burst), "{burst} ms");
+    limit("data");
+
+    limit("plain --operations-per-second 1");
+    let begin = "rm -f /tmp/through; ( (dd if=/dev/$(disk plain-0815) of=/dev/null bs=4k count=600 iflag=direct \
+        status=none && echo yes > /tmp/through) & ); sleep 2; [ ! -e /tmp/through ]";
+    in_guest(host, begin, 60);
+    limit("plain --write-bytes-per-second 2097152 --write-bytes-burst 16777216");
+    let end = "for i in {1..60}; do [ -e /tmp/through ] && break; sleep 1; done; cat /tmp/through";
+    assert_eq!(in_guest(host, end, 90), "yes");
+    let write = "if=/dev/urandom of=/dev/$(disk plain-0815) bs=1M count=24 oflag=direct";
+    let burst = milliseconds(write);
+    println!("2 MiB a second with a burst of 16 MiB: 24 MiB took {burst} ms");
+    assert!((3000..12_000).contains(&burst), "{burst} ms");
+    limit("plain");
+}
+
+/// Makes an image of each kind of compression, and what becomes of their content; tells its checksum.
+const PACK: &str = r#"data() { seq 1000000 9999999 2>/dev/null | head -c $1; }
+data 16M > packed.raw
+for kind in zlib zstd; do
+  qemu-img convert -c -f raw -O qcow2 -o compression_type=$kind packed.raw $kind.qcow2 || exit 1
+  [ $(qemu-img check --output=json $kind.qcow2 | jq '."compressed-clusters"') = 256 ] || exit 1
+done
+data 9M | tail -c 3M | dd of=packed.raw bs=12k seek=7 iflag=fullblock conv=notrunc status=none
+cksum < packed.raw"#;
+
+/// Clusters that QEMU has compressed are read, and overwritten, the first and the last of them in part. Gives the
+/// checksum of what they hold then.
+fn compressed_clusters_are_read_and_rewritten(host: &Host) -> String {
+    let expected = on_host(host, PACK, 120);
+    for (kind, bus) in [("zlib", "scsi"), ("zstd", "blk")] {
+        let add = format!(
+            "add-disk --disk id={kind},bus={bus},path=/var/t/{kind}.qcow2,format=qcow2,serial={kind}-1"
+        );
+        control(host, &add);
+        let rewrite = format!(
+            "come {kind}-1 && d=/dev/$(disk {kind}-1) && data 16M | cmp - $d && data 9M | tail -c 3M | dd of=$d bs=12k \
+             seek=7 iflag=fullblock oflag=direct conv=fsync status=none && echo 3 > /proc/sys/vm/drop_caches && cksum < $d"
+        );
+        assert_eq!(in_guest(host, &rewrite, 180), expected, "{kind}");
+    }
+    expected
+}
+
+/// Cache modes with what open(2) is told for them; 010000 is O_DSYNC of fcntl.h on x86, 040000 O_DIRECT.
+const CACHES: [(&str, &str, u32); 3] = [
+    ("unsafe", "blk", 0),
+    ("writethrough", "scsi", 0o10_000),
+    ("directsync", "blk", 0o50_000),
+];
+
+/// Files are open as their caches say; the guest writes, and its flushes succeed.
+fn caches_are_as_asked(host: &Host) {
+    for (cache, bus, flags) in CACHES {
+        on_host(host, &format!("truncate -s 16M {cache}.raw"), 30);
+        let add = format!(
+            "add-disk --disk id={cache},bus={bus},path=/var/t/{cache}.raw,format=raw,cache={cache},serial={cache}"
+        );
+        control(host, &add);
+        let open = format!(
+            "p=/proc/$(cat pid); for f in $(ls $p/fd); do [ \"$(readlink $p/fd/$f)\" = /var/t/{cache}.raw ] || continue; \
+             echo $(($(awk '/^flags/ {{print $2}}' $p/fdinfo/$f) & 050000)); done | sort -u"
+        );
+        assert_eq!(on_host(host, &open, 60), flags.to_string(), "{cache}");
+        let write = format!(
+            "come {cache} && data 4M | dd of=/dev/$(disk {cache}) bs=64k iflag=fullblock oflag=direct conv=fsync status=none"
+        );
+        in_guest(host, &write, 180);
+        let answer = control(host, "counters");
+        let counters: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        let disks = counters["disks"].as_array().unwrap();
+        let disk = disks.iter().find(|disk| disk["id"] == cache).unwrap();
+        println!("{cache}: {disk}");
+        assert!(disk["written_bytes"].as_u64().unwrap() >= 4 << 20, "{disk}");
+        assert_eq!(disk["failed_requests"], 0, "{disk}");
+    }
+}
+
+/// A disk in another process, which QEMU's people wrote: both of its queues, its cache mode, which the guest may change,
+/// and its space.
+fn another_process_has_a_disk(host: &Host) {
+    let write = "for b in /sys/block/vd*; do [ $(cat $b/size) = 196608 ] && d=/dev/${b##*/}; done; b=/sys/block/${d##*/}; \
+        echo $(ls $b/mq); data 8M > /tmp/w; for c in 0 1; do taskset -c $c dd if=/tmp/w of=$d bs=1M skip=$((4 * c)) \
+        seek=$((4 * c)) count=4 oflag=direct conv=fsync status=none || echo failed; done; \
+        for cache in 'write through' 'write back'; do echo $cache > $b/cache_type; cat $b/queue/write_cache; done; \
+        echo 3 > /proc/sys/vm/drop_caches; cmp -n 8388608 /tmp/w $d && rm /tmp/w";
+    assert_eq!(in_guest(host, write, 180), "0 1\nwrite through\nwrite back");
+    let filled = space(host, "served.raw");
+    in_guest(host, "blkdiscard -o 4M -l 4M $d", 60);
+    let discarded = space(host, "served.raw");
+    assert!(
+        discarded + 3 <= filled,
+        "{discarded} MiB of {filled} are left"
+    );
+    let written = on_host(host, "head -c 4M served.raw | cksum", 60);
+    assert_eq!(written, sum(host, "4M"));
 }
 
 /// The kernel moves what raw disks transfer, past its page cache where that is asked for, also to a block device.
@@ -195,7 +321,10 @@ fn files_are_open_as_asked(host: &Host) {
 
 #[test]
 fn linux_uses_every_ability_of_disks() {
-    let (hosts, _guard) = payload::start_with(1, payload::add_discs);
+    let (hosts, _guard) = payload::start_with(1, |payload| {
+        payload::add_discs(payload)?;
+        payload::add_storage_daemon(payload)
+    });
     let host = &hosts[0];
     on_host(host, &format!("{}{START}", shell::PREPARE), 120);
     in_guest(host, "true", shell::BOOT_SECONDS);
@@ -209,10 +338,25 @@ fn linux_uses_every_ability_of_disks() {
     discs_change(host);
     a_limit_comes_and_goes(host);
     files_are_open_as_asked(host);
+    operations_are_limited_and_have_bursts(host);
+    let rewritten = compressed_clusters_are_read_and_rewritten(host);
+    caches_are_as_asked(host);
+    another_process_has_a_disk(host);
     shell::end(host);
     on_host(
         host,
         "qemu-img check data.qcow2 && qemu-img check root.qcow2",
         60,
     );
+    for kind in ["zlib", "zstd"] {
+        let check = format!(
+            "qemu-img check --output=json {kind}.qcow2 > check && [ $(jq '.\"compressed-clusters\"' check) -lt 256 ] || \
+             {{ cat check; exit 1; }}; qemu-img convert -O raw {kind}.qcow2 {kind}.raw; cksum < {kind}.raw"
+        );
+        assert_eq!(on_host(host, &check, 120), rewritten, "{kind}");
+    }
+    for (cache, ..) in CACHES {
+        let written = on_host(host, &format!("head -c 4M {cache}.raw | cksum"), 60);
+        assert_eq!(written, sum(host, "4M"), "{cache}");
+    }
 }

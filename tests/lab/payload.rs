@@ -48,13 +48,23 @@ pub fn add_full_kernel(payload: &Path) -> anyhow::Result<()> {
 
 /// `testpmd/`: the program, the drivers that it loads by itself, and the libraries of all.
 pub fn add_testpmd(payload: &Path) -> anyhow::Result<()> {
-    let place = payload.join("testpmd");
-    std::fs::create_dir(&place)?;
     let drivers = "/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0";
     let drivers = ["bus_vdev", "net_vhost", "mempool_ring"]
         .map(|name| format!("{drivers}/librte_{name}.so.23"));
     let mut files = vec!["/usr/bin/dpdk-testpmd".to_owned()];
     files.extend(drivers);
+    add_with_libraries(files, &payload.join("testpmd"))
+}
+
+/// `storage/`: QEMU's storage daemon and its libraries.
+pub fn add_storage_daemon(payload: &Path) -> anyhow::Result<()> {
+    let files = vec!["/usr/bin/qemu-storage-daemon".to_owned()];
+    add_with_libraries(files, &payload.join("storage"))
+}
+
+/// Programs of this machine, for a host of the same suite that has not their packages.
+fn add_with_libraries(mut files: Vec<String>, place: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir(place)?;
     let told = Command::new("ldd").args(&files).output()?;
     ensure!(told.status.success(), "ldd {files:?}: {told:?}");
     let told = String::from_utf8(told.stdout)?;
