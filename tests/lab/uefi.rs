@@ -79,7 +79,9 @@ fn on_host(host: &Host, command: &str, seconds: u32) -> String {
 
 #[track_caller]
 fn control(host: &Host, name: &str, request: &str) -> String {
-    let command = format!("/payload/bin/atoll-vmm ctl --api-socket {name}.api {request}");
+    let command = format!(
+        "/payload/bin/atoll-vmm ctl --api-socket {name}.api {request} || {{ code=$?; cat {name}.log; exit $code; }}"
+    );
     on_host(host, &command, 60)
 }
 
