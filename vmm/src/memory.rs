@@ -19,7 +19,9 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion}
 
 use crate::board::Board;
 
-pub use userfault::{Told, USERFAULTFD, UserFault, UserFaultError, Writes, WritesError};
+pub use userfault::{
+    Told, USERFAULTFD, UserFault, UserFaultError, Writes, WritesError, open_device,
+};
 
 /// The smaller huge page of x86-64, which the host may put where it likes (transparent huge pages).
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;

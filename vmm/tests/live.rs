@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use atoll_vmm::board::MICRO;
-use atoll_vmm::memory::{Backing, USERFAULTFD, allocate};
+use atoll_vmm::memory::{Backing, USERFAULTFD, allocate, open_device};
 use atoll_vmm::saved::packed::Packed;
 use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::{Request, SavingInfo, SavingStage, Snapshot, SnapshotTaken};
@@ -31,7 +31,7 @@ const SNAIL: &str = "1";
 
 /// Whether tests can run; says so when not.
 fn possible() -> bool {
-    let device = File::options().read(true).write(true).open(USERFAULTFD);
+    let device = open_device();
     if let Err(error) = &device {
         println!("ATOLL-SKIP: {USERFAULTFD}: {error}");
     }

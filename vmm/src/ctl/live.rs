@@ -9,13 +9,12 @@ use atoll_vmm_protocol::api::{Request, SavingInfo, SavingStage, SnapshotTaken};
 use atoll_vmm_protocol::client::Client;
 
 use super::POLL;
-use crate::memory::USERFAULTFD;
+use crate::memory::{USERFAULTFD, open_device};
 use crate::saved::MachineState;
 
 /// What gives the machine's process, which may open nothing, a userfaultfd.
 pub(super) fn device() -> anyhow::Result<File> {
-    let opened = File::options().read(true).write(true).open(USERFAULTFD);
-    opened.with_context(|| {
+    open_device().with_context(|| {
         format!("{USERFAULTFD}, which a live snapshot takes (be root, or let this user open it)")
     })
 }

@@ -19,7 +19,6 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::raw::c_ulong;
-use std::path::Path;
 
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
@@ -29,6 +28,14 @@ pub use self::writes::{Writes, WritesError};
 
 /// Gives a userfaultfd to whoever may open it, since Linux 6.1.
 pub const USERFAULTFD: &str = "/dev/userfaultfd";
+
+/// Opens [`USERFAULTFD`]; an error for whoever may not, and where there is none.
+pub fn open_device() -> io::Result<File> {
+    File::options().read(true).write(true).open(USERFAULTFD)
+}
+
+/// Of each userfaultfd.
+const FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
 
 /// `linux/userfaultfd.h`.
 const UFFDIO: u32 = 0xaa;
@@ -143,32 +150,37 @@ pub struct UserFault(File);
 impl UserFault {
     /// One that also answers for the kernel (KVM, io_uring, vhost), which takes a right that the sandbox gives up.
     pub fn open() -> Result<Self, UserFaultError> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        let file = Self::by_device(Path::new(USERFAULTFD), flags).or_else(|_| Self::by_call(flags));
-        let faults = Self(file.map_err(UserFaultError::Refused)?);
-        let mut request = ApiRequest {
-            api: UFFD_API,
-            features: UFFD_FEATURE_EVENT_REMOVE,
-            ioctls: 0,
-        };
-        // SAFETY: reads and writes one structure of this request's type.
-        let done = unsafe { ioctl_with_mut_ref(&faults.0, UFFDIO_API(), &mut request) };
-        done_or_error(done).map_err(UserFaultError::Features)?;
+        let device = open_device().and_then(|device| Self::by_device(&device));
+        let faults = device.or_else(|_| Self::by_call());
+        let faults = faults.map_err(UserFaultError::Refused)?;
+        let greeted = faults.greet(UFFD_FEATURE_EVENT_REMOVE);
+        greeted.map_err(UserFaultError::Features)?;
         Ok(faults)
     }
 
-    fn by_device(device: &Path, flags: i32) -> io::Result<File> {
-        let device = File::options().read(true).write(true).open(device)?;
-        let flags = c_ulong::try_from(flags).expect("flags are positive");
+    fn by_device(device: &File) -> io::Result<Self> {
+        let flags = c_ulong::try_from(FLAGS).expect("flags are positive");
         // SAFETY: takes its argument by value.
-        let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags) };
-        own(fd)
+        let fd = unsafe { ioctl_with_val(device, USERFAULTFD_IOC_NEW(), flags) };
+        own(fd).map(Self)
     }
 
-    fn by_call(flags: i32) -> io::Result<File> {
+    fn by_call() -> io::Result<Self> {
         // SAFETY: takes its argument by value.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        own(i32::try_from(fd).expect("a descriptor, or -1"))
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+        own(i32::try_from(fd).expect("a descriptor, or -1")).map(Self)
+    }
+
+    /// Asks for features, before anything else; once, since one that is not known is an error.
+    fn greet(&self, features: u64) -> io::Result<()> {
+        let mut request = ApiRequest {
+            api: UFFD_API,
+            features,
+            ioctls: 0,
+        };
+        // SAFETY: reads and writes one structure of this request's type.
+        let done = unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_API(), &mut request) };
+        done_or_error(done)
     }
 
     /// From now on the kernel asks for pages of this private anonymous memory that are touched and not there.

@@ -17,11 +17,7 @@ const MIB: u64 = PAGES >> 8;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn device() -> Option<File> {
-    let opened = File::options()
-        .read(true)
-        .write(true)
-        .open(crate::memory::USERFAULTFD);
-    opened
+    crate::memory::open_device()
         .inspect_err(|error| println!("ATOLL-SKIP: {error}"))
         .ok()
 }

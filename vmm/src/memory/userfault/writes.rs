@@ -13,13 +13,10 @@ use std::fs::File;
 use std::io;
 
 use rustix::io::Errno;
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
-use super::{
-    ApiRequest, Range, RegisterRequest, UFFD_API, UFFDIO, UFFDIO_API, UFFDIO_REGISTER,
-    USERFAULTFD_IOC_NEW, UserFault, done_or_error, own, range,
-};
+use super::{Range, RegisterRequest, UFFDIO, UFFDIO_REGISTER, UserFault, done_or_error, range};
 
 /// `linux/userfaultfd.h`.
 const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
@@ -94,18 +91,8 @@ impl Writes {
     }
 
     fn with(device: &File, features: u64, must_exist: bool) -> Result<Self, WritesError> {
-        let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).cast_unsigned());
-        // SAFETY: takes its argument by value.
-        let fd = unsafe { ioctl_with_val(device, USERFAULTFD_IOC_NEW(), flags) };
-        let faults = UserFault(own(fd).map_err(WritesError::Make)?);
-        let mut request = ApiRequest {
-            api: UFFD_API,
-            features,
-            ioctls: 0,
-        };
-        // SAFETY: reads and writes one structure of this request's type.
-        let done = unsafe { ioctl_with_mut_ref(&faults.0, UFFDIO_API(), &mut request) };
-        done_or_error(done).map_err(WritesError::Features)?;
+        let faults = UserFault::by_device(device).map_err(WritesError::Make)?;
+        faults.greet(features).map_err(WritesError::Features)?;
         Ok(Self { faults, must_exist })
     }
 
