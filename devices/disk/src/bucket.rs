@@ -6,6 +6,10 @@
 
 use std::time::{Duration, Instant};
 
+/// How long whoever is held back waits at most before the bucket is looked at again: it may have been replaced by one of a
+/// higher rate.
+pub const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
 /// Tokens that come at a rate, up to a burst. Whoever finds one may take more than there are: the debt delays
 /// the next one, so that the average holds for requests of any size.
 #[derive(Debug, Clone)]

@@ -53,7 +53,7 @@ pub use backend::{
     Abilities, BlockBackend, BlockQueue, Completion, Full, Geometry, Operation, Request,
     ResizeError, SECTOR_BYTES, Space,
 };
-pub use bucket::TokenBucket;
+pub use bucket::{LOOK_AGAIN, TokenBucket};
 pub use chain::chain;
 pub use fault::{Fault, Faulty};
 pub use frozen::{Freezable, Frozen, FrozenReader};

@@ -17,11 +17,8 @@ use rustix::time::{
 };
 
 use crate::backend::{BlockBackend, BlockQueue, Completion, Full, Operation, Request};
-use crate::bucket::TokenBucket;
+use crate::bucket::{LOOK_AGAIN, TokenBucket};
 use crate::layer::{Layer, QueueLayer};
-
-/// How long a held request waits at most before its limits are looked at again: they may have been raised.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// One rate, of bytes or of requests; without `per_second` there is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -5,10 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_disk::TokenBucket;
-
-/// How long a held packet waits at most before the limit is looked at again: it may have been raised.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+use atoll_disk::{LOOK_AGAIN, TokenBucket};
 
 /// How much one direction of a card may carry, its Ethernet headers included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
