@@ -26,8 +26,8 @@ use super::owner::{Event, Machine};
 use super::snapshot::Files;
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
-use crate::memory::saving::{Order, Saving, SavingError, Sink, WORD_PAGES, mark_words};
-use crate::memory::{self, HUGE_PAGE_BYTES, USERFAULTFD, Writes};
+use crate::memory::saving::{Order, Saving, SavingError, Sink, mark_words};
+use crate::memory::{self, HUGE_PAGE_BYTES, USERFAULTFD, WORD_PAGES, Writes};
 use crate::saved::SnapshotForm;
 use crate::saved::sinks::{ImageSink, PackedSink};
 

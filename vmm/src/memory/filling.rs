@@ -40,11 +40,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use self::arrivals::{Arrivals, Elsewhere};
 use self::places::{Places, index};
-use super::{Told, UserFault, UserFaultError};
+use super::{Told, UserFault, UserFaultError, WORD_PAGES};
 use crate::saved::image::is_zero;
-
-/// Pages that are filled together, those of one word.
-pub const WORD_PAGES: usize = 64;
 
 /// Where pages come from.
 pub trait Source: Send {

@@ -35,10 +35,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-use super::{Told, Writes, WritesError};
+use super::{Told, WORD_PAGES, Writes, WritesError};
 
-/// Pages of a word, whose bits say which of them are wanted.
-pub const WORD_PAGES: usize = 64;
 const WORD_BYTES: usize = WORD_PAGES * PAGE_BYTES;
 /// How often a saver that waits looks whether it is wanted still.
 const TICK: Duration = Duration::from_millis(20);
@@ -325,9 +323,12 @@ impl Saver {
                 };
                 self.progress.faults.fetch_add(1, Ordering::Relaxed);
                 if let Some((range, word)) = self.find(address) {
-                    self.save(range, word / self.unit_words * self.unit_words)?;
-                    // It may have been saved before this was read.
-                    self.allow(range, word / self.unit_words * self.unit_words)?;
+                    let start = word / self.unit_words * self.unit_words;
+                    match self.is_wanted(range, start) {
+                        true => self.save(range, start)?,
+                        // Saved before this was read.
+                        false => self.allow(range, start)?,
+                    }
                 }
             }
         }

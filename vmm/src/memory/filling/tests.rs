@@ -16,13 +16,10 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::places::{first_run, run};
 use super::*;
 use crate::board::MICRO;
+use crate::memory::paged::{MIB, PAGES, at, page};
 use crate::memory::{Backing, allocate};
 use crate::saved::packed::{self, Packed, Wanted};
 use crate::saved::{Layer, image, layers::Layers};
-
-/// Pages of the machines here.
-const PAGES: u64 = 1024;
-const MIB: u64 = PAGES >> 8;
 
 fn userfault() -> Option<UserFault> {
     let opened = UserFault::open();
@@ -33,16 +30,6 @@ fn userfault() -> Option<UserFault> {
 
 fn ram() -> Ram {
     allocate(&MICRO, MIB, 40, Backing::Anonymous).unwrap()
-}
-
-fn at(page: u64) -> GuestAddress {
-    GuestAddress(page * PAGE_BYTES as u64)
-}
-
-fn page(ram: &Ram, number: u64) -> Vec<u8> {
-    let mut bytes = vec![0; PAGE_BYTES];
-    ram.read_slice(&mut bytes, at(number)).unwrap();
-    bytes
 }
 
 /// What page `number` has: words of its number; nothing in every seventh.

@@ -9,27 +9,15 @@ use atoll_devices::virtio::balloon::discard;
 
 use super::*;
 use crate::board::MICRO;
+use crate::memory::paged::{MIB, PAGES, at, page};
 use crate::memory::{Backing, HugePage, allocate};
 
-/// Pages of the machines here.
-const PAGES: u64 = 1024;
-const MIB: u64 = PAGES >> 8;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn device() -> Option<File> {
     crate::memory::open_device()
         .inspect_err(|error| println!("ATOLL-SKIP: {error}"))
         .ok()
-}
-
-fn at(page: u64) -> GuestAddress {
-    GuestAddress(page * PAGE_BYTES as u64)
-}
-
-fn page(ram: &Ram, number: u64) -> Vec<u8> {
-    let mut bytes = vec![0; PAGE_BYTES];
-    ram.read_slice(&mut bytes, at(number)).unwrap();
-    bytes
 }
 
 /// What page `number` has at the moment: nothing in every third, which nobody has touched.
