@@ -25,8 +25,7 @@ cargo nextest run --workspace --locked --no-run || exit 1
 echo "waiting for the lab's images"
 wait $images || { tail -n 20 target/test/images.log; echo "the lab's images could not be built"; }
 
-# What the compiler wrote, gigabytes, goes to the disk now: else tests wait for it in their own mounts and flushes, for
-# longer than programs are given for those.
+# What the compiler wrote goes to the disk before tests wait for what they write themselves.
 sync
 rm -f target/nextest/default/junit.xml
 cargo nextest run --workspace --locked --no-fail-fast --status-level fail --final-status-level slow
