@@ -14,6 +14,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 
+use atoll_vmm_protocol::spec::MachineSpec;
 use guest::{Guest, Place, Serial, eventually, kvm, shell_with_disk};
 use serde_json::Value;
 
@@ -126,10 +127,25 @@ fn a_disk_moves_while_its_guest_writes() {
     // The same by a paused machine, whose two images are compared, there and back again.
     guest.ctl(&["pause"]).unwrap();
     target(&guest, "last", DISK_BYTES + (1 << 20));
+    let limit = |rate| {
+        guest
+            .ctl(&["set-disk-limits", "--id", "disk0", rate, "90000"])
+            .unwrap()
+    };
+    let saved = |directory: &str| {
+        guest.ctl(&["snapshot", "--to", directory]).unwrap();
+        let spec = std::fs::read(guest.path(directory).join("spec.json")).unwrap();
+        let spec: MachineSpec = serde_json::from_slice(&spec).unwrap();
+        spec.disks[0].clone()
+    };
     begin(&guest, "path=last,format=raw").unwrap();
     complete(&guest).unwrap();
     assert!(content(&guest, "last") == content(&guest, "disk.raw"));
+    limit("--read-operations-per-second");
     guest.ctl(&["cancel-mirror", "--id", "disk0"]).unwrap();
+    let disk = saved("stayed");
+    assert!(disk.path.ends_with("disk.raw"), "{disk:?}");
+    assert_eq!(disk.limits.read_operations_per_second, Some(90_000));
     assert_eq!(
         guest.ctl(&["mirrors"]).unwrap()["mirrors"],
         Value::Array(Vec::new())
@@ -137,13 +153,13 @@ fn a_disk_moves_while_its_guest_writes() {
     let text = begin(&guest, "path=disk.raw,format=raw").unwrap_err();
     assert!(text.contains("is in use"), "{text}");
     begin(&guest, "path=last,format=raw").unwrap();
+    limit("--write-operations-per-second");
     complete(&guest).unwrap();
-    // The spec of a snapshot has the new place; the record of changes goes with the disk.
-    guest.ctl(&["snapshot", "--to", "saved"]).unwrap();
-    let spec = std::fs::read_to_string(guest.path("saved/spec.json")).unwrap();
-    let spec: Value = serde_json::from_str(&spec).unwrap();
-    let path = spec["disks"][0]["path"].as_str().unwrap();
-    assert!(path.ends_with("/last"), "{path}");
+    // The spec of a snapshot has the new place, and rates that were changed meanwhile; the record of changes goes with the
+    // disk.
+    let disk = saved("moved");
+    assert!(disk.path.ends_with("last"), "{disk:?}");
+    assert_eq!(disk.limits.write_operations_per_second, Some(90_000));
     let text = guest.ctl(&["cancel-mirror", "--id", "disk0"]).unwrap_err();
     assert!(text.contains("has been moved"), "{text}");
     guest.ctl(&["shutdown"]).unwrap();

@@ -21,7 +21,8 @@ use atoll_vmm::memory::{Backing, allocate};
 use atoll_vmm::saved::packed::Packed;
 use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::Request;
-use guest::{Guest, Place, kvm, shell};
+use atoll_vmm_protocol::spec::{DiskLimits, MachineSpec, NetLimits};
+use guest::{Guest, Place, eventually, kvm, shell};
 use rustix::fs::{SeekFrom, seek};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -361,6 +362,52 @@ fn clocks_of_a_restored_guest_go_on_where_they_stopped() {
     println!("absent for {absent:?}, its clock counted {passed:?} of {most:?}");
     assert!(ns > before_ns && ticks > before_ticks);
     assert!(passed < most + Duration::from_millis(1));
+}
+
+/// Restored, a guest is held to the rates that were asked for while it ran, not to those that it was started with.
+#[test]
+fn rates_are_those_that_were_asked_for_last() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    guest.serial().wait_for("probe> ");
+    let card = format!("tap=asn{},vhost=off,rate=30000000", std::process::id());
+    let has_card = match guest.ctl(&["add-net", "--net", &card]) {
+        Ok(_) => true,
+        Err(said) if said.contains("/dev/net/tun") || said.contains("permitted") => {
+            println!("ATOLL-SKIP: no tap: {said}");
+            false
+        }
+        Err(said) => panic!("{said} {}", guest.said()),
+    };
+    let limit = |request, id, rate| guest.ctl(&[request, "--id", id, rate, "20000000"]).unwrap();
+    limit("set-disk-limits", "disk0", "--write-bytes-per-second");
+    if has_card {
+        limit("set-net-limits", "net0", "--send-bytes-per-second");
+    }
+    let check = |guest: &Guest, directory: &str| {
+        guest.ctl(&["snapshot", "--to", directory]).unwrap();
+        let spec = std::fs::read(guest.path(directory).join("spec.json")).unwrap();
+        let spec: MachineSpec = serde_json::from_slice(&spec).unwrap();
+        let disk = DiskLimits {
+            write_bytes_per_second: Some(20_000_000),
+            ..DiskLimits::default()
+        };
+        let card = NetLimits {
+            send_bytes_per_second: 20_000_000,
+            ..NetLimits::default()
+        };
+        assert_eq!(spec.disks[0].limits, disk);
+        let cards: Vec<_> = spec.nets.iter().map(|net| net.limits).collect();
+        assert_eq!(cards, if has_card { vec![card] } else { vec![] });
+    };
+    check(&guest, "first");
+    let place = guest.killed();
+    let copy = place.start(&["run", "--restore", "first"]);
+    // Where the control API will be, the killed process's socket is until then.
+    eventually("the control API", || copy.client().info().ok());
+    check(&copy, "second");
 }
 
 #[test]

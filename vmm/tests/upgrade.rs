@@ -22,6 +22,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
+use atoll_vmm_protocol::spec::MachineSpec;
 use guest::{
     BINARY, Guest, Place, Random, Serial, eventually, kvm, number, runs, shell, shell_with_disk,
     works,
@@ -169,6 +170,9 @@ fn what_a_machine_has_of_its_host_goes_along() {
         let tap = format!("aup{number}x{}", std::process::id());
         let interface = Path::new("/sys/class/net").join(&tap);
         let has_card = plug(&guest.0, &mut serial, &tap);
+        let limit = ["set-disk-limits", "--id", "disk0"];
+        let rate = ["--bytes-per-second", "900000000"];
+        guest.0.ctl(&[&limit[..], &rate].concat()).unwrap();
         let before = guest.0.ctl(&["info"]).unwrap();
         for _ in 0..2 {
             upgrade(&guest.0);
@@ -192,6 +196,11 @@ fn what_a_machine_has_of_its_host_goes_along() {
             assert_eq!(failures, expected);
             serial.wait_for("probe> ");
         }
+        // So do rates that were asked for.
+        guest.0.ctl(&["snapshot", "--to", "saved"]).unwrap();
+        let spec = std::fs::read(guest.0.path("saved/spec.json")).unwrap();
+        let spec: MachineSpec = serde_json::from_slice(&spec).unwrap();
+        assert_eq!(spec.disks[0].limits.bytes_per_second, Some(900_000_000));
         if has_card {
             let remove = ["remove-device", "--id", "net0"];
             guest.0.ctl(&remove).unwrap();

@@ -1,26 +1,30 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Requests of the control API that change a device while the machine runs, or is paused. Called by the owner.
+//!
+//! What is changed goes with the machine, wherever it goes on: as the device's own state (a plug, a balloon's target), in
+//! its image (a disk's size), or by the spec, which says what a device was made with (rates).
 
 use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::api::{BalloonInfo, Request, SetBalloon, SetLink, SetNetLimits};
+use atoll_vmm_protocol::spec::{MachineSpec, NetLimits};
 
-use super::devices::rate;
-use super::disks;
 use super::parts::Parts;
+use super::{devices, disks};
 use crate::api::{self, Answer, Asked};
+use crate::check;
 
 /// Does it; an error is the refusal that the asker gets.
-pub(super) fn obey(parts: &Parts, memory_mib: u64, mut asked: Asked) -> Result<(), Answer> {
+pub(super) fn obey(parts: &Parts, spec: &mut MachineSpec, mut asked: Asked) -> Result<(), Answer> {
     match asked.request {
         Request::SetLink => set_link(parts, &api::body(asked.body)?),
-        Request::SetNetLimits => set_net_limits(parts, &api::body(asked.body)?),
+        Request::SetNetLimits => set_net_limits(parts, spec, &api::body(asked.body)?),
         Request::Announce => {
             parts.nets.iter().for_each(|net| net.device.announce());
             Ok(())
         }
-        Request::SetBalloon => set_balloon(parts, memory_mib, &api::body(asked.body)?),
+        Request::SetBalloon => set_balloon(parts, spec.memory_mib, &api::body(asked.body)?),
         Request::ResizeDisk => disks::resize(parts, &api::body(asked.body)?),
-        Request::SetDiskLimits => disks::set_limits(parts, &api::body(asked.body)?),
+        Request::SetDiskLimits => disks::set_limits(parts, spec, &api::body(asked.body)?),
         Request::EjectDisk => disks::eject(parts, &api::body(asked.body)?),
         Request::InsertDisk => {
             let disc = asked.file("the disc")?;
@@ -47,15 +51,25 @@ fn set_link(parts: &Parts, body: &SetLink) -> Result<(), Answer> {
     Ok(())
 }
 
-fn set_net_limits(parts: &Parts, body: &SetNetLimits) -> Result<(), Answer> {
+fn set_net_limits(
+    parts: &Parts,
+    spec: &mut MachineSpec,
+    body: &SetNetLimits,
+) -> Result<(), Answer> {
     let card = card(parts, &body.id)?;
     if let Some(why) = card.limit_refusal() {
         return Err(api::refusal(409, format!("no rate can be limited: {why}")));
     }
-    card.set_limits(
-        rate(body.receive_bytes_per_second, body.receive_burst_bytes),
-        rate(body.send_bytes_per_second, body.send_burst_bytes),
-    );
+    let limits = NetLimits {
+        receive_bytes_per_second: body.receive_bytes_per_second,
+        receive_burst_bytes: body.receive_burst_bytes,
+        send_bytes_per_second: body.send_bytes_per_second,
+        send_burst_bytes: body.send_burst_bytes,
+    };
+    devices::limit(card, &limits);
+    let mut nets = spec.nets.iter_mut();
+    let net = nets.find(|net| check::id_of(&net.id) == body.id);
+    net.expect("a machine's cards are its spec's").limits = limits;
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use atoll_devices::console::{Console, ConsoleBackend, ConsoleEnd};
 use atoll_devices::platform::Serial;
 use atoll_devices::virtio::net::{Net, NetOptions, Rate};
 use atoll_devices::virtio::rng::Rng;
-use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetSpec};
+use atoll_vmm_protocol::spec::{ConsoleSpec, MachineSpec, NetLimits, NetSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::backplane::Backplane;
@@ -144,11 +144,7 @@ pub(super) fn card(
         None => format!("tap {}", net.tap),
     };
     let device = Arc::new(device.map_err(BuildError::device(end))?);
-    let limits = &net.limits;
-    device.set_limits(
-        rate(limits.receive_bytes_per_second, limits.receive_burst_bytes),
-        rate(limits.send_bytes_per_second, limits.send_burst_bytes),
-    );
+    limit(&device, &net.limits);
     device.set_link(!net.link_down);
     let function = backplane.add(id, device.clone())?;
     Ok(Card { function, device })
@@ -174,12 +170,19 @@ pub(super) fn boot_order(
     Ok(disks.chain(nets).filter_map(entry).collect())
 }
 
-/// A limit as the spec has it: 0 is none.
-pub(super) fn rate(bytes_per_second: u64, burst_bytes: u64) -> Option<Rate> {
-    (bytes_per_second > 0).then_some(Rate {
-        bytes_per_second,
-        burst_bytes,
-    })
+/// Holds a card to its spec's rates, from now on.
+pub(super) fn limit(card: &Net, limits: &NetLimits) {
+    // In a spec 0 is none.
+    let rate = |bytes_per_second, burst_bytes| {
+        (bytes_per_second > 0).then_some(Rate {
+            bytes_per_second,
+            burst_bytes,
+        })
+    };
+    card.set_limits(
+        rate(limits.receive_bytes_per_second, limits.receive_burst_bytes),
+        rate(limits.send_bytes_per_second, limits.send_burst_bytes),
+    );
 }
 
 /// A locally administered address of one card: bit 1 of the first octet set, bit 0 clear.

@@ -352,13 +352,25 @@ pub(super) fn resize(parts: &Parts, body: &ResizeDisk) -> Result<(), Answer> {
     Ok(())
 }
 
+/// The disk of that name in a machine's spec.
+pub(super) fn in_spec<'a>(spec: &'a mut MachineSpec, id: &str) -> &'a mut DiskSpec {
+    let mut disks = spec.disks.iter_mut();
+    let disk = disks.find(|disk| check::id_of(&disk.id) == id);
+    disk.expect("a machine's disks are its spec's")
+}
+
 /// Holds a disk to other rates.
-pub(super) fn set_limits(parts: &Parts, body: &SetDiskLimits) -> Result<(), Answer> {
+pub(super) fn set_limits(
+    parts: &Parts,
+    spec: &mut MachineSpec,
+    body: &SetDiskLimits,
+) -> Result<(), Answer> {
     let backend = find(parts, &body.id)?.backend.as_ref();
     let backend = backend.ok_or_else(|| no_disk(&body.id))?;
     let meant = check::disk_limits(&body.limits);
     meant.map_err(|error| api::refusal(400, format!("{}: {error}", body.id)))?;
     backend.set(limits(&body.limits));
+    in_spec(spec, &body.id).limits = body.limits;
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use atoll_vmm_protocol::api::{
     Acted, BeginMirror, CancelMirror, CompleteMirror, MachineState, MirrorInfo, MirrorStage,
     Mirrors, Request,
 };
-use atoll_vmm_protocol::spec::{DiskSpec, MachineSpec};
+use atoll_vmm_protocol::spec::DiskSpec;
 
 use super::RunError;
 use super::disks;
@@ -141,14 +141,11 @@ impl Machine {
             let text = "a target has a path, a format, backing images and a cache; the rest is the disk's own";
             return Err(api::refusal(400, text));
         }
-        let spec = self.spec_with(&body.id, |disk| {
-            disk.path = place.path;
-            disk.format = place.format;
-            disk.backing = place.backing;
-            disk.cache = place.cache;
-        });
+        let mut spec = self.spec.clone();
+        let disk = disks::in_spec(&mut spec, &body.id);
+        set_place(disk, &place);
+        let at_target = disk.clone();
         check::shape(&spec).map_err(|error| refused(error.to_string()))?;
-        let at_target = of_disk(&spec, &body.id).clone();
         let (files, taking) = (asked.files, at_target.clone());
         // Whether io_uring is to be had is found out by trying, which only the starter may.
         let target = atoll_thread::in_starter(move || Replacement::take(files, &taking));
@@ -156,17 +153,6 @@ impl Machine {
         let fits = backup.switchable.check(&*target.backend);
         fits.map_err(|error| refused(format!("the target cannot take its place: {error}")))?;
         Ok((body, at_target, target))
-    }
-
-    /// The machine with another disk of that name.
-    fn spec_with(&self, id: &str, change: impl FnOnce(&mut DiskSpec)) -> MachineSpec {
-        let mut spec = self.spec.clone();
-        let disk = spec
-            .disks
-            .iter_mut()
-            .find(|disk| check::id_of(&disk.id) == id);
-        change(disk.expect("a machine's disks are its spec's"));
-        spec
     }
 
     /// Of a held machine that has this disk.
@@ -328,11 +314,9 @@ impl Machine {
         let former = disk.exchange(target).expect("a drive has no mirror");
         let grown = disk.size_bytes() > size_bytes;
         self.forget_kept(Some(&id));
-        let mut former_spec = None;
-        self.spec = self.spec_with(&id, |disk| {
-            former_spec = Some(std::mem::replace(disk, at_target));
-        });
-        let former = former_spec.map(|spec| Box::new((former, spec)));
+        let disk = disks::in_spec(&mut self.spec, &id);
+        let former = Some(Box::new((former, disk.clone())));
+        set_place(disk, &at_target);
         self.mirrors[index].stage = Stage::Switched(former);
         grown
     }
@@ -352,7 +336,7 @@ impl Machine {
                     let (former, former_spec) = *former;
                     let disk = disks::find_mut(&mut self.parts, &id)?;
                     disk.exchange(former);
-                    self.spec = self.spec_with(&id, |disk| *disk = former_spec);
+                    set_place(disks::in_spec(&mut self.spec, &id), &former_spec);
                 }
             },
         }
@@ -414,7 +398,10 @@ impl Machine {
     }
 }
 
-fn of_disk<'a>(spec: &'a MachineSpec, id: &str) -> &'a DiskSpec {
-    let disk = spec.disks.iter().find(|disk| check::id_of(&disk.id) == id);
-    disk.expect("a machine's disks are its spec's")
+/// Says that a disk is where another one is; the rest is its own, and may have changed since that one was looked at.
+fn set_place(disk: &mut DiskSpec, other: &DiskSpec) {
+    disk.path.clone_from(&other.path);
+    disk.format = other.format;
+    disk.backing.clone_from(&other.backing);
+    disk.cache = other.cache;
 }

@@ -344,7 +344,7 @@ impl Machine {
                     // What is in the drive is not what its copies are of.
                     self.forget_kept(asked.body.get("id").and_then(|id| id.as_str()));
                 }
-                if let Err(refused) = controls::obey(&self.parts, self.spec.memory_mib, asked) {
+                if let Err(refused) = controls::obey(&self.parts, &mut self.spec, asked) {
                     return Ok(refused);
                 }
             }
