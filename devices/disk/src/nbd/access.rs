@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Content;
+use super::pace::Paced;
 use super::wire::ability;
 use crate::backend::{Abilities, BlockBackend, Operation, Space};
 use crate::blocking::BlockingDisk;
@@ -15,7 +16,10 @@ use crate::frozen::FrozenReader;
 pub(super) const PIECE_BYTES_MAX: usize = 1 << 20;
 
 /// What one connection does with the export that it has chosen: requests one after the other, which block its thread.
-pub struct Access(Opened);
+pub struct Access {
+    opened: Opened,
+    paced: Option<Paced>,
+}
 
 enum Opened {
     Frozen(FrozenReader),
@@ -65,13 +69,17 @@ impl Content {
 
     /// For one connection. Called where a queue may be opened.
     pub fn open(&self) -> io::Result<Access> {
-        Ok(Access(match self {
+        let opened = match self {
             Self::Frozen(frozen) => Opened::Frozen(frozen.open_reader()?),
             Self::Disk(disk) => Opened::Disk {
                 queue: BlockingDisk::open(&**disk, PIECE_BYTES_MAX)?,
                 disk: disk.clone(),
             },
-        }))
+        };
+        Ok(Access {
+            opened,
+            paced: None,
+        })
     }
 }
 
@@ -85,9 +93,17 @@ impl Clone for Content {
 }
 
 impl Access {
+    /// The same, whose reads keep to a rate.
+    pub(super) fn paced(self, paced: Option<Paced>) -> Self {
+        Self { paced, ..self }
+    }
+
     /// Fills `buffer`, at most [`PIECE_BYTES_MAX`]. The range is on the disk, in whole units.
     pub(super) fn read(&mut self, offset_bytes: u64, buffer: &mut [u8]) -> io::Result<()> {
-        match &mut self.0 {
+        if let Some(paced) = &self.paced {
+            paced.wait(buffer.len() as u64)?;
+        }
+        match &mut self.opened {
             Opened::Frozen(reader) => reader.read(offset_bytes, buffer),
             Opened::Disk { queue, .. } => {
                 buffer.copy_from_slice(queue.read(offset_bytes, buffer.len())?);
@@ -98,7 +114,7 @@ impl Access {
 
     /// Writes `data`, at most [`PIECE_BYTES_MAX`].
     pub(super) fn write(&mut self, offset_bytes: u64, data: &[u8]) -> io::Result<()> {
-        let Opened::Disk { queue, .. } = &mut self.0 else {
+        let Opened::Disk { queue, .. } = &mut self.opened else {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         };
         queue.buffer(data.len())?.copy_from_slice(data);
@@ -107,7 +123,7 @@ impl Access {
 
     /// Makes durable what was written, by this connection and by others.
     pub(super) fn flush(&mut self) -> io::Result<()> {
-        match &mut self.0 {
+        match &mut self.opened {
             // Nothing was written.
             Opened::Frozen(_) => Ok(()),
             Opened::Disk { queue, .. } => queue.act(Operation::Flush, 0, 0),
@@ -132,7 +148,7 @@ impl Access {
         range: Range<u64>,
         operation: impl Fn(u64) -> Operation,
     ) -> io::Result<()> {
-        let Opened::Disk { disk, queue } = &mut self.0 else {
+        let Opened::Disk { disk, queue } = &mut self.opened else {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         };
         let most = u64::from(disk.abilities().range_bytes_max);

@@ -11,11 +11,14 @@
 //! listener ─► thread `nbd` ─► one thread a connection: negotiate ─► transmit ─► Access: a frozen disk, or a disk
 //! ```
 //!
+//! A server can have a rate at which its clients read, together (`pace`).
+//!
 //! Bounds: [`CONNECTIONS_MAX`] connections, 64 KiB of an option's data, 32 MiB a read, a buffer of 1 MiB a connection.
 
 mod access;
 mod client;
 mod negotiate;
+mod pace;
 mod server;
 mod transmit;
 mod wire;

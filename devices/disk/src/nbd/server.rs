@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use atoll_thread::Kind;
 
+use super::pace::{Pace, Paced};
 use super::{Export, NbdError, converse};
 
 /// Connections that are served at a time; one more is closed at once. Tools open four to eight.
@@ -23,6 +24,7 @@ pub struct NbdServer {
 struct Shared {
     exports: Vec<Export>,
     listener: UnixListener,
+    pace: Option<Arc<Pace>>,
     /// Of the connections now. A leaf lock, held to look, to add and to remove.
     streams: Mutex<Streams>,
 }
@@ -37,9 +39,20 @@ struct Streams {
 impl NbdServer {
     /// Serves `exports`, at least one, to whoever connects to `listener`.
     pub fn start(listener: UnixListener, exports: Vec<Export>) -> io::Result<Self> {
+        Self::start_at_most(listener, exports, None)
+    }
+
+    /// The same, with the most that its clients read in a second, all together; a tenth of that at once. Zeroes count:
+    /// they are read, too, before they are told as holes. Who waits for the rate does not keep the server from its end.
+    pub fn start_at_most(
+        listener: UnixListener,
+        exports: Vec<Export>,
+        bytes_per_second: Option<u64>,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             exports,
             listener,
+            pace: bytes_per_second.map(|rate| Arc::new(Pace::new(rate))),
             streams: Mutex::default(),
         });
         let accepting = shared.clone();
@@ -133,9 +146,14 @@ fn leave(shared: &Shared, number: usize) {
 }
 
 fn serve(shared: &Shared, number: usize, mut stream: UnixStream) {
+    let paced = shared.pace.clone().map(|pace| {
+        let stream = stream.try_clone()?;
+        Ok::<_, io::Error>(Paced { pace, stream })
+    });
     let open = |export: &Export| {
         let content = export.content.clone();
-        atoll_thread::in_starter(move || content.open())
+        let access = atoll_thread::in_starter(move || content.open())?;
+        Ok(access.paced(paced.transpose()?))
     };
     // A client that misbehaves or leaves has nobody to be told.
     let _: Result<(), NbdError> = converse(&mut stream, &shared.exports, open);

@@ -197,7 +197,7 @@ impl Write for Script {
     }
 }
 
-fn option(number: u32, data: &[u8]) -> Vec<u8> {
+pub(super) fn option(number: u32, data: &[u8]) -> Vec<u8> {
     let length = u32::try_from(data.len()).unwrap();
     [
         &0x4948_4156_454f_5054_u64.to_be_bytes()[..],
@@ -208,7 +208,7 @@ fn option(number: u32, data: &[u8]) -> Vec<u8> {
     .concat()
 }
 
-fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
+pub(super) fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
     [
         &0x2560_9513_u32.to_be_bytes()[..],
         &flags.to_be_bytes(),
