@@ -12,6 +12,7 @@ mod guest;
 
 use std::os::unix::net::UnixListener;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use guest::{Guest, Place, Serial, eventually, kvm, shell};
 use serde_json::Value;
@@ -167,6 +168,43 @@ fn a_running_disk_is_read_as_it_was_when_the_export_began() {
         .contains("no disk disk7")
     );
     assert!(!guest.path("x").exists());
+}
+
+#[test]
+fn an_export_keeps_to_its_rate_and_ends_at_once() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let content: Vec<u8> = (0..=250).cycle().take(8 << 20).collect();
+    std::fs::write(place.path("disk"), &content).unwrap();
+    let guest = start(place);
+    let begin_at = |rate: &str| {
+        let rate = ["--max-bytes-per-second", rate];
+        guest.ctl(&[&BEGIN[..], &rate].concat())
+    };
+    let refused = begin_at("0").unwrap_err();
+    let why = "max_bytes_per_second is 0, and nothing would be read: leave it out for no limit";
+    assert!(refused.contains(why), "{refused}");
+    begin_at("4194304").unwrap();
+    let began = Instant::now();
+    assert!(read(&guest).0 == content);
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(1500), "{took:?}");
+    guest.ctl(&["end-export"]).unwrap();
+
+    // A whole copy would take months.
+    begin_at("1").unwrap();
+    let uri = format!("nbd+unix:///disk0?socket={}", guest.path("nbd").display());
+    let copy = guest.path("copy-2").display().to_string();
+    let mut copying = Command::new("nbdcopy").args([&uri, &copy]).spawn().unwrap();
+    eventually("a client", || {
+        let told = guest.ctl(&["export"]).unwrap();
+        (told["connection_count"] != 0).then_some(())
+    });
+    guest.ctl(&["end-export"]).unwrap();
+    assert!(!copying.wait().unwrap().success());
+    begin(&guest);
 }
 
 #[test]

@@ -697,6 +697,9 @@ pub struct BeginExport {
     pub disks: Vec<String>,
     /// Where the files are: for whoever makes them.
     pub fleece: String,
+    /// Most that all clients together read in a second; without limit when absent. 0 is refused.
+    #[serde(default)]
+    pub max_bytes_per_second: Option<u64>,
 }
 
 /// Answer of the requests about an export. Each disk is an NBD export of its name, read-only; the blocks that changed

@@ -309,6 +309,7 @@ fn schemas_of_exports_are_the_types() {
         socket: "/s".into(),
         disks: vec!["disk0".into()],
         fleece: "/f".into(),
+        max_bytes_per_second: Some(1),
     };
     check("BeginExport", begin);
     let disk = ExportedDisk {

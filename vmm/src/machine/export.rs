@@ -59,11 +59,12 @@ impl Machine {
             Err(refused) => return Ok(refused),
         };
         let (begun, held_us) = self.while_held(|machine| machine.freeze(&body.disks, fleeces))?;
-        let served = begun.and_then(|begun| serve(listener, begun, body.socket, held_us));
+        let rate = body.max_bytes_per_second;
+        let served = begun.and_then(|begun| serve(listener, begun, body.socket, rate, held_us));
         Ok(match served {
             Ok(export) => {
                 let told = export.told();
-                tracing::info!(name = self.spec.name, disks = ?body.disks, held_us, "export begins");
+                tracing::info!(name = self.spec.name, disks = ?body.disks, held_us, ?rate, "export begins");
                 self.export = Some(export);
                 api::json(200, &told)
             }
@@ -83,6 +84,11 @@ impl Machine {
         let body: BeginExport = api::body(std::mem::take(&mut asked.body))?;
         if body.disks.is_empty() {
             return Err(api::refusal(400, "an export has at least one disk"));
+        }
+        if body.max_bytes_per_second == Some(0) {
+            let text =
+                "max_bytes_per_second is 0, and nothing would be read: leave it out for no limit";
+            return Err(api::refusal(400, text));
         }
         for (index, id) in body.disks.iter().enumerate() {
             if body.disks[..index].contains(id) {
@@ -235,6 +241,7 @@ fn serve(
     listener: UnixListener,
     begun: Vec<Begun>,
     socket: String,
+    bytes_per_second: Option<u64>,
     held_us: u64,
 ) -> Result<Export, Answer> {
     let disks = begun.iter().map(|disk| Exporting {
@@ -249,7 +256,7 @@ fn serve(
         content: nbd::Content::Frozen(disk.frozen),
         changed: Some((CONTEXT.to_owned(), disk.blocks)),
     });
-    let server = NbdServer::start(listener, exports.collect());
+    let server = NbdServer::start_at_most(listener, exports.collect(), bytes_per_second);
     let server = server.map_err(|error| api::refusal(500, format!("serve {socket}: {error}")))?;
     Ok(Export {
         server,

@@ -539,6 +539,12 @@ pub const ROUTES: &[Route] = &[
                 required: true,
                 summary: "Directory with room for what the guest overwrites meanwhile",
             },
+            Parameter {
+                name: "max_bytes_per_second",
+                kind: ParameterKind::Integer,
+                required: false,
+                summary: "What is read at most, of all disks together: a slower backup leaves more to the guest; as much as goes when absent",
+            },
         ],
         answer: "Exported",
     },
