@@ -331,29 +331,49 @@ pub struct DiskLimits {
     pub write_operations_burst: Option<u64>,
 }
 
+/// One of a disk's limits: its field's name, and what it is.
+pub type DiskLimit<'a> = (&'static str, &'a mut Option<u64>);
+
 impl DiskLimits {
-    /// Every field with its name, in order.
-    pub fn fields(&mut self) -> [(&'static str, &mut Option<u64>); 12] {
+    /// Every rate with its burst, in order.
+    pub fn pairs(&mut self) -> [[DiskLimit<'_>; 2]; 6] {
         [
-            ("bytes_per_second", &mut self.bytes_per_second),
-            ("bytes_burst", &mut self.bytes_burst),
-            ("operations_per_second", &mut self.operations_per_second),
-            ("operations_burst", &mut self.operations_burst),
-            ("read_bytes_per_second", &mut self.read_bytes_per_second),
-            ("read_bytes_burst", &mut self.read_bytes_burst),
-            (
-                "read_operations_per_second",
-                &mut self.read_operations_per_second,
-            ),
-            ("read_operations_burst", &mut self.read_operations_burst),
-            ("write_bytes_per_second", &mut self.write_bytes_per_second),
-            ("write_bytes_burst", &mut self.write_bytes_burst),
-            (
-                "write_operations_per_second",
-                &mut self.write_operations_per_second,
-            ),
-            ("write_operations_burst", &mut self.write_operations_burst),
+            [
+                ("bytes_per_second", &mut self.bytes_per_second),
+                ("bytes_burst", &mut self.bytes_burst),
+            ],
+            [
+                ("operations_per_second", &mut self.operations_per_second),
+                ("operations_burst", &mut self.operations_burst),
+            ],
+            [
+                ("read_bytes_per_second", &mut self.read_bytes_per_second),
+                ("read_bytes_burst", &mut self.read_bytes_burst),
+            ],
+            [
+                (
+                    "read_operations_per_second",
+                    &mut self.read_operations_per_second,
+                ),
+                ("read_operations_burst", &mut self.read_operations_burst),
+            ],
+            [
+                ("write_bytes_per_second", &mut self.write_bytes_per_second),
+                ("write_bytes_burst", &mut self.write_bytes_burst),
+            ],
+            [
+                (
+                    "write_operations_per_second",
+                    &mut self.write_operations_per_second,
+                ),
+                ("write_operations_burst", &mut self.write_operations_burst),
+            ],
         ]
+    }
+
+    /// Each of them, in order.
+    pub fn fields(&mut self) -> impl Iterator<Item = DiskLimit<'_>> {
+        self.pairs().into_iter().flatten()
     }
 }
 

@@ -237,10 +237,7 @@ fn schemas_of_disks_are_the_types() {
         },
     );
     let mut limits = DiskLimits::default();
-    limits
-        .fields()
-        .into_iter()
-        .for_each(|(_, value)| *value = Some(1));
+    limits.fields().for_each(|(_, value)| *value = Some(1));
     let id = "disk0".into();
     check("SetDiskLimits", SetDiskLimits { id, limits });
 }
@@ -248,10 +245,7 @@ fn schemas_of_disks_are_the_types() {
 /// A disk whose every field is set.
 fn disk() -> DiskSpec {
     let mut limits = DiskLimits::default();
-    limits
-        .fields()
-        .into_iter()
-        .for_each(|(_, value)| *value = Some(1));
+    limits.fields().for_each(|(_, value)| *value = Some(1));
     DiskSpec {
         id: Some("disk1".into()),
         target: Some(1),

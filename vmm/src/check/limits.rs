@@ -9,11 +9,7 @@ use super::{SpecError, refuse};
 /// Whether a disk can be held to these rates; the error names the one that it cannot.
 pub fn disk_limits(limits: &DiskLimits) -> Result<(), SpecError> {
     let mut limits = *limits;
-    let fields = limits.fields();
-    for pair in fields.chunks_exact(2) {
-        let [(rate, per_second), (burst, at_once)] = pair else {
-            unreachable!("chunks of two");
-        };
+    for [(rate, per_second), (burst, at_once)] in limits.pairs() {
         match (per_second, at_once) {
             (Some(0), _) => refuse(format!(
                 "{rate} is 0, and nothing would move: leave it out for no limit"
@@ -32,10 +28,9 @@ mod tests {
     #[test]
     fn each_burst_belongs_to_the_rate_before_it() {
         let mut limits = DiskLimits::default();
-        let names = limits.fields().map(|(name, _)| name);
-        for (index, name) in names.iter().enumerate() {
+        for (index, (name, _)) in limits.fields().enumerate() {
             let mut one = DiskLimits::default();
-            *one.fields()[index].1 = Some(1);
+            *one.fields().nth(index).unwrap().1 = Some(1);
             let refused = disk_limits(&one).err().map(|error| error.0);
             let expected = name
                 .strip_suffix("_burst")

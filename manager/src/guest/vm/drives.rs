@@ -190,12 +190,9 @@ pub fn limits(disk: &Properties) -> DiskLimits {
 
 /// In configs, 0 is no limit, and a burst may be left of a rate that has gone.
 fn without_zeroes(mut limits: DiskLimits) -> DiskLimits {
-    for pair in limits.fields().chunks_exact_mut(2) {
-        let mut is_limited = true;
-        for (_, limit) in pair {
-            **limit = limit.filter(|limit| is_limited && *limit > 0);
-            is_limited = limit.is_some();
-        }
+    for [(_, rate), (_, burst)] in limits.pairs() {
+        *rate = rate.filter(|rate| *rate > 0);
+        *burst = burst.filter(|burst| rate.is_some() && *burst > 0);
     }
     limits
 }
