@@ -58,7 +58,7 @@ pub use self::tap::{HEADER_BYTES, Tap, TapError};
 pub(super) use self::wire::BACKEND_FEATURES;
 pub use self::wire::HostEnd;
 use super::vhost_kernel::KernelRings;
-use super::vhost_user::Event;
+use super::vhost_user::{self, Event};
 use super::worker::{QueueHandler, QueueThread};
 use super::{
     Act, Chain, DeviceInterrupts, QueueStart, StartError, StartedQueue, VirtioDevice, bits,
@@ -437,18 +437,15 @@ impl VirtioDevice for Net {
 
     fn obstacle(&self, act: Act) -> Option<String> {
         let text = match (&self.shared.wire, act) {
-            (Wire::Backend { .. }, Act::Migration) => {
-                "what its vhost-user backend writes into memory is not logged: unplug it to migrate"
-            }
-            (Wire::Backend { .. }, Act::LiveSnapshot) => {
-                "what its vhost-user backend writes into memory does not wait: unplug it, or leave out --live"
-            }
+            (Wire::Backend { .. }, _) => vhost_user::obstacle(act),
             (Wire::Taps(_), Act::Migration) if !self.kernel_rings().all(KernelRings::can_log) => {
-                "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate"
+                Some(
+                    "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate",
+                )
             }
-            _ => return None,
+            (Wire::Taps(_), _) => None,
         };
-        Some(text.to_owned())
+        text.map(str::to_owned)
     }
 
     fn log_writes(&self, on: bool) -> io::Result<()> {

@@ -35,7 +35,7 @@ use virtio_bindings::virtio_blk::{
 pub use self::backend::{Backend, BackendOptions, VhostUserError};
 pub(super) use self::backend::{Event, Terms};
 pub use self::device::{Layout, TAG_BYTES_MAX, VhostUser};
-use super::{bits, device_id};
+use super::{Act, bits, device_id};
 
 /// How long a backend may take to answer; also what it has to finish what it has begun, when the machine is paused.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
@@ -141,6 +141,19 @@ impl DeviceKind {
             survives: false,
             mtu: None,
         }
+    }
+}
+
+/// Why this cannot be done with a machine that has any of these devices: what another process writes goes past us.
+pub(super) fn obstacle(act: Act) -> Option<&'static str> {
+    match act {
+        Act::Migration => Some(
+            "what its vhost-user backend writes into memory is not logged: unplug it to migrate",
+        ),
+        Act::LiveSnapshot => Some(
+            "what its vhost-user backend writes into memory does not wait: unplug it, or leave out --live",
+        ),
+        Act::Snapshot => None,
     }
 }
 

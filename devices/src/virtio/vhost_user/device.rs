@@ -165,21 +165,13 @@ impl VirtioDevice for VhostUser {
     }
 
     fn obstacle(&self, act: Act) -> Option<String> {
-        match act {
-            Act::Migration => Some(
-                "what its vhost-user backend writes into memory is not logged: unplug it to migrate"
-                    .to_owned(),
-            ),
-            Act::LiveSnapshot => Some(
-                "what its vhost-user backend writes into memory does not wait: unplug it, or leave out --live"
-                    .to_owned(),
-            ),
-            Act::Snapshot if !self.kind.keeps_nothing => Some(
-                "its vhost-user backend knows what is in no saved state, as of open files"
-                    .to_owned(),
-            ),
-            Act::Snapshot => None,
-        }
+        let text = match act {
+            Act::Snapshot if !self.kind.keeps_nothing => {
+                Some("its vhost-user backend knows what is in no saved state, as of open files")
+            }
+            _ => super::obstacle(act),
+        };
+        text.map(str::to_owned)
     }
 
     fn counters(&self) -> CounterList {
