@@ -31,6 +31,14 @@ const POLL: Duration = Duration::from_millis(1);
 /// Lines of `load` of which a backup's turn is made.
 const LINES: u32 = 40;
 const IMAGE_BYTES: usize = 256 << 20;
+/// Rows of backups, and what `begin-export` is told beside disk and places.
+const BACKUPS: [(&str, &[&str]); 2] = [
+    ("disk_write_4k_during_backup", &[]),
+    (
+        "disk_write_4k_during_backup_of_64_mib_a_second",
+        &["--max-bytes-per-second", "67108864"],
+    ),
+];
 
 /// How a VMM moves a guest: what its source is started with beside the guest, what waits for it, and the move.
 struct Mover {
@@ -158,22 +166,31 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
         let ours = contestant(&OURS, our_snapshot_ms);
         rows.extend(compare(&figure, turns, ours, peers));
     }
+    for (name, options) in BACKUPS {
+        rows.extend(backup(&programs, turns, name, options));
+    }
+    rows
+}
+
+/// A guest's writes while its disk is backed up, against the same without.
+fn backup(
+    programs: &Programs,
+    turns: usize,
+    name: &str,
+    options: &'static [&'static str],
+) -> Vec<Row> {
     let contestant = |name, backup| Contestant {
         name,
         turns_max: usize::MAX,
-        take: Box::new({
-            let programs = &programs;
-            move || write_us(programs, backup)
-        }),
+        take: Box::new(move || write_us(programs, backup)),
     };
     let figure = Figure {
-        name: "disk_write_4k_during_backup".into(),
+        name: name.into(),
         unit: "us",
         aim: Aim::AtMost("1.25"),
     };
-    let peers = vec![contestant("ours without a backup", false)];
-    rows.extend(compare(&figure, turns, contestant("ours", true), peers));
-    rows
+    let peers = vec![contestant("ours without a backup", None)];
+    compare(&figure, turns, contestant("ours", Some(options)), peers)
 }
 
 /// A guest that works on so much of its memory.
@@ -309,8 +326,9 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// A round of `load`, which writes 4 KiB to the disk and reads them back; each block is written for the first time.
-fn write_us(programs: &Programs, backup: bool) -> anyhow::Result<f64> {
+/// A round of `load`, which writes 4 KiB to the disk and reads them back; each block is written for the first time. During
+/// a backup, with these options of `begin-export`, or without.
+fn write_us(programs: &Programs, backup: Option<&[&str]>) -> anyhow::Result<f64> {
     let folder = folder()?;
     let image = folder.path().join("image");
     std::fs::write(&image, vec![7; IMAGE_BYTES])?;
@@ -330,7 +348,7 @@ fn write_us(programs: &Programs, backup: bool) -> anyhow::Result<f64> {
     let mut running = Running::of(command)?;
     running.wait_for(b"load 256\r\n")?;
     let mut reader = None;
-    if backup {
+    if let Some(options) = backup {
         let begin = [
             "begin-export",
             "--socket",
@@ -340,7 +358,7 @@ fn write_us(programs: &Programs, backup: bool) -> anyhow::Result<f64> {
             "--fleece",
             ".",
         ];
-        ctl(programs, folder.path(), &begin)?;
+        ctl(programs, folder.path(), &[&begin, options].concat())?;
         let mut command = Command::new("sh");
         command.args([
             "-c",
