@@ -56,8 +56,8 @@ class Console:
 def main():
     path, timeout, command = sys.argv[1], float(sys.argv[2]), sys.argv[3]
     console = Console(path, time.monotonic() + timeout)
-    # No echo and a plain prompt, so that what comes back is output. The mark is put together by printf: where
-    # the line is echoed after all, the echo does not look like the answer.
+    # No echo and a plain prompt, so that what comes back is output. The marks are put together by printf: where
+    # a line is echoed after all, the echo does not look like the answer.
     mark = f"M{os.getpid()}x{int(time.time())}"
     hello = f"stty -echo; bind 'set enable-bracketed-paste off'; PS1='# '; printf '<%s:%s>\\n' ready {mark}\r"
     ready = f"<ready:{mark}>".encode()
@@ -68,7 +68,8 @@ def main():
         if index == 0:
             break
         console.send(["", "root\r", PASSWORD + "\r", hello][index])
-    console.send(f"{command}\rprintf '\\n<%s:%d>\\n' {mark} $?\r")
+    console.send(f"printf '<%s:%s>\\n' begun {mark}; {command}\rprintf '\\n<%s:%d>\\n' {mark} $?\r")
+    console.wait(f"<begun:{mark}>".encode())
     _, match = console.wait(f"<{mark}:(\\d+)>".encode())
     text = match.string[: match.start()].decode(errors="replace").replace("\r", "")
     # A prompt that was answered twice is ready twice.
