@@ -15,6 +15,8 @@ use super::template;
 
 /// Longest time that resuming and configuring may take on a busy machine.
 const RESUME_DEADLINE: Duration = Duration::from_secs(90);
+/// A command that took longer is told of, so that a test's output shows where its minutes went.
+const TOLD: Duration = Duration::from_secs(3);
 
 /// A listening address on this machine.
 #[derive(Debug, Clone)]
@@ -41,6 +43,7 @@ pub struct Host {
     agent: SocketAddr,
     api: Forward,
     child: Option<Child>,
+    resumed: Instant,
 }
 
 impl Host {
@@ -60,9 +63,22 @@ impl Host {
     }
 
     /// Runs a shell script as root and returns its output, whatever its exit code; an error when it does not
-    /// end in time.
+    /// end in time. One that takes long is told of on standard error.
     pub fn run(&self, script: &str, timeout: Duration) -> Result<Output> {
-        self.follow(script, timeout, |_| {})
+        let began = Instant::now();
+        let output = self.follow(script, timeout, |_| {});
+        if began.elapsed() > TOLD {
+            let code = output.as_ref().map(|output| output.code);
+            let last = script.lines().next_back().unwrap_or_default();
+            super::say(&format!(
+                "node{}, at {} s: {:.1} s, {}: {last}",
+                self.number,
+                began.duration_since(self.resumed).as_secs(),
+                began.elapsed().as_secs_f32(),
+                code.map_or("no answer".to_owned(), |code| format!("exit code {code}")),
+            ));
+        }
+        output
     }
 
     /// The same, and shows each line of the output to `line` when it comes.
@@ -171,6 +187,7 @@ pub(super) fn resume(qemu: &Path, image: &Path, template: &Path, place: &Place) 
         agent: SocketAddr::from((Ipv4Addr::LOCALHOST, agent_port)),
         api,
         child: Some(child),
+        resumed: Instant::now(),
     };
     let mut monitor = Monitor::open(&place.directory, deadline)?;
     monitor.send("migrate_set_capability x-ignore-shared on")?;
