@@ -78,16 +78,23 @@ count=0
 while sleep 1; do ping -c 1 -W 5 10.88.0.1 >/dev/null && echo "T-PING $((count += 1))"; done
 "#;
 
-/// Prepares a guest's disk with its script `in-guest`.
-const PREPARE: &str = r#"set -e
-mkdir -p /var/t/sockets /mnt/root; cd /var/t; rm -f console.log console.sock api.sock
-cp --sparse=always /payload/guest/disk.raw root.raw
-mount -o loop root.raw /mnt/root; install -m 755 in-guest /mnt/root/in-guest; umount /mnt/root
+/// A guest's root disk, and its script `in-guest` as a second one, which its first process runs: arguments after `--` are
+/// that process's. `boot` has what the machine needs for it.
+pub const DISKS: &str = r#"
+rm -f root.qcow2; qemu-img create -q -f qcow2 -F raw -b /payload/guest/disk.raw root.qcow2
+{ cat in-guest; yes ''; } | head -c 64K > script.raw
+boot=(--kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img
+  --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/bin/bash -- /dev/vdb'
+  --disk path=/var/t/root.qcow2,format=qcow2,backing=raw:/payload/guest/disk.raw
+  --disk path=/var/t/script.raw,format=raw,readonly)
+"#;
+
+/// Defines what starts a guest with further arguments.
+const PREPARE: &str = r#"
+mkdir -p sockets; rm -f console.log console.sock api.sock
 start() {
-  setsid /payload/bin/atoll-vmm run --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img \
-    --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/in-guest' --cpus 2 \
-    --disk path=/var/t/root.raw,format=raw --console socket=/var/t/console.sock --api-socket /var/t/api.sock \
-    "$@" </dev/null >vmm.log 2>&1 &
+  setsid /payload/bin/atoll-vmm run "${boot[@]}" --cpus 2 \
+    --console socket=/var/t/console.sock --api-socket /var/t/api.sock "$@" </dev/null >vmm.log 2>&1 &
   for i in $(seq 300); do [ -S console.sock ] && break; sleep 0.1; done
   socat -u UNIX-CONNECT:console.sock OPEN:console.log,creat,append >/dev/null 2>&1 &
 }
@@ -178,7 +185,8 @@ pub fn control(host: &Host, request: &str) -> String {
 
 fn start(host: &Host, in_guest: &str, start: &str) {
     let script = format!(
-        "mkdir -p /var/t; cat > /var/t/in-guest <<'END-OF-SCRIPT'\n{IN_GUEST}{in_guest}END-OF-SCRIPT\n{PREPARE}{start}"
+        "set -e; mkdir -p /var/t; cd /var/t; cat > in-guest <<'END-OF-SCRIPT'\n\
+         {IN_GUEST}{in_guest}END-OF-SCRIPT\n{DISKS}{PREPARE}{start}"
     );
     host.check(&script, SECOND * 120).unwrap();
 }

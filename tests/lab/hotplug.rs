@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use atoll_tests::lab::Host;
 
-use crate::devices::{WHAT_HAPPENED, control, hear};
+use crate::devices::{DISKS, WHAT_HAPPENED, control, hear};
 use crate::payload;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -20,12 +20,12 @@ modprobe virtio_net; mkdir -p /more
 echo "T-UP"
 disk=0; card=0; had_disk=; had_card=
 while sleep 1; do
-  if [ ! -b /dev/vdb ]; then had_disk=
+  if [ ! -b /dev/vdc ]; then had_disk=
   elif [ ! "$had_disk" ]; then
     had_disk=1; disk=$((disk + 1))
-    mkfs.ext4 -q -F /dev/vdb && mount /dev/vdb /more && seq 200000 > /more/data && umount /more
+    mkfs.ext4 -q -F /dev/vdc && mount /dev/vdc /more && seq 200000 > /more/data && umount /more
     echo 3 > /proc/sys/vm/drop_caches
-    mount /dev/vdb /more && echo "T-DATA-$disk" $(cksum < /more/data) $(cat /sys/block/vdb/serial); umount /more
+    mount /dev/vdc /more && echo "T-DATA-$disk" $(cksum < /more/data) $(cat /sys/block/vdc/serial); umount /more
   fi
   if [ ! -e /sys/class/net/eth0 ]; then had_card=
   elif [ ! "$had_card" ]; then
@@ -38,14 +38,9 @@ done
 "#;
 
 /// Starts the guest; its serial output goes to `console.log`.
-const START: &str = r#"set -e
-mkdir -p /mnt/root; cd /var/t
-cp --sparse=always /payload/guest/disk.raw root.raw
+const START: &str = r#"
 truncate -s 64M more.raw
-mount -o loop root.raw /mnt/root; install -m 755 in-guest /mnt/root/in-guest; umount /mnt/root
-setsid /payload/bin/atoll-vmm run --profile BOARD --kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img \
-  --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/in-guest' --cpus 2 --memory 512 \
-  --disk path=/var/t/root.raw,format=raw \
+setsid /payload/bin/atoll-vmm run --profile BOARD "${boot[@]}" --cpus 2 --memory 512 \
   --console socket=/var/t/console.sock --api-socket /var/t/api.sock </dev/null >vmm.log 2>&1 &
 echo $! > pid
 for i in $(seq 300); do [ -S console.sock ] && break; sleep 0.1; done
@@ -73,7 +68,8 @@ fn comes_and_goes(board: &str) {
     let host = &hosts[0];
     let start = START.replace("BOARD", board);
     let script = format!(
-        "mkdir -p /var/t; cat > /var/t/in-guest <<'END-OF-SCRIPT'\n{IN_GUEST}END-OF-SCRIPT\n{start}"
+        "set -e; mkdir -p /var/t; cd /var/t; cat > in-guest <<'END-OF-SCRIPT'\n\
+         {IN_GUEST}END-OF-SCRIPT\n{DISKS}{start}"
     );
     host.check(&script, SECOND * 120).unwrap();
     hear(host, "T-UP", 300);
@@ -106,7 +102,7 @@ fn comes_and_goes(board: &str) {
         let again = host.run(&again, SECOND * 60).unwrap();
         assert!(again.text.contains("is in use"), "{}", again.text);
 
-        for id in ["disk1", "net0"] {
+        for id in ["disk2", "net0"] {
             control(host, &format!("remove-device --id {id} --timeout-ms 60000"));
         }
         slot.iter()
