@@ -66,7 +66,7 @@ soak: ## the slow forms: 20 boots with 4 vCPUs, 20 moves between hosts and 10 di
 	run/fuzz.sh 600
 	ATOLL_MIGRATION_SEEDS=100 cargo nextest run --locked --profile soak -p atoll-vmm --test migration --test migration_network \
 		-E 'test(exactly_one_runs)'
-	ATOLL_LAB_BOOTS=20 ATOLL_LAB_MOVES=20 ATOLL_LAB_SEEDS=10 cargo nextest run --locked --profile soak -p atoll-tests --test lab
+	ATOLL_LAB_BOOTS=20 ATOLL_LAB_DATA_MIB=1024 ATOLL_LAB_MOVES=20 ATOLL_LAB_SEEDS=10 cargo nextest run --locked --profile soak -p atoll-tests --test lab
 	ATOLL_JUDGES=whole cargo nextest run --locked --profile soak -p atoll-container-rt --test judges
 
 bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv

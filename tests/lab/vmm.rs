@@ -24,14 +24,14 @@ const FAULTS_MAX: u32 = 2;
 /// `more`.
 const PREPARE: &str = r#"set -e
 mkdir -p /var/t; cd /var/t
-cp --sparse=always /payload/guest/disk.raw root.raw
+qemu-img create -q -f qcow2 -F raw -b /payload/guest/disk.raw root.qcow2
 truncate -s 1G scratch.raw
 cat > vm <<'X'
 #!/bin/bash
 machine=(--kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img
   --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet systemd.default_timeout_start_sec=600'
   --cpus "$1" --memory 512 $(cat /var/t/more 2>/dev/null)
-  --disk path=/var/t/root.raw,format=raw --disk path=/var/t/scratch.raw,format=raw
+  --disk path=/var/t/root.qcow2,format=qcow2,backing=raw:/payload/guest/disk.raw --disk path=/var/t/scratch.raw,format=raw
   --net tap=tap0,mac=52:54:00:aa:00:01,vhost="$2" --console socket=/var/t/console.sock)
 setsid /payload/bin/atoll-vmm run "${machine[@]}" --api-socket /var/t/api.sock </dev/null >/var/t/vmm.log 2>&1 &
 echo $! > /var/t/pid
@@ -120,30 +120,39 @@ fn start(host: &Host, cpu_count: u8, vhost: &str) -> u32 {
     faults
 }
 
-/// A guest fills its second disk and reads it back past its page cache. The disk's 64 pieces are the same lines of
+/// MiB of the guest's second disk: the part of a GiB that every run has time for, and all of it in `make soak`.
+fn data_mib() -> u32 {
+    std::env::var("ATOLL_LAB_DATA_MIB").map_or(128, |text| text.parse().unwrap())
+}
+
+/// A guest fills its second disk and reads it back past its page cache. The disk's pieces of 16 MiB are the same lines of
 /// ascending numbers, each piece shifted by another 8 bytes: no two sectors are alike, so a lost, stale or
 /// misplaced one changes the checksum, which is computed here, too.
 ///
 /// Large blocks and a CRC are what an emulated CPU does fast: of 1 GiB, in seconds of this machine's CPU, the writes
 /// take 44, the reads with the CRC 57. (`head -c` into a pipe, by its small blocks, takes 150 alone.)
 fn data_survives(host: &Host) {
+    let last = data_mib() / 16 - 1;
     let lines = "seq 1000000000 9999999999 | dd bs=1M iflag=fullblock count=17 status=none";
     let piece = "iflag=skip_bytes,count_bytes bs=1M count=16M skip=$((i * 8)) status=none";
     let reference = tempfile::tempdir().unwrap();
-    let script = format!("{lines} of=d; for i in {{0..63}}; do dd if=d {piece}; done | cksum");
+    let script = format!("{lines} of=d; for i in {{0..{last}}}; do dd if=d {piece}; done | cksum");
     let expected = Command::new("bash")
         .args(["-c", &script])
         .current_dir(reference.path())
         .output()
         .unwrap();
     let write = format!(
-        "{lines} of=/dev/shm/d; for i in {{0..63}}; do \
+        "{lines} of=/dev/shm/d; for i in {{0..{last}}}; do \
          dd if=/dev/shm/d of=/dev/vdb seek=$((i * 16)) oflag=direct conv=notrunc {piece} || break; done; sync /dev/vdb"
     );
     in_guest(host, &write, 900);
-    let read = "echo 3 > /proc/sys/vm/drop_caches; cksum < /dev/vdb";
+    let read = format!(
+        "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vdb bs=1M count={} status=none | cksum",
+        data_mib()
+    );
     assert_eq!(
-        in_guest(host, read, 900),
+        in_guest(host, &read, 900),
         String::from_utf8_lossy(&expected.stdout).trim()
     );
 }
