@@ -26,9 +26,10 @@ sync; echo 3 > /proc/sys/vm/drop_caches";
 
 /// Directory with `ram`, `state` and `disk.qcow2`; boots and freezes a host where it is missing.
 pub(super) fn ensure(qemu: &Path, image: &Path) -> Result<PathBuf> {
-    // Frozen by one QEMU, resumed by the same.
+    // Frozen by one QEMU, resumed by the same, with as much memory and as many vCPUs.
     let name = qemu.file_name().context("QEMU's directory")?;
-    let template = image.join(format!("template-{}", name.display()));
+    let size = format!("{}x{}", qemu::VCPU_COUNT, qemu::MEMORY_MIB);
+    let template = image.join(format!("template-{}-{size}", name.display()));
     let lock = File::create(image.join("template.lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
     if template.join("state").exists() {
