@@ -25,6 +25,9 @@ pub type Memory = GuestMemoryAtomic<Ram>;
 /// Bytes of a page, the unit of the log; KVM's log has the same.
 pub const PAGE_BYTES: usize = 4096;
 
+/// Pages of one word of a bitmap that has a bit a page, lowest first.
+pub const WORD_PAGES: usize = 64;
+
 /// Pages of one region that were written since they were last asked for. Logs nothing, and costs one load a
 /// write, until it is switched on.
 #[derive(Debug, Default)]
@@ -82,10 +85,10 @@ impl Bitmap for DirtyLog {
         // then reads the page as it was: a CPU's own stores may become visible after its later loads.
         fence(Ordering::SeqCst);
         for page in offset / PAGE_BYTES..=last {
-            let Some(word) = self.words.get(page / 64) else {
+            let Some(word) = self.words.get(page / WORD_PAGES) else {
                 return;
             };
-            let bit = 1 << (page % 64);
+            let bit = 1 << (page % WORD_PAGES);
             // Rings are written again and again: a page that is in the log already takes the word's cache line from
             // nobody.
             if word.load(Ordering::SeqCst) & bit == 0 {
@@ -96,8 +99,8 @@ impl Bitmap for DirtyLog {
 
     fn dirty_at(&self, offset: usize) -> bool {
         let page = offset / PAGE_BYTES;
-        let word = self.words.get(page / 64);
-        word.is_some_and(|word| word.load(Ordering::SeqCst) & 1 << (page % 64) != 0)
+        let word = self.words.get(page / WORD_PAGES);
+        word.is_some_and(|word| word.load(Ordering::SeqCst) & 1 << (page % WORD_PAGES) != 0)
     }
 
     fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
@@ -107,7 +110,7 @@ impl Bitmap for DirtyLog {
 
 impl NewBitmap for DirtyLog {
     fn with_len(bytes: usize) -> Self {
-        let words = bytes.div_ceil(PAGE_BYTES).div_ceil(64);
+        let words = bytes.div_ceil(PAGE_BYTES).div_ceil(WORD_PAGES);
         Self {
             on: AtomicBool::new(false),
             keeps: AtomicBool::new(false),
@@ -121,6 +124,18 @@ impl NewBitmap for DirtyLog {
 pub fn log(region: &GuestRegionMmap<DirtyLog>) -> &DirtyLog {
     let mapping: &MmapRegion<DirtyLog> = region;
     mapping.bitmap()
+}
+
+/// Numbers of the pages whose bits are set in the words of a bitmap, which are taken one by one as it comes to them.
+pub fn pages_of(words: impl IntoIterator<Item = u64>) -> impl Iterator<Item = usize> {
+    let words = (0..).step_by(WORD_PAGES).zip(words);
+    words.flat_map(|(first, mut word)| {
+        std::iter::from_fn(move || {
+            let bit = (word != 0).then(|| word.trailing_zeros())?;
+            word &= word - 1;
+            Some(first + bit as usize)
+        })
+    })
 }
 
 /// Logs `size` bytes at a guest-physical address, which the kernel has written by a raw pointer.
@@ -165,5 +180,13 @@ mod tests {
         logs[1].take(&mut words);
         assert_eq!(words, [1, 0]);
         assert!(!logs[1].dirty_at(0));
+    }
+
+    #[test]
+    fn pages_of_a_bitmap_are_its_bits() {
+        let pages: Vec<_> = pages_of([1 << 63 | 0b101, 0, !0, 1]).collect();
+        let third = 128..192;
+        let expected: Vec<_> = [0, 2, 63].into_iter().chain(third).chain([192]).collect();
+        assert_eq!(pages, expected);
     }
 }

@@ -28,9 +28,6 @@ pub use userfault::{
 /// The smaller huge page of x86-64, which the host may put where it likes (transparent huge pages).
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Pages of a bitmap's word: those that are filled, or saved, together.
-pub const WORD_PAGES: usize = 64;
-
 /// What holds the guest's RAM on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backing {

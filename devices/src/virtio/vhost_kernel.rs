@@ -25,15 +25,13 @@ use vm_memory::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::QueueStart;
-use crate::memory::{self, Memory, PAGE_BYTES, Ram};
+use crate::memory::{self, Memory, PAGE_BYTES, Ram, WORD_PAGES};
 
 /// `VHOST_F_LOG_ALL` of `linux/vhost.h`: the kernel notes which pages it writes. A feature between it and us, not one
 /// of the guest's.
 const LOG_ALL: u64 = 1 << 26;
 /// `VHOST_VRING_F_LOG`: writes to this used ring are noted, too.
 const RING_LOG: u32 = 1;
-/// Pages of one word of the bitmap.
-const WORD_PAGES: u64 = u64::BITS as u64;
 
 /// The kernel's end of two queues.
 pub(super) struct KernelRings {
@@ -99,7 +97,7 @@ struct KernelLog(Vec<AtomicU64>);
 impl KernelLog {
     fn of(ram: &Ram) -> Self {
         let pages = ram.last_addr().raw_value() / PAGE_BYTES as u64 + 1;
-        let words = (0..pages.div_ceil(WORD_PAGES)).map(|_| AtomicU64::new(0));
+        let words = (0..pages.div_ceil(WORD_PAGES as u64)).map(|_| AtomicU64::new(0));
         Self(words.collect())
     }
 
@@ -109,15 +107,15 @@ impl KernelLog {
 
     /// Puts the pages into the log of `ram`, and forgets them.
     fn drain(&self, ram: &Ram) {
-        for (index, word) in (0..).zip(&self.0) {
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let pages = word.swap(0, Ordering::SeqCst);
-            for bit in (0..WORD_PAGES).filter(|bit| pages & 1 << bit != 0) {
-                let page_bytes = PAGE_BYTES as u64;
-                memory::mark(ram, (index * WORD_PAGES + bit) * page_bytes, page_bytes);
-            }
+        let words = self
+            .0
+            .iter()
+            .map(|word| match word.load(Ordering::Relaxed) {
+                0 => 0,
+                _ => word.swap(0, Ordering::SeqCst),
+            });
+        for page in memory::pages_of(words) {
+            memory::mark(ram, (page * PAGE_BYTES) as u64, PAGE_BYTES as u64);
         }
     }
 }

@@ -10,14 +10,12 @@
 
 use std::sync::Arc;
 
-use atoll_devices::memory::{self, PAGE_BYTES, Ram};
+use atoll_devices::memory::{self, PAGE_BYTES, Ram, WORD_PAGES};
 use atoll_devices::virtio::VirtioPci;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{KvmError, VirtualMachine};
 
-/// Pages of one word of a bitmap.
-const WORD_PAGES: usize = 64;
 /// Words that are forgotten at once when all are: 256 MiB, for which vCPUs wait about as long as for an interrupt.
 const PIECE_WORDS: usize = 1024;
 

@@ -16,6 +16,7 @@
 
 use std::time::Instant;
 
+use atoll_devices::memory::{PAGE_BYTES, WORD_PAGES};
 use atoll_devices::virtio::Act;
 use atoll_disk::chain;
 use atoll_vmm_protocol::api::{Request, SavingInfo, SavingStage, Snapshot, SnapshotTaken};
@@ -27,7 +28,7 @@ use super::snapshot::Files;
 use super::{RunError, saved};
 use crate::api::{self, Answer, Asked};
 use crate::memory::saving::{Order, Saving, SavingError, Sink, mark_words};
-use crate::memory::{self, HUGE_PAGE_BYTES, USERFAULTFD, WORD_PAGES, Writes};
+use crate::memory::{self, HUGE_PAGE_BYTES, USERFAULTFD, Writes};
 use crate::saved::SnapshotForm;
 use crate::saved::sinks::{ImageSink, PackedSink};
 
@@ -193,9 +194,7 @@ impl Machine {
             false => Box::new(ImageSink::new(file, ram_bytes)?),
         };
         let unit_words = match self.spec.services.memory_backing {
-            MemoryBacking::Hugepages2M => {
-                HUGE_PAGE_BYTES / (WORD_PAGES * atoll_devices::memory::PAGE_BYTES)
-            }
+            MemoryBacking::Hugepages2M => HUGE_PAGE_BYTES / (WORD_PAGES * PAGE_BYTES),
             _ => 1,
         };
         let order = Order {

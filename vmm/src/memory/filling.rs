@@ -33,14 +33,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use atoll_devices::memory::{PAGE_BYTES, Ram};
+use atoll_devices::memory::{PAGE_BYTES, Ram, WORD_PAGES};
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::FillingInfo;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use self::arrivals::{Arrivals, Elsewhere};
 use self::places::{Places, index};
-use super::{Told, UserFault, UserFaultError, WORD_PAGES};
+use super::{Told, UserFault, UserFaultError};
 use crate::saved::image::is_zero;
 
 /// Where pages come from.

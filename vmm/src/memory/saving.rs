@@ -28,14 +28,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use atoll_devices::memory::{self, DirtyLog, PAGE_BYTES, Ram};
+use atoll_devices::memory::{self, DirtyLog, PAGE_BYTES, Ram, WORD_PAGES};
 use atoll_disk::TokenBucket;
 use atoll_thread::Kind;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-use super::{Told, WORD_PAGES, Writes, WritesError};
+use super::{Told, Writes, WritesError};
 
 const WORD_BYTES: usize = WORD_PAGES * PAGE_BYTES;
 /// How often a saver that waits looks whether it is wanted still.

@@ -1,5 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Pages of RAM on data connections: headers of 16 bytes (address, size, kind; little endian), and the bytes.
+//! Pages of RAM on data connections: headers of 16 bytes (address, size, kind; little endian), and the bytes,
+//! of [`WORD_PAGES`] pages at most.
 //!
 //! RAM is dealt out to the connections in stripes. A page always takes the same one, so that two versions of it
 //! cannot overtake each other. What is zero travels as a header.
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_devices::memory::{DirtyLog, PAGE_BYTES, Ram};
+use atoll_devices::memory::{DirtyLog, PAGE_BYTES, Ram, WORD_PAGES};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::memory::filling::arrivals::Take;
@@ -22,8 +23,6 @@ const DATA: u32 = 0;
 const ZERO: u32 = 1;
 /// The connection's last header.
 const END: u32 = 2;
-/// Pages of one word of a bitmap; the most that one header announces.
-const WORD_PAGES: usize = 64;
 /// Words of a stripe: 2 MiB.
 const STRIPE_WORDS: usize = 8;
 

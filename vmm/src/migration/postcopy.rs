@@ -24,7 +24,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use atoll_devices::memory::{PAGE_BYTES, Ram};
+use atoll_devices::memory::{PAGE_BYTES, Ram, WORD_PAGES, pages_of};
 use atoll_devices::virtio::balloon::discard;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::services::MemoryBacking;
@@ -39,8 +39,6 @@ use crate::memory::filling::arrivals::{Elsewhere, Failed, Feed, Lines};
 
 /// Instead of a page's number: nothing is missing any more.
 const DONE: u64 = u64::MAX;
-/// Pages of one word of the bitmap.
-const WORD_PAGES: usize = 64;
 /// Most fault lines.
 pub(super) const LINES_MAX: usize = 16;
 
@@ -251,13 +249,10 @@ fn feed(mut stream: BufReader<UnixStream>) -> Feed {
 /// Runs of bits that are set.
 fn runs(words: &[u64]) -> Vec<(usize, usize)> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
-    for (index, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
-        for bit in (0..WORD_PAGES).filter(|bit| word & 1 << bit != 0) {
-            let page = index * WORD_PAGES + bit;
-            match runs.last_mut() {
-                Some((first, count)) if *first + *count == page => *count += 1,
-                _ => runs.push((page, 1)),
-            }
+    for page in pages_of(words.iter().copied()) {
+        match runs.last_mut() {
+            Some((first, count)) if *first + *count == page => *count += 1,
+            _ => runs.push((page, 1)),
         }
     }
     runs

@@ -18,13 +18,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use atoll_devices::memory::{PAGE_BYTES, Ram};
+use atoll_devices::memory::{PAGE_BYTES, Ram, WORD_PAGES};
 use atoll_thread::Kind;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::places::{Places, index, run};
-use super::{FillingError, Progress, UserFault, WORD_PAGES};
+use super::{FillingError, Progress, UserFault};
 
 /// What takes pages: guest-physical address, their size in bytes, and their content unless that is zeroes.
 pub type Take<'a> = dyn FnMut(u64, usize, Option<&[u8]>) -> io::Result<()> + 'a;

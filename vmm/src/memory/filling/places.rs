@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use atoll_devices::memory::{PAGE_BYTES, Ram};
+use atoll_devices::memory::{PAGE_BYTES, Ram, WORD_PAGES};
 use rustix::io::Errno;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Progress, Told, UserFault, WORD_PAGES};
+use super::{Progress, Told, UserFault};
 
 /// How long the kernel is left alone with memory that is being given back.
 const REMOVAL_PAUSE: Duration = Duration::from_micros(50);
