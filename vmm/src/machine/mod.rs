@@ -5,6 +5,7 @@
 //! opened    what the host gives: paths become descriptors, before the sandbox
 //! owner     the thread that holds and releases vCPUs, and takes one event at a time
 //! assembly  from a spec to a machine that is ready for its first instruction
+//! ground    memory and CPUs, which that begins with
 //! devices   one row a kind of device; services: those that connect the guest with its host
 //! backplane the PCI bus with the functions in it
 //! disks     the rows of disks, and what the control API changes about them
@@ -34,6 +35,7 @@ mod devices;
 mod disks;
 mod export;
 mod generation;
+mod ground;
 mod handover;
 mod hotplug;
 mod kernel;
