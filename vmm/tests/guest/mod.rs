@@ -22,7 +22,7 @@ use tempfile::TempDir;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
 /// A probe guest takes 0.1 s to its report; a busy test machine has taken seconds.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where a machine lives: `kernel`, a disk of 1 MiB, and its sockets `serial` and `api`.
 #[derive(Clone)]
