@@ -14,7 +14,6 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 
-use atoll_vmm_protocol::spec::MachineSpec;
 use guest::{Guest, Place, Serial, eventually, kvm, shell_with_disk};
 use serde_json::Value;
 
@@ -132,18 +131,12 @@ fn a_disk_moves_while_its_guest_writes() {
             .ctl(&["set-disk-limits", "--id", "disk0", rate, "90000"])
             .unwrap()
     };
-    let saved = |directory: &str| {
-        guest.ctl(&["snapshot", "--to", directory]).unwrap();
-        let spec = std::fs::read(guest.path(directory).join("spec.json")).unwrap();
-        let spec: MachineSpec = serde_json::from_slice(&spec).unwrap();
-        spec.disks[0].clone()
-    };
     begin(&guest, "path=last,format=raw").unwrap();
     complete(&guest).unwrap();
     assert!(content(&guest, "last") == content(&guest, "disk.raw"));
     limit("--read-operations-per-second");
     guest.ctl(&["cancel-mirror", "--id", "disk0"]).unwrap();
-    let disk = saved("stayed");
+    let disk = &guest.saved_spec("stayed").disks[0];
     assert!(disk.path.ends_with("disk.raw"), "{disk:?}");
     assert_eq!(disk.limits.read_operations_per_second, Some(90_000));
     assert_eq!(
@@ -157,7 +150,7 @@ fn a_disk_moves_while_its_guest_writes() {
     complete(&guest).unwrap();
     // The spec of a snapshot has the new place, and rates that were changed meanwhile; the record of changes goes with the
     // disk.
-    let disk = saved("moved");
+    let disk = &guest.saved_spec("moved").disks[0];
     assert!(disk.path.ends_with("last"), "{disk:?}");
     assert_eq!(disk.limits.write_operations_per_second, Some(90_000));
     let text = guest.ctl(&["cancel-mirror", "--id", "disk0"]).unwrap_err();

@@ -21,7 +21,7 @@ use atoll_vmm::memory::{Backing, allocate};
 use atoll_vmm::saved::packed::Packed;
 use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::Request;
-use atoll_vmm_protocol::spec::{DiskLimits, MachineSpec, NetLimits};
+use atoll_vmm_protocol::spec::{DiskLimits, NetLimits};
 use guest::{Guest, Place, eventually, kvm, shell};
 use rustix::fs::{SeekFrom, seek};
 use vm_memory::{Bytes, GuestAddress};
@@ -387,9 +387,7 @@ fn rates_are_those_that_were_asked_for_last() {
         limit("set-net-limits", "net0", "--send-bytes-per-second");
     }
     let check = |guest: &Guest, directory: &str| {
-        guest.ctl(&["snapshot", "--to", directory]).unwrap();
-        let spec = std::fs::read(guest.path(directory).join("spec.json")).unwrap();
-        let spec: MachineSpec = serde_json::from_slice(&spec).unwrap();
+        let spec = guest.saved_spec(directory);
         let disk = DiskLimits {
             write_bytes_per_second: Some(20_000_000),
             ..DiskLimits::default()

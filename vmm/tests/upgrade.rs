@@ -22,7 +22,6 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
-use atoll_vmm_protocol::spec::MachineSpec;
 use guest::{
     BINARY, Guest, Place, Random, Serial, eventually, kvm, number, runs, shell, shell_with_disk,
     works,
@@ -197,9 +196,7 @@ fn what_a_machine_has_of_its_host_goes_along() {
             serial.wait_for("probe> ");
         }
         // So do rates that were asked for.
-        guest.0.ctl(&["snapshot", "--to", "saved"]).unwrap();
-        let spec = std::fs::read(guest.0.path("saved/spec.json")).unwrap();
-        let spec: MachineSpec = serde_json::from_slice(&spec).unwrap();
+        let spec = guest.0.saved_spec("saved");
         assert_eq!(spec.disks[0].limits.bytes_per_second, Some(900_000_000));
         if has_card {
             let remove = ["remove-device", "--id", "net0"];

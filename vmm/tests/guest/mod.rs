@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use atoll_vmm::probe::PROBE_ELF;
 use atoll_vmm_protocol::api::{MachineState, MigrationInfo};
 use atoll_vmm_protocol::client::Client;
+use atoll_vmm_protocol::spec::MachineSpec;
 use tempfile::TempDir;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
@@ -186,6 +187,13 @@ impl Guest {
         } else {
             Err(String::from_utf8(output.stderr).unwrap())
         }
+    }
+
+    /// Takes a snapshot into a directory of the folder; the spec in it.
+    pub fn saved_spec(&self, directory: &str) -> MachineSpec {
+        self.ctl(&["snapshot", "--to", directory]).unwrap();
+        let spec = std::fs::read(self.path(directory).join("spec.json")).unwrap();
+        serde_json::from_slice(&spec).unwrap()
     }
 
     /// Ends the machine's process; its folder goes on.
