@@ -51,7 +51,7 @@ lint: ## formatting, clippy and documentation, as CI does
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps --locked $(DOCUMENTED)
 	cd firmware/probe && cargo fmt --check && cargo clippy --release --locked --target-dir ../../target/probe -- -D warnings
 
-test: ## every test; the table goes to target/test/summary.tsv
+test: ## every test but the slow ones of soak; the table goes to target/test/summary.tsv
 	@run/deps.sh build run test
 	@$(MAKE) --no-print-directory $(WEB)
 	@run/test.sh
@@ -60,7 +60,7 @@ fuzz: ## every fuzz target guided by coverage, SECONDS each; the table goes to t
 	@run/deps.sh build
 	@run/fuzz.sh $(or $(SECONDS),60) $(TARGETS)
 
-soak: ## the slow forms: 20 boots with 4 vCPUs, 20 moves between hosts and 10 disturbed ones in the lab, 100 of the probe guest, ten minutes a fuzz target, whole suites
+soak: ## the slow forms, and the lab's tests that are too slow for each run: 20 boots with 4 vCPUs, 20 moves between hosts and 10 disturbed ones in the lab, 100 of the probe guest, ten minutes a fuzz target, whole suites
 	@run/deps.sh build run test
 	cargo build --workspace --bins --locked
 	run/fuzz.sh 600

@@ -125,7 +125,7 @@ fn data_mib() -> u32 {
     std::env::var("ATOLL_LAB_DATA_MIB").map_or(128, |text| text.parse().unwrap())
 }
 
-/// A guest fills its second disk and reads it back past its page cache. The disk's pieces of 16 MiB are the same lines of
+/// A guest fills that part of its disk and reads it back past its page cache. The disk's pieces of 16 MiB are the same lines of
 /// ascending numbers, each piece shifted by another 8 bytes: no two sectors are alike, so a lost, stale or
 /// misplaced one changes the checksum, which is computed here, too.
 ///
