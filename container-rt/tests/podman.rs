@@ -196,3 +196,91 @@ fn terminals() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("terminal"), "{output:?}");
 }
+
+/// Each RUN is a container of its own, whose changes the next one sees.
+#[test]
+fn an_image_is_built() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    let file = "FROM scene:1\nENV WORD=built\nCOPY given /given\n\
+        RUN cat /given > /made && echo $WORD >> /made\nRUN id -u >> /made\n\
+        USER 7\nWORKDIR /tmp\nCMD [\"sh\", \"-c\", \"cat /made; id -u; echo $PWD\"]\n";
+    let context = podman.scene.path("context");
+    std::fs::create_dir(&context).unwrap();
+    std::fs::write(context.join("Containerfile"), file).unwrap();
+    std::fs::write(context.join("given"), "given\n").unwrap();
+    let context = context.to_str().unwrap();
+    let network = ["--network", "none", "--ulimit", "nofile=1024:1024"];
+    let build = |tag| {
+        [
+            &["build", "--isolation", "oci", "--tag", tag],
+            &network[..],
+            &[context],
+        ]
+        .concat()
+    };
+    podman.ok(&build("built:1"));
+    assert_eq!(
+        podman.ok(&["run", "--rm", "built:1"]),
+        "given\nbuilt\n0\n7\n/tmp\n"
+    );
+    std::fs::write(
+        podman.scene.path("context/Containerfile"),
+        "FROM scene:1\nRUN echo to be seen; exit 9\n",
+    )
+    .unwrap();
+    let (code, text) = podman.run(&build("built:2"));
+    assert!(
+        code != Some(0) && text.contains("to be seen") && text.contains("exit status 9"),
+        "{code:?} {text}"
+    );
+}
+
+#[test]
+fn restarts_and_health() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    let field = |id: &str, template: &str| {
+        let text = podman.ok(&["inspect", "--format", template, id]);
+        text.trim().to_owned()
+    };
+    let run = [
+        "run",
+        "-d",
+        "--restart",
+        "on-failure:2",
+        "--name",
+        "r",
+        "scene:1",
+    ];
+    podman.ok(&[&run[..], &["sh", "-c", "echo again; exit 3"]].concat());
+    wait_for("the last restart", || {
+        podman.ok(&["logs", "r"]) == "again\nagain\nagain\n"
+            && field("r", "{{.State.Running}} {{.State.ExitCode}}") == "false 3"
+    });
+    assert_eq!(field("r", "{{.RestartCount}}"), "2");
+
+    // Without systemd nobody runs the checks by a timer: they are run here.
+    let health = [
+        "--health-cmd",
+        "cat /well",
+        "--health-interval",
+        "disable",
+        "--health-retries",
+        "1",
+    ];
+    let run = [
+        &["run", "-d", "--name", "h"],
+        &health[..],
+        &["scene:1", "sleep", "1000"],
+    ]
+    .concat();
+    podman.ok(&run);
+    assert_eq!(podman.run(&["healthcheck", "run", "h"]).0, Some(1));
+    assert_eq!(field("h", "{{.State.Health.Status}}"), "unhealthy");
+    podman.ok(&["exec", "h", "sh", "-c", "echo > /well"]);
+    assert_eq!(podman.run(&["healthcheck", "run", "h"]).0, Some(0));
+    assert_eq!(field("h", "{{.State.Health.Status}}"), "healthy");
+}
