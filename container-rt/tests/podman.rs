@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! podman with `atoll-ct` as its runtime: the widest user of the command line there is. Its own storage in a
-//! temporary directory, an image imported from busybox, no network.
+//! podman with `atoll-ct` as its runtime: the widest user of the command line there is. Its own storage and locks in a
+//! temporary directory (else all podmans of root share one table of locks), an image imported from busybox, no network.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -28,7 +28,7 @@ impl Podman {
             scene: Scene::new(&["true"]),
         };
         let conf = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=4096:4096\"]\n\
-            netns=\"none\"\n[engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\n";
+            netns=\"none\"\n[engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nlock_type=\"file\"\n";
         std::fs::write(podman.scene.path("containers.conf"), conf).unwrap();
         let archive = podman.scene.path("image.tar");
         let tar = Command::new("tar")
@@ -211,14 +211,11 @@ fn an_image_is_built() {
     std::fs::write(context.join("Containerfile"), file).unwrap();
     std::fs::write(context.join("given"), "given\n").unwrap();
     let context = context.to_str().unwrap();
-    let network = ["--network", "none", "--ulimit", "nofile=1024:1024"];
+    // Without an image a step: their copies take longer than the steps.
+    let options = ["--layers=false", "--network=none", "--ulimit=nofile=1024"];
     let build = |tag| {
-        [
-            &["build", "--isolation", "oci", "--tag", tag],
-            &network[..],
-            &[context],
-        ]
-        .concat()
+        let named = ["build", "--isolation=oci", "--tag", tag];
+        [&named[..], &options[..], &[context]].concat()
     };
     podman.ok(&build("built:1"));
     assert_eq!(
@@ -246,15 +243,7 @@ fn restarts_and_health() {
         let text = podman.ok(&["inspect", "--format", template, id]);
         text.trim().to_owned()
     };
-    let run = [
-        "run",
-        "-d",
-        "--restart",
-        "on-failure:2",
-        "--name",
-        "r",
-        "scene:1",
-    ];
+    let run = ["run", "-d", "--restart=on-failure:2", "--name=r", "scene:1"];
     podman.ok(&[&run[..], &["sh", "-c", "echo again; exit 3"]].concat());
     wait_for("the last restart", || {
         podman.ok(&["logs", "r"]) == "again\nagain\nagain\n"
@@ -264,20 +253,12 @@ fn restarts_and_health() {
 
     // Without systemd nobody runs the checks by a timer: they are run here.
     let health = [
-        "--health-cmd",
-        "cat /well",
-        "--health-interval",
-        "disable",
-        "--health-retries",
-        "1",
+        "--health-cmd=cat /well",
+        "--health-interval=disable",
+        "--health-retries=1",
     ];
-    let run = [
-        &["run", "-d", "--name", "h"],
-        &health[..],
-        &["scene:1", "sleep", "1000"],
-    ]
-    .concat();
-    podman.ok(&run);
+    let run = ["run", "-d", "--name=h"];
+    podman.ok(&[&run[..], &health[..], &["scene:1", "sleep", "1000"]].concat());
     assert_eq!(podman.run(&["healthcheck", "run", "h"]).0, Some(1));
     assert_eq!(field("h", "{{.State.Health.Status}}"), "unhealthy");
     podman.ok(&["exec", "h", "sh", "-c", "echo > /well"]);
