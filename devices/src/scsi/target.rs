@@ -187,6 +187,11 @@ impl Target {
         state.attend(Sense::RESET);
     }
 
+    /// The medium may be taken out again.
+    pub(crate) fn unlock(&self) {
+        self.lock().locked = false;
+    }
+
     /// Takes the medium out of a drive; `force` also when the guest has locked it in. Else a guest that has is asked
     /// for it, as by the drive's button: it hears so when it next asks what happened.
     pub fn eject(&self, force: bool) -> Result<(), EjectError> {
@@ -229,9 +234,13 @@ impl Target {
         }
     }
 
-    /// Puts a state back. The caller has compared the size.
+    /// Puts a state back. A drive that was empty is: whoever built this one may not know yet that the guest has taken the
+    /// disc out. Otherwise the caller compares the sizes.
     pub fn restore(&self, saved: &TargetState) {
         let mut state = self.lock();
+        if self.kind == TargetKind::Cdrom && saved.size_bytes.is_none() {
+            state.medium = None;
+        }
         state.attentions = saved.attentions.iter().copied().collect();
         state.locked = saved.locked;
         state.tray_open = saved.tray_open;

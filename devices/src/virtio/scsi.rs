@@ -207,8 +207,11 @@ impl VirtioDevice for Scsi {
         }
     }
 
+    /// No tray is locked then: who locked it cannot unlock it any more.
     fn reset(&self) {
         self.events.forget();
+        let targets = locked(&self.targets);
+        targets.values().for_each(|target| target.unlock());
     }
 
     fn counters(&self) -> CounterList {
@@ -253,10 +256,10 @@ impl DeviceState for Scsi {
         );
         same::<ScsiState, _>("the list of SCSI targets", there, here)?;
         for (target, state) in targets.values().zip(state.targets.values()) {
+            target.restore(state);
             let size = |size: Option<u64>| size.unwrap_or(0);
             let (there, here) = (size(state.size_bytes), size(target.save().size_bytes));
             same::<ScsiState, _>("the size in bytes of a SCSI unit", there, here)?;
-            target.restore(state);
         }
         self.events.restore(state.events, state.events_missed);
         Ok(())

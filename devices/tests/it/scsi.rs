@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_devices::scsi::{Target, TargetKind, TargetOptions};
+use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::scsi::{Scsi, ScsiOptions};
 use atoll_disk::{
@@ -413,7 +414,38 @@ fn a_drive_ejects_and_takes_another_disc() {
     assert_eq!(event(&mut driver), [3, 1], "removed, tray open");
     scsi.insert(&drive, memory(false), false).unwrap();
     scsi.eject(&drive, true).unwrap();
+    // Its driver begins anew, and has not locked it yet.
+    scsi.insert(&drive, memory(false), false).unwrap();
+    while ready(&mut driver).sense.is_some() {}
+    run(&mut driver, 2, &[0x1e, 0, 0, 0, 1, 0], &[], 0).good();
+    scsi.eject(&drive, false).unwrap_err();
+    driver.reset();
+    scsi.eject(&drive, false).unwrap();
     assert!(disk(memory(false)).eject(true).is_err());
+}
+
+/// A disc that its guest has taken out is not there in the copy, whoever made that one; another disc is not taken for it.
+#[test]
+fn a_copy_has_the_disc_that_the_guest_left_in_the_drive() {
+    let with = |medium: bool| {
+        let medium = medium.then(|| -> Arc<dyn BlockBackend> { memory(false) });
+        device(&[(0, target(TargetKind::Cdrom, medium))])
+    };
+    let (full, mut driver) = with(true);
+    driver.start(u64::MAX);
+    let there = full.save();
+    run(&mut driver, 0, &[0x1b, 0, 0, 0, 2, 0], &[], 0).good();
+    let gone = full.save();
+    for copy in [true, false] {
+        let (copy, mut driver) = with(copy);
+        copy.restore(&gone).unwrap();
+        assert_eq!(copy.save(), gone);
+        driver.start(u64::MAX);
+        assert_eq!(run(&mut driver, 0, &READY, &[], 0).failed(), (2, 0x3a, 0));
+    }
+    with(true).0.restore(&there).unwrap();
+    let refused = with(false).0.restore(&there).unwrap_err().to_string();
+    assert!(refused.contains("was 1048576 and is now 0"), "{refused}");
 }
 
 /// Offers the event queue a buffer and waits for it: event, target, reason.
