@@ -54,9 +54,10 @@ pub fn send(client: &Client, request: Request, body: &Map<String, Value>) -> any
             Ok(serde_json::to_value(upgrade::upgrade(client, &body)?)?)
         }
         Request::InsertDisk => {
-            let disc: InsertDisk = serde_json::from_value(Value::Object(body.clone()))?;
-            let path = &disc.path;
-            let file = File::open(path).with_context(|| format!("disc {}", path.display()))?;
+            let mut disc: InsertDisk = serde_json::from_value(Value::Object(body.clone()))?;
+            let file = File::open(&disc.path);
+            let file = file.with_context(|| format!("disc {}", disc.path.display()))?;
+            disc.path = std::path::absolute(&disc.path)?;
             Ok(client.ask_with_files(request, &disc, &[file.as_fd()])?)
         }
         Request::AddDisk => {

@@ -342,6 +342,10 @@ fn a_machine_moves_with_what_was_plugged_in() {
         (unit["id"].as_str(), unit["target"].as_u64()),
         (Some("disk2"), Some(0))
     );
+    image(&guest, "disc");
+    add(&guest, "bus=cdrom,id=dvd").unwrap();
+    let insert = ["insert-disk", "--id", "dvd", "--path", "disc"];
+    guest.ctl(&insert).unwrap();
     let devices = guest.client().info().unwrap().devices;
     let place = Place::new();
     std::fs::remove_file(place.path("disk")).unwrap();
@@ -365,6 +369,7 @@ fn a_machine_moves_with_what_was_plugged_in() {
         (!has_open(&target, &paths[0])).then_some(())
     });
     assert!(has_open(&target, &paths[1]));
+    assert!(has_open(&target, &guest.path("disc")));
 }
 
 #[test]

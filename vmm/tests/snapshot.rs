@@ -13,7 +13,7 @@ mod guest;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use atoll_vmm::board::MICRO;
@@ -362,6 +362,40 @@ fn clocks_of_a_restored_guest_go_on_where_they_stopped() {
     println!("absent for {absent:?}, its clock counted {passed:?} of {most:?}");
     assert!(ns > before_ns && ticks > before_ticks);
     assert!(passed < most + Duration::from_millis(1));
+}
+
+/// A drive has the disc that was put into it last, or none, after a reset and when its machine is restored.
+#[test]
+fn a_drive_has_what_was_put_into_it_last() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    let disc = File::create(place.path("disc")).unwrap();
+    disc.set_len(64 << 10).unwrap();
+    let mut arguments = shell("32", "1");
+    arguments.extend(["--disk", "bus=cdrom,id=dvd,cache=none"]);
+    let mut guest = place.start(&arguments);
+    guest.serial().wait_for("probe> ");
+    // What is restored has a disc of that size in its drive, or it would be refused.
+    let restored = |guest: Guest, directory: &str, path: PathBuf| {
+        assert_eq!(guest.saved_spec(directory).disks[1].path, path);
+        let copy = guest.killed().start(&["run", "--restore", directory]);
+        // Where the control API will be, the killed process's socket is until then.
+        eventually("the control API", || copy.client().info().ok());
+        let again = copy.saved_spec(&format!("{directory}-again"));
+        assert_eq!(again.disks[1].path, path);
+        copy
+    };
+    let disc = guest.path("disc");
+    guest
+        .ctl(&["insert-disk", "--id", "dvd", "--path", "disc"])
+        .unwrap();
+    guest.ctl(&["reset"]).unwrap();
+    let guest = restored(guest, "full", disc);
+    guest.ctl(&["eject-disk", "--id", "dvd"]).unwrap();
+    guest.ctl(&["reset"]).unwrap();
+    restored(guest, "empty", PathBuf::new());
 }
 
 /// Restored, a guest is held to the rates that were asked for while it ran, not to those that it was started with.

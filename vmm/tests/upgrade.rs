@@ -156,7 +156,7 @@ fn what_a_machine_has_of_its_host_goes_along() {
     }
     for (number, board) in ["micro", "pc"].into_iter().enumerate() {
         let place = Place::new();
-        for name in ["more", "other"] {
+        for name in ["more", "other", "disc"] {
             let image = File::create(place.path(name)).unwrap();
             image.set_len(1 << 20).unwrap();
         }
@@ -173,8 +173,13 @@ fn what_a_machine_has_of_its_host_goes_along() {
         let rate = ["--bytes-per-second", "900000000"];
         guest.0.ctl(&[&limit[..], &rate].concat()).unwrap();
         let before = guest.0.ctl(&["info"]).unwrap();
-        for _ in 0..2 {
+        let disc = guest.0.path("disc");
+        for has_disc in [true, false] {
+            if !has_disc {
+                guest.0.ctl(&["eject-disk", "--id", "dvd"]).unwrap();
+            }
             upgrade(&guest.0);
+            assert_eq!(has_open(&guest.0, &disc), has_disc);
             let now = guest.0.ctl(&["info"]).unwrap();
             for what in ["devices", "console_path"] {
                 assert_eq!(now[what], before[what]);
@@ -207,12 +212,23 @@ fn what_a_machine_has_of_its_host_goes_along() {
     }
 }
 
-/// Plugs in two disks, and a card if there are taps here; whether that is so.
+/// Whether the process that has the machine has that file open.
+fn has_open(guest: &Guest, path: &Path) -> bool {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", pid(guest))).unwrap();
+    let mut files = files.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    let path = path.canonicalize().unwrap();
+    files.any(|file| file == path)
+}
+
+/// Plugs in two disks, a drive with a disc, and a card if there are taps here; whether that is so.
 fn plug(guest: &Guest, serial: &mut Serial, tap: &str) -> bool {
     let disk = |keys| guest.ctl(&["add-disk", "--disk", keys]).unwrap();
     disk("path=more,format=raw");
     serial.wait_for(": now blk");
     disk("path=other,format=raw,bus=scsi");
+    disk("bus=cdrom,id=dvd");
+    let insert = ["insert-disk", "--id", "dvd", "--path", "disc"];
+    guest.ctl(&insert).unwrap();
     let keys = format!("tap={tap},queues=2,mac=52:54:00:00:00:08");
     match guest.ctl(&["add-net", "--net", &keys]) {
         Ok(_) => {

@@ -391,7 +391,7 @@ pub struct EjectDisk {
 pub struct InsertDisk {
     /// The drive: `disk0` is the first disk of the spec.
     pub id: String,
-    /// The disc's path, for messages.
+    /// The disc's path, for messages and for whoever restores the machine.
     pub path: PathBuf,
     /// Also when the guest has locked the tray.
     #[serde(default)]

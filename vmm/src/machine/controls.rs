@@ -2,7 +2,7 @@
 //! Requests of the control API that change a device while the machine runs, or is paused. Called by the owner.
 //!
 //! What is changed goes with the machine, wherever it goes on: as the device's own state (a plug, a balloon's target), in
-//! its image (a disk's size), or by the spec, which says what a device was made with (rates).
+//! its image (a disk's size), or by the spec, which says what a device was made with (rates, a drive's disc).
 
 use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::api::{BalloonInfo, Request, SetBalloon, SetLink, SetNetLimits};
@@ -14,7 +14,11 @@ use crate::api::{self, Answer, Asked};
 use crate::check;
 
 /// Does it; an error is the refusal that the asker gets.
-pub(super) fn obey(parts: &Parts, spec: &mut MachineSpec, mut asked: Asked) -> Result<(), Answer> {
+pub(super) fn obey(
+    parts: &mut Parts,
+    spec: &mut MachineSpec,
+    mut asked: Asked,
+) -> Result<(), Answer> {
     match asked.request {
         Request::SetLink => set_link(parts, &api::body(asked.body)?),
         Request::SetNetLimits => set_net_limits(parts, spec, &api::body(asked.body)?),
@@ -25,10 +29,10 @@ pub(super) fn obey(parts: &Parts, spec: &mut MachineSpec, mut asked: Asked) -> R
         Request::SetBalloon => set_balloon(parts, spec.memory_mib, &api::body(asked.body)?),
         Request::ResizeDisk => disks::resize(parts, &api::body(asked.body)?),
         Request::SetDiskLimits => disks::set_limits(parts, spec, &api::body(asked.body)?),
-        Request::EjectDisk => disks::eject(parts, &api::body(asked.body)?),
+        Request::EjectDisk => disks::eject(parts, spec, &api::body(asked.body)?),
         Request::InsertDisk => {
             let disc = asked.file("the disc")?;
-            disks::insert(parts, &api::body(asked.body)?, disc)
+            disks::insert(parts, spec, &api::body(asked.body)?, disc)
         }
         other => unreachable!("{other:?} is the owner's own"),
     }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use atoll_devices::counters::CounterList;
@@ -17,7 +18,7 @@ use atoll_disk::{
     BlockBackend, Format, Limited, OpenError, OpenOptions, OpenedDisk, ResizeError, WriterLock,
 };
 use atoll_vmm_protocol::api::{EjectDisk, InsertDisk, ResizeDisk, SetDiskLimits};
-use atoll_vmm_protocol::spec::{DiskBus, DiskSpec, MachineSpec};
+use atoll_vmm_protocol::spec::{CacheMode, DiskBus, DiskSpec, MachineSpec};
 
 use super::assembly::{Assembly, BuildError};
 use super::backplane::Backplane;
@@ -122,6 +123,16 @@ impl Disk {
                 number,
                 target,
             } => host.resized(*number, target),
+        }
+    }
+
+    /// Whether it is a drive without a disc.
+    fn is_empty_drive(&self) -> bool {
+        match &self.place {
+            Place::Blk { .. } => false,
+            Place::Scsi { target, .. } => {
+                target.kind() == TargetKind::Cdrom && target.medium().1.is_none()
+            }
         }
     }
 
@@ -375,16 +386,31 @@ pub(super) fn set_limits(
 }
 
 /// Takes the disc out of a drive.
-pub(super) fn eject(parts: &Parts, body: &EjectDisk) -> Result<(), Answer> {
+pub(super) fn eject(
+    parts: &mut Parts,
+    spec: &mut MachineSpec,
+    body: &EjectDisk,
+) -> Result<(), Answer> {
     let (host, target) = drive(parts, &body.id)?;
     let ejected = host.eject(target, body.force);
-    ejected.map_err(|error| api::refusal(409, format!("{}: {error}", body.id)))
+    ejected.map_err(|error| api::refusal(409, format!("{}: {error}", body.id)))?;
+    note_ejected(parts, spec);
+    Ok(())
 }
 
 /// Puts a disc that the asker has opened into a drive.
-pub(super) fn insert(parts: &Parts, body: &InsertDisk, disc: File) -> Result<(), Answer> {
+pub(super) fn insert(
+    parts: &mut Parts,
+    spec: &mut MachineSpec,
+    body: &InsertDisk,
+    disc: File,
+) -> Result<(), Answer> {
     let (host, target) = drive(parts, &body.id)?;
     let path = body.path.clone();
+    if path.as_os_str().is_empty() {
+        return Err(api::refusal(400, "a disc has a path"));
+    }
+    let copy = disc.try_clone();
     // Whether io_uring is to be had is found out by trying, which only the starter may.
     let opened = atoll_thread::in_starter(move || {
         let options = OpenOptions {
@@ -395,7 +421,32 @@ pub(super) fn insert(parts: &Parts, body: &InsertDisk, disc: File) -> Result<(),
     });
     let medium = opened.map_err(|error| api::refusal(409, error.to_string()))?;
     let inserted = host.insert(target, medium, body.force);
-    inserted.map_err(|error| api::refusal(409, format!("{}: {error}", body.id)))
+    inserted.map_err(|error| api::refusal(409, format!("{}: {error}", body.id)))?;
+    hold_disc(in_spec(spec, &body.id), &body.path);
+    if let Some(kept) = &mut parts.kept {
+        let name = belongings::disk(&body.id);
+        match copy {
+            Ok(copy) => kept.insert(name, vec![copy.into()]),
+            Err(_) => kept.forget(&name),
+        }
+    }
+    Ok(())
+}
+
+/// Says of each drive that is empty that it is. A guest that opens one tells nobody.
+pub(super) fn note_ejected(parts: &mut Parts, spec: &mut MachineSpec) {
+    for disk in parts.disks.iter().filter(|disk| disk.is_empty_drive()) {
+        hold_disc(in_spec(spec, &disk.id), Path::new(""));
+        if let Some(kept) = &mut parts.kept {
+            kept.forget(&belongings::disk(&disk.id));
+        }
+    }
+}
+
+/// Says that a drive has this disc; none without a path. It was opened as it was, by another process.
+fn hold_disc(drive: &mut DiskSpec, path: &Path) {
+    path.clone_into(&mut drive.path);
+    drive.cache = CacheMode::default();
 }
 
 fn drive<'a>(parts: &'a Parts, id: &str) -> Result<(&'a Scsi, &'a Target), Answer> {

@@ -192,7 +192,7 @@ impl Machine {
             .retain(|disk| disk.id.as_deref() != Some(id));
         self.spec.nets.retain(|net| net.id.as_deref() != Some(id));
         self.forget_mirror(id);
-        self.forget_kept(Some(id));
+        self.forget_kept(id);
         let disk = disks::unplug(&mut self.parts, id);
         self.parts.nets.retain(|card| card.function.name() != id);
         self.parts.backplane.remove(id);
@@ -203,8 +203,8 @@ impl Machine {
     }
 
     /// Closes the copies of what a disk or a card had, whose locks they hold.
-    pub(super) fn forget_kept(&mut self, id: Option<&str>) {
-        if let (Some(kept), Some(id)) = (&mut self.parts.kept, id) {
+    pub(super) fn forget_kept(&mut self, id: &str) {
+        if let Some(kept) = &mut self.parts.kept {
             kept.forget(&belongings::disk(id));
             kept.forget(&belongings::card(id));
         }

@@ -313,7 +313,7 @@ impl Machine {
         let size_bytes = disk.size_bytes();
         let former = disk.exchange(target).expect("a drive has no mirror");
         let grown = disk.size_bytes() > size_bytes;
-        self.forget_kept(Some(&id));
+        self.forget_kept(&id);
         let disk = disks::in_spec(&mut self.spec, &id);
         let former = Some(Box::new((former, disk.clone())));
         set_place(disk, &at_target);

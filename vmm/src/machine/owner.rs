@@ -32,7 +32,7 @@ use super::live::{Live, SaveError};
 use super::mirror::Mirroring;
 use super::parts::Parts;
 use super::snapshot::Tracked;
-use super::{Outcome, RunError, controls, counters};
+use super::{Outcome, RunError, controls, counters, disks};
 use crate::api::{self, Answer, Asked, Gate};
 use crate::layout;
 use crate::memory::filling::Filling;
@@ -297,6 +297,7 @@ impl Machine {
         if let Some(refused) = self.refuse_while_saving(asked.request) {
             return Ok(refused);
         }
+        disks::note_ejected(&mut self.parts, &mut self.spec);
         match asked.request {
             Request::Info => return Ok(api::json(200, &self.info())),
             Request::Counters => {
@@ -340,11 +341,7 @@ impl Machine {
             Request::RemoveDevice => return Ok(answer_of(self.remove_device(asked))),
             // What is left is for one of the devices.
             _ => {
-                if matches!(asked.request, Request::EjectDisk | Request::InsertDisk) {
-                    // What is in the drive is not what its copies are of.
-                    self.forget_kept(asked.body.get("id").and_then(|id| id.as_str()));
-                }
-                if let Err(refused) = controls::obey(&self.parts, &mut self.spec, asked) {
+                if let Err(refused) = controls::obey(&mut self.parts, &mut self.spec, asked) {
                     return Ok(refused);
                 }
             }
