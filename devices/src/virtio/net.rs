@@ -436,16 +436,14 @@ impl VirtioDevice for Net {
     }
 
     fn obstacle(&self, act: Act) -> Option<String> {
-        let text = match (&self.shared.wire, act) {
-            (Wire::Backend { .. }, _) => vhost_user::obstacle(act),
+        match (&self.shared.wire, act) {
+            (Wire::Backend { .. }, _) => vhost_user::obstacle(act, "unplug it"),
             (Wire::Taps(_), Act::Migration) if !self.kernel_rings().all(KernelRings::can_log) => {
-                Some(
-                    "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate",
-                )
+                let text = "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate";
+                Some(text.to_owned())
             }
             (Wire::Taps(_), _) => None,
-        };
-        text.map(str::to_owned)
+        }
     }
 
     fn log_writes(&self, on: bool) -> io::Result<()> {

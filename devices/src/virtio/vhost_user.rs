@@ -145,14 +145,14 @@ impl DeviceKind {
 }
 
 /// Why this cannot be done with a machine that has any of these devices: what another process writes goes past us.
-pub(super) fn obstacle(act: Act) -> Option<&'static str> {
+/// `remedy` is how the machine comes to be without the device.
+pub(super) fn obstacle(act: Act, remedy: &str) -> Option<String> {
+    let what = "what its vhost-user backend writes into memory";
     match act {
-        Act::Migration => Some(
-            "what its vhost-user backend writes into memory is not logged: unplug it to migrate",
-        ),
-        Act::LiveSnapshot => Some(
-            "what its vhost-user backend writes into memory does not wait: unplug it, or leave out --live",
-        ),
+        Act::Migration => Some(format!("{what} is not logged: {remedy} to migrate")),
+        Act::LiveSnapshot => Some(format!(
+            "{what} does not wait: leave out --live, or {remedy}"
+        )),
         Act::Snapshot => None,
     }
 }

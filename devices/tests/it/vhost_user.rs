@@ -353,7 +353,10 @@ fn what_a_card_of_another_process_can_take_part_in() {
     let rig = rig(false, PATIENCE);
     assert_eq!(rig.net.obstacle(Act::Snapshot), None);
     let text = rig.net.obstacle(Act::Migration).unwrap();
-    assert!(text.contains("not logged"), "{text}");
+    assert!(
+        text.ends_with("is not logged: unplug it to migrate"),
+        "{text}"
+    );
     assert!(rig.net.limit_refusal().is_some());
     rig.driver.device.pause();
     let saved = rig.driver.device.save();
@@ -469,7 +472,10 @@ fn a_disk_of_qemus_storage_daemon() {
     }
     driver.device.pause();
     assert_eq!(disk.obstacle(Act::Snapshot), None);
-    assert!(disk.obstacle(Act::Migration).is_some());
+    for act in [Act::Migration, Act::LiveSnapshot] {
+        let text = disk.obstacle(act).unwrap();
+        assert!(text.contains("start the machine without it"), "{text}");
+    }
     driver.device.resume().unwrap();
     write_and_read(&mut driver, 0, 0x33);
 

@@ -165,13 +165,14 @@ impl VirtioDevice for VhostUser {
     }
 
     fn obstacle(&self, act: Act) -> Option<String> {
-        let text = match act {
+        match act {
             Act::Snapshot if !self.kind.keeps_nothing => {
-                Some("its vhost-user backend knows what is in no saved state, as of open files")
+                let text = "its vhost-user backend knows what is in no saved state, as of open files: start the machine without it";
+                Some(text.to_owned())
             }
-            _ => super::obstacle(act),
-        };
-        text.map(str::to_owned)
+            // The machine has it from start to end.
+            _ => super::obstacle(act, "start the machine without it"),
+        }
     }
 
     fn counters(&self) -> CounterList {
