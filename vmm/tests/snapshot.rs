@@ -21,7 +21,7 @@ use atoll_vmm::memory::{Backing, allocate};
 use atoll_vmm::saved::packed::Packed;
 use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::Request;
-use atoll_vmm_protocol::spec::{DiskLimits, NetLimits};
+use atoll_vmm_protocol::spec::{DiskLimits, NetLimits, VhostNet};
 use guest::{Guest, Place, eventually, kvm, shell};
 use rustix::fs::{SeekFrom, seek};
 use vm_memory::{Bytes, GuestAddress};
@@ -406,7 +406,7 @@ fn rates_are_those_that_were_asked_for_last() {
     }
     let mut guest = Place::new().start(&shell("32", "1"));
     guest.serial().wait_for("probe> ");
-    let card = format!("tap=asn{},vhost=off,rate=30000000", std::process::id());
+    let card = format!("tap=asn{},rate=30000000", std::process::id());
     let has_card = match guest.ctl(&["add-net", "--net", &card]) {
         Ok(_) => true,
         Err(said) if said.contains("/dev/net/tun") || said.contains("permitted") => {
@@ -440,6 +440,18 @@ fn rates_are_those_that_were_asked_for_last() {
     // Where the control API will be, the killed process's socket is until then.
     eventually("the control API", || copy.client().info().ok());
     check(&copy, "second");
+    if has_card {
+        // It takes a rate again when it has none, also where the kernel could move its packets then.
+        copy.ctl(&["set-net-limits", "--id", "net0"]).unwrap();
+        let card = copy.saved_spec("third").nets.remove(0);
+        assert_eq!(card.limits, NetLimits::default());
+        assert_eq!(card.vhost, VhostNet::Off);
+        let copy = copy.killed().start(&["run", "--restore", "third"]);
+        eventually("the control API", || copy.client().info().ok());
+        let limit = ["set-net-limits", "--id", "net0"];
+        let rate = ["--send-bytes-per-second", "20000000"];
+        copy.ctl(&[&limit[..], &rate].concat()).unwrap();
+    }
 }
 
 #[test]

@@ -311,7 +311,8 @@ pub struct SetLink {
     pub up: bool,
 }
 
-/// Body of `PUT /set-net-limits`. Like the spec's `NetLimits`, of one card.
+/// Body of `PUT /set-net-limits`. Like the spec's `NetLimits`, of one card, whose packets the VMM's threads move from now
+/// on wherever the machine goes on, also when it has no rates left.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SetNetLimits {

@@ -6,7 +6,7 @@
 
 use atoll_devices::virtio::net::Net;
 use atoll_vmm_protocol::api::{BalloonInfo, Request, SetBalloon, SetLink, SetNetLimits};
-use atoll_vmm_protocol::spec::{MachineSpec, NetLimits};
+use atoll_vmm_protocol::spec::{MachineSpec, NetLimits, VhostNet};
 
 use super::parts::Parts;
 use super::{devices, disks};
@@ -73,7 +73,11 @@ fn set_net_limits(
     devices::limit(card, &limits);
     let mut nets = spec.nets.iter_mut();
     let net = nets.find(|net| check::id_of(&net.id) == body.id);
-    net.expect("a machine's cards are its spec's").limits = limits;
+    let net = net.expect("a machine's cards are its spec's");
+    net.limits = limits;
+    // Whoever changes its rates wants to change them again, in the next process too, where the kernel could take over once
+    // there are none.
+    net.vhost = VhostNet::Off;
     Ok(())
 }
 
