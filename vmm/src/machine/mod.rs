@@ -54,7 +54,7 @@ mod upgrade;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 
 use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::spec::MachineSpec;
@@ -78,7 +78,7 @@ pub use belongings::Belongings;
 #[cfg(feature = "testing")]
 pub(crate) use legacy::identity;
 use opened::Opened;
-use owner::{GuestVoice, Machine, ask_owner, block_ending_signals, end_on_signals};
+use owner::{Event, GuestVoice, Machine, ask_owner, block_ending_signals, end_on_signals};
 pub use saved::{Absence, RestoreError};
 
 /// What a caller decides about a run that is not the machine's own business.
@@ -276,7 +276,8 @@ pub enum Signals {
     /// What they did before: the process is not the machine's alone.
     #[default]
     Leave,
-    /// End the machine as the request `shutdown` does. For the whole rest of the process.
+    /// End the machine as the request `shutdown` does; one that another process still has stays there, and this process
+    /// ends without it. For the whole rest of the process.
     ShutDown,
 }
 
@@ -380,7 +381,7 @@ pub fn run_from(
         memory_mib = spec.memory_mib,
         "machine starts"
     );
-    let begun = begin(&mut machine, place);
+    let begun = begin(&mut machine, place, &received);
     let is_own = begun.is_ok();
     let outcome = begun.and_then(|()| {
         if was_saved {
@@ -411,11 +412,16 @@ pub fn run_from(
 }
 
 /// Lets the guest go, once it is this process's.
-fn begin(machine: &mut Machine, place: Whereabouts) -> Result<(), RunError> {
+fn begin(
+    machine: &mut Machine,
+    place: Whereabouts,
+    received: &Receiver<Event>,
+) -> Result<(), RunError> {
     match place {
         Whereabouts::Here => sandbox::seal_starter(),
         Whereabouts::Held(mut handover) => {
             sandbox::seal_starter();
+            machine.refuse_if_ended(received)?;
             handover.take_over()?;
         }
         Whereabouts::Elsewhere(mut handover) => {
@@ -424,6 +430,7 @@ fn begin(machine: &mut Machine, place: Whereabouts) -> Result<(), RunError> {
             let state = local::welcome(&mut handover)?;
             machine.arrive(state)?;
             sandbox::seal_starter();
+            machine.refuse_if_ended(received)?;
             handover.take_over()?;
             machine.begin()?;
             machine.hear_clients();

@@ -36,6 +36,7 @@ use super::{Outcome, RunError, controls, counters, disks};
 use crate::api::{self, Answer, Asked, Gate};
 use crate::layout;
 use crate::memory::filling::Filling;
+use crate::migration::MigrationError;
 use crate::vcpu::{Report, Vcpu};
 
 /// What the owner is told.
@@ -221,6 +222,22 @@ impl Machine {
                 Event::Terminate => return Ok(Outcome::ShutDown),
                 Event::KernelWanted => self.part_from_kernel()?,
             }
+        }
+    }
+
+    /// An error if somebody has wanted this process to end, which does not have the machine yet: that was not meant for
+    /// the guest, which runs elsewhere. What else was said is heard later.
+    pub(super) fn refuse_if_ended(&self, events: &Receiver<Event>) -> Result<(), MigrationError> {
+        let said: Vec<_> = events.try_iter().collect();
+        let ended = said.iter().any(|event| matches!(event, Event::Terminate));
+        for event in said {
+            let _ = self.events.send(event);
+        }
+        match ended {
+            true => Err(MigrationError::Refused(
+                "this process was told to end before it had the machine".to_owned(),
+            )),
+            false => Ok(()),
         }
     }
 
