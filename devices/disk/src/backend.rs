@@ -86,6 +86,12 @@ pub trait BlockBackend: Send + Sync {
         Abilities::default()
     }
 
+    /// Whether a write is durable when it completes, without a flush; a write of zeroes by [`Operation::WriteZeroes`] need
+    /// not be. Constant while queues are open.
+    fn is_synchronous(&self) -> bool {
+        false
+    }
+
     /// Makes the disk `size_bytes` long, for all its queues at once. May block; called by the control thread.
     fn resize(&self, _size_bytes: u64) -> Result<(), ResizeError> {
         Err(ResizeError::Unsupported)
@@ -103,6 +109,10 @@ impl<B: BlockBackend + ?Sized> BlockBackend for std::sync::Arc<B> {
 
     fn abilities(&self) -> Abilities {
         (**self).abilities()
+    }
+
+    fn is_synchronous(&self) -> bool {
+        (**self).is_synchronous()
     }
 
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {

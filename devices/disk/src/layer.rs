@@ -27,6 +27,11 @@ pub trait Layer: Send + Sync {
         self.below().abilities()
     }
 
+    /// See [`BlockBackend::is_synchronous`].
+    fn is_synchronous(&self) -> bool {
+        self.below().is_synchronous()
+    }
+
     /// See [`BlockBackend::resize`].
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
         self.below().resize(size_bytes)
@@ -40,6 +45,10 @@ impl<L: Layer> BlockBackend for L {
 
     fn abilities(&self) -> Abilities {
         Layer::abilities(self)
+    }
+
+    fn is_synchronous(&self) -> bool {
+        Layer::is_synchronous(self)
     }
 
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {

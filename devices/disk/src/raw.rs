@@ -154,6 +154,7 @@ impl RawFile {
 pub struct RawBackend {
     file: Arc<RawFile>,
     abilities: Abilities,
+    is_synchronous: bool,
     is_device: bool,
     engine: Engine,
     /// For [`Engine::Threads`].
@@ -195,6 +196,7 @@ impl RawBackend {
         let block_bytes = alignment.offset_bytes;
         Ok(Self {
             file,
+            is_synchronous: options.cache.is_synchronous(),
             abilities: Abilities {
                 block_bytes,
                 discard_bytes: options.discard.then_some(block_bytes.max(DISCARD_BYTES)),
@@ -223,6 +225,10 @@ impl BlockBackend for RawBackend {
 
     fn abilities(&self) -> Abilities {
         self.abilities
+    }
+
+    fn is_synchronous(&self) -> bool {
+        self.is_synchronous
     }
 
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {

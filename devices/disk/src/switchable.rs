@@ -106,6 +106,10 @@ impl BlockBackend for Switchable {
         self.abilities
     }
 
+    fn is_synchronous(&self) -> bool {
+        self.current().is_synchronous()
+    }
+
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {
         self.current().resize(size_bytes)
     }
@@ -118,9 +122,9 @@ impl BlockBackend for Switchable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::MemoryBackend;
     use crate::changes::Tracked;
     use crate::conformance::{self, read, write};
+    use crate::{Cache, Format, MemoryBackend, OpenOptions, Source};
 
     fn memory(size_bytes: u64, read_only: bool) -> Arc<MemoryBackend> {
         Arc::new(MemoryBackend::new(Geometry {
@@ -164,15 +168,40 @@ mod tests {
         assert_eq!(check(2048, false), Err(small));
         assert_eq!(check(4096, true), Err(MisfitError::ReadOnly));
         assert_eq!(check(4096, false), Ok(()));
+        let raw = raw(OpenOptions::default());
+        assert_eq!(disk.check(&*raw), Err(MisfitError::Discard));
+    }
+
+    /// A file without a name.
+    fn raw(options: OpenOptions) -> Arc<dyn BlockBackend> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         std::fs::write(&path, [0; 4096]).unwrap();
-        let source = crate::Source {
+        let source = Source {
             path,
-            format: crate::Format::Raw,
+            format: Format::Raw,
             backing: Vec::new(),
         };
-        let raw = crate::open(&source, crate::OpenOptions::default()).unwrap();
-        assert_eq!(disk.check(&*raw), Err(MisfitError::Discard));
+        crate::open(&source, options).unwrap()
+    }
+
+    #[test]
+    fn writes_are_as_durable_as_where_they_go() {
+        let is_synchronous = |cache, detect_zeroes| {
+            let options = OpenOptions {
+                cache,
+                detect_zeroes,
+                ..OpenOptions::default()
+            };
+            let switchable = Arc::new(Switchable::new(memory(4096, false)));
+            let disk = Tracked::new(switchable.clone());
+            assert!(!disk.is_synchronous());
+            switchable.switch_to(raw(options));
+            disk.is_synchronous()
+        };
+        assert!(!is_synchronous(Cache::Writeback, false));
+        assert!(is_synchronous(Cache::Writethrough, false));
+        // What is detected may become a hole, which the file's mode says nothing about.
+        assert!(!is_synchronous(Cache::Writethrough, true));
     }
 }

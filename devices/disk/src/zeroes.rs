@@ -59,6 +59,11 @@ impl Layer for DetectZeroes {
         &*self.inner
     }
 
+    /// A write may become one of zeroes.
+    fn is_synchronous(&self) -> bool {
+        false
+    }
+
     fn over(&self, inner: Box<dyn BlockQueue>, _depth: u16) -> io::Result<Box<dyn BlockQueue>> {
         let rule = self.rule;
         Ok(Box::new(DetectingQueue { inner, rule }))

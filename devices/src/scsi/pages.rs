@@ -8,6 +8,8 @@ use super::target::TargetKind;
 pub(super) struct Unit<'a> {
     pub(super) kind: TargetKind,
     pub(super) serial: &'a str,
+    /// A write may be lost until a flush.
+    pub(super) write_cache: bool,
     pub(super) medium: Option<Medium>,
 }
 
@@ -115,7 +117,7 @@ impl Unit<'_> {
     }
 
     /// MODE SENSE data, or nothing if there is no such page. SPC-4 §7.5.
-    pub(super) fn mode(&self, mode: ModeSense, write_cache: bool) -> Option<Vec<u8>> {
+    pub(super) fn mode(&self, mode: ModeSense) -> Option<Vec<u8>> {
         let mut pages = Vec::new();
         let wanted = |page| mode.page == page || mode.page == 0x3f;
         let mut page = |number: u8, body: &[u8]| {
@@ -128,7 +130,7 @@ impl Unit<'_> {
         let disk = self.kind == TargetKind::Disk;
         if disk && wanted(0x08) {
             let mut caching = [0; 18];
-            caching[0] = u8::from(write_cache) << 2;
+            caching[0] = u8::from(self.write_cache) << 2;
             page(0x08, &caching);
         }
         if disk && wanted(0x0a) {

@@ -2,7 +2,7 @@
 //! One logical unit: what is in it, and what a command to it amounts to.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_disk::{BlockBackend, Operation, Space};
@@ -46,6 +46,8 @@ pub struct Target {
     kind: TargetKind,
     serial: String,
     counters: Arc<DiskCounters>,
+    /// What the driver is told: each write is durable when it completes. For good, since drivers ask once.
+    writes_through: AtomicBool,
     /// Requests that the backend has, of all queues.
     in_flight: AtomicUsize,
     // Leaf lock, held for one command's decision, and by whoever changes the medium.
@@ -73,6 +75,9 @@ pub struct TargetState {
     locked: bool,
     tray_open: bool,
     event: u8,
+    /// Not so in a state that was saved before drivers were told.
+    #[serde(default)]
+    writes_through: bool,
 }
 
 /// The guest does not let the medium out.
@@ -127,8 +132,11 @@ const DONE: Act = Act::Answer(Vec::new());
 impl Target {
     /// A unit as after power-on: its medium in, the tray closed and not locked, nothing to tell.
     pub fn new(options: TargetOptions) -> Self {
+        let medium = options.medium.as_ref();
+        let writes_through = medium.is_some_and(|medium| medium.is_synchronous());
         Self {
             kind: options.kind,
+            writes_through: AtomicBool::new(writes_through),
             serial: options.serial,
             counters: Arc::default(),
             in_flight: AtomicUsize::new(0),
@@ -231,6 +239,7 @@ impl Target {
             locked: state.locked,
             tray_open: state.tray_open,
             event: state.event,
+            writes_through: self.writes_through(),
         }
     }
 
@@ -245,6 +254,13 @@ impl Target {
         state.locked = saved.locked;
         state.tray_open = saved.tray_open;
         state.event = saved.event;
+        let writes_through = saved.writes_through;
+        self.writes_through.store(writes_through, Ordering::Release);
+    }
+
+    /// Whether the driver relies on each write to be durable when it completes.
+    pub(crate) fn writes_through(&self) -> bool {
+        self.writes_through.load(Ordering::Acquire)
     }
 
     /// Decides what a command amounts to. `parameters` gives the data that comes with it, as much as there is.
@@ -261,6 +277,7 @@ impl Target {
         let unit = Unit {
             kind: self.kind,
             serial: &self.serial,
+            write_cache: !self.writes_through(),
             medium: state.shape(self.kind),
         };
         // These tell of the unit itself, whatever is in it, and leave attentions waiting. SPC-4 §5.14.
@@ -389,7 +406,7 @@ fn drive(state: &mut State, unit: &Unit<'_>, command: Command) -> Option<Act> {
 fn medium(unit: &Unit<'_>, command: Command, parameters: impl FnOnce(&mut [u8]) -> usize) -> Act {
     if let Command::ModeSense { mode, allocation } = command {
         return unit
-            .mode(mode, true)
+            .mode(mode)
             .map_or(Act::Fail(Sense::INVALID_FIELD), |data| {
                 answer(data, allocation)
             });

@@ -9,6 +9,7 @@ pub mod request;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,8 @@ use atoll_thread::Kind;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
@@ -46,6 +47,8 @@ const LINGER: Duration = Duration::from_micros(50);
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// [`SECTOR_BYTES`] for 32-bit fields.
 const SECTOR_BYTES_U32: u32 = 512;
+/// Offset of `writeback` in the configuration, §5.2.4: 1 where a write may be lost until a flush.
+const WRITEBACK: usize = 32;
 /// Bytes of the identification that VIRTIO_BLK_T_GET_ID returns, padded with zeroes, VIRTIO 1.2 §5.2.6.
 pub const SERIAL_BYTES: usize = 20;
 
@@ -68,6 +71,8 @@ pub struct Blk {
     backend: Arc<dyn BlockBackend>,
     serial: [u8; SERIAL_BYTES],
     queue_count: u16,
+    /// `writeback` of the configuration: what the host does, until a driver says what it wants.
+    writeback: Arc<AtomicBool>,
     counters: Arc<DiskCounters>,
     interrupts: OnceLock<DeviceInterrupts>,
 }
@@ -79,9 +84,11 @@ impl Blk {
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;
         }
+        let writeback = !options.backend.is_synchronous();
         Self {
             name: options.name,
             backend: options.backend,
+            writeback: Arc::new(AtomicBool::new(writeback)),
             serial,
             queue_count: options.queue_count.max(1),
             counters: Arc::default(),
@@ -101,7 +108,8 @@ impl Blk {
             lull: Lull::default(),
             chain: Chain::new(),
             serial: self.serial,
-            write_through: features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            is_synchronous: self.backend.is_synchronous(),
+            writeback: self.writeback.clone(),
             features,
             abilities: self.backend.abilities(),
             counters: self.counters.clone(),
@@ -127,6 +135,10 @@ impl Blk {
         );
         put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &abilities.block_bytes.to_le_bytes());
+        put(
+            WRITEBACK,
+            &[u8::from(self.writeback.load(Ordering::Acquire))],
+        );
         put(34, &self.queue_count.to_le_bytes());
         if let Some(unit) = abilities.discard_bytes {
             put(36, &sectors(abilities.range_bytes_max));
@@ -171,6 +183,7 @@ impl VirtioDevice for Blk {
         1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_CONFIG_WCE
             | 1 << VIRTIO_BLK_F_MQ
             | read_only << VIRTIO_BLK_F_RO
             | discard << VIRTIO_BLK_F_DISCARD
@@ -188,6 +201,20 @@ impl VirtioDevice for Blk {
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
         super::read_config(&self.config(), offset, data);
+    }
+
+    /// Only `writeback` can be written.
+    fn config_write(&self, offset: u64, data: &[u8]) {
+        let offset = usize::try_from(offset).ok();
+        let at = offset.and_then(|offset| WRITEBACK.checked_sub(offset));
+        if let Some(value) = at.and_then(|at| data.get(at)) {
+            self.writeback.store(*value != 0, Ordering::Release);
+        }
+    }
+
+    fn reset(&self) {
+        let writeback = !self.backend.is_synchronous();
+        self.writeback.store(writeback, Ordering::Release);
     }
 
     fn start_queue(&self, start: QueueStart) -> Result<Box<dyn StartedQueue>, StartError> {
@@ -208,6 +235,9 @@ impl VirtioDevice for Blk {
 #[derive(Serialize, Deserialize)]
 struct BlkState {
     size_bytes: u64,
+    /// Absent in a state that was saved before drivers were told.
+    #[serde(default)]
+    writeback: Option<bool>,
 }
 
 impl SavedState for BlkState {
@@ -218,13 +248,21 @@ impl SavedState for BlkState {
 impl DeviceState for Blk {
     fn save(&self) -> Saved {
         let size_bytes = self.backend.geometry().size_bytes;
-        Saved::of(&BlkState { size_bytes })
+        let writeback = Some(self.writeback.load(Ordering::Acquire));
+        Saved::of(&BlkState {
+            size_bytes,
+            writeback,
+        })
     }
 
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
         let state: BlkState = saved.open()?;
         let now = self.backend.geometry().size_bytes;
-        same::<BlkState, _>("the disk's size in bytes", state.size_bytes, now)
+        same::<BlkState, _>("the disk's size in bytes", state.size_bytes, now)?;
+        if let Some(writeback) = state.writeback {
+            self.writeback.store(writeback, Ordering::Release);
+        }
+        Ok(())
     }
 }
 
@@ -272,8 +310,8 @@ pub(crate) struct Handler {
     lull: Lull,
     chain: Chain,
     serial: [u8; SERIAL_BYTES],
-    /// The driver knows no flush: each write must be durable before it completes, §5.2.6.2.
-    write_through: bool,
+    is_synchronous: bool,
+    writeback: Arc<AtomicBool>,
     features: u64,
     abilities: Abilities,
     counters: Arc<DiskCounters>,
@@ -341,6 +379,18 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> QueueError {
 }
 
 impl Handler {
+    /// Whether this must be made durable before it completes, §5.2.6.2: the driver knows no flush, or wants none.
+    fn is_flushed(&self, operation: Operation) -> bool {
+        let has = |feature: u32| self.features & 1 << feature != 0;
+        let cached = has(VIRTIO_BLK_F_FLUSH)
+            && (!has(VIRTIO_BLK_F_CONFIG_WCE) || self.writeback.load(Ordering::Acquire));
+        match operation {
+            Operation::Write => !cached && !self.is_synchronous,
+            Operation::WriteZeroes { .. } => !cached,
+            Operation::Read | Operation::Flush | Operation::Discard { .. } => false,
+        }
+    }
+
     /// Looks out for the next chain instead of sleeping, while nothing else can come and it is likely to come soon.
     fn linger(&mut self, queue: &DeviceQueue) -> Result<bool, QueueError> {
         if self.disk.in_flight() > 0 {
@@ -444,11 +494,7 @@ impl Handler {
             let index = usize::try_from(completion.token).expect("a slot's index");
             let slot = self.slots[index].take().expect("completes once");
             self.free.push(index);
-            let wrote = matches!(
-                slot.operation,
-                Operation::Write | Operation::WriteZeroes { .. }
-            );
-            if self.write_through && wrote && completion.result.is_ok() {
+            if completion.result.is_ok() && self.is_flushed(slot.operation) {
                 let operation = Operation::Flush;
                 self.submit(Slot { operation, ..slot }, 0, completion.segments);
                 self.disk.kick().map_err(host("submit disk requests"))?;

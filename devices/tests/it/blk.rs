@@ -23,17 +23,27 @@ pub(crate) fn memory_disk() -> MemoryBackend {
     })
 }
 
-pub(crate) fn device(backend: impl BlockBackend + 'static, queue_count: u16) -> Driver {
-    Driver::new(Arc::new(Blk::new(BlkOptions {
+pub(crate) fn disk(backend: impl BlockBackend + 'static, queue_count: u16) -> Arc<Blk> {
+    Arc::new(Blk::new(BlkOptions {
         name: "blk0".to_owned(),
         backend: Arc::new(backend),
         serial: "a-serial-that-is-longer-than-20".to_owned(),
         queue_count,
-    })))
+    }))
+}
+
+pub(crate) fn device(backend: impl BlockBackend + 'static, queue_count: u16) -> Driver {
+    Driver::new(disk(backend, queue_count))
 }
 
 /// Runs one request with `size` bytes of data at [`DATA`]; returns status and used length.
-fn run(driver: &mut Driver, queue: usize, kind: u32, sector: u64, size: u32) -> (u8, u32) {
+pub(crate) fn run(
+    driver: &mut Driver,
+    queue: usize,
+    kind: u32,
+    sector: u64,
+    size: u32,
+) -> (u8, u32) {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[8..].copy_from_slice(&sector.to_le_bytes());
@@ -220,7 +230,7 @@ fn pause_keeps_the_rings_and_reset_forgets_them() {
 }
 
 /// Runs a discard (11) or write-zeroes (13) request; returns its status.
-fn run_range(driver: &mut Driver, kind: u32, range: (u64, u32, u32)) -> u8 {
+pub(crate) fn run_range(driver: &mut Driver, kind: u32, range: (u64, u32, u32)) -> u8 {
     let mut header = [0; 32];
     header[..4].copy_from_slice(&kind.to_le_bytes());
     header[16..24].copy_from_slice(&range.0.to_le_bytes());

@@ -25,3 +25,4 @@ mod testpmd;
 mod transport;
 mod vhost_user;
 mod vsock;
+mod write_cache;

@@ -59,7 +59,7 @@ pub(crate) fn device(targets: &[(u8, Arc<Target>)]) -> (Arc<Scsi>, Driver) {
 
 /// What a command ended in.
 #[derive(Debug, PartialEq, Eq)]
-struct Ended {
+pub(crate) struct Ended {
     response: u8,
     /// Key, code and qualifier of CHECK CONDITION.
     sense: Option<(u8, u8, u8)>,
@@ -69,7 +69,7 @@ struct Ended {
 
 impl Ended {
     #[track_caller]
-    fn good(self) -> Vec<u8> {
+    pub(crate) fn good(self) -> Vec<u8> {
         assert_eq!((self.response, self.sense), (0, None));
         self.data
     }
@@ -82,7 +82,7 @@ impl Ended {
 }
 
 /// Runs one command on target `number`, with `out` for the unit and room for `room` bytes from it.
-fn run(driver: &mut Driver, number: u8, cdb: &[u8], out: &[u8], room: u32) -> Ended {
+pub(crate) fn run(driver: &mut Driver, number: u8, cdb: &[u8], out: &[u8], room: u32) -> Ended {
     run_on(
         driver,
         QUEUE,
@@ -130,12 +130,12 @@ fn run_on(
     }
 }
 
-fn pattern(length: usize) -> Vec<u8> {
+pub(crate) fn pattern(length: usize) -> Vec<u8> {
     (0..=250).cycle().take(length).collect()
 }
 
 const READ_10: [u8; 10] = [0x28, 0, 0, 0, 0, 3, 0, 0, 16, 0];
-const WRITE_10: [u8; 10] = [0x2a, 0, 0, 0, 0, 3, 0, 0, 16, 0];
+pub(crate) const WRITE_10: [u8; 10] = [0x2a, 0, 0, 0, 0, 3, 0, 0, 16, 0];
 const READY: [u8; 6] = [0; 6];
 
 #[test]

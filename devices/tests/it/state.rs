@@ -14,7 +14,7 @@ use crate::blk;
 const DATA: u64 = 0x10_0000;
 
 /// A machine as `driver`'s, built anew, with its memory and the state of its bus and its device.
-fn copy(driver: &mut Driver, mut fresh: Driver) -> Driver {
+pub(crate) fn copy(driver: &mut Driver, mut fresh: Driver) -> Driver {
     driver.device.pause();
     let through_text = |saved: Saved| -> Saved {
         serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap()

@@ -291,9 +291,9 @@ pub enum CacheMode {
     Writeback,
     /// No page cache (O_DIRECT); durable when the guest flushes.
     None,
-    /// The host's page cache for reads; each write is durable when it completes.
+    /// The host's page cache for reads; each write is durable when it completes, and the guest is told so.
     Writethrough,
-    /// No page cache, and each write is durable when it completes.
+    /// No page cache, and each write is durable when it completes, and the guest is told so.
     Directsync,
     /// The host's page cache, and flushes do nothing: a crash of the host loses the disk.
     Unsafe,

@@ -64,6 +64,7 @@ pub struct Qcow2Backend {
     image: Arc<OpenImage>,
     geometry: Arc<SharedGeometry>,
     pool: Pooled,
+    is_synchronous: bool,
     abilities: Abilities,
 }
 
@@ -118,6 +119,7 @@ impl Qcow2Backend {
             image,
             geometry: geometry.clone(),
             pool: Pooled::new(calls, geometry, transfer, rest),
+            is_synchronous: options.cache.is_synchronous(),
             abilities: Abilities {
                 block_bytes,
                 discard_bytes: options.discard.then_some(header.cluster_bytes),
@@ -135,6 +137,10 @@ impl BlockBackend for Qcow2Backend {
 
     fn abilities(&self) -> Abilities {
         self.abilities
+    }
+
+    fn is_synchronous(&self) -> bool {
+        self.is_synchronous
     }
 
     fn resize(&self, size_bytes: u64) -> Result<(), ResizeError> {

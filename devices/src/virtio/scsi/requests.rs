@@ -26,6 +26,7 @@ use crate::virtio::{Chain, DeviceQueue, GuestBuffers, QueueError, Segment};
 struct Opened {
     target: Arc<Target>,
     generation: u64,
+    is_synchronous: bool,
     disk: Box<dyn BlockQueue>,
 }
 
@@ -106,6 +107,7 @@ impl Requests {
             let Some(backend) = medium else {
                 return Ok(None);
             };
+            let is_synchronous = backend.is_synchronous();
             let depth = self.depth;
             // A confined thread opens nothing itself.
             let disk = atoll_thread::in_starter(move || backend.open_queue(depth))?;
@@ -117,6 +119,7 @@ impl Requests {
             let opened = Opened {
                 target: target.clone(),
                 generation,
+                is_synchronous,
                 disk,
             };
             self.gone.extend(self.opened.insert(number, opened));
@@ -186,6 +189,7 @@ impl Requests {
                 (Operation::Write, offset_bytes, length, false, data)
             }
         };
+        let durable = durable || target.writes_through();
         let buffers = match (operation, data.is_empty()) {
             (Operation::Read, _) => Some(request.data_in),
             (Operation::Write, true) => Some(request.data_out),
@@ -267,7 +271,12 @@ impl Requests {
             for completion in done.drain(..) {
                 let index = usize::try_from(completion.token).expect("a slot's index");
                 let mut slot = self.slots[index].take().expect("completes once");
-                if slot.durable && completion.result.is_ok() {
+                let flushed = match slot.operation {
+                    Operation::Write => slot.durable && !opened.is_synchronous,
+                    Operation::WriteZeroes { .. } => slot.durable,
+                    Operation::Read | Operation::Flush | Operation::Discard { .. } => false,
+                };
+                if flushed && completion.result.is_ok() {
                     slot.durable = false;
                     slot.operation = Operation::Flush;
                     let flush = atoll_disk::Request {
