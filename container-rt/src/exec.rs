@@ -486,7 +486,14 @@ fn become_user(process: &Process) -> Result<()> {
     if early.is_err() {
         chdir(process.cwd()).at("change the directory to", process.cwd())?;
     }
-    Ok(())
+    // A descriptor that our caller has left open is a way out: /proc/self/fd/N. CVE-2024-21626; getcwd(3): ENOENT.
+    match std::env::current_dir() {
+        Ok(cwd) if cwd.is_absolute() => Ok(()),
+        _ => Err(Error::Argument(format!(
+            "working directory {}: not in the container's root",
+            process.cwd().display()
+        ))),
+    }
 }
 
 /// Capabilities and seccomp.
