@@ -13,7 +13,8 @@ use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
-    bundle, cgroup, console, device_plug, events, exec, furnish, mknod, monitor, mounts, terminal,
+    bundle, cgroup, console, device_plug, events, exec, furnish, mknod, monitor, mounts, own_file,
+    terminal,
 };
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
@@ -29,6 +30,9 @@ const DETACH_KEY: u8 = 0x1d;
 
 /// Runs a command. Answers the exit code.
 pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
+    if enters(&command) && nix::unistd::geteuid().is_root() {
+        own_file::run_read_only()?;
+    }
     let root = root(global)?;
     let root = root.as_path();
     match command {
@@ -68,6 +72,14 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
         } => return Err(furnish::in_directory(&directory, &program, &arguments)),
     }
     Ok(0)
+}
+
+/// Whether a process of ours is in a container, as a process of it, before another program takes its place.
+fn enters(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Create(_) | Command::Run(_) | Command::Exec(_)
+    )
 }
 
 fn root(global: &Global) -> Result<std::path::PathBuf> {

@@ -12,12 +12,32 @@ mod scene;
 use std::os::unix::fs::symlink;
 use std::process::{Command, Output, Stdio};
 
-use scene::{Scene, can_run};
+use scene::{Scene, can_run, wait_for};
 use serde_json::json;
 
 fn text(output: &Output) -> String {
     let out = String::from_utf8_lossy(&output.stdout);
     format!("{out}{}", String::from_utf8_lossy(&output.stderr))
+}
+
+fn all_capabilities(scene: &mut Scene) {
+    let all = [
+        "CHOWN",
+        "DAC_OVERRIDE",
+        "DAC_READ_SEARCH",
+        "FOWNER",
+        "KILL",
+        "MKNOD",
+        "NET_ADMIN",
+        "SETUID",
+        "SETGID",
+        "SYS_ADMIN",
+        "SYS_CHROOT",
+        "SYS_PTRACE",
+    ];
+    let all: Vec<String> = all.iter().map(|name| format!("CAP_{name}")).collect();
+    scene.config["process"]["capabilities"] =
+        json!({ "bounding": all, "effective": all, "permitted": all });
 }
 
 /// CVE-2024-21626: a directory of the host that somebody has open.
@@ -62,4 +82,53 @@ fn no_descriptor_of_the_host_comes_along() {
     // Where the runtime itself was started.
     let own = ["exec", "--cwd", "/proc/self/cwd", "ID", "sh", "-c", "pwd"];
     assert_eq!(scene.ct(&own).ok(), "/\n");
+}
+
+/// CVE-2019-5736: whoever sees a runtime on its way into the container holds the runtime's own file, and writes to it
+/// when it has gone.
+#[test]
+fn the_runtimes_own_program_cannot_be_written_to() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = Scene::new(&["sleep", "1000"]);
+    all_capabilities(&mut scene);
+    // A copy, so that nothing is lost when the attack succeeds.
+    let victim = scene.path("victim");
+    std::fs::copy(env!("CARGO_BIN_EXE_atoll-ct"), &victim).unwrap();
+    let before = std::fs::metadata(&victim).unwrap();
+    let run = |arguments: &[&str]| {
+        let inner = scene.command(arguments);
+        let mut command = Command::new(&victim);
+        command
+            .args(inner.get_args())
+            .current_dir(scene.directory.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        assert!(command.status().unwrap().success(), "{arguments:?}");
+    };
+    run(&["create", "ID"]);
+    // The init is still the runtime.
+    let attack = "exec 3</proc/1/exe && echo >/tmp/held; while [ ! -e /tmp/go ]; do sleep 0.1; done; \
+        (echo overwritten >/proc/self/fd/3) 2>/tmp/why; echo \"ended $?\" >/tmp/verdict";
+    run(&["exec", "--detach", "ID", "sh", "-c", attack]);
+    let inside = |name: &str| scene.path("rootfs/tmp").join(name);
+    wait_for("the runtime to be held", || inside("held").exists());
+    run(&["start", "ID"]);
+    let init = scene.state()["pid"].to_string();
+    wait_for("the program", || {
+        let program = std::fs::read_link(format!("/proc/{init}/exe"));
+        program.is_ok_and(|program| program.ends_with("busybox"))
+    });
+    std::fs::write(inside("go"), "").unwrap();
+    wait_for("the verdict", || {
+        std::fs::read_to_string(inside("verdict")).is_ok_and(|text| text.ends_with('\n'))
+    });
+    let why = std::fs::read_to_string(inside("why")).unwrap();
+    assert!(why.contains("Read-only file system"), "{why}");
+    let after = std::fs::metadata(&victim).unwrap();
+    assert_eq!(before.len(), after.len(), "it has been overwritten");
+    assert_eq!(before.modified().unwrap(), after.modified().unwrap());
 }
