@@ -22,7 +22,7 @@ use oci_spec::runtime::{Hook, Spec};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::{hooks, starting};
+use crate::{hooks, starting, sys};
 
 /// Where programs are looked for when the environment has no PATH; as login(1) sets it for root.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -115,6 +115,7 @@ pub fn become_program(
     let (arguments, environment) = (c_strings(arguments)?, c_strings(environment)?);
     // What we block while we wait for our children is no business of the container's.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).ok();
+    sys::die_of_broken_pipes().ok();
     execve(&path_text, &arguments, &environment)
         .map_err(|errno| not_executable(&format!("exec: `{}`", path.display()), errno))
 }

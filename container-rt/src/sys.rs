@@ -453,6 +453,16 @@ pub fn set_no_new_privileges() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into()).map(drop)
 }
 
+/// Lets a broken pipe end the program that takes our place, as usual; Rust's own start ignores the signal for us, and an
+/// ignored one stays so. signal(7).
+pub fn die_of_broken_pipes() -> io::Result<()> {
+    // SAFETY: the default action runs no code of ours, so that nothing has to be safe in a handler.
+    match unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// Marks every descriptor from `first` on close-on-exec. close_range(2).
 pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: takes integers only and closes nothing now.

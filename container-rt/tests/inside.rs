@@ -90,6 +90,31 @@ fn exec_answers_the_exit_code_and_joins_everything() {
     );
 }
 
+/// What Rust ignores for us, and what we block while we wait, is not the container's.
+#[test]
+fn signals_are_as_usual() {
+    if !can_run() {
+        return;
+    }
+    let check = |said: &str| {
+        let sets: Vec<u64> = said
+            .split_whitespace()
+            .skip(1)
+            .step_by(2)
+            .map(|set| u64::from_str_radix(set, 16).unwrap())
+            .collect();
+        assert_eq!(sets[0], 0, "none is blocked: {said}");
+        // Others may be ignored by whoever runs this test.
+        assert_eq!(sets[1] >> (libc::SIGPIPE - 1) & 1, 0, "{said}");
+    };
+    let script = ["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"];
+    let mut scene = Scene::new(&script);
+    check(&scene.ct(&["run", "ID"]).ok());
+    scene.config["process"]["args"] = json!(["sleep", "1000"]);
+    scene.start(&[]);
+    check(&scene.ct(&[&["exec", "ID"], &script[..]].concat()).ok());
+}
+
 #[test]
 fn id_maps_of_several_ranges_need_no_helper() {
     if !can_run() {
