@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Devices beside disk and terminal, with the stock Debian cloud kernel, in three machines one after the other: queue
-//! pairs in vhost-net, a balloon, an agent's channel, Unix sockets; then a directory of the host and the kernel's
+//! Devices beside disk and serial port, with the stock Debian cloud kernel, in three machines one after the other: queue
+//! pairs in vhost-net, a balloon, a console with two channels, Unix sockets; then a directory of the host and the kernel's
 //! sockets; then a card that DPDK's testpmd serves. A script is the guest's first process, so that nothing else takes the host's time.
 
 use std::time::Duration;
@@ -28,16 +28,23 @@ while (accept(my $one, $in)) { my $b; syswrite($one, $b) while sysread($one, $b,
 P
 "#;
 
-/// What the first guest does besides. By its channel it is told to fill memory, and to let it go.
+/// What the first guest does besides: it lets people sign in on hvc0. By the agent's channel it is told to fill memory,
+/// and to let it go; what comes by the other is said again.
 const IN_FIRST: &str = r#"
-for i in $(seq 100); do [ -e /sys/class/net/eth0 ] && [ -e /sys/class/virtio-ports/vport*/name ] && break; sleep 0.1; done
+port() { for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = "$1" ] && echo /dev/${p##*/}; done 2>/dev/null; }
+for i in $(seq 100); do
+  [ -e /sys/class/net/eth0 ] && [ -c /dev/hvc0 ] && [ "$(port org.qemu.guest_agent.0)" ] && [ "$(port org.atoll.second)" ] && break
+  sleep 0.1
+done
+setsid agetty hvc0 linux &
 echo "T-QUEUES" $(ls /sys/class/net/eth0/queues)
 ip address add 10.77.0.2/24 dev eth0; ip link set eth0 up
 ping -c 3 -W 10 10.77.0.1 >/dev/null && echo "T-PING"
-echo "T-PORT" $(cat /sys/class/virtio-ports/vport*/name)
+echo "T-PORTS" $(port org.qemu.guest_agent.0) $(port org.atoll.second)
+(exec 4<>$(port org.atoll.second); while :; do read -r line <&4 && echo "second $line" >&4 || sleep 1; done) &
 mount -t tmpfs -o size=400m none /mnt
 cat > /tmp/agent.pl <<'P'
-my ($port) = glob "/dev/vport*"; open(my $channel, "+<", $port) or die $!;
+open(my $channel, "+<", $ARGV[0]) or die $!;
 my $mib = "\0" x (1 << 20);
 syscall(151, 3); # mlockall(MCL_CURRENT | MCL_FUTURE): it goes on when the guest's memory is short.
 while (1) {
@@ -56,7 +63,7 @@ while (1) {
   syswrite($channel, "pong $said\n");
 }
 P
-perl /tmp/agent.pl &
+perl /tmp/agent.pl $(port org.qemu.guest_agent.0) &
 perl /tmp/sockets.pl &
 while sleep 2; do echo "T-FREE" $(awk '/MemFree/{print int($2/1024)}' /proc/meminfo); done
 "#;
@@ -79,12 +86,12 @@ while sleep 1; do ping -c 1 -W 5 10.88.0.1 >/dev/null && echo "T-PING $((count +
 "#;
 
 /// A guest's root disk, and its script `in-guest` as a second one, which its first process runs: arguments after `--` are
-/// that process's. `boot` has what the machine needs for it.
+/// that process's. `boot` has what the machine needs for it; its kernel speaks on a virtio console, too, where it has one.
 pub const DISKS: &str = r#"
 rm -f root.qcow2; qemu-img create -q -f qcow2 -F raw -b /payload/guest/disk.raw root.qcow2
 { cat in-guest; yes ''; } | head -c 64K > script.raw
 boot=(--kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img
-  --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/bin/bash -- /dev/vdb'
+  --cmdline 'console=hvc0 console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet init=/bin/bash -- /dev/vdb'
   --disk path=/var/t/root.qcow2,format=qcow2,backing=raw:/payload/guest/disk.raw
   --disk path=/var/t/script.raw,format=raw,readonly)
 "#;
@@ -103,8 +110,10 @@ start() {
 /// Starts the first; its serial output goes to `console.log`.
 const START_FIRST: &str = r#"
 socat -u UNIX-LISTEN:sockets/s_5000,mode=666,fork OPEN:from-guest,creat,append >/dev/null 2>&1 &
-start --memory 512 --net tap=tap0,queues=2,vhost=on --balloon \
-  --port name=org.qemu.guest_agent.0,socket=/var/t/agent.sock --vsock cid=7,socket=/var/t/sockets/s
+start --memory 512 --net tap=tap0,queues=2,vhost=on --balloon --virtio-console socket=/var/t/hvc0.sock \
+  --port name=org.qemu.guest_agent.0,socket=/var/t/agent.sock --port name=org.atoll.second,socket=/var/t/second.sock \
+  --vsock cid=7,socket=/var/t/sockets/s
+socat -u UNIX-CONNECT:hvc0.sock OPEN:hvc0.log,creat,append >/dev/null 2>&1 &
 for i in $(seq 300); do [ -e /sys/class/net/tap0 ] && break; sleep 0.1; done
 ip address replace 10.77.0.1/24 dev tap0 || { cat vmm.log; exit 1; }
 ip link set tap0 up
@@ -155,14 +164,27 @@ import os, socket, threading
 s = socket.socket(socket.AF_UNIX); s.settimeout(60); s.connect("/var/t/sockets/s"); s.sendall(b"CONNECT 80\n")
 answer = s.recv(32); assert answer.startswith(b"OK "), answer"#;
 
-/// Waits for a line of the guest's that begins so, and gives what follows.
+/// Waits for a whole line of the guest's that begins so, and gives what follows: a terminal's lines end in a carriage
+/// return, without which the rest of the line is still to come.
 pub fn hear(host: &Host, mark: &str, seconds: u32) -> String {
     let script = format!(
-        "for i in $(seq {seconds}); do grep -a '^{mark}' /var/t/console.log | tail -1 | grep . && exit 0; sleep 1; done; \
+        "for i in $(seq {seconds}); do grep -aE $'^{mark}( .*)?\\r' /var/t/console.log | tail -1 | grep . && exit 0; \
+         sleep 1; done; \
          tail -n 20 /var/t/console.log; cat /var/t/vmm.log; {WHERE_THREADS_ARE}; exit 1"
     );
     let line = host.check(&script, SECOND * (seconds + 30)).unwrap();
     line.trim().trim_start_matches(mark).trim().to_owned()
+}
+
+/// Waits for the first whole line of a file in `/var/t`.
+fn first_line(host: &Host, file: &str) -> String {
+    let script = format!(
+        "for i in $(seq 60); do {{ read -r line < /var/t/{file}; }} 2>/dev/null && echo \"$line\" && exit 0; \
+         sleep 1; done; \
+         cat /var/t/{file}; {WHAT_HAPPENED}; exit 1"
+    );
+    let line = host.check(&script, SECOND * 90).unwrap();
+    line.trim().to_owned()
 }
 
 /// Tells of each thread of a machine that is silent, twice: its name, the system call and its first arguments (or
@@ -209,30 +231,88 @@ fn balloon(host: &Host, target_mib: u64) {
     host.check(&script, SECOND * 120).unwrap();
 }
 
-/// Says a line on the agent's channel, and what comes back.
-fn tell(host: &Host, line: &str) -> String {
+/// Says a line on one of the guest's channels, and what comes back.
+fn ask(host: &Host, channel: &str, line: &str) -> String {
     let script = format!(
         "python3 - <<'P'\nimport socket\ns = socket.socket(socket.AF_UNIX); s.settimeout(300)\n\
-         s.connect('/var/t/agent.sock'); s.sendall(b'{line}\\n'); print(s.makefile().readline())\nP\n\
+         s.connect('/var/t/{channel}.sock'); s.sendall(b'{line}\\n'); print(s.makefile().readline())\nP\n\
          [ $? = 0 ] || {{ {WHAT_HAPPENED}; exit 1; }}"
     );
     let said = host.check(&script, SECOND * 330).unwrap();
     said.trim().to_owned()
 }
 
-/// MiB that the guest has free now: the line after the next one, which may be half written.
+/// The same with the agent.
+fn tell(host: &Host, line: &str) -> String {
+    ask(host, "agent", line)
+}
+
+/// Runs a command in the guest by its virtio console, after signing in where a getty asks for it.
+fn on_hvc0(host: &Host, command: &str) -> String {
+    let run = format!(
+        "python3 /payload/lab/console.py /var/t/hvc0.sock 120 '{command}' || {{ code=$?; {WHAT_HAPPENED}; exit $code; }}"
+    );
+    let said = host.check(&run, SECOND * 150).unwrap();
+    said.trim().to_owned()
+}
+
+/// The virtio console is a terminal, to sign in at and for the kernel; the channels beside it are others.
+fn console_and_channels_are_apart(host: &Host) {
+    let lines: Vec<_> = (1..=1000).map(|number: u32| number.to_string()).collect();
+    let expected = format!("/dev/hvc0\n{}", lines.join("\n"));
+    assert_eq!(on_hvc0(host, "tty; seq 1000"), expected);
+    on_hvc0(host, "echo \"<2>T-KERNEL speaks\" > /dev/kmsg");
+    let heard = "for i in $(seq 60); do grep -aq $'T-KERNEL speaks\\r' /var/t/hvc0.log && exit 0; sleep 1; done; \
+        tail -n 20 /var/t/hvc0.log; exit 1";
+    host.check(heard, SECOND * 90).unwrap();
+    assert_eq!(ask(host, "second", "one two"), "second one two");
+    assert_eq!(tell(host, "ping"), "pong ping");
+    assert_eq!(ask(host, "second", "three"), "second three");
+}
+
+/// MiB that the guest has free now: the next line may have been on its way, the one after it is of now.
 fn free(host: &Host) -> u64 {
-    let fresh = "count() { grep -ac '^T-FREE' /var/t/console.log; }; n=$(count); \
+    let fresh = "count() { grep -ac $'^T-FREE .*\\r' /var/t/console.log; }; n=$(count); \
         for i in $(seq 120); do [ $(count) -ge $((n + 2)) ] && exit 0; sleep 0.5; done; exit 1";
     host.check(fresh, SECOND * 90).unwrap();
     hear(host, "T-FREE", 30).parse().unwrap()
 }
 
+/// What the balloon's statistics say comes to what the guest says itself: each few seconds it is asked anew.
+fn statistics_tell_of(host: &Host, free_mib: u64) {
+    let mut told = serde_json::Value::Null;
+    for _ in 0..60 {
+        let info: serde_json::Value = serde_json::from_str(&control(host, "info")).unwrap();
+        told = info["balloon"].clone();
+        let number = |name: &str| told[name].as_u64();
+        if let Some(free) = number("free_bytes")
+            && (free >> 20).abs_diff(free_mib) < 40
+        {
+            // The guest takes memory back in need: then Linux leaves its total as it is without a balloon.
+            let total = number("total_bytes").unwrap();
+            assert!((400..=512).contains(&(total >> 20)), "{told}");
+            assert!(number("available_bytes").unwrap() <= total, "{told}");
+            let cache = number("cache_bytes").unwrap();
+            assert!(cache > 1 << 20 && cache + free <= total, "{told}");
+            assert!(number("major_faults").unwrap() > 0, "{told}");
+            assert!(number("minor_faults").unwrap() > 1000, "{told}");
+            for name in ["swapped_in_bytes", "swapped_out_bytes"] {
+                assert_eq!(number(name), Some(0), "{told}");
+            }
+            return;
+        }
+        host.check("sleep 1", SECOND * 30).unwrap();
+    }
+    panic!("the guest has {free_mib} MiB free, and its balloon tells {told}");
+}
+
 fn memory_follows_the_balloon(host: &Host) {
     let before = free(host);
+    statistics_tell_of(host, before);
     balloon(host, 256);
     let during = free(host);
     assert!(during + 200 < before, "{during} MiB free of {before}");
+    statistics_tell_of(host, during);
     balloon(host, 512);
     assert!(free(host) > during + 200);
 }
@@ -277,13 +357,17 @@ fn first_machine(host: &Host) {
     hear(host, "T-PING", 60);
     // The kernel's own threads move the packets.
     host.check("ps -e | grep vhost-", SECOND * 30).unwrap();
-    assert_eq!(hear(host, "T-PORT", 30), "org.qemu.guest_agent.0");
+    let ports = hear(host, "T-PORTS", 30);
+    let ports: Vec<_> = ports.split(' ').collect();
+    assert!(
+        ports.len() == 2 && ports[0].ends_with("p1") && ports[1].ends_with("p2"),
+        "{ports:?}"
+    );
     hear(host, "T-LISTEN", 60);
-    let heard = host.check("cat /var/t/from-guest", SECOND * 30).unwrap();
-    assert_eq!(heard.trim(), "hello from the guest");
+    assert_eq!(first_line(host, "from-guest"), "hello from the guest");
     let echo = format!("{BY_UNIX_SOCKET}{ECHO}");
     host.check(&echo, SECOND * 90).unwrap();
-    assert_eq!(tell(host, "ping"), "pong ping");
+    console_and_channels_are_apart(host);
     memory_follows_the_balloon(host);
     freed_memory_comes_back(host);
     memory_is_taken_back_in_need(host);
@@ -298,10 +382,10 @@ fn second_machine(host: &Host) {
     let here = host.check(sum_here, SECOND * 30);
     assert_eq!(here.unwrap().trim(), sum);
     hear(host, "T-LISTEN", 60);
-    let heard = "for i in $(seq 30); do [ -s /var/t/from-guest-kernel ] && break; sleep 1; done; \
-        cat /var/t/from-guest-kernel";
-    let heard = host.check(heard, SECOND * 60).unwrap();
-    assert_eq!(heard.trim(), "hello from the guest");
+    assert_eq!(
+        first_line(host, "from-guest-kernel"),
+        "hello from the guest"
+    );
     host.check(&format!("{BY_KERNEL}{ECHO}"), SECOND * 90)
         .unwrap();
     control(host, "shutdown");
@@ -318,7 +402,7 @@ fn third_machine(host: &Host) {
     host.check(&format!("cd /var/t; {TESTPMD}"), SECOND * 90)
         .unwrap();
     let more = format!(
-        "for i in $(seq 120); do n=$(grep -ac '^T-PING' /var/t/console.log); [ $n -gt {} ] && exit 0; sleep 1; done; \
+        "for i in $(seq 120); do n=$(grep -ac $'^T-PING .*\\r' /var/t/console.log); [ $n -gt {} ] && exit 0; sleep 1; done; \
          {WHAT_HAPPENED}; tail /var/t/testpmd.log; exit 1",
         before + 8
     );
@@ -327,7 +411,7 @@ fn third_machine(host: &Host) {
 }
 
 #[test]
-fn linux_drives_queue_pairs_balloon_channel_sockets_and_a_directory() {
+fn linux_drives_queue_pairs_balloon_console_channels_sockets_and_a_directory() {
     let (hosts, _guard) = payload::start_with(1, |payload| {
         let from = lab::virtiofsd()?.join("bin/virtiofsd");
         std::fs::copy(from, payload.join("bin/virtiofsd"))?;

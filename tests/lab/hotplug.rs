@@ -51,7 +51,7 @@ socat -u UNIX-CONNECT:console.sock OPEN:console.log,creat,append >/dev/null 2>&1
 /// Waits until the guest's list of its bus has, or has not, a slot.
 fn wait_for_slot(host: &Host, slot: u64, is_there: bool) {
     let script = format!(
-        "for i in $(seq 60); do last=$(grep -a '^T-PCI' /var/t/console.log | tail -1); there=false; \
+        "for i in $(seq 60); do last=$(grep -a $'^T-PCI .*\\r' /var/t/console.log | tail -1); there=false; \
          case \"$last\" in *0000:00:{slot:02x}.0*) there=true;; esac; [ $there = {is_there} ] && exit 0; sleep 1; done; \
          tail -n 20 /var/t/console.log; cat /var/t/vmm.log; exit 1"
     );
