@@ -17,6 +17,7 @@ mod disturbances;
 mod faults;
 mod hotplug;
 mod migration;
+mod models;
 mod node;
 mod payload;
 mod rig;

@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Two Linux guests that have the pages of their kernel's file together (`--share-kernel`): Debian's generic kernel, the
 //! host's own. One has a shell, and goes through all that touches its memory as a whole; the other one works on beside it.
+//! Their CPU models are the two greatest that the host can give.
 //!
 //! ```text
 //! /var/t/1   shell: shares ─ balloon ─ snapshot, restored: its own ─ reset: shares ─┐ move
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use atoll_tests::lab::Host;
 
+use crate::models::{self, Model};
 use crate::payload;
 use crate::shell::{BOOT_SECONDS, on_host};
 
@@ -19,8 +21,9 @@ use crate::shell::{BOOT_SECONDS, on_host};
 const SHARED_KIB_MIN: u32 = 4096;
 
 /// Defines `vm PLACE ARGUMENT…`, which starts a process of a machine in a directory of its own; its log is `vmm.log`,
-/// `exit` its exit code. The guests' initial RAM disk is the host's, with two modules more and what runs first: what works
-/// if `beside` is in its environment, else a shell, which has the modules in `/mnt`.
+/// `exit` its exit code. `lesser` and `greater` are the CPU models of the second and of the first machine. The guests'
+/// initial RAM disk is the host's, with two modules more and what runs first: what works if `beside` is in its environment,
+/// else a shell, which has the modules in `/mnt`.
 const PREPARE: &str = r#"set -e
 mkdir -p /var/t/{1,2,3}; cd /var/t
 tree=$(mktemp -d); mkdir $tree/more
@@ -29,6 +32,7 @@ cat > $tree/start <<'X'
 #!/bin/busybox sh
 B=/bin/busybox
 $B mount -t proc p /proc; $B mount -t sysfs s /sys; $B mount -t devtmpfs d /dev
+$B grep -m 2 -E '^(model name|flags)' /proc/cpuinfo
 while read -r module; do $B insmod /modules/$module; done < /modules/order
 $B insmod /more/virtio_balloon.ko
 until [ -e /dev/vda ]; do $B sleep 0.1; done
@@ -52,12 +56,12 @@ cd /var/t/$1; shift; rm -f exit
 X
 chmod +x vm
 start() {
-  ./vm $1 run --kernel /payload/full/vmlinux --share-kernel --initrd /var/t/initrd.img --memory 256 --balloon \
+  ./vm $1 run --cpu $4 --kernel /payload/full/vmlinux --share-kernel --initrd /var/t/initrd.img --memory 256 --balloon \
     --cmdline "console=ttyS0 quiet rdinit=/start $2" --disk path=/payload/guest/disk.raw,format=raw,readonly \
     --console $3
 }
-start 2 beside=yes stdio
-start 1 '' socket=console.sock
+start 2 beside=yes stdio $lesser
+start 1 '' socket=console.sock $greater
 "#;
 
 /// Of each machine whose directory is given: kB of the kernel's file that another process has mapped, too.
@@ -144,6 +148,18 @@ fn both_work(host: &Host, place: u8, seconds: u32) -> String {
     sums
 }
 
+/// What each guest sees of its CPU is its machine's model: the greater one has what the lesser has not.
+fn see_their_models(host: &Host, [lesser, greater]: [&Model; 2], place: u8) {
+    let more = greater.beyond(lesser);
+    println!("{} has beside {}: {more:?}", greater.name, lesser.name);
+    assert!(!more.is_empty());
+    let rows = "grep -m 2 -E '^(model name|flags)'";
+    let cpu = in_guest(host, place, &format!("{rows} /proc/cpuinfo"), 60);
+    greater.is_seen(&cpu, &more, &[]);
+    let cpu = on_host(host, &format!("tr -d '\\r' < 2/vmm.log | {rows}"), 30);
+    lesser.is_seen(&cpu, &["ssse3".to_owned()], &more);
+}
+
 /// Pages of the kernel that a machine has with the one beside it, in kB.
 fn shared(host: &Host, place: u8) -> [u32; 2] {
     let said = on_host(host, &format!("places='{place} 2'; {SHARED}"), 60);
@@ -178,8 +194,15 @@ fn a_shared_kernel_goes_through_balloon_snapshot_reset_and_move() {
     let (hosts, _guard) = payload::start_with(1, payload::add_full_kernel);
     let host = &hosts[0];
     let together = |place| shared(host, place).iter().all(|kib| *kib > SHARED_KIB_MIN);
-    host.check(PREPARE, Duration::from_secs(120)).unwrap();
+    let (fitting, beyond) = models::levels(host);
+    let [.., lesser, greater] = &fitting[..] else {
+        panic!("fewer than two models fit");
+    };
+    models::is_refused(host, &beyond[0], greater);
+    let prepare = format!("lesser={} greater={}\n{PREPARE}", lesser.name, greater.name);
+    host.check(&prepare, Duration::from_secs(120)).unwrap();
     let sums = both_work(host, 1, BOOT_SECONDS);
+    see_their_models(host, [lesser, greater], 1);
     assert!(together(1));
     for target_mib in [160, 256] {
         control(host, 1, &format!("set-balloon --target-mib {target_mib}"));
@@ -194,6 +217,7 @@ fn a_shared_kernel_goes_through_balloon_snapshot_reset_and_move() {
     assert!(together(1));
     moves(host);
     assert_eq!(both_work(host, 3, 120), sums);
+    see_their_models(host, [lesser, greater], 3);
     for place in [2, 3] {
         control(host, place, "shutdown");
         wait_for_end(host, place);

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use atoll_tests::lab::{Host, Output};
 
-use crate::payload;
+use crate::{models, payload};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Triple faults after which a guest has to be up.
@@ -157,16 +157,6 @@ fn data_survives(host: &Host) {
     );
 }
 
-/// The greatest of the named models that the host can give.
-fn best_model(host: &Host) -> String {
-    let listed = "/payload/bin/atoll-vmm cpu-models --json";
-    let listed = host.check(listed, SECOND * 60).unwrap();
-    let rows: Vec<serde_json::Value> = serde_json::from_str(&listed).unwrap();
-    let name = |row: &serde_json::Value| row["name"].as_str().unwrap().to_owned();
-    let mut fitting = rows.iter().filter(|row| row["fits"] == true).map(name);
-    fitting.rfind(|name| name.starts_with("x86-64")).unwrap()
-}
-
 /// The guest's kernel sees the model that it was given, without what was taken from it.
 fn sees_its_model(host: &Host, model: &str) {
     println!("the guest's CPU is {model}");
@@ -214,11 +204,12 @@ fn one_vcpu_boots_to_a_login_with_net_and_data_survives_the_power_button() {
     let (hosts, _guard) = payload::start(1);
     let host = &hosts[0];
     host.check(PREPARE, SECOND * 120).unwrap();
-    let model = best_model(host);
+    let (fitting, _) = models::levels(host);
+    let model = &fitting.last().unwrap().name;
     let more = format!("echo --cpu {model},-popcnt --generation-id 1 > /var/t/more");
     host.check(&more, SECOND * 30).unwrap();
     start(host, 1, "off");
-    sees_its_model(host, &model);
+    sees_its_model(host, model);
     ping_host(host);
     data_survives(host);
     host.check(
