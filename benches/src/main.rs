@@ -15,6 +15,7 @@ mod monitor;
 mod net;
 mod restore;
 mod start;
+mod still;
 mod table;
 mod tap;
 
@@ -28,7 +29,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, restore, disk, net, migration, linux, container, api
+    /// Only these suites: start, restore, disk, net, migration, still, linux, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -86,6 +87,7 @@ const SUITES: &[Suite] = &[
     ("disk", disk::rows),
     ("net", net::rows),
     ("migration", migration::rows),
+    ("still", still::rows),
     ("linux", linux::rows),
     ("container", container::rows),
     ("api", api::rows),

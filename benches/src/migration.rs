@@ -201,7 +201,8 @@ fn at_work(size_mib: u64) -> Guest {
     }
 }
 
-fn folder() -> anyhow::Result<TempDir> {
+/// A folder in memory.
+pub fn folder() -> anyhow::Result<TempDir> {
     tempfile::tempdir_in("/dev/shm").context("a folder in memory")
 }
 
@@ -381,7 +382,7 @@ fn write_us(programs: &Programs, backup: Option<&[&str]>) -> anyhow::Result<f64>
 }
 
 /// `atoll-vmm ctl` for the machine in that folder.
-fn ctl(programs: &Programs, folder: &Path, arguments: &[&str]) -> anyhow::Result<()> {
+pub fn ctl(programs: &Programs, folder: &Path, arguments: &[&str]) -> anyhow::Result<()> {
     let mut command = Command::new(programs.vmm());
     command.args(["ctl", "--api-socket", "api"]).args(arguments);
     let output = command.current_dir(folder).output()?;

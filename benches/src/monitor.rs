@@ -205,6 +205,11 @@ impl Programs {
         &self.vmm
     }
 
+    /// What every guest runs: the probe, or Linux.
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
     /// A peer that the system does not have.
     pub fn peer(&self, name: &str) -> anyhow::Result<PathBuf> {
         let path = self.peers.as_ref().map(|folder| folder.join(name));
