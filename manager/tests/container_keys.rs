@@ -514,6 +514,11 @@ async fn cards(ground: &Ground) {
         .await
         .unwrap();
     assert_eq!(names().await["lan"], "10.64.0.21/24");
+    // One whose address the host asks for has somewhere to put its name servers.
+    ground.sh("rm /etc/resolv.conf");
+    let asks = value.replace("10.64.0.20/24", "dhcp,host-managed=1");
+    ground.update(&[("net1", &asks)], &[]).await.unwrap();
+    assert_eq!(ground.sh("stat -c %u:%a /etc/resolv.conf"), "0:644\n");
     ground.update(&[], &["net1"]).await.unwrap();
     assert_eq!(names().await.len(), 1);
     let wrong = ground

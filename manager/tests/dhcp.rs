@@ -20,7 +20,7 @@ use world::image::{Sample, file, layer};
 const KIND: GuestKind = GuestKind::Container;
 const CARD: &str = "name=eth0,bridge=vmbr0,ip=dhcp,host-managed=1,hwaddr=BC:24:11:00:00:07";
 
-/// A container of an image without a DHCP client, not started.
+/// A container of an image without a DHCP client and without a resolver's file, not started.
 async fn ground() -> Option<Ground> {
     let (ground, lowest) = (Ground::new().await?, busybox()?);
     let top = layer(&[file("srv/version", "1\n")]);
@@ -28,15 +28,19 @@ async fn ground() -> Option<Ground> {
         json!({ "Cmd": ["/bin/sh", "-c", "while :; do sleep 1; done"], "Env": ["PATH=/bin"] });
     std::fs::create_dir_all(ground.archive("x").parent().unwrap()).unwrap();
     Sample::new(&[lowest, top], run).write(&ground.archive("app.tar"));
+    create(&ground, &[("net0", CARD)]).await;
+    Some(ground)
+}
+
+async fn create(ground: &Ground, more: &[(&str, &str)]) {
     let params = [
         ("ostemplate", "local:vztmpl/app.tar"),
         ("rootfs", "local:0.0625"),
         ("memory", "64"),
         ("hostname", "box"),
-        ("net0", CARD),
     ];
+    let params = [&params[..], more].concat();
     assert_eq!(ground.create(ground.id, &params).await.0, "OK");
-    Some(ground)
 }
 
 /// Processes of this test's world that are DHCP clients: pid, user, effective capabilities.
@@ -179,7 +183,9 @@ async fn unplugged_and_plugged(ground: &Ground) {
 #[test]
 fn no_server_is_no_hindrance() {
     world::isolated("no_server_is_no_hindrance", async || {
-        let Some(ground) = ground().await else { return };
+        let Some(mut ground) = ground().await else {
+            return;
+        };
         let id = ground.id;
         atoll_manager::network::dhcp::stop(ground.node.network())
             .await
@@ -199,6 +205,24 @@ fn no_server_is_no_hindrance() {
         running.await.unwrap();
         assert_eq!(ground.act(id, Action::Stop).await, "OK");
         assert_eq!(clients(), []);
+        ground.id = world::more_numbers()[0].try_into().unwrap();
+        plugged_in_later(&ground).await;
         ground.node.network().teardown().await.unwrap();
     });
+}
+
+/// A card that comes to a container that was started without any brings its name server.
+async fn plugged_in_later(ground: &Ground) {
+    create(ground, &[]).await;
+    assert_eq!(ground.act(ground.id, Action::Start).await, "OK");
+    let (stop, running) = runs(&ground.node);
+    set(ground, &[("net0", CARD)], &[]).await;
+    let said = "nameserver 10.64.0.1\n";
+    world::until("the name server", || {
+        ground.sh(ground.id, "cat /etc/resolv.conf").contains(said)
+    });
+    stop.cancel();
+    running.await.unwrap();
+    assert_eq!(ground.act(ground.id, Action::Stop).await, "OK");
+    assert_eq!(clients(), []);
 }

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::bundle::{self, Link, Mount, Source};
-use crate::guest::container::{Container, dhcp, mount_point, unmount_below};
+use crate::guest::container::root::GuestRoot;
+use crate::guest::container::{Container, dhcp, image, mount_point, setup, unmount_below};
 use crate::guest::site::Seat;
 use crate::guest::{Guest, keys};
 use crate::network::link;
@@ -186,11 +187,12 @@ async fn exchange_card(
     link::create_veth(seat.id, new.index, &new.attachment).await?;
     let moved = async {
         link::move_veth(seat.id, new.index, pid, &new.inside).await?;
-        match new.asks_dhcp {
-            // Its answer is waited for by `dhcp::keep`.
-            true => dhcp::start(seat, &new, pid).await,
-            false => Ok(()),
+        if !new.asks_dhcp {
+            return Ok(());
         }
+        ensure_resolver(seat).await?;
+        // Its answer is waited for by `dhcp::keep`.
+        dhcp::start(seat, &new, pid).await
     };
     let moved = moved.await;
     if moved.is_err() {
@@ -198,6 +200,18 @@ async fn exchange_card(
         link::delete(&link::veth_name(seat.id, new.index)).await?;
     }
     moved
+}
+
+/// Makes the file for the name servers that an answer to DHCP brings. One from an image has had it since its start.
+async fn ensure_resolver(seat: &Seat) -> Result<(), Error> {
+    if seat.config()?.get(image::KEY).is_some() {
+        return Ok(());
+    }
+    let rootfs = Container::new(seat.clone()).rootfs();
+    let work = move || setup::ensure_resolver(&GuestRoot::open(&rootfs)?);
+    let made = tokio::task::spawn_blocking(work).await;
+    made.map_err(|e| Error::failed("make the resolver's file", e))?
+        .map_err(|e| Error::failed("make the resolver's file", e))
 }
 
 fn pid(seat: &Seat) -> Result<u32, Error> {

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 /// Largest file that is read from a container: a hosts file has a few hundred bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -91,13 +92,27 @@ impl GuestRoot {
         Ok(true)
     }
 
+    /// Makes an empty file in a container that may run. False, and nothing is changed, when something has that name
+    /// already, be it a link that leads nowhere, or when the way to it is missing or has a link.
+    pub fn create(&self, path: &str, mode: u32) -> io::Result<bool> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+        let mode = Mode::from_raw_mode(mode);
+        match self.resolve(path, flags, mode, ResolveFlags::NO_SYMLINKS) {
+            Ok(_) => Ok(true),
+            Err(error) => match Errno::from_io_error(&error) {
+                Some(Errno::EXIST | Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => Ok(false),
+                _ => Err(error),
+            },
+        }
+    }
+
     /// Makes a symbolic link unless something has that name already.
     pub fn link(&self, target: &str, path: &str) -> io::Result<()> {
         let (parent, name) = path.rsplit_once('/').unwrap_or((".", path));
         self.make_folders(parent)?;
         let folder = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
         match rustix::fs::symlinkat(target, &folder, name) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -124,7 +139,7 @@ impl GuestRoot {
         self.make_folders(parent)?;
         let folder = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
         match rustix::fs::unlinkat(&folder, name, rustix::fs::AtFlags::empty()) {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(rustix::fs::symlinkat(target, &folder, name)?)
@@ -158,7 +173,7 @@ impl GuestRoot {
             let parent = if made.is_empty() { "." } else { &made };
             let folder = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
             match rustix::fs::mkdirat(&folder, part, Mode::from_raw_mode(0o755)) {
-                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Ok(()) | Err(Errno::EXIST) => {}
                 Err(error) => return Err(error.into()),
             }
             made = format!("{made}/{part}").trim_start_matches('/').to_owned();
@@ -267,6 +282,33 @@ mod tests {
         assert_eq!(root.read("etc/kept").unwrap().as_deref(), Some("kept"));
         assert!(root.overwrite("etc/kept", "new").unwrap());
         assert_eq!(root.read("etc/kept").unwrap().as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn a_file_is_made_only_where_nothing_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = GuestRoot::open(folder.path()).unwrap();
+        root.write("etc/kept", "kept", 0o600).unwrap();
+        symlink("nowhere", folder.path().join("etc/dangling")).unwrap();
+        symlink("etc", folder.path().join("link")).unwrap();
+        for name in [
+            "etc/kept",
+            "etc/dangling",
+            "link/new",
+            "no/new",
+            "etc/kept/new",
+        ] {
+            assert!(!root.create(name, 0o644).unwrap(), "{name}");
+        }
+        let names = || {
+            std::fs::read_dir(folder.path().join("etc"))
+                .unwrap()
+                .count()
+        };
+        assert_eq!(names(), 2);
+        assert!(root.create("etc/new", 0o644).unwrap());
+        assert_eq!(root.read("etc/new").unwrap().as_deref(), Some(""));
+        assert_eq!(root.read("etc/kept").unwrap().as_deref(), Some("kept"));
     }
 
     #[test]

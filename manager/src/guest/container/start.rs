@@ -88,9 +88,8 @@ async fn set_up(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
             std::fs::write(halt_file, image::HALT_SIGNAL)?;
             let upper = GuestRoot::open(&rootfs.join(image::UPPER))?;
             setup::apply_to_image(&upper, &identity)?;
-            if asks_dhcp {
-                setup::ensure_resolver(&upper)?;
-            }
+            // Also for a card that comes later.
+            setup::ensure_resolver(&upper)?;
             return Ok(None);
         }
         let root = GuestRoot::open(&rootfs)?;

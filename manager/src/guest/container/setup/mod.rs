@@ -193,17 +193,13 @@ pub fn overwrite_resolver(root: &GuestRoot, identity: &Identity) -> io::Result<(
     Ok(())
 }
 
-/// Makes a resolver's file, if there is none, for [`overwrite_resolver`]. In an image's upper layer: what comes into it
-/// while overlayfs shows it has to be in a file that overlayfs knows.
+/// Makes a resolver's file, if there is none, for [`overwrite_resolver`]. In an image's upper layer before it runs: what
+/// comes into it while overlayfs shows it has to be in a file that overlayfs knows.
 pub fn ensure_resolver(root: &GuestRoot) -> io::Result<()> {
-    if root.exists("etc/resolv.conf") {
-        return Ok(());
+    if !root.exists("etc/.pve-ignore.resolv.conf") {
+        root.create("etc/resolv.conf", 0o644)?;
     }
-    match write(root, "etc/resolv.conf", "", 0o644) {
-        // A link to what comes later.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
+    Ok(())
 }
 
 /// Where distributions keep the data base of time zones.
