@@ -129,6 +129,8 @@ fn the_host_asks_for_an_image() {
         let inside = std::fs::read_link(format!("/proc/{client}/ns/net")).unwrap();
         assert_ne!(inside, std::fs::read_link("/proc/self/ns/net").unwrap());
 
+        the_lease_changes(&ground).await;
+
         // A daemon that ends leaves the client, and the next one has the same; it starts one again that has died.
         stop.cancel();
         running.await.unwrap();
@@ -163,6 +165,46 @@ fn the_host_asks_for_an_image() {
         running.await.unwrap();
         ground.node.network().teardown().await.unwrap();
     });
+}
+
+/// What the client's script would write when the network tells it something else, down to nothing at all.
+async fn the_lease_changes(ground: &Ground) {
+    let id = ground.id;
+    let file = ground.state.path().join(format!("run/ct-{id}/dhcp-net0"));
+    let says = |event: &str, ip: &str, router: &str| {
+        let rest = "dns 10.64.0.2\ndomain lan.example\nend";
+        let text = format!("event {event}\nip {ip}\nmask 24\nrouter {router}\n{rest}\n");
+        std::fs::write(&file, text).unwrap();
+    };
+    let has = async |address: &[&str], gateway: &str| {
+        let deadline = Instant::now() + world::PATIENCE;
+        loop {
+            let now = addresses(ground).await;
+            let routes = ground.sh(id, "cat /proc/net/route");
+            let default = format!("eth0\t00000000\t{gateway}");
+            let is_routed = routes.contains(&default) != gateway.is_empty();
+            if now == address && is_routed {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{address:?} {gateway}: {now:?} {routes}"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    says("renew", "10.64.0.201", "10.64.0.3");
+    has(&["10.64.0.201/24"], "0300400A").await;
+    let resolver = "search lan.example\nnameserver 10.64.0.2\n";
+    world::until("the name server", || {
+        ground.sh(id, "cat /etc/resolv.conf") == resolver
+    });
+    says("renew", "10.64.0.201", "");
+    has(&["10.64.0.201/24"], "").await;
+    says("renew", "10.64.0.202", "10.64.0.1");
+    has(&["10.64.0.202/24"], "0100400A").await;
+    says("deconfig", "", "");
+    has(&[], "").await;
 }
 
 async fn unplugged_and_plugged(ground: &Ground) {

@@ -243,6 +243,19 @@ pub async fn add_default_route(pid: u32, interface: &str, gateway: &str) -> Resu
     ip_within(pid, &route).await
 }
 
+/// Takes the default route through that gateway away; one that is not there any more is no error.
+pub async fn remove_default_route(pid: u32, interface: &str, gateway: &str) -> Result<(), Error> {
+    let family = if gateway.contains(':') { "-6" } else { "-4" };
+    let route = [
+        family, "route", "delete", "default", "via", gateway, "dev", interface,
+    ];
+    match ip_within(pid, &route).await {
+        // Says the kernel of a route that is not there: it goes with the interface's last address.
+        Err(error) if error.chain().contains("No such process") => Ok(()),
+        other => other,
+    }
+}
+
 /// Connects an end that exists in another way.
 pub async fn reconnect(name: &str, attachment: &Attachment) -> Result<(), Error> {
     ip(&["link", "set", "dev", name, "nomaster"]).await?;

@@ -154,8 +154,12 @@ pub async fn apply(seat: &Seat, config: &GuestConfig, pid: u32) -> Result<bool, 
         if let Some(address) = lease.address {
             link::add_address(pid, name, &written(address)).await?;
         }
-        if let Some(router) = lease.router {
-            link::add_default_route(pid, name, &router.to_string()).await?;
+        match (lease.router, former.router) {
+            (Some(router), _) => link::add_default_route(pid, name, &router.to_string()).await?,
+            (None, Some(former)) => {
+                link::remove_default_route(pid, name, &former.to_string()).await?;
+            }
+            (None, None) => {}
         }
         let (text, path) = (lease.to_string(), applied_file(&path));
         tokio::fs::write(&path, text)
