@@ -35,7 +35,8 @@ use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, Status, now, write_atomically};
 use crate::{
-    devices, furnish, hooks, idmap, inherit, own_dev, program, starting, sys, terminal, workdir,
+    copy_up, devices, furnish, hooks, idmap, inherit, own_dev, program, starting, sys, terminal,
+    workdir,
 };
 
 /// What to create, as `atoll-ct create` and `run` take it.
@@ -148,6 +149,7 @@ fn create_in(
 fn build(plan: &mut Plan<'_>, mut spec: Spec, cgroup: &Prepared, saved: &mut Saved) -> Result<()> {
     let (rootfs, mut mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
     devices::prepare(&mut spec, &mut mounts)?;
+    copy_up::prepare(&mut spec, &rootfs, &mut mounts)?;
     saved.mounts = mounts.paths().to_vec();
     own_dev::cover(&mut spec);
     furnish::place_hooks(&mut spec, &rootfs)?;

@@ -52,6 +52,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "strictatime",
     "suid",
     "sync",
+    "tmpcopyup",
     "rnosuid",
     "rnodev",
     "rnoexec",

@@ -9,6 +9,7 @@
 //! | [`create`] | cgroups, idmapped mounts, then libcontainer, then the record | its builder reads the file and keeps state by itself |
 //! | [`furnish`] | what is left undone in the mount namespace | dropped options, `--no-pivot` |
 //! | [`idmap`] | idmapped root file system and bind mounts | refused there |
+//! | `copy_up` | a tmpfs that begins with what the image has | refused there |
 //! | [`cgroup`] | named hierarchies, use check, recursive removal, freezer, v2 device filter | absent there |
 //! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
@@ -30,6 +31,7 @@ mod apparmor;
 pub mod bundle;
 pub mod cgroup;
 pub mod console;
+mod copy_up;
 pub mod create;
 pub mod device_plug;
 mod devices;

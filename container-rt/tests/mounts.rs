@@ -71,6 +71,61 @@ fn a_folder_comes_and_goes() {
 }
 
 #[test]
+fn a_tmpfs_begins_with_what_the_image_has() {
+    if !can_run() {
+        return;
+    }
+    let script = "cat /srv/sub/file; echo more >>/srv/sub/file; busybox readlink /srv/link; \
+        busybox stat -c '%a %u %g' /srv /srv/sub/file /none; grep -c '^tmpfs /srv tmpfs .*nosuid.*size=1024k' /proc/mounts; \
+        echo x >/dev/null || echo no";
+    for user_namespace in [false, true] {
+        let mut scene = Scene::new(&["sh", "-c", script]);
+        if user_namespace {
+            scene = scene.unprivileged();
+        }
+        let outside = scene.path("outside");
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("secret"), "the host's\n").unwrap();
+        let folder = scene.path("rootfs/srv");
+        std::fs::create_dir_all(folder.join("sub")).unwrap();
+        std::fs::write(folder.join("sub/file"), "kept\n").unwrap();
+        symlink(&outside, folder.join("link")).unwrap();
+        std::os::unix::fs::chown(folder.join("sub/file"), Some(7), Some(8)).unwrap();
+        symlink(&outside, scene.path("rootfs/up")).unwrap();
+        let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(&folder, mode(0o750)).unwrap();
+        for (place, more) in [("/srv", "size=1m"), ("/none", "mode=1711")] {
+            let mount = json!({ "destination": place, "type": "tmpfs", "source": "tmpfs",
+                "options": ["rw", "rprivate", "nosuid", "nodev", "tmpcopyup", more] });
+            scene.config["mounts"].as_array_mut().unwrap().push(mount);
+        }
+        let expected = format!(
+            "kept\n{}\n750 0 0\n644 7 8\n1711 0 0\n1\n",
+            outside.display()
+        );
+        assert_eq!(scene.ct(&["run", "ID"]).ok(), expected);
+        let file = std::fs::read_to_string(folder.join("sub/file")).unwrap();
+        assert_eq!(file, "kept\n", "the image is as it was");
+
+        // A link of the image leads to what is in the image.
+        scene.config["process"]["args"] = json!(["cat", "/up/secret"]);
+        let mounts = scene.config["mounts"].as_array_mut().unwrap();
+        mounts.last_mut().unwrap()["destination"] = json!("/up");
+        let ended = scene.ct(&["run", "ID"]);
+        assert!(
+            ended.code != Some(0) && ended.stdout.is_empty(),
+            "{}",
+            ended.stdout
+        );
+        let left = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(
+            !left.contains(scene.directory.path().to_str().unwrap()),
+            "{left}"
+        );
+    }
+}
+
+#[test]
 fn a_mapped_folder_has_the_containers_owners() {
     if !can_run() {
         return;

@@ -133,6 +133,11 @@ fn exit_codes_and_output() {
         "id -u; id -g",
     ];
     assert_eq!(podman.ok(&user), "7\n8\n");
+    // Everything is read-only but file systems in memory, which begin with what the image has.
+    let read_only = ["run", "--rm", "--read-only", "--tmpfs=/etc", "scene:1"];
+    let script = "ls /etc; touch /etc/new /tmp/new /run/new && echo made; touch /new 2>/dev/null || echo refused";
+    let said = podman.ok(&[&read_only[..], &["busybox", "sh", "-c", script]].concat());
+    assert!(said.ends_with("made\nrefused\n"), "{said}");
 }
 
 #[test]
