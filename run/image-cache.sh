@@ -8,8 +8,8 @@
 # to fill $work (a root file system goes into $root, which is not kept), and calls `publish` at its end.
 #
 # Images are kept under $ATOLL_CACHE (default /var/cache/atoll), keyed by the text of the sourcing script and by the
-# ingredients (names of other images), and put in place by one rename, so an interrupted build leaves nothing that
-# looks finished.
+# ingredients (names of other images, texts of other scripts), and put in place by one rename, so an interrupted build
+# leaves nothing that looks finished.
 
 key=$({ cat "$0"; printf '%s' "${@:3}"; } | sha256sum | cut -c1-16)
 cache=${ATOLL_CACHE:-/var/cache/atoll}

@@ -13,52 +13,17 @@ set -euo pipefail
 suite=bookworm
 say() { echo "lab image: $*" >&2; }
 
-. "$(dirname "$(readlink -f "$0")")/../../run/image-cache.sh" lab-host root.ext4
+here=$(dirname "$(readlink -f "$0")")
+. "$here/../../run/image-cache.sh" lab-host root.ext4 "$(cat "$here/kernel.sh")"
+. "$here/kernel.sh"
 
-# The compressed payload of a bzImage (Linux boot protocol: setup_sects at 0x1f1, payload_offset at 0x248).
-extract_vmlinux() {
-    local image=$1 sectors offset length
-    sectors=$(od -An -tu1 -j $((0x1f1)) -N1 "$image")
-    offset=$(od -An -tu4 -j $((0x248)) -N4 "$image")
-    length=$(od -An -tu4 -j $((0x24c)) -N4 "$image")
-    dd if="$image" bs=1M iflag=skip_bytes,count_bytes skip=$(((sectors + 1) * 512 + offset)) count="$length" \
-        status=none | xz -dc --single-stream
-}
-
-# Names of kernel modules and all they need, in load order.
+# Files of kernel modules and of all they need, in load order.
 module_files() {
     local version=$1 name
     shift
     for name; do
         chroot "$root" modprobe --set-version "$version" --show-depends "$name"
     done | awk '$1 == "insmod" && !seen[$2]++ {print $2}'
-}
-
-make_initrd() {
-    local version=$1 tree=$work/initrd file
-    mkdir -p "$tree"/{bin,modules,proc,sys,dev,new}
-    cp "$root/bin/busybox" "$tree/bin/"
-    : > "$tree/modules/order"
-    while read -r file; do
-        cp "$root$file" "$tree/modules/"
-        basename "$file" >> "$tree/modules/order"
-    done < <(module_files "$version" virtio_pci virtio_blk crc32c_generic ext4)
-    cat > "$tree/init" <<'X'
-#!/bin/busybox sh
-B=/bin/busybox
-$B mount -t proc p /proc
-$B mount -t sysfs s /sys
-$B mount -t devtmpfs d /dev
-while read -r module; do $B insmod "/modules/$module"; done < /modules/order
-tries=0
-while [ ! -e /dev/vda ] && [ $tries -lt 200 ]; do $B sleep 0.05; tries=$((tries + 1)); done
-$B mount -t ext4 -o noatime /dev/vda /new || exec $B sh
-for d in proc sys dev; do $B mount --move /$d /new/$d; done
-exec $B switch_root /new /sbin/init
-X
-    chmod +x "$tree/init"
-    (cd "$tree" && find . | cpio -o -H newc --quiet | gzip -1) > "$work/initrd.img"
-    rm -rf "$tree"
 }
 
 configure_root() {
@@ -123,7 +88,8 @@ configure_root
 version=$(basename "$root"/lib/modules/*-amd64)
 say "kernel $version"
 extract_vmlinux "$root/boot/vmlinuz-$version" > "$work/vmlinux"
-make_initrd "$version"
+mapfile -t modules < <(module_files "$version" virtio_pci virtio_blk crc32c_generic ext4)
+make_initrd "$work/initrd.img" "${modules[@]/#/$root}"
 rm -rf "$root"/boot/*
 mke2fs -q -F -t ext4 -O ^has_journal -d "$root" "$work/root.ext4" 8G
 

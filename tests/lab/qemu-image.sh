@@ -11,25 +11,9 @@ suite=bookworm
 program=usr/bin/qemu-system-x86_64
 say() { echo "lab QEMU: $*" >&2; }
 
-. "$(dirname "$(readlink -f "$0")")/../../run/image-cache.sh" lab-qemu "$program"
-
-fetch() {
-    local apt=$work/apt deb uri
-    mkdir -p "$apt"/{lists/partial,cache,debs}
-    # The mirror that this machine's apt uses, with its backports suite added.
-    uri=$(apt-get indextargets --format '$(SITE) $(SUITE)' | awk -v s="$suite" '$2 == s {print $1; exit}')
-    [ -n "$uri" ] || uri=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources | head -n 1)
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $suite-backports main" > "$apt/sources.list"
-    local options=(-o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=-
-        -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt/cache")
-    apt-get -qq "${options[@]}" update >&2
-    (cd "$apt/debs" && apt-get -qq "${options[@]}" -o APT::Sandbox::User=root download \
-        qemu-system-x86 qemu-system-common qemu-system-data seabios >&2)
-    for deb in "$apt"/debs/*.deb; do
-        dpkg -x "$deb" "$work"
-    done
-    rm -rf "$apt"
-}
+here=$(dirname "$(readlink -f "$0")")
+. "$here/../../run/image-cache.sh" lab-qemu "$program" "$(cat "$here/backports.sh")"
+. "$here/backports.sh"
 
 # A guest's write to CR8 while its hypervisor has a virtual interrupt pending (V_IRQ) aborts QEMU: helper_write_crN
 # ends in cpu_interrupt(), which asserts the big lock that the helper does not hold. OVMF writes CR8 at the end of
@@ -55,6 +39,8 @@ patch() {
 }
 
 say "QEMU 10 from backports"
-fetch
+find_backports
+unpack_backports "$work" qemu-system-x86 qemu-system-common qemu-system-data seabios
+forget_backports
 patch
 publish
