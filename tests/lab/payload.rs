@@ -27,6 +27,7 @@ pub fn start_with(
     let work = Scratch::new_in(&std::env::temp_dir()).unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count,
+        kernel: lab::HostKernel::Suite,
         payload: Some(&payload),
         directory: work.path().to_owned(),
         api: None,

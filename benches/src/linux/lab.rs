@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use atoll_tests::lab::{self, Scratch, Settings};
+use atoll_tests::lab::{self, HostKernel, Scratch, Settings};
 
 use super::image::{Image, copy_qemu};
 use crate::Bench;
@@ -26,6 +26,7 @@ pub fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     let work = Scratch::new_in(&std::env::temp_dir())?;
     let hosts = lab::start(&Settings {
         host_count: 1,
+        kernel: HostKernel::Suite,
         payload: Some(&payload),
         directory: work.path().to_owned(),
         api: None,

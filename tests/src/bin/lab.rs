@@ -44,6 +44,9 @@ enum Action {
         /// Start bare hosts, without Atoll, that see this directory at /payload.
         #[arg(long, value_name = "DIRECTORY")]
         bare: Option<PathBuf>,
+        /// Boot them with the kernel of Debian's backports.
+        #[arg(long)]
+        backports: bool,
     },
     /// Run a shell command on a host.
     Exec {
@@ -96,6 +99,7 @@ fn run(arguments: &Arguments) -> Result<i32> {
             listen,
             port,
             bare,
+            backports,
         } => {
             if !alive(&record)?.is_empty() {
                 bail!(
@@ -113,6 +117,10 @@ fn run(arguments: &Arguments) -> Result<i32> {
             };
             let hosts = lab::start(&lab::Settings {
                 host_count: *nodes,
+                kernel: match backports {
+                    true => lab::HostKernel::Backports,
+                    false => lab::HostKernel::Suite,
+                },
                 payload: Some(payload),
                 directory: arguments.directory.clone(),
                 api: Some((listen.clone(), *port)),

@@ -21,6 +21,11 @@ pub fn host_image() -> Result<PathBuf> {
     recipe("tests/lab/host-image.sh")
 }
 
+/// The same files with the kernel of Debian's backports suite, and `guest.img`, an initial RAM disk for a guest with it.
+pub fn next_image() -> Result<PathBuf> {
+    recipe("tests/lab/next-kernel.sh")
+}
+
 /// Directory with the stock Debian guest: `template.tar.zst`, `vmlinuz`, `initrd.img`, `disk.raw`.
 pub fn guest_image() -> Result<PathBuf> {
     recipe("run/guest-image.sh")

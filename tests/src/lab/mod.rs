@@ -4,6 +4,7 @@
 //! ```text
 //! QEMU      qemu-image.sh: version 10, with one defect mended     once a recipe, cached
 //! image     host-image.sh: kernel, initrd, root.ext4              once a recipe, cached
+//!           next-kernel.sh: another kernel for the same root
 //! template  one host booted and frozen: RAM file + device state   once a QEMU and an image, cached
 //! host      resumed copy-on-write from the template               1.5 to 4 s each
 //! ```
@@ -28,13 +29,24 @@ use crate::tree;
 
 pub use agent::Output;
 pub use host::{Forward, Host};
-pub use image::{guest_image, host_image, qemu_image, uefi_image, virtiofsd};
+pub use image::{guest_image, host_image, next_image, qemu_image, uefi_image, virtiofsd};
 pub use scratch::Scratch;
+
+/// Which kernel the hosts of a lab run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostKernel {
+    /// That of their suite of Debian.
+    Suite,
+    /// That of its backports.
+    Backports,
+}
 
 /// What a lab should be.
 pub struct Settings<'a> {
     /// Hosts, 1 to 9.
     pub host_count: u8,
+    /// Their kernel.
+    pub kernel: HostKernel,
     /// Files that every host sees read-only at /payload.
     pub payload: Option<&'a Path>,
     /// Where disks, sockets and logs go.
@@ -47,7 +59,11 @@ pub struct Settings<'a> {
 ///
 /// Blocks for seconds (template cached) to minutes (nothing cached); progress goes to standard error.
 pub fn start(settings: &Settings) -> Result<Vec<Host>> {
-    let (qemu, image) = (qemu_image()?, host_image()?);
+    let qemu = qemu_image()?;
+    let image = match settings.kernel {
+        HostKernel::Suite => host_image()?,
+        HostKernel::Backports => next_image()?,
+    };
     let template = template::ensure(&qemu, &image)?;
     std::fs::create_dir_all(&settings.directory)?;
     let payload = match settings.payload {
