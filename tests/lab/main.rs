@@ -22,6 +22,7 @@ mod node;
 mod payload;
 mod rig;
 mod scopes;
+mod segments;
 mod sharing;
 mod shell;
 mod uefi;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
-use atoll_tests::lab::{self, Scratch};
+use atoll_tests::lab::{self, HostKernel, Scratch};
 
 /// Hosts with the payload, in temporary directories that go with the returned guards.
 pub fn start(host_count: u8) -> (Vec<lab::Host>, [Scratch; 2]) {
@@ -14,6 +14,15 @@ pub fn start(host_count: u8) -> (Vec<lab::Host>, [Scratch; 2]) {
 
 /// The same, with what `add` puts into the payload's directory.
 pub fn start_with(
+    host_count: u8,
+    add: impl FnOnce(&Path) -> anyhow::Result<()>,
+) -> (Vec<lab::Host>, [Scratch; 2]) {
+    start_on(HostKernel::Suite, host_count, add)
+}
+
+/// The same, with that kernel.
+pub fn start_on(
+    kernel: HostKernel,
     host_count: u8,
     add: impl FnOnce(&Path) -> anyhow::Result<()>,
 ) -> (Vec<lab::Host>, [Scratch; 2]) {
@@ -27,7 +36,7 @@ pub fn start_with(
     let work = Scratch::new_in(&std::env::temp_dir()).unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count,
-        kernel: lab::HostKernel::Suite,
+        kernel,
         payload: Some(&payload),
         directory: work.path().to_owned(),
         api: None,
@@ -38,11 +47,20 @@ pub fn start_with(
 
 /// `full/`: Debian's generic kernel, that of the hosts, uncompressed, and the initial RAM disk that they boot with.
 pub fn add_full_kernel(payload: &Path) -> anyhow::Result<()> {
-    let from = lab::host_image()?;
-    let full = payload.join("full");
-    std::fs::create_dir(&full)?;
-    for file in ["vmlinux", "initrd.img"] {
-        std::fs::copy(from.join(file), full.join(file))?;
+    let files = ["vmlinux", "initrd.img"];
+    copy_files(&lab::host_image()?, &files, &payload.join("full"))
+}
+
+/// `next/`: the kernel of Debian's backports, uncompressed, and the initial RAM disk of guests with it.
+pub fn add_next_kernel(payload: &Path) -> anyhow::Result<()> {
+    let files = ["vmlinux", "guest.img"];
+    copy_files(&lab::next_image()?, &files, &payload.join("next"))
+}
+
+fn copy_files(from: &Path, files: &[&str], to: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir(to)?;
+    for file in files {
+        std::fs::copy(from.join(file), to.join(file))?;
     }
     Ok(())
 }
