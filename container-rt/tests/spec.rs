@@ -158,6 +158,11 @@ fn mount_rows() -> Vec<Row> {
     ]
 }
 
+/// Whether the host has cgroup v2 alone.
+fn is_v2() -> bool {
+    std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
 fn linux_rows() -> Vec<Row> {
     vec![
         row(
@@ -198,17 +203,16 @@ fn linux_rows() -> Vec<Row> {
             "i686",
         ),
         row(
-            "linux.resources: pids",
-            json!({ "linux": { "resources": { "pids": { "limit": 77 } } } }),
-            "cat /sys/fs/cgroup/pids.max /sys/fs/cgroup/pids/pids.max 2>/dev/null",
-            "77",
+            "linux.rootfsPropagation",
+            json!({ "linux": { "rootfsPropagation": "shared" } }),
+            "grep ' / / \\| /[^ ]* / ' /proc/self/mountinfo | grep -c shared:",
+            "1",
         ),
         row(
-            "linux.resources: devices",
-            json!({ "linux": { "resources": { "devices": [
-                { "allow": true, "type": "c", "major": 1, "minor": 3, "access": "r" }] } } }),
-            "cat /dev/null && echo read",
-            "read",
+            "domainname",
+            json!({ "domainname": "row.example" }),
+            "cat /proc/sys/kernel/domainname",
+            "row.example",
         ),
         row(
             "hooks: startContainer",
@@ -221,6 +225,45 @@ fn linux_rows() -> Vec<Row> {
             json!({ "hooks": { "createContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo 2 > tmp/hook"] }] } }),
             "cat /tmp/hook",
             "2",
+        ),
+    ]
+}
+
+fn resource_rows() -> Vec<Row> {
+    vec![
+        row(
+            "linux.resources: pids",
+            json!({ "linux": { "resources": { "pids": { "limit": 77 } } } }),
+            "cat /sys/fs/cgroup/pids.max /sys/fs/cgroup/pids/pids.max 2>/dev/null",
+            "77",
+        ),
+        row(
+            "linux.resources: memory",
+            json!({ "linux": { "resources": { "memory": { "limit": 33_554_432, "disableOOMKiller": true } } } }),
+            "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes memory.max 2>/dev/null; \
+             test -e memory.max || grep oom_kill_disable memory/memory.oom_control",
+            if is_v2() {
+                "33554432"
+            } else {
+                "33554432\noom_kill_disable 1"
+            },
+        ),
+        row(
+            "linux.resources: cpu",
+            json!({ "linux": { "resources": { "cpu": { "quota": 20_000, "period": 50_000 } } } }),
+            "cd /sys/fs/cgroup; cat cpu.max 2>/dev/null || cat cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us",
+            if is_v2() {
+                "20000 50000"
+            } else {
+                "20000\n50000"
+            },
+        ),
+        row(
+            "linux.resources: devices",
+            json!({ "linux": { "resources": { "devices": [
+                { "allow": true, "type": "c", "major": 1, "minor": 3, "access": "r" }] } } }),
+            "cat /dev/null && echo read",
+            "read",
         ),
     ]
 }
@@ -336,5 +379,5 @@ fn mounts_and_devices() {
 
 #[test]
 fn linux_and_hooks() {
-    check(linux_rows());
+    check(linux_rows().into_iter().chain(resource_rows()).collect());
 }

@@ -29,8 +29,17 @@ pub fn apply(id: &str, path: &Path, resources: &LinuxResources) -> Result<()> {
     manager.apply(&options).map_err(|e| failed(e.to_string()))
 }
 
-/// Writes the limits that libcgroups does not know: the weights of single block devices under the BFQ scheduler.
+/// Writes the limits that libcgroups does not know: the weights of single block devices under the BFQ scheduler, and that
+/// who is short of memory waits instead of being killed, which v1 alone has (`Documentation/admin-guide/cgroup-v1/
+/// memory.rst`, "OOM Control").
 pub fn apply_unknown(directories: &[PathBuf], resources: &LinuxResources) -> Result<()> {
+    let memory = resources.memory().as_ref();
+    if memory.is_some_and(|memory| memory.disable_oom_killer() == Some(true)) {
+        let files = directories.iter().map(|d| d.join("memory.oom_control"));
+        for file in files.filter(|file| file.exists()) {
+            fs::write(&file, "1").at("write", &file)?;
+        }
+    }
     let weights = resources.block_io().as_ref();
     let weights = weights.and_then(|io| io.weight_device().as_deref());
     for device in weights.unwrap_or_default() {
