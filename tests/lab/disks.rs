@@ -253,7 +253,7 @@ const CACHES: [(&str, &str, u32); 3] = [
     ("directsync", "blk", 0o50_000),
 ];
 
-/// Files are open as their caches say; the guest writes, and its flushes succeed.
+/// Files are open as their caches say, and so the guest is told; it writes, and its flushes succeed.
 fn caches_are_as_asked(host: &Host) {
     for (cache, bus, flags) in CACHES {
         on_host(host, &format!("truncate -s 16M {cache}.raw"), 30);
@@ -267,9 +267,14 @@ fn caches_are_as_asked(host: &Host) {
         );
         assert_eq!(on_host(host, &open, 60), flags.to_string(), "{cache}");
         let write = format!(
-            "come {cache} && data 4M | dd of=/dev/$(disk {cache}) bs=64k iflag=fullblock oflag=direct conv=fsync status=none"
+            "come {cache} && data 4M | dd of=/dev/$(disk {cache}) bs=64k iflag=fullblock oflag=direct conv=fsync status=none && \
+             cat /sys/block/$(disk {cache})/queue/write_cache"
         );
-        in_guest(host, &write, 180);
+        let told = match flags & 0o10_000 {
+            0 => "write back",
+            _ => "write through",
+        };
+        assert_eq!(in_guest(host, &write, 180), told, "{cache}");
         let answer = control(host, "counters");
         let counters: serde_json::Value = serde_json::from_str(&answer).unwrap();
         let disks = counters["disks"].as_array().unwrap();
