@@ -20,7 +20,6 @@
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
 //! | [`own_file`] | the program itself cannot be written to from a container | only `youki`'s, by a copy in memory |
-//! | [`own_file`] | nobody in a container can write to this program's file | in youki's command alone, by a copy |
 //! | `starting` | what `start` is told by the init | its signal goes one way |
 //! | `apparmor` | whether the profile is loaded | found out in the middle, without its name |
 //! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
