@@ -274,12 +274,19 @@ async fn adopted(ground: Ground, init: u32) -> Ground {
     Ground { node, state, id }
 }
 
-/// It is not destroyed while it runs, can be paused, obeys a shutdown, and leaves nothing on the host.
+/// It is not destroyed while it runs, nor when it is protected, can be paused, obeys a shutdown, and leaves nothing on the host.
 async fn ends(ground: &Ground) {
     let (kind, id) = (GuestKind::Container, ground.id);
     let refused = ground.node.guests().destroy(kind, id, false, USER);
     let refused = ground.done(refused).await;
     assert!(refused.ends_with(" is running"), "{refused}");
+    ground.set(&[("protection", "1")]).await;
+    let refused = ground.node.guests().destroy(kind, id, true, USER);
+    let refused = ground.done(refused).await;
+    let expected = format!("can't remove CT {id} - protection mode enabled");
+    assert!(refused.ends_with(&expected), "{refused}");
+    assert!(ground.running().await, "what is protected is not stopped");
+    ground.set(&[("protection", "0")]).await;
     assert_eq!(ground.act(Action::Suspend).await, "OK");
     assert!(ground.node.guests().is_paused(kind, id).await);
     assert_eq!(ground.act(Action::Resume).await, "OK");

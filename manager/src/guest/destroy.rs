@@ -44,17 +44,14 @@ pub const STEPS: &[TaskStep<Destroy>] = &[
 async fn check(destroy: &mut Destroy, task: &TaskContext) -> Result<(), Error> {
     let seat = destroy.seat.clone();
     let running = |seat: &Seat| matches!(guest(seat).phase(), Phase::Running { .. });
+    // A guest that stays is not stopped first.
+    removable(&seat, &seat.config()?)?;
     if destroy.force && running(&seat) {
         stop(&seat, Ask::default(), task).await?;
     }
     destroy.guard = Some(seat.lock().await?);
     let config = seat.unlocked()?.config;
-    if config.is_set("protection") {
-        return Err(Error::refused(format!(
-            "can't remove {} - protection mode enabled",
-            seat.title()
-        )));
-    }
+    removable(&seat, &config)?;
     if running(&seat) {
         return Err(Error::refused(format!(
             "unable to destroy {} - {} is running",
@@ -64,6 +61,17 @@ async fn check(destroy: &mut Destroy, task: &TaskContext) -> Result<(), Error> {
     }
     destroy.config = Some(config);
     Ok(())
+}
+
+/// Refused when the guest is protected.
+fn removable(seat: &Seat, config: &GuestConfig) -> Result<(), Error> {
+    match config.is_set("protection") {
+        true => Err(Error::refused(format!(
+            "can't remove {} - protection mode enabled",
+            seat.title()
+        ))),
+        false => Ok(()),
+    }
 }
 
 async fn clean_up(destroy: &mut Destroy, _: &TaskContext) -> Result<(), Error> {
