@@ -152,14 +152,29 @@ fn check(spec: &Spec) -> Result<()> {
             format!("{} is not absolute", process.cwd().display()),
         ));
     }
-    if process
-        .selinux_label()
-        .as_ref()
-        .is_some_and(|label| !label.is_empty())
-    {
-        return Err(wrong(
+    let given = |label: &Option<String>| label.as_ref().is_some_and(|label| !label.is_empty());
+    let linux = spec.linux().as_ref();
+    let refused = [
+        (
+            given(process.selinux_label()),
             "process.selinuxLabel",
-            "SELinux is not supported: leave it out",
+            "SELinux",
+        ),
+        (
+            linux.is_some_and(|linux| given(linux.mount_label())),
+            "linux.mountLabel",
+            "SELinux",
+        ),
+        (
+            linux.is_some_and(|linux| linux.intel_rdt().is_some()),
+            "linux.intelRdt",
+            "Intel RDT",
+        ),
+    ];
+    if let Some((_, field, what)) = refused.into_iter().find(|(asked, ..)| *asked) {
+        return Err(wrong(
+            field,
+            format!("{what} is not supported: leave it out"),
         ));
     }
     for mount in spec.mounts().as_deref().unwrap_or_default() {

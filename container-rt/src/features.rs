@@ -94,7 +94,7 @@ pub(crate) fn features() -> Value {
             },
             "apparmor": { "enabled": true },
             "selinux": { "enabled": false },
-            "intelRdt": { "enabled": true },
+            "intelRdt": { "enabled": false },
             "mountExtensions": { "idmap": { "enabled": true } },
             "netDevices": { "enabled": true },
         },

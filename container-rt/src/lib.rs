@@ -24,7 +24,7 @@
 //! | `apparmor` | whether the profile is loaded | found out in the middle, without its name |
 //! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
 //!
-//! Not here: rootless containers, checkpoint and restore, SELinux; asking for them is a one-line error.
+//! Not here: rootless containers, checkpoint and restore, SELinux, Intel RDT; asking for them is a one-line error.
 
 mod apparmor;
 pub mod bundle;

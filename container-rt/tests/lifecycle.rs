@@ -292,6 +292,12 @@ fn wrong_configurations() -> Vec<(&'static str, serde_json::Value, &'static str)
         ("/process", json!("text"), "parse"),
         ("/linux/namespaces/0/type", json!("nosuch"), "parse"),
         ("/mounts/0/destination", json!("proc"), "not absolute"),
+        (
+            "/linux/mountLabel",
+            json!("system_u:object_r:x:s0"),
+            "linux.mountLabel: SELinux",
+        ),
+        ("/linux/intelRdt", json!({}), "linux.intelRdt: Intel RDT"),
     ]
 }
 
@@ -302,7 +308,8 @@ fn wrong_configurations_are_one_line_errors() {
     }
     for (pointer, value, expected) in wrong_configurations() {
         let mut scene = Scene::new(&["true"]);
-        *scene.config.pointer_mut(pointer).unwrap() = value;
+        let (object, name) = pointer.rsplit_once('/').unwrap();
+        scene.config.pointer_mut(object).unwrap()[name] = value;
         let log = scene.path("log.json");
         let options = [
             "--log",
