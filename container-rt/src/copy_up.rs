@@ -12,15 +12,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::{Mode, fstat};
+use nix::sys::stat::fstat;
 use oci_spec::runtime::{Mount, Spec};
 
 use crate::bundle::{self, wrong};
 use crate::cgroup::Owner;
 use crate::error::{Context, Error, Result};
 use crate::idmap::Transient;
+use crate::tree::Tree;
 
 const OPTION: &str = "tmpcopyup";
 
@@ -95,14 +95,10 @@ fn replace(
 
 /// The image's directory at a place, whose links stay inside; `None` when there is none.
 fn find(rootfs: &Path, destination: &Path) -> Result<Option<OwnedFd>> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = open(rootfs, flags, Mode::empty())
+    let tree = Tree::below(rootfs)
         .map_err(std::io::Error::from)
         .at("open", rootfs)?;
-    let how = OpenHow::new()
-        .flags(flags)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    match openat2(&root, destination, how) {
+    match tree.directory(destination) {
         Ok(directory) => Ok(Some(directory)),
         Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
         Err(errno) => Err(std::io::Error::from(errno)).at("open in the image", destination),

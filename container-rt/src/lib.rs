@@ -58,4 +58,5 @@ pub mod state;
 mod sys;
 pub mod terminal;
 pub mod terminals;
+mod tree;
 mod workdir;

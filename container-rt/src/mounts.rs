@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
 use std::time::Duration;
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
@@ -26,6 +26,7 @@ use crate::lifecycle::Container;
 use crate::process::{ProcessFd, wait_child};
 use crate::state::Status;
 use crate::sys::{self, Fork, MountChange};
+use crate::tree::Tree;
 
 /// Options of mount(8) that are attributes of one mount: what each sets, and what it clears before.
 const ATTRIBUTES: &[(&str, u64, u64)] = &[
@@ -159,18 +160,7 @@ pub(crate) fn open_target(
     owner: Option<Owner>,
 ) -> io::Result<OwnedFd> {
     act_as(owner);
-    let root = std::fs::File::open("/")?;
-    let open = |path: &Path, flags: OFlag| {
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC)
-            .mode(if flags.contains(OFlag::O_CREAT) {
-                Mode::from_bits_truncate(0o644)
-            } else {
-                Mode::empty()
-            })
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(&root, path, how).map_err(io::Error::from)
-    };
+    let tree = Tree::below(Path::new("/"))?;
     let names = path.components().filter_map(|part| match part {
         Component::Normal(name) => Some(name),
         _ => None,
@@ -178,19 +168,19 @@ pub(crate) fn open_target(
     let names: Vec<_> = names.collect();
     let mut made = std::path::PathBuf::from("/");
     for (index, name) in names.iter().enumerate() {
-        let parent = open(&made, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+        let parent = tree.directory(&made)?;
         made.push(name);
         let is_last = index + 1 == names.len();
-        if open(&made, OFlag::O_PATH).is_ok() {
+        if tree.open(&made, OFlag::O_PATH).is_ok() {
             continue;
         }
         if is_last && !is_folder {
-            open(&made, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY)?;
+            tree.open(&made, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY)?;
         } else {
             mkdirat(&parent, *name, Mode::from_bits_truncate(0o755))?;
         }
     }
-    open(&made, OFlag::O_PATH)
+    Ok(tree.open(&made, OFlag::O_PATH)?)
 }
 
 /// Does something in the container's mount namespace. It cannot be left again, so a child enters it; its exit code

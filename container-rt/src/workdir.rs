@@ -6,12 +6,12 @@
 use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use oci_spec::runtime::Spec;
 
 use crate::bundle;
+use crate::tree::Tree;
 
 /// Makes the container's working directory in its root file system.
 pub(crate) fn make(spec: &Spec, rootfs: &Path) {
@@ -48,20 +48,16 @@ pub(crate) fn make(spec: &Spec, rootfs: &Path) {
 
 /// Makes the directories one by one. Links lead nowhere outside the root.
 fn make_in(rootfs: &Path, path: &Path) -> nix::Result<()> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = open(rootfs, flags, Mode::empty())?;
-    let how = OpenHow::new()
-        .flags(flags)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let mut parent = openat2(root.as_fd(), ".", how)?;
+    let tree = Tree::below(rootfs)?;
+    let mut parent = tree.directory(Path::new("."))?;
     let mut reached = PathBuf::new();
     for name in path.components() {
         reached.push(name);
-        parent = match openat2(root.as_fd(), &reached, how) {
+        parent = match tree.directory(&reached) {
             Err(nix::errno::Errno::ENOENT) => {
                 let name = Path::new(name.as_os_str());
                 mkdirat(parent.as_fd(), name, Mode::from_bits_truncate(0o755))?;
-                openat2(root.as_fd(), &reached, how)?
+                tree.directory(&reached)?
             }
             other => other?,
         };
