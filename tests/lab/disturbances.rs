@@ -9,7 +9,6 @@
 use atoll_tests::lab::Host;
 use atoll_tests::strain::Numbers;
 
-use crate::faults::in_spite_of_triple_faults;
 use crate::shell::{self, control, on_host, wait_for};
 use crate::working::{
     MOVE_SECONDS, ask_to_move, end_work, moves_to, receive, start_hosts, start_work, works_on,
@@ -175,10 +174,6 @@ fn number(name: &str) -> Option<u64> {
 #[test]
 fn one_host_at_most_runs_a_guest_whose_move_is_disturbed() {
     let (hosts, _guards) = start_hosts();
-    in_spite_of_triple_faults(&hosts, || disturb_moves(&hosts));
-}
-
-fn disturb_moves(hosts: &[Host]) {
     let (mut from, mut to) = (&hosts[0], &hosts[1]);
     let mut report = start_work(from, 2);
     // How long it takes when nothing happens.

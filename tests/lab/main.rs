@@ -14,7 +14,6 @@ mod board;
 mod devices;
 mod disks;
 mod disturbances;
-mod faults;
 mod hotplug;
 mod migration;
 mod models;

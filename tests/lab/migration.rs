@@ -4,9 +4,6 @@
 
 use std::time::{Duration, Instant};
 
-use atoll_tests::lab::Host;
-
-use crate::faults::in_spite_of_triple_faults;
 use crate::shell;
 use crate::working::{end_work, moves_to, start_hosts, start_work, works_on};
 
@@ -22,10 +19,6 @@ fn asked_for() -> Option<u32> {
 #[test]
 fn a_working_guest_moves_back_and_forth_between_hosts() {
     let (hosts, _guards) = start_hosts();
-    in_spite_of_triple_faults(&hosts, || moves_back_and_forth(&hosts));
-}
-
-fn moves_back_and_forth(hosts: &[Host]) {
     let (mut from, mut to) = (&hosts[0], &hosts[1]);
     let mut report = start_work(from, 2);
     let mut number = 0;
