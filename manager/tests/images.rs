@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test")]
 
+#[path = "../../tests/src/registry.rs"]
+mod registry;
 mod world;
 
 use std::collections::BTreeSet;
@@ -13,9 +15,9 @@ use std::process::Command;
 use atoll_manager::guest::container::renew::{self, Renew};
 use atoll_manager::guest::{Action, Ask};
 use atoll_manager::id::{GuestId, GuestKind};
-
-use atoll_manager::oci::registry;
+use atoll_manager::oci;
 use atoll_manager::task::fault;
+use registry::Registry;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use world::ground::{Ground, Place, busybox, chain};
@@ -262,90 +264,41 @@ fn wrong_images_are_refused() {
     place.take(&place.archive()).unwrap_err();
 }
 
-/// Debian's registry on the loopback, with its data in a folder.
-struct Registry {
-    child: std::process::Child,
-    folder: tempfile::TempDir,
-    address: String,
-}
-
-impl Registry {
-    /// `None` where it is not installed.
-    fn start() -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        world::run("ip", &["link", "set", "dev", "lo", "up"]);
-        // This network namespace is the test's own: the port is free.
-        let address = "127.0.0.1:5000".to_owned();
-        let text = format!(
-            "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
-            folder.path().join("data").display()
-        );
-        let file = folder.path().join("config.yml");
-        std::fs::write(&file, text).unwrap();
-        let log = std::fs::File::create(folder.path().join("log")).unwrap();
-        let started = Command::new("docker-registry")
-            .arg("serve")
-            .arg(&file)
-            .stderr(log)
-            .spawn();
-        let Ok(child) = started else {
-            println!("ATOLL-SKIP: no registry here (apt-get install docker-registry)");
-            return None;
-        };
-        let registry = Self {
-            child,
-            folder,
-            address,
-        };
-        world::until("the registry", || {
-            std::net::TcpStream::connect(&registry.address).is_ok()
-        });
-        Some(registry)
-    }
-
-    /// Brings an image there under a name: every blob, then the manifest.
-    async fn push(&self, name: &str, tag: &str, sample: &Sample) {
-        let client = reqwest::Client::new();
-        let base = format!("http://{}/v2/{name}", self.address);
-        let mut all = sample.all();
-        let (_, manifest) = all.pop().unwrap();
-        for (digest, bytes) in all {
-            let begun = client
-                .post(format!("{base}/blobs/uploads/"))
-                .send()
-                .await
-                .unwrap();
-            let place = begun.headers()["location"].to_str().unwrap().to_owned();
-            let mark = if place.contains('?') { '&' } else { '?' };
-            let put = client
-                .put(format!("{place}{mark}digest={digest}"))
-                .body(bytes)
-                .send()
-                .await;
-            assert!(put.unwrap().status().is_success());
-        }
+/// Brings an image there under a name: every blob, then the manifest.
+async fn push(registry: &Registry, name: &str, tag: &str, sample: &Sample) {
+    let client = reqwest::Client::new();
+    let base = format!("http://{}/v2/{name}", registry.address());
+    let mut all = sample.all();
+    let (_, manifest) = all.pop().unwrap();
+    for (digest, bytes) in all {
+        let begun = client
+            .post(format!("{base}/blobs/uploads/"))
+            .send()
+            .await
+            .unwrap();
+        let place = begun.headers()["location"].to_str().unwrap().to_owned();
+        let mark = if place.contains('?') { '&' } else { '?' };
         let put = client
-            .put(format!("{base}/manifests/{tag}"))
-            .header(
-                "content-type",
-                sample.manifest["mediaType"].as_str().unwrap(),
-            )
-            .body(manifest)
+            .put(format!("{place}{mark}digest={digest}"))
+            .body(bytes)
             .send()
             .await;
         assert!(put.unwrap().status().is_success());
     }
-
-    fn reference(&self, name: &str) -> oci_client::Reference {
-        registry::reference(&format!("{}/{name}", self.address)).unwrap()
-    }
+    let put = client
+        .put(format!("{base}/manifests/{tag}"))
+        .header(
+            "content-type",
+            sample.manifest["mediaType"].as_str().unwrap(),
+        )
+        .body(manifest)
+        .send()
+        .await;
+    assert!(put.unwrap().status().is_success());
 }
 
-impl Drop for Registry {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
+fn reference(registry: &Registry, name: &str) -> oci_client::Reference {
+    oci::registry::reference(&format!("{}/{name}", registry.address())).unwrap()
 }
 
 /// How the test's images run.
@@ -369,16 +322,17 @@ fn images_of_a_registry_run_and_share_their_layers() {
             let (Some(ground), Some(lowest)) = (Ground::new().await, busybox()) else {
                 return;
             };
-            let Some(registry) = Registry::start() else {
+            world::run("ip", &["link", "set", "dev", "lo", "up"]);
+            let Some(registry) = Registry::start(Command::new("setpriv")) else {
                 return;
             };
             let sample = |text: &str| {
                 let top = layer(&[file("srv/version", text), file("srv/.wh.none", "")]);
                 Sample::new(&[lowest.clone(), top], run())
             };
-            registry.push("team/app", "1", &sample("one\n")).await;
-            registry.push("team/app", "2", &sample("two\n")).await;
-            let tags = registry::tags(&registry.reference("team/app:1"))
+            push(&registry, "team/app", "1", &sample("one\n")).await;
+            push(&registry, "team/app", "2", &sample("two\n")).await;
+            let tags = oci::registry::tags(&reference(&registry, "team/app:1"))
                 .await
                 .unwrap();
             assert_eq!(tags, ["1", "2"]);
@@ -386,9 +340,9 @@ fn images_of_a_registry_run_and_share_their_layers() {
             for tag in ["1", "2"] {
                 let path = ground.archive(&format!("app_{tag}.tar"));
                 std::fs::File::create(&path).unwrap();
-                let reference = registry.reference(&format!("team/app:{tag}"));
+                let reference = reference(&registry, &format!("team/app:{tag}"));
                 let log = |line: &str| println!("{line}");
-                registry::pull(&reference, &path, 1 << 30, &log)
+                oci::registry::pull(&reference, &path, 1 << 30, &log)
                     .await
                     .unwrap();
             }
@@ -417,25 +371,22 @@ fn images_of_a_registry_run_and_share_their_layers() {
                 3,
                 "two images of two layers, one of them shared"
             );
-            inside(&ground, first, second).await;
+            inside(&ground, &registry, first, second).await;
             tampered(&ground, &registry).await;
             ground.node.network().teardown().await.unwrap();
         },
     );
 }
 
-async fn inside(ground: &Ground, first: GuestId, second: GuestId) {
+async fn inside(ground: &Ground, registry: &Registry, first: GuestId, second: GuestId) {
     for id in [first, second] {
         assert_eq!(ground.act(id, Action::Start).await, "OK");
     }
     let site = ground.node.guests().site();
     let config = site.seat(GuestKind::Container, first).config().unwrap();
-    assert!(
-        config
-            .get("image")
-            .unwrap()
-            .contains("name=127.0.0.1:5000/team/app:1,ports=80/tcp")
-    );
+    let image = config.get("image").unwrap();
+    let named = format!("name={}/team/app:1,ports=80/tcp", registry.address());
+    assert!(image.contains(&named), "{image}");
     assert_eq!(ground.sh(first, "cat /srv/version"), "one\n");
     assert_eq!(ground.sh(second, "cat /srv/version"), "two\n");
     assert_eq!(
@@ -542,10 +493,7 @@ async fn ends(ground: &Ground, first: GuestId, second: GuestId) {
 
 /// A registry that gives other bytes than it announces is not believed.
 async fn tampered(ground: &Ground, registry: &Registry) {
-    let blobs = registry
-        .folder
-        .path()
-        .join("data/docker/registry/v2/blobs/sha256");
+    let blobs = registry.data().join("docker/registry/v2/blobs/sha256");
     let found = world::run(
         "find",
         &[blobs.to_str().unwrap(), "-name", "data", "-size", "+100k"],
@@ -557,12 +505,14 @@ async fn tampered(ground: &Ground, registry: &Registry) {
     std::fs::write(data, bytes).unwrap();
     let path = ground.archive("tampered.tar");
     std::fs::File::create(&path).unwrap();
-    let pulled = registry::pull(&registry.reference("team/app:1"), &path, 1 << 30, &|_| {}).await;
+    let pulled =
+        oci::registry::pull(&reference(registry, "team/app:1"), &path, 1 << 30, &|_| {}).await;
     let error = pulled.unwrap_err().chain();
     assert!(error.contains("pull sha256:"), "{error}");
-    let absent = registry::pull(&registry.reference("team/none:1"), &path, 1 << 30, &|_| {}).await;
+    let absent =
+        oci::registry::pull(&reference(registry, "team/none:1"), &path, 1 << 30, &|_| {}).await;
     absent.unwrap_err();
-    let full = registry::pull(&registry.reference("team/app:2"), &path, 1000, &|_| {}).await;
+    let full = oci::registry::pull(&reference(registry, "team/app:2"), &path, 1000, &|_| {}).await;
     assert!(full.unwrap_err().to_string().contains("not room"));
 }
 
