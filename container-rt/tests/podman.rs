@@ -1,17 +1,21 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! podman with `atoll-ct` as its runtime: the widest user of the command line there is. Its own storage and locks in a
-//! temporary directory (else all podmans of root share one table of locks), an image imported from busybox, no network.
+//! temporary directory (else all podmans of root share one table of locks), an image imported from busybox, no network
+//! but the loopback to a registry.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
     reason = "tests fail by panicking and skip by a line"
 )]
 
+#[path = "../../tests/src/registry.rs"]
+mod registry;
 mod scene;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use registry::Registry;
 use scene::{Scene, can_run, wait_for};
 
 struct Podman {
@@ -269,4 +273,36 @@ fn restarts_and_health() {
     podman.ok(&["exec", "h", "sh", "-c", "echo > /well"]);
     assert_eq!(podman.run(&["healthcheck", "run", "h"]).0, Some(0));
     assert_eq!(field("h", "{{.State.Health.Status}}"), "healthy");
+}
+
+/// Nothing of the image is left here: its parts come from the registry.
+#[test]
+fn an_image_of_a_registry_runs() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    let Some(registry) = Registry::start(Command::new("setpriv")) else {
+        return;
+    };
+    let image = format!("{}/team/scene:1", registry.address());
+    podman.ok(&["push", "--tls-verify=false", "scene:1", &image]);
+    podman.ok(&["rmi", "scene:1"]);
+    assert_eq!(podman.ok(&["images", "--quiet"]), "");
+
+    let run = ["run", "--rm", "--pull=missing", "--tls-verify=false"];
+    let with = |image: &str, script: &str| {
+        let command = [&run[..], &[image, "sh", "-c", script]].concat();
+        let output = podman.command(&command).output().unwrap();
+        let [text, log] = [output.stdout, output.stderr].map(|b| String::from_utf8(b).unwrap());
+        (output.status.code(), text, log)
+    };
+    let (code, text, log) = with(&image, "echo pulled; id -u; exit 42");
+    assert_eq!((code, text.as_str()), (Some(42), "pulled\n0\n"), "{log}");
+    assert!(log.contains(&format!("Trying to pull {image}")), "{log}");
+    assert!(podman.ok(&["images"]).contains("/team/scene"));
+
+    let none = format!("{}/team/none:1", registry.address());
+    let (code, text, log) = with(&none, "echo pulled");
+    assert_eq!((code, text.as_str()), (Some(125), ""), "{log}");
+    assert!(log.contains("manifest unknown"), "{log}");
 }
