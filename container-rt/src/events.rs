@@ -1,7 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! `events`: statistics of a container's cgroups at intervals, and a line whenever the kernel has killed for want
-//! of memory, in runc's JSON form (one object a line, `type` and `id` first). libcgroups reads the statistics; its
-//! library prints them to standard output by itself and knows no out-of-memory events.
+//! of memory, in runc's JSON form (one object a line, `type` and `id` first). libcgroups reads the statistics of v1, and
+//! [`cgroup::statistics`] those of v2; libcontainer prints them to standard output by itself and knows no out-of-memory
+//! events.
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::cgroup;
 use crate::error::{Context, Error, Result};
 use crate::lifecycle::Container;
 use crate::state::Status;
@@ -35,13 +37,18 @@ pub fn statistics(container: &Container) -> Result<Event<'_>> {
     container.require(&there, "only a container with processes has statistics")?;
     let saved = &container.saved;
     let failed = |reason: String| Error::Argument(format!("statistics of {}: {reason}", saved.id));
-    let config = CgroupConfig {
-        cgroup_path: saved.cgroup_path.clone(),
-        systemd_cgroup: false,
-        container_name: saved.id.clone(),
+    let stats = match saved.cgroups.first() {
+        Some(directory) if cgroup::is_unified_host()? => cgroup::statistics::read(directory)?,
+        _ => {
+            let config = CgroupConfig {
+                cgroup_path: saved.cgroup_path.clone(),
+                systemd_cgroup: false,
+                container_name: saved.id.clone(),
+            };
+            let manager = create_cgroup_manager(config).map_err(|e| failed(e.to_string()))?;
+            manager.stats().map_err(|e| failed(e.to_string()))?
+        }
     };
-    let manager = create_cgroup_manager(config).map_err(|e| failed(e.to_string()))?;
-    let stats = manager.stats().map_err(|e| failed(e.to_string()))?;
     Ok(Event {
         kind: "stats",
         id: &saved.id,

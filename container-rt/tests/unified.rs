@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Command;
 
 use scene::{Scene, can_run, wait_for};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Set in the second run.
 const INSIDE: &str = "ATOLL_TEST_UNIFIED";
@@ -124,4 +124,41 @@ fn lifecycle_freezer_and_nested_removal() {
     assert_eq!(scene.state()["status"], "paused");
     scene.ct(&["delete", "--force", "ID"]).ok();
     assert!(scene.cgroups().is_empty(), "{:?}", scene.cgroups());
+}
+
+/// A hybrid host has no cpu, memory and pids for v2: what they would count is missing, and the rest is there.
+#[test]
+fn statistics_without_controllers() {
+    if !on_unified("statistics_without_controllers") {
+        return;
+    }
+    let script = "busybox seq 20000 >/tmp/numbers; echo >/tmp/done; exec sleep 1000";
+    let scene = Scene::new(&["sh", "-c", script]);
+    scene.start(&[]);
+    wait_for("some work", || scene.path("rootfs/tmp/done").exists());
+    let group = scene.cgroups().remove(0);
+    let used = || {
+        let text = std::fs::read_to_string(group.join("cpu.stat")).unwrap();
+        let usage = text
+            .lines()
+            .find_map(|line| line.strip_prefix("usage_usec "));
+        usage.unwrap().parse::<u64>().unwrap() * 1000
+    };
+    let before = used();
+    let stats: Value = serde_json::from_str(&scene.ct(&["events", "--stats", "ID"]).ok()).unwrap();
+    let (cpu, after) = (&stats["data"]["cpu"], used());
+    let total = cpu["usage"]["total"].as_u64().unwrap();
+    assert!(
+        (before..=after).contains(&total) && total > 0,
+        "nanoseconds: {before} <= {total} <= {after}"
+    );
+    assert_eq!(cpu["throttling"]["throttledTime"], 0);
+    assert_eq!(stats["data"]["pids"]["current"], 1);
+    let controllers = std::fs::read_to_string(group.join("cgroup.controllers")).unwrap();
+    let counted = stats["data"]["memory"]["usage"]["usage"] != 0;
+    assert_eq!(
+        counted,
+        controllers.split_whitespace().any(|c| c == "memory"),
+        "{stats}"
+    );
 }

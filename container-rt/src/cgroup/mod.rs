@@ -8,6 +8,7 @@
 //! - give an unprivileged init the directories it must write to;
 //! - remove directories that the container made below its own ([`remove`]);
 //! - filter devices on v2 without a C library ([`devices`]);
+//! - read the statistics of v2 where a controller is missing ([`statistics`]);
 //! - wait for systemd, where it makes the cgroup, or end its unit ([`scope`]).
 //!
 //! A container is known here by its list of directories, one per hierarchy, which `state.json` keeps.
@@ -16,6 +17,7 @@ mod bus;
 pub mod devices;
 pub mod limits;
 pub mod scope;
+pub mod statistics;
 
 use std::collections::BTreeSet;
 use std::fs;
