@@ -14,6 +14,7 @@ use crate::guest::container::health::Healths;
 use crate::guest::container::watch::Watch;
 use crate::guest::lock::Locks;
 use crate::guest::site::Site;
+use crate::guest::strays;
 use crate::id::InvalidId;
 use crate::metrics::Metrics;
 use crate::network::Network;
@@ -161,6 +162,7 @@ impl Node {
             keep.run(stop.clone()),
             reconciler.run(stop.clone()),
             watch.run(stop.clone()),
+            strays::run(shared.guests.site().clone(), stop.clone()),
             sampler.run(stop)
         );
         Ok(())

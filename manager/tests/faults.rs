@@ -24,12 +24,16 @@ use atoll_manager::guest::start::Start;
 use atoll_manager::guest::stop::{SHUTDOWN, STOP, Stop};
 use atoll_manager::guest::tables::TABLES;
 use atoll_manager::guest::vm::suspend::{self, Suspend};
-use atoll_manager::guest::{Ask, Phase, clone, container, guest, start, stop, vm};
+use atoll_manager::guest::{
+    Ask, ConfigUpdate, Phase, clone, container, guest, start, stop, strays, update, vm,
+};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::reconcile::Reconciler;
 use atoll_manager::storage::name::Format;
+use atoll_manager::storage::section::Section;
 use atoll_manager::task::{self, Fault, TaskContext, TaskStep, fault, run_steps};
 use atoll_manager::{Node, Settings};
+use tokio_util::sync::CancellationToken;
 
 /// What a task can leave behind: files, store keys, mounts, links, control groups.
 type Traces = BTreeSet<String>;
@@ -199,6 +203,7 @@ fn machines() {
         ground.pass(vm::create::STEPS, ground.draft(VM)).await;
         copies(&ground).await;
         moves(&ground).await;
+        cut_off(&ground).await;
         running_machines(&ground).await;
     });
 }
@@ -411,6 +416,75 @@ async fn moves(ground: &Ground) {
         same.unwrap_err().to_string(),
         "you can't move to the same storage with same format"
     );
+}
+
+/// A daemon that is killed while it moves a disk, after each step: the next one lists the half-made volume as unused,
+/// and nothing that the guest has.
+async fn cut_off(ground: &Ground) {
+    let disk = || {
+        ground
+            .seat()
+            .config()
+            .unwrap()
+            .get("scsi0")
+            .unwrap()
+            .to_owned()
+    };
+    let unused = || {
+        let values = ground.seat().config().unwrap().current.values;
+        let unused = values
+            .into_iter()
+            .filter(|(key, _)| key.starts_with("unused"));
+        unused.map(|(_, volume)| volume).collect::<BTreeSet<_>>()
+    };
+    let images = async || {
+        let local = "local".parse().unwrap();
+        let listed = ground.node.storage().open(&local).unwrap().list().await;
+        listed
+            .unwrap()
+            .into_iter()
+            .map(|volume| format!("local:{}", volume.name))
+            .collect::<BTreeSet<_>>()
+    };
+    // The same folder by another name: what is there has two names, and is no stray for that.
+    let storage = ground.node.storage();
+    let local = storage.section(&"local".parse().unwrap()).unwrap();
+    let name = "twin".parse().unwrap();
+    let twin = Section { name, ..local };
+    storage.create(twin.clone()).await.unwrap();
+    let task = TaskContext::detached(fault::upid(), None);
+    for steps in 1..move_disk::STEPS.len() {
+        let (before, there) = (disk(), images().await);
+        let wish = move_disk::Wish {
+            disk: "scsi0".into(),
+            storage: None,
+            format: Some(Format::Raw),
+            deletes: false,
+            bytes_per_second: None,
+        };
+        let mut moving = Move::new(ground.seat(), wish);
+        for step in &move_disk::STEPS[..steps] {
+            (step.run)(&mut moving, &task).await.unwrap();
+        }
+        // As the end of its daemon does.
+        drop(moving);
+        let site = ground.node.guests().site().clone();
+        strays::run(site, CancellationToken::new()).await;
+        let made: BTreeSet<_> = images().await.difference(&there).cloned().collect();
+        assert_eq!(made.len(), usize::from(steps > 1));
+        assert_eq!((disk(), unused()), (before, made), "{steps} steps");
+        if steps > 1 {
+            let delete = BTreeSet::from(["unused0".to_owned()]);
+            let change = ConfigUpdate {
+                delete,
+                ..ConfigUpdate::default()
+            };
+            let updated = update::update(&ground.seat(), change, None).await;
+            updated.unwrap();
+        }
+        assert_eq!(images().await, there);
+    }
+    storage.remove(&twin.name).await.unwrap();
 }
 
 /// Fails the tables that end a guest, at each step.

@@ -34,6 +34,7 @@ pub mod start;
 pub mod status;
 pub mod stop;
 pub mod stored;
+pub mod strays;
 pub mod tables;
 pub mod template;
 pub mod update;

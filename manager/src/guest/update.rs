@@ -151,15 +151,19 @@ pub fn keep_volumes(config: &mut GuestConfig, applied: &Applied) -> Vec<VolumeId
         if key.starts_with("unused") {
             freed.push(id);
         } else if id.name.owner().is_some() {
-            let free = (0..UNUSED_MAX)
-                .map(|n| format!("unused{n}"))
-                .find(|key| config.get(key).is_none());
-            if let Some(free) = free {
-                config.set(free, volume);
-            }
+            set_unused(config, &id);
         }
     }
     freed
+}
+
+/// Names a volume by the first free key of those that are in no use; tells which, unless all are taken.
+pub fn set_unused(config: &mut GuestConfig, volume: &VolumeId) -> Option<String> {
+    let free = (0..UNUSED_MAX)
+        .map(|n| format!("unused{n}"))
+        .find(|key| config.get(key).is_none())?;
+    config.set(&free, volume.to_string());
+    Some(free)
 }
 
 /// Takes the volumes of removed disks out of `unused` again, for who wants them gone; returns them.

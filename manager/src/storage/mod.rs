@@ -292,7 +292,8 @@ impl Storages {
         }
     }
 
-    fn is_enabled(&self, section: &Section) -> bool {
+    /// Whether the configuration lets this node use it.
+    pub fn is_enabled(&self, section: &Section) -> bool {
         let off = section
             .keys
             .get("disable")
