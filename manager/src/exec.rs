@@ -29,6 +29,8 @@ const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 /// Debian's packages of the programs that are run here and that not every system has.
 const PACKAGES: &[(&str, &str)] = &[
     ("ip", "iproute2"),
+    ("bridge", "iproute2"),
+    ("tc", "iproute2"),
     ("nft", "nftables"),
     ("dnsmasq", "dnsmasq-base"),
     ("mkfs.ext4", "e2fsprogs"),

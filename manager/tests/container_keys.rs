@@ -498,6 +498,7 @@ async fn cards(ground: &Ground) {
     assert_eq!(names().await["lan"], "10.64.0.20/24");
     let link = format!("veth{}i1", ground.id);
     assert!(world::run("ip", &["-o", "link", "show", &link]).contains("master vmbr0"));
+    tags_and_rates(ground, value, &link).await;
     ground
         .update(&[("net1", &format!("{value},link_down=1"))], &[])
         .await
@@ -527,4 +528,48 @@ async fn cards(ground: &Ground) {
         .unwrap_err();
     assert!(wrong.to_string().contains("vmbr99"), "{wrong}");
     assert_eq!(names().await.len(), 1);
+}
+
+/// What the bridge or this host's kernel cannot do is refused in one line, and the card stays as it was.
+async fn tags_and_rates(ground: &Ground, value: &str, link: &str) {
+    let refused = async |key: &str, value: &str| {
+        let refused = ground.update(&[(key, value)], &[]).await.unwrap_err();
+        refused.to_string()
+    };
+    let text = refused("net1", &format!("{value},tag=5")).await;
+    assert!(
+        text.starts_with("net1: tag=5 needs a VLAN-aware bridge") && text.contains("vmbr0"),
+        "{text}"
+    );
+    let state = world::run("ip", &["-o", "link", "show", link]);
+    assert!(
+        state.contains(",UP") && state.contains("master vmbr0"),
+        "{state}"
+    );
+    let text = refused("net2", "name=x,bridge=vmbr0,trunks=5;7-9").await;
+    assert!(text.starts_with("net2: trunks needs"), "{text}");
+    let links = world::run("ip", &["-o", "link", "show", "type", "veth"]);
+    assert!(!links.contains(&link.replace("i1", "i2")), "{links}");
+
+    // Not every kernel can.
+    let queues = || world::run("tc", &["qdisc", "show", "dev", link]);
+    match ground
+        .update(&[("net1", &format!("{value},rate=1.5"))], &[])
+        .await
+    {
+        Ok(_) => {
+            let limited = queues();
+            assert!(
+                limited.contains("tbf") && limited.contains("ingress"),
+                "{limited}"
+            );
+            ground.update(&[("net1", value)], &[]).await.unwrap();
+        }
+        Err(error) => assert!(
+            error.to_string().contains("does this host's kernel have"),
+            "{error}"
+        ),
+    }
+    let free = queues();
+    assert!(!free.contains("tbf") && !free.contains("ingress"), "{free}");
 }

@@ -5,6 +5,8 @@
 use crate::error::Error;
 use crate::exec::Program;
 use crate::id::GuestId;
+use crate::network::rate;
+use crate::network::vlan::{self, Awareness, Vlans};
 
 /// Name of a VM's tap for its network card of that number.
 pub fn tap_name(guest: GuestId, index: u16) -> String {
@@ -24,14 +26,20 @@ fn peer_name(guest: GuestId, index: u16) -> String {
 /// What a guest's card is connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attachment {
+    /// Key of the card, `net0`, for messages.
+    pub card: String,
     /// Name of the bridge; not connected when absent.
     pub bridge: Option<String>,
+    /// The VLANs of it that the card is in.
+    pub vlans: Vlans,
     /// MTU of the host's end; the bridge's when absent.
     pub mtu: Option<u16>,
     /// The cable is pulled.
     pub link_down: bool,
     /// The tap has several pairs of queues.
     pub multi_queue: bool,
+    /// Most bytes a second that a container's card carries, each way.
+    pub rate: Option<u64>,
 }
 
 /// The container's end of a pair.
@@ -101,14 +109,6 @@ pub fn guest_traffic(guest: GuestId) -> Traffic {
     sum
 }
 
-async fn is_bridge(name: &str) -> bool {
-    let shown = Program::new("ip")
-        .args(["-o", "link", "show", "dev", name, "type", "bridge"])
-        .run()
-        .await;
-    shown.is_ok_and(|text| !text.trim().is_empty())
-}
-
 /// The guest that a link belongs to, by its name.
 fn owner(link: &str) -> Option<GuestId> {
     let rest = link
@@ -121,7 +121,7 @@ fn owner(link: &str) -> Option<GuestId> {
 
 /// Makes the bridge unless it exists; says whether it did.
 pub async fn ensure_bridge(name: &str) -> Result<bool, Error> {
-    if is_bridge(name).await {
+    if vlan::awareness(name).await.is_some() {
         return Ok(false);
     }
     if exists(name) {
@@ -185,7 +185,11 @@ pub async fn create_veth(guest: GuestId, index: u16, attachment: &Attachment) ->
         "link", "add", "name", &name, "type", "veth", "peer", "name", &peer,
     ])
     .await?;
-    let connected = connect(&name, attachment).await;
+    let connected = async {
+        limit(&name, attachment).await?;
+        connect(&name, attachment).await
+    };
+    let connected = connected.await;
     if connected.is_err() {
         delete(&name).await?;
     }
@@ -256,29 +260,85 @@ pub async fn remove_default_route(pid: u32, interface: &str, gateway: &str) -> R
     }
 }
 
-/// Connects an end that exists in another way.
-pub async fn reconnect(name: &str, attachment: &Attachment) -> Result<(), Error> {
-    ip(&["link", "set", "dev", name, "nomaster"]).await?;
-    if attachment.link_down {
-        ip(&["link", "set", "dev", name, "down"]).await?;
+/// Connects an end that exists in another way. What cannot be is refused before anything changes; what fails half way
+/// is taken back.
+pub async fn change(name: &str, former: &Attachment, new: &Attachment) -> Result<(), Error> {
+    check(new).await?;
+    let changed = exchange(name, former, new).await;
+    // The first error is the one to tell.
+    if changed.is_err()
+        && let Err(error) = exchange(name, new, former).await
+    {
+        tracing::warn!(link = name, error = error.chain(), "not taken back");
     }
-    connect(name, attachment).await
+    changed
 }
 
+async fn exchange(name: &str, former: &Attachment, new: &Attachment) -> Result<(), Error> {
+    if former.rate != new.rate {
+        rate::clear(name).await?;
+        limit(name, new).await?;
+    }
+    let place = |attachment: &Attachment| {
+        let Attachment {
+            bridge,
+            mtu,
+            link_down,
+            ..
+        } = attachment;
+        (bridge.clone(), *mtu, *link_down)
+    };
+    if place(former) == place(new) {
+        // Where it stays, its guest does not notice that it is in other VLANs.
+        return match (former.vlans == new.vlans, check(new).await?) {
+            (false, Some(Awareness::Aware)) => new.vlans.set(name).await,
+            _ => Ok(()),
+        };
+    }
+    ip(&["link", "set", "dev", name, "nomaster"]).await?;
+    if new.link_down || check(new).await? == Some(Awareness::Aware) {
+        ip(&["link", "set", "dev", name, "down"]).await?;
+    }
+    connect(name, new).await
+}
+
+/// Whether a card can be connected like that; what its bridge, if any, does with VLANs.
+async fn check(attachment: &Attachment) -> Result<Option<Awareness>, Error> {
+    let Some(bridge) = &attachment.bridge else {
+        return Ok(None);
+    };
+    let awareness = vlan::awareness(bridge)
+        .await
+        .ok_or_else(|| Error::Refused(format!("bridge '{bridge}' does not exist")))?;
+    let vlans = &attachment.vlans;
+    vlans.check(&attachment.card, bridge, awareness)?;
+    Ok(Some(awareness))
+}
+
+/// Connects an end that is connected to nothing. On a VLAN-aware bridge it is off until it has its own VLANs, so that
+/// nothing crosses in that which the bridge gives to every new port.
 async fn connect(name: &str, attachment: &Attachment) -> Result<(), Error> {
+    let awareness = check(attachment).await?;
     if let Some(bridge) = &attachment.bridge {
-        if !is_bridge(bridge).await {
-            return Err(Error::Refused(format!("bridge '{bridge}' does not exist")));
-        }
         if let Some(mtu) = attachment.mtu {
             ip(&["link", "set", "dev", name, "mtu", &mtu.to_string()]).await?;
         }
         ip(&["link", "set", "dev", name, "master", bridge]).await?;
     }
+    if awareness == Some(Awareness::Aware) {
+        attachment.vlans.set(name).await?;
+    }
     if attachment.link_down {
         return Ok(());
     }
     up(name).await
+}
+
+async fn limit(name: &str, attachment: &Attachment) -> Result<(), Error> {
+    match attachment.rate {
+        Some(rate) => rate::set(name, &attachment.card, rate).await,
+        None => Ok(()),
+    }
 }
 
 async fn delete_leftover(name: &str) -> Result<(), Error> {

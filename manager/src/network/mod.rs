@@ -13,6 +13,8 @@ pub mod cidr;
 pub mod dhcp;
 pub mod interfaces;
 pub mod link;
+pub mod rate;
+pub mod vlan;
 
 use std::path::PathBuf;
 

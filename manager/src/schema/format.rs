@@ -44,6 +44,8 @@ formats! {
     MAC = "mac-addr", |text| holds(is_mac(text), "unicast MAC address");
     /// A bridge.
     BRIDGE = "pve-bridge-id", |text| holds(is_interface(text), "bridge name");
+    /// Several VLANs, and ranges of them.
+    VLANS = "pve-vlan-id-or-range-list", |text| crate::network::vlan::parse_trunks(text).map(drop);
     /// A network interface.
     INTERFACE = "pve-iface", |text| holds(is_interface(text), "network interface name");
     /// An IPv4 address.
@@ -263,6 +265,7 @@ mod tests {
             &["10.0.0.2", "10.0.0.2/33", "auto"],
         );
         check(TAGS, &["a;b-c;d_1", ""], &["ä", "-a"]);
+        check(VLANS, &["2;5;10-20"], &["", "5-2", "0"]);
         check(BRIDGE, &["vmbr0"], &["averyveryverylong", "0x", "a/b"]);
         check(PRIVILEGE_LIST, &["VM.Audit,Sys.Audit"], &["VM.Nothing"]);
     }

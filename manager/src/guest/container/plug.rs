@@ -171,9 +171,11 @@ async fn exchange_card(
         && former.inside == new.inside
         && former.asks_dhcp == new.asks_dhcp
     {
-        link::reconnect(&link::veth_name(seat.id, new.index), &new.attachment).await?;
+        let name = link::veth_name(seat.id, new.index);
+        link::change(&name, &former.attachment, &new.attachment).await?;
         // A lease belongs to the network that it is from.
-        return match new.asks_dhcp && former.attachment.bridge != new.attachment.bridge {
+        let network = |card: &Link| (card.attachment.bridge.clone(), card.attachment.vlans.tag);
+        return match new.asks_dhcp && network(former) != network(new) {
             true => dhcp::start(seat, new, pid(seat)?).await,
             false => Ok(()),
         };

@@ -1,7 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Config keys of containers.
 
-use super::shared::{self, LINK_BRIDGE, NO_RATE, NO_VLAN, absent};
+use super::drive::rate;
+use super::shared::{self, LINK_BRIDGE, LINK_TAG, LINK_TRUNKS};
 use super::{Key, Plug, Right};
 use crate::access::Privilege::{
     VmConfigCpu, VmConfigDisk, VmConfigMemory, VmConfigNetwork, VmConfigOptions,
@@ -256,9 +257,9 @@ const NET: Kind = Kind::PropertyString {
             "Largest packet.",
         ),
         Param::new("type", Kind::Choice(&["veth"]), "Kind of card."),
-        absent("tag", NO_VLAN),
-        absent("trunks", NO_VLAN),
-        absent("rate", NO_RATE),
+        LINK_TAG,
+        LINK_TRUNKS,
+        rate("rate", "Most MiB a second, each way; 0 is no limit."),
         Param::new(
             "host-managed",
             Kind::Boolean,

@@ -358,9 +358,21 @@ mod tests {
         );
         check(
             "net0",
-            "virtio,tag=5",
+            "trunks=10-20;2,rate=1.5,virtio,tag=5",
+            Ok("virtio,rate=1.5,tag=5,trunks=10-20;2"),
+        );
+        check(
+            "net0",
+            "virtio,tag=4095",
             Err(
-                "invalid format - format error\nnet0.tag: invalid format - VLANs are not available yet; use a bridge of its own\n\n",
+                "invalid format - format error\nnet0.tag: value must have a maximum value of 4094\n",
+            ),
+        );
+        check(
+            "net0",
+            "virtio,trunks=2;5-3",
+            Err(
+                "invalid format - format error\nnet0.trunks: invalid format - invalid range of VLANs '5-3'\n\n",
             ),
         );
         check("memory", "2048", Ok("2048"));
@@ -437,6 +449,11 @@ mod tests {
             "name=eth0,ip=dhcp,bridge=vmbr0",
             Ok("name=eth0,bridge=vmbr0,ip=dhcp"),
         );
+        check(
+            "net0",
+            "name=eth0,rate=0.5,trunks=5,tag=1",
+            Ok("name=eth0,rate=0.5,tag=1,trunks=5"),
+        );
         check("rootfs", "volume=local:8", Ok("local:8"));
         check("features", "nesting=1", Ok("nesting=1"));
         check("unprivileged", "on", Ok("1"));
@@ -482,7 +499,7 @@ mod tests {
 
     #[test]
     fn a_disc_changes_at_once_a_disk_does_not() {
-        let is_live = |key: &str, former, value| {
+        let is_live = |key: &str, former: &str, value: &str| {
             find(GuestKind::Vm, key)
                 .unwrap()
                 .is_live(Some(former), Some(value))
@@ -492,6 +509,10 @@ mod tests {
         let (one, other) = ("local:100/vm-100-disk-0.raw", "local:100/vm-100-disk-1.raw");
         assert!(!is_live("scsi0", one, other) && !is_live("scsi0", disc, one));
         assert!(is_live("scsi0", one, &format!("{one},mbps=5")));
+        let card = "virtio=BC:24:11:00:00:01,bridge=vmbr0,tag=5";
+        assert!(is_live("net0", card, &format!("{card},trunks=7,rate=2")));
+        assert!(is_live("net0", card, &card.replace("tag=5", "tag=6")));
+        assert!(!is_live("net0", card, &card.replace("vmbr0", "vmbr1")));
     }
 
     #[test]

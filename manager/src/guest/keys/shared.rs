@@ -1,9 +1,9 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Config keys, and parts of their values, that machines and containers have alike.
 
-use super::{Key, Right, UNAVAILABLE};
+use super::{Key, Right};
 use crate::access::Privilege::VmConfigOptions;
-use crate::schema::format::{BRIDGE, TAGS as TAG_LIST};
+use crate::schema::format::{BRIDGE, TAGS as TAG_LIST, VLANS};
 use crate::schema::{Format, Kind, Param};
 
 use Right::{Guest, System};
@@ -115,17 +115,20 @@ pub const LINK_BRIDGE: Param = Param::new(
     "Bridge that the card is on.",
 );
 
-/// A property of a network card that would isolate or limit it: to ignore it would mislead.
+/// A member of a property string that cannot be set yet: to ignore it would mislead.
 pub const fn absent(name: &'static str, format: Format) -> Param {
     Param::new(name, Kind::Format(format), "Not available yet.")
 }
 
-pub const NO_VLAN: Format = Format {
-    name: UNAVAILABLE,
-    check: |_| Err("VLANs are not available yet; use a bridge of its own".to_owned()),
-};
+/// VLANs of a card, the same for both kinds.
+pub const LINK_TAG: Param = Param::new(
+    "tag",
+    Kind::Integer { min: 1, max: 4094 },
+    "VLAN that the card is in, without knowing it; the bridge must be VLAN-aware.",
+);
 
-pub const NO_RATE: Format = Format {
-    name: UNAVAILABLE,
-    check: |_| Err("rate limits of cards are not available yet".to_owned()),
-};
+pub const LINK_TRUNKS: Param = Param::new(
+    "trunks",
+    Kind::Format(VLANS),
+    "VLANs whose frames the card gets and sends with their tags, `2;5;10-20`; the bridge must be VLAN-aware.",
+);

@@ -2,7 +2,7 @@
 //! Config keys of virtual machines.
 
 use super::drive::{DRIVE, DRIVE_LIVE, EFI_DISK, cdrom_only, disk_only, rate};
-use super::shared::{self, LINK_BRIDGE, NO_VLAN, absent};
+use super::shared::{self, LINK_BRIDGE, LINK_TAG, LINK_TRUNKS, absent};
 use super::{Key, Plug, Right};
 use crate::access::Privilege::{
     VmConfigCdrom, VmConfigCloudinit, VmConfigCpu, VmConfigHwType, VmConfigMemory, VmConfigNetwork,
@@ -416,8 +416,8 @@ const NET: Kind = Kind::PropertyString {
             Kind::Integer { min: 0, max: 64 },
             "Queue pairs, one a vCPU at best; 1 when it is not given.",
         ),
-        absent("tag", NO_VLAN),
-        absent("trunks", NO_VLAN),
+        LINK_TAG,
+        LINK_TRUNKS,
         rate("rate", "Most MiB a second, each way; 0 is no limit."),
     ],
     default_key: Some("model"),
@@ -444,7 +444,7 @@ const IP_CONFIG: Kind = Kind::PropertyString {
 };
 
 /// Properties of a card that reach a running machine at once.
-const NET_LIVE: &[&str] = &["firewall", "link_down", "rate"];
+const NET_LIVE: &[&str] = &["firewall", "link_down", "rate", "tag", "trunks"];
 
 const SERIAL: Format = Format {
     name: "pve-qm-serial",

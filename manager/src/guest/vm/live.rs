@@ -17,9 +17,10 @@ use crate::error::Error;
 use crate::exec::Program;
 use crate::guest::config::GuestConfig;
 use crate::guest::disks;
+use crate::guest::keys;
 use crate::guest::vm::resolve::Card;
 use crate::guest::vm::{Vm, boot, drives, resolve, start};
-use crate::network::link;
+use crate::network::link::{self, Attachment};
 use crate::storage::name::VolumeId;
 
 /// How long a guest has to let a disk or a card go before the change waits for its next start; PVE's time.
@@ -40,7 +41,7 @@ pub async fn apply(
     // First what can fail as a whole: after that, a disk is plugged in whose new volume must stay.
     for (key, former, value) in changed {
         match (former, value) {
-            (Some(_), Some(_)) if is_card(key) => set_card(vm, config, key).await?,
+            (Some(former), Some(_)) if is_card(key) => set_card(vm, config, key, former).await?,
             (Some(_), Some(_)) if is_drive(key) => set_drive(vm, config, key).await?,
             _ => {}
         }
@@ -181,8 +182,30 @@ fn card_index(key: &str) -> u16 {
     key.trim_start_matches("net").parse().unwrap_or_default()
 }
 
-async fn set_card(vm: &Vm, config: &GuestConfig, key: &str) -> Result<(), Error> {
+async fn set_card(vm: &Vm, config: &GuestConfig, key: &str, former: &str) -> Result<(), Error> {
     let card = find_card(vm, config, key)?;
+    let former = keys::properties(config.kind, key, former)?;
+    // Only VLANs concern the tap; the plug is pulled in the machine.
+    let former = Attachment {
+        vlans: Card::new(vm.seat().id, key, &former)?.attachment.vlans,
+        ..card.attachment.clone()
+    };
+    link::change(&card.tap, &former, &card.attachment).await?;
+    let told = tell_of_card(vm, key, &card).await;
+    if told.is_err()
+        && let Err(error) = link::change(&card.tap, &card.attachment, &former).await
+    {
+        tracing::warn!(
+            guest = vm.seat().title(),
+            key,
+            error = error.chain(),
+            "not taken back"
+        );
+    }
+    told
+}
+
+async fn tell_of_card(vm: &Vm, key: &str, card: &Card) -> Result<(), Error> {
     let id = key.to_owned();
     let link = SetLink {
         id: id.clone(),

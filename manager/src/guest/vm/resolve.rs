@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::id::GuestId;
 use crate::network::link::{Attachment, tap_name};
+use crate::network::vlan::Vlans;
 use crate::schema::Properties;
 
 /// Memory when the config's value cannot be read, in MiB; its table has the same default.
@@ -70,28 +71,39 @@ pub struct Card {
     pub limits: NetLimits,
 }
 
-/// Network cards by number.
-pub fn cards(id: GuestId, config: &GuestConfig) -> Result<Vec<Card>, Error> {
-    let mut cards = Vec::new();
-    for (key, _) in config.family("net[n]") {
-        let card = config.properties(key)?.unwrap_or_default();
+impl Card {
+    /// The card that a key's value describes.
+    pub fn new(id: GuestId, key: &str, card: &Properties) -> Result<Self, Error> {
         let index = key.trim_start_matches("net").parse().unwrap_or_default();
-        cards.push(Card {
+        Ok(Self {
             key: key.to_owned(),
             tap: tap_name(id, index),
             attachment: Attachment {
+                card: key.to_owned(),
                 bridge: card.get("bridge").map(str::to_owned),
+                vlans: Vlans::new(key, card.get("tag"), card.get("trunks"))?,
                 // 1 stands for the bridge's own.
                 mtu: card.number("mtu").filter(|mtu| *mtu > 1),
                 link_down: card.is_set("link_down"),
                 multi_queue: card.number("queues").is_some_and(|pairs: u16| pairs > 1),
+                // The machine does it.
+                rate: None,
             },
             mac: card.get("macaddr").map(str::to_owned),
             queue_pairs: card.number("queues").filter(|pairs| *pairs > 1),
-            limits: net_limits(&card),
-        });
+            limits: net_limits(card),
+        })
     }
-    Ok(cards)
+}
+
+/// Network cards by number.
+pub fn cards(id: GuestId, config: &GuestConfig) -> Result<Vec<Card>, Error> {
+    let keys = config.family("net[n]").into_iter();
+    let cards = keys.map(|(key, _)| {
+        let card = config.properties(key)?.unwrap_or_default();
+        Card::new(id, key, &card)
+    });
+    cards.collect()
 }
 
 /// Most that a card may carry: its `rate`, each way.
@@ -344,6 +356,19 @@ mod tests {
         assert_eq!(spec.services.ports[0].name, AGENT_PORT);
         assert_eq!(spec.services.balloon, None);
         assert!(spec.boot.kernel().unwrap().shared);
+    }
+
+    #[test]
+    fn a_cards_vlans_are_its_taps() {
+        let config = config(
+            "net0: virtio,bridge=vmbr0\nnet7: virtio,bridge=vmbr1,tag=5,trunks=9;7-8,rate=2\n",
+        );
+        let cards = cards(id(), &config).unwrap();
+        assert!(cards[0].attachment.vlans.is_default());
+        let tagged = &cards[1].attachment;
+        assert_eq!((tagged.card.as_str(), tagged.vlans.tag), ("net7", Some(5)));
+        assert_eq!(tagged.vlans.trunks, [7..=9]);
+        assert_eq!(tagged.rate, None, "the machine limits it");
     }
 
     #[test]

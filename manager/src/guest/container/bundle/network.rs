@@ -4,8 +4,10 @@
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::guest::container::setup::{Addressing, Card, Identity};
+use crate::guest::vm::drives::bytes_of_mib;
 use crate::id::GuestId;
 use crate::network::link::{Attachment, Inside};
+use crate::network::vlan::Vlans;
 use crate::schema::Properties;
 
 /// A card as both sides see it.
@@ -45,10 +47,16 @@ impl Link {
             })
             .unzip::<_, _, Vec<_>, Vec<_>>();
         let attachment = Attachment {
+            card: key.to_owned(),
             bridge: card.get("bridge").map(str::to_owned),
+            vlans: Vlans::new(key, card.get("tag"), card.get("trunks"))?,
             mtu: card.number("mtu"),
             link_down: card.is_set("link_down"),
             multi_queue: false,
+            rate: card
+                .number("rate")
+                .filter(|rate| *rate > 0.0)
+                .map(|rate| bytes_of_mib(rate).max(1)),
         };
         let inside = Inside {
             name: name_of(card, key),

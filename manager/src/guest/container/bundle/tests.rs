@@ -197,10 +197,15 @@ fn terminals_as_init_finds_them() {
 fn cards_have_two_ends() {
     let config = config(
         "net0: name=eth0,bridge=vmbr0,hwaddr=BC:24:11:00:00:01,ip=10.0.0.2/24,gw=10.0.0.1\n\
-         net1: name=lan,bridge=vmbr1,hwaddr=BC:24:11:00:00:02,ip=dhcp\n",
+         net1: name=lan,bridge=vmbr1,hwaddr=BC:24:11:00:00:02,ip=dhcp,tag=5,trunks=7;8,rate=1.5\n",
     );
     let cards = cards(&config).unwrap();
     assert_eq!(cards[0].attachment.bridge.as_deref(), Some("vmbr0"));
+    assert!(cards[0].attachment.vlans.is_default() && cards[0].attachment.rate.is_none());
+    let tagged = &cards[1].attachment;
+    assert_eq!((tagged.card.as_str(), tagged.vlans.tag), ("net1", Some(5)));
+    assert_eq!(tagged.vlans.trunks, [7..=8]);
+    assert_eq!(tagged.rate, Some(3 << 19));
     assert_eq!(cards[0].inside.addresses, ["10.0.0.2/24"]);
     assert_eq!(cards[0].inside.gateways, ["10.0.0.1"]);
     assert_eq!(

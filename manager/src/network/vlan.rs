@@ -1,0 +1,280 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! VLANs (IEEE 802.1Q) of a guest's card: which ones the host's end of it carries as a port of a VLAN-aware bridge.
+//!
+//! As in PVE: frames of the card's `tag` cross it without a tag, those of its `trunks` with theirs. A card that has
+//! neither is in VLAN 1 and carries all others with their tags. On a bridge that is not VLAN-aware, such a card is
+//! connected as ever, and one with a tag or trunks is refused. Called by `link`, which connects cards.
+
+use std::ops::RangeInclusive;
+
+use serde_json::Value;
+
+use crate::error::Error;
+use crate::exec::Program;
+
+/// Numbers of VLANs; 0 and 4095 are reserved (IEEE 802.1Q, table 9-2).
+const IDS: RangeInclusive<u16> = 1..=4094;
+
+/// The VLAN of frames without a tag, on cards and bridges for which nobody said another.
+const DEFAULT_ID: u16 = 1;
+
+/// How the manager's users make a bridge VLAN-aware: now, and for its next start.
+const REMEDY: &str = "(in /etc/network/interfaces: bridge-vlan-aware yes)";
+
+/// What a config says about the VLANs of a card.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Vlans {
+    /// VLAN of the frames that the guest sends and receives without a tag.
+    pub tag: Option<u16>,
+    /// VLANs whose frames it sends and receives with their tags; in order, without overlaps.
+    pub trunks: Vec<RangeInclusive<u16>>,
+}
+
+/// What a bridge does with the tags of frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awareness {
+    /// It keeps VLANs apart, each port has some of them.
+    Aware,
+    /// It forwards frames whatever their tags are.
+    Unaware,
+    /// The same, and the kernel was built without the other.
+    Impossible,
+}
+
+/// The VLANs of a list such as `2;5;10-20`: in order, what overlaps or adjoins as one. PVE's property `trunks`.
+pub fn parse_trunks(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
+    let mut ranges = Vec::new();
+    for part in text.split(';') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let range = id(first)?..=id(last)?;
+        if range.is_empty() {
+            return Err(format!("invalid range of VLANs '{part}'"));
+        }
+        ranges.push(range);
+    }
+    ranges.sort_by_key(|range| *range.start());
+    let mut merged: Vec<RangeInclusive<u16>> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if *range.start() <= *last.end() + 1 => {
+                *last = *last.start()..=*last.end().max(range.end());
+            }
+            _ => merged.push(range),
+        }
+    }
+    Ok(merged)
+}
+
+fn id(text: &str) -> Result<u16, String> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let id = text.parse().ok().filter(|id| digits && IDS.contains(id));
+    id.ok_or_else(|| format!("invalid VLAN '{text}': a number from 1 to 4094 is expected"))
+}
+
+impl Vlans {
+    /// What the properties `tag` and `trunks` of a card (`net0`) say. Nothing of them is passed over: a card in another
+    /// VLAN than its owner believes would be a hole.
+    pub fn new(card: &str, tag: Option<&str>, trunks: Option<&str>) -> Result<Self, Error> {
+        let refuse = |error| Error::refused(format!("{card}: {error}"));
+        let trunks = trunks.map(parse_trunks).transpose().map_err(refuse)?;
+        Ok(Self {
+            tag: tag.map(id).transpose().map_err(refuse)?,
+            trunks: trunks.unwrap_or_default(),
+        })
+    }
+
+    /// Neither a tag nor trunks.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What is wrong with them on a bridge, for a card (`net0`).
+    pub(super) fn check(
+        &self,
+        card: &str,
+        bridge: &str,
+        awareness: Awareness,
+    ) -> Result<(), Error> {
+        let property = match self.tag {
+            Some(tag) => format!("tag={tag}"),
+            None => "trunks".to_owned(),
+        };
+        match awareness {
+            _ if self.is_default() => Ok(()),
+            Awareness::Aware => Ok(()),
+            Awareness::Unaware => Err(Error::refused(format!(
+                "{card}: {property} needs a VLAN-aware bridge, and '{bridge}' is none: \
+                 ip link set dev {bridge} type bridge vlan_filtering 1 {REMEDY}"
+            ))),
+            Awareness::Impossible => Err(Error::refused(format!(
+                "{card}: {property} needs a VLAN-aware bridge, which '{bridge}' cannot be: this host's kernel has no \
+                 VLAN filtering (CONFIG_BRIDGE_VLAN_FILTERING)"
+            ))),
+        }
+    }
+
+    /// Arguments of bridge(8) that give a port of a VLAN-aware bridge these VLANs and no others. At no moment does it
+    /// carry one that it is not to have.
+    fn commands(&self, port: &str) -> Vec<Vec<String>> {
+        let command = |verb: &str, ids: &RangeInclusive<u16>, flags: &[&str]| {
+            let ids = match ids.start() == ids.end() {
+                true => ids.start().to_string(),
+                false => format!("{}-{}", ids.start(), ids.end()),
+            };
+            let words = ["vlan", verb, "dev", port, "vid", &ids];
+            let words = words.iter().chain(flags);
+            words.map(|word| (*word).to_owned()).collect::<Vec<_>>()
+        };
+        let all = [DEFAULT_ID + 1..=*IDS.end()];
+        let trunks = match self.is_default() {
+            true => &all[..],
+            false => &self.trunks,
+        };
+        let untagged = self.tag.unwrap_or(DEFAULT_ID);
+        let mut commands = vec![command("del", &IDS, &[])];
+        commands.extend(trunks.iter().map(|ids| command("add", ids, &[])));
+        // Last: the same VLAN as a member of the trunks would get its tag.
+        commands.push(command(
+            "add",
+            &(untagged..=untagged),
+            &["pvid", "untagged"],
+        ));
+        commands
+    }
+
+    /// Gives a port of a VLAN-aware bridge these VLANs and no others.
+    pub(super) async fn set(&self, port: &str) -> Result<(), Error> {
+        for command in self.commands(port) {
+            Program::new("bridge").args(command).run().await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the bridge of that name does with tags; none when there is no such bridge.
+pub async fn awareness(bridge: &str) -> Option<Awareness> {
+    let shown = Program::new("ip")
+        .args(["-json", "-details", "link", "show", "dev", bridge])
+        .args(["type", "bridge"])
+        .run()
+        .await;
+    parse_awareness(&shown.ok()?)
+}
+
+fn parse_awareness(shown: &str) -> Option<Awareness> {
+    let shown: Value = serde_json::from_str(shown).ok()?;
+    let link = shown.pointer("/0/linkinfo")?;
+    if link["info_kind"] != "bridge" {
+        return None;
+    }
+    let data = &link["info_data"];
+    Some(if data["vlan_filtering"] == 1 {
+        Awareness::Aware
+    } else if data["vlan_default_pvid"].is_null() {
+        // A kernel without the filter shows it as off, and has none of its settings (net/bridge/br_netlink.c).
+        Awareness::Impossible
+    } else {
+        Awareness::Unaware
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trunks_are_read_in_order_and_without_overlaps() {
+        let good = [
+            ("5", vec![5..=5]),
+            ("10-20;2;5", vec![2..=2, 5..=5, 10..=20]),
+            ("7;5-6;6-9;4094", vec![5..=9, 4094..=4094]),
+            ("1-4094;7", vec![1..=4094]),
+        ];
+        for (text, expected) in good {
+            assert_eq!(parse_trunks(text).unwrap(), expected, "{text}");
+        }
+        for bad in [
+            "", ";", "5;", "0", "4095", "20-10", "1-", "-1", "+5", "5,6", "a", "1-2-3", " 5",
+            "99999",
+        ] {
+            assert!(parse_trunks(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[track_caller]
+    fn commands(tag: Option<&str>, trunks: Option<&str>, expected: &[&str]) {
+        let commands = Vlans::new("net0", tag, trunks)
+            .unwrap()
+            .commands("tap100i0");
+        let told: Vec<String> = commands.iter().map(|words| words.join(" ")).collect();
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn a_port_has_what_its_card_says_and_nothing_else() {
+        let none = "vlan del dev tap100i0 vid 1-4094";
+        let own = "vlan add dev tap100i0 vid 5 pvid untagged";
+        let default = "vlan add dev tap100i0 vid 1 pvid untagged";
+        commands(Some("5"), None, &[none, own]);
+        commands(
+            None,
+            None,
+            &[none, "vlan add dev tap100i0 vid 2-4094", default],
+        );
+        let (two, many) = (
+            "vlan add dev tap100i0 vid 2",
+            "vlan add dev tap100i0 vid 4-20",
+        );
+        commands(Some("5"), Some("2;4-20"), &[none, two, many, own]);
+        commands(None, Some("4-20;2"), &[none, two, many, default]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused() {
+        for (tag, trunks) in [(Some("0"), None), (Some("5"), Some("x")), (Some(""), None)] {
+            let refused = Vlans::new("net2", tag, trunks).unwrap_err().to_string();
+            assert!(refused.starts_with("net2: invalid VLAN '"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_bridge_tells_what_it_does_with_tags() {
+        let link = |data: &str| {
+            format!(r#"[{{"linkinfo":{{"info_kind":"bridge","info_data":{{{data}}}}}}}]"#)
+        };
+        let told = |data| parse_awareness(&link(data)).unwrap();
+        assert_eq!(
+            told(r#""vlan_filtering":1,"vlan_default_pvid":1"#),
+            Awareness::Aware
+        );
+        assert_eq!(
+            told(r#""vlan_filtering":0,"vlan_default_pvid":1"#),
+            Awareness::Unaware
+        );
+        assert_eq!(told(r#""vlan_filtering":0"#), Awareness::Impossible);
+        for other in ["", "[]", "[{}]", r#"[{"linkinfo":{"info_kind":"veth"}}]"#] {
+            assert_eq!(parse_awareness(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_bridge_that_cannot_keep_vlans_apart_is_named() {
+        let refusal = |tag, trunks, awareness| {
+            let vlans = Vlans { tag, trunks };
+            let checked = vlans.check("net3", "vmbr7", awareness);
+            checked.map_err(|e| e.to_string()).err().unwrap_or_default()
+        };
+        let unaware = refusal(Some(5), vec![], Awareness::Unaware);
+        assert!(
+            unaware.starts_with("net3: tag=5 ") && unaware.contains("vmbr7 type bridge vlan"),
+            "{unaware}"
+        );
+        let impossible = refusal(None, vec![2..=9], Awareness::Impossible);
+        assert!(
+            impossible.starts_with("net3: trunks ") && impossible.contains("kernel"),
+            "{impossible}"
+        );
+        assert_eq!(refusal(Some(5), vec![], Awareness::Aware), "");
+        assert_eq!(refusal(None, vec![], Awareness::Impossible), "");
+    }
+}
