@@ -8,7 +8,7 @@ import { useEffect, useMemo, useRef } from 'react';
 import uPlot from 'uplot';
 
 import { SERIES_COLORS } from '../app/theme';
-import type { ChartData } from './series';
+import { legendValue, type ChartData } from './series';
 
 export interface ChartProps {
   title: string;
@@ -72,7 +72,7 @@ function options(props: Omit<ChartProps, 'data' | 'title'>, labels: string[], sc
         width: 1.5,
         fill: `${SERIES_COLORS[scheme][index % 4]}1c`,
         points: { show: false },
-        value: (_: uPlot, value: number | null) => (value === null ? '–' : props.format(value)),
+        value: (_: uPlot, value: number | null | undefined) => legendValue(value, props.format),
       })),
     ],
   };

@@ -2,7 +2,7 @@
 import { expect, it } from 'vitest';
 
 import type { GuestStatus } from '../api/types';
-import { appendSample, joinLive, LIVE_SECONDS } from './series';
+import { appendSample, joinLive, legendValue, LIVE_SECONDS } from './series';
 
 const status = (netin: number): GuestStatus => ({ vmid: 100, status: 'running', cpu: 0.5, netin });
 
@@ -23,4 +23,9 @@ it('forgets samples older than the window', () => {
 it('puts the recorded minutes before the live samples', () => {
   const recorded = [{ time: 1000 }, { time: 1960 }, { time: 2020 }];
   expect(joinLive(recorded, [{ time: 2001 }], 2003).map((row) => row.time)).toEqual([1960, 2001]);
+});
+
+it('says nothing of what was not measured, also while a chart has no data', () => {
+  const load = (value: number) => value.toFixed(2);
+  expect([0.5, null, undefined].map((value) => legendValue(value, load))).toEqual(['0.50', '–', '–']);
 });

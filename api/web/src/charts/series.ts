@@ -58,3 +58,8 @@ export function chartData(rows: SeriesRow[], keys: [label: string, key: string][
 function finite(value: number | undefined): number | null {
   return typeof value === 'number' && Number.isFinite(value) ? value : null;
 }
+
+/** What the legend says of a value: uPlot gives null where a line was not measured, and undefined while there is no time. */
+export function legendValue(value: number | null | undefined, format: (value: number) => string): string {
+  return value === null || value === undefined ? '–' : format(value);
+}
