@@ -4,14 +4,17 @@
 //   ATOLL_URL, ATOLL_USER, ATOLL_PASSWORD   the node and who signs in
 //   ATOLL_TEMPLATE                          file of a container template that the page uploads; without it the
 //                                           storage `local` must have one
+//   ATOLL_IMAGE                             reference of an OCI image that the node can pull and whose program goes on;
+//                                           without it there is no container of an image
 //   ATOLL_E2E_OUTPUT                        where the pictures go; default: e2e-output beside the working directory
 import path from 'node:path';
 
 import { eventually, guestState, openTab, picture, runSteps, taskEnds, terminalText } from './page.mjs';
 
-const { ATOLL_USER, ATOLL_PASSWORD, ATOLL_TEMPLATE } = process.env;
+const { ATOLL_USER, ATOLL_PASSWORD, ATOLL_TEMPLATE, ATOLL_IMAGE } = process.env;
 const ROOT_PASSWORD = 'atoll-e2e-1';
 const HOST_NAME = 'e2e-ct';
+const IMAGE_FILE = 'e2e-image.tar';
 
 async function signIn({ page, ...rest }) {
   await page.goto('/nodes/nowhere/tasks');
@@ -30,9 +33,13 @@ async function signIn({ page, ...rest }) {
   await picture({ page, ...rest }, '02-datacenter');
 }
 
-async function uploadTemplate({ page, ...rest }) {
+async function openStorage(page) {
   await page.getByRole('treeitem', { name: /^local, storage/ }).first().click();
   await page.getByRole('heading', { name: /^Storage local/ }).waitFor();
+}
+
+async function uploadTemplate({ page, ...rest }) {
+  await openStorage(page);
   if (ATOLL_TEMPLATE) {
     await page.locator('.atoll-page').getByRole('button', { name: 'Upload' }).click();
     const dialog = page.getByRole('dialog');
@@ -44,15 +51,28 @@ async function uploadTemplate({ page, ...rest }) {
   await picture({ page, ...rest }, '03-storage');
 }
 
-async function createContainer(browser) {
-  const { page } = browser;
+/** Opens the wizard and waits until it knows a free ID. */
+async function openWizard(page) {
   await page.keyboard.press('Shift+C');
   const dialog = page.getByRole('dialog');
-  const next = dialog.getByRole('button', { name: 'Next' });
   const id = await eventually('free ID', 20, async () => {
     const field = dialog.getByLabel(/^ID/);
     return (await field.count()) > 0 && (await field.inputValue());
   });
+  return { dialog, next: dialog.getByRole('button', { name: 'Next' }), id };
+}
+
+async function chooseTemplate(page, dialog, name) {
+  const template = dialog.getByRole('combobox', { name: /^Template/ });
+  await eventually('template', 20, () => template.inputValue());
+  if (!name) return;
+  await template.click();
+  await page.getByRole('option', { name: `local:vztmpl/${name}` }).click();
+}
+
+async function createContainer(browser) {
+  const { page } = browser;
+  const { dialog, next, id } = await openWizard(page);
   await dialog.getByLabel('Host name').fill('not a host name');
   await next.click();
   await dialog.getByText(/as in a DNS name/).waitFor();
@@ -60,12 +80,7 @@ async function createContainer(browser) {
   await dialog.getByLabel('Password of root', { exact: true }).fill(ROOT_PASSWORD);
   await picture(browser, '04-wizard');
   await next.click();
-  const template = dialog.getByRole('combobox', { name: /^Template/ });
-  await eventually('template', 20, () => template.inputValue());
-  if (ATOLL_TEMPLATE) {
-    await template.click();
-    await page.getByRole('option', { name: `local:vztmpl/${path.basename(ATOLL_TEMPLATE)}` }).click();
-  }
+  await chooseTemplate(page, dialog, ATOLL_TEMPLATE && path.basename(ATOLL_TEMPLATE));
   await next.click();
   await dialog.getByLabel(/^Size/).fill('1');
   await next.click();
@@ -145,15 +160,62 @@ async function stopIt(browser) {
   await guestState(page, 'stopped', 60);
 }
 
-async function deleteIt(browser) {
-  const { page, id } = browser;
+async function openDeletion({ page, id }) {
   await page.getByRole('button', { name: 'More' }).click();
   await page.getByRole('menuitem', { name: 'Delete…' }).click();
   const dialog = page.getByRole('dialog');
   await dialog.getByLabel(`Type ${id} to confirm`).fill(id);
-  await picture(browser, '11-delete');
+  return dialog;
+}
+
+async function confirmDeletion({ page, id }, dialog) {
   await dialog.getByRole('button', { name: 'Delete' }).click();
+  // Where the page goes by itself: the next step must not be overtaken by that.
+  await page.waitForURL('**/nodes/*');
   await page.getByRole('treeitem', { name: new RegExp(`^${id} `) }).waitFor({ state: 'detached', timeout: 60_000 });
+}
+
+async function deleteIt(browser) {
+  const dialog = await openDeletion(browser);
+  await picture(browser, '11-delete');
+  await confirmDeletion(browser, dialog);
+}
+
+async function deleteThat(browser) {
+  await confirmDeletion(browser, await openDeletion(browser));
+}
+
+async function pullImage(browser) {
+  const { page } = browser;
+  await openStorage(page);
+  await page.locator('.atoll-page').getByRole('button', { name: 'Pull an image' }).click();
+  const dialog = page.getByRole('dialog');
+  await dialog.getByLabel(/^Reference/).fill(ATOLL_IMAGE);
+  await dialog.getByLabel('File name').fill(IMAGE_FILE);
+  await picture(browser, '12-pull');
+  await dialog.getByRole('button', { name: 'Pull' }).click();
+  await taskEnds(page, 120);
+  await page.getByRole('cell', { name: `local:vztmpl/${IMAGE_FILE}`, exact: true }).waitFor();
+}
+
+/** From the image to the running container, in one go: what is not asked for here has been tried before. */
+async function createOfImage(browser) {
+  const { page } = browser;
+  const { dialog, next, id } = await openWizard(page);
+  await next.click();
+  await chooseTemplate(page, dialog, IMAGE_FILE);
+  await next.click();
+  await dialog.getByLabel(/^Size/).fill('1');
+  await dialog.getByRole('button', { name: 'Confirm' }).click();
+  await dialog.getByRole('row', { name: /^Template/ }).getByText(IMAGE_FILE).waitFor();
+  await dialog.getByRole('button', { name: 'Create' }).click();
+  await page.getByRole('log', { name: 'Task log' }).waitFor();
+  await taskEnds(page, 180);
+  await page.waitForURL(`**/guests/${id}`);
+  await guestState(page, 'running', 60);
+  await openTab(page, 'Options');
+  await page.getByRole('row', { name: /^image/i }).getByText(ATOLL_IMAGE).waitFor();
+  browser.id = id;
 }
 
 /** Search, arrow keys, and the tasks of all this. */
@@ -171,12 +233,12 @@ async function useKeyboard(browser) {
   await page.keyboard.press('Enter');
   await page.getByRole('heading', { name: /^Node / }).waitFor();
   await page.getByRole('img', { name: /^CPU, latest/ }).waitFor();
-  await picture(browser, '12-node');
+  await picture(browser, '13-node');
   await openTab(page, 'Tasks');
   await page.locator('.atoll-tab').getByRole('button', { name: new RegExp(`Container ${browser.id}: delete`) }).first().waitFor();
   await page.keyboard.press('?');
   await page.getByRole('dialog', { name: 'Keyboard shortcuts' }).waitFor();
-  await picture(browser, '13-shortcuts');
+  await picture(browser, '14-shortcuts');
 }
 
 async function signOut({ page }) {
@@ -188,6 +250,13 @@ async function signOut({ page }) {
   await page.waitForURL('**/signin?next=*');
 }
 
+const OF_IMAGE = [
+  ['pull an image', pullImage],
+  ['create a container of it that runs', createOfImage],
+  ['stop that', stopIt],
+  ['delete that', deleteThat],
+];
+
 const STEPS = [
   ['sign in', signIn],
   ['upload a template', uploadTemplate],
@@ -197,6 +266,7 @@ const STEPS = [
   ['change its configuration', changeConfig],
   ['stop it', stopIt],
   ['delete it', deleteIt],
+  ...(ATOLL_IMAGE ? OF_IMAGE : []),
   ['use the keyboard', useKeyboard],
   ['sign out', signOut],
 ];
