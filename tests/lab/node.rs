@@ -48,10 +48,73 @@ fn guests_start_by_one_command_and_outlive_the_daemon() {
     host.check(UP, SECOND * 120).unwrap();
     assert_eq!(before, host.check(pids, SECOND * 30).unwrap());
     host.check(BOTH_ANSWER, SECOND * 120).unwrap();
+    cards_have_vlans_and_rates(host);
     let down = "BIN=/payload/bin STATE=/var/lib/atoll /payload/run/down.sh";
     host.check(down, SECOND * 240).unwrap();
     let left = "pgrep -a 'atoll|dnsmasq'; ip -o link show type bridge; grep /var/lib/atoll/ /proc/self/mounts; true";
     assert_eq!(host.check(left, SECOND * 30).unwrap(), "");
+}
+
+/// What the two scripts below have in common: only what is written to descriptor 3 is printed, or, on failure, the rest.
+const CARDS: &str = r#"
+exec 3>&1 >/run/cards.log 2>&1
+trap '[ $? = 0 ] || tail -n 40 /run/cards.log >&3' EXIT
+set -x
+card() { atoll set $node/lxc/100/config --net1 "name=lan,bridge=vmbr5,hwaddr=BC:24:11:00:05:00,ip=10.5.0.9/24$1"; }
+inside() { atoll-ct --root $STATE/run/ct exec ct-100 "$@"; }
+"#;
+
+/// A VLAN-aware bridge, on which the host has an address in VLAN 1, 10.6.0.1, and one in VLAN 5, 10.5.0.1; and a card of
+/// the container with an address for each, whose name the image's systemd does not look after. Prints the VLANs of the
+/// container's and of the VM's card; `u`: untagged.
+const VLANS: &str = r#"
+reaches() { for i in $(seq 30); do inside ping -I lan -c 1 -W 2 $1 && return; done; inside ip route; return 1; }
+misses() { inside ip neigh flush dev lan; if inside ping -I lan -c 2 -W 2 $1; then return 1; fi; }
+vlans() { bridge -json vlan show dev $1 | jq -r '[.[0].vlans[] | "\(.vlan)\(if .flags then "u" else "" end)"] | join(" ")'; }
+card_of_vm() { atoll set $node/qemu/101/config --net1 "virtio=BC:24:11:00:05:01,bridge=vmbr5$1"; }
+echo 1 > /proc/sys/net/ipv4/conf/all/arp_ignore
+ip link add vmbr5 type bridge vlan_filtering 1
+ip address add 10.6.0.1/24 dev vmbr5
+bridge vlan add dev vmbr5 vid 5 self
+ip link add link vmbr5 name lan5 type vlan id 5
+ip address add 10.5.0.1/24 dev lan5
+ip link set vmbr5 up
+ip link set lan5 up
+card ,tag=5
+inside ip address add 10.6.0.9/24 dev lan
+reaches 10.5.0.1
+misses 10.6.0.1
+vlans veth100i1 >&3
+card ''
+reaches 10.6.0.1
+misses 10.5.0.1
+vlans veth100i1 | awk '{print $1, $2, $NF, NF}' >&3
+card_of_vm ,tag=5
+vlans tap101i1 >&3
+card_of_vm ',tag=7,trunks=8-9;5'
+vlans tap101i1 >&3"#;
+
+/// The container's card has a low rate, and more is sent each way than passes at once, until some has to wait on its
+/// way to it (a sender here waits, too, and loses nothing) and some of what it sends is dropped.
+const RATE: &str = r#"
+flood='ping -q -c 400 -i 0.002 -s 1400 -w 2'
+sent() { tc -s qdisc show dev veth100i1 | grep -A 1 'qdisc tbf' | grep -oP 'overlimits \K[0-9]+'; }
+received() { tc -s filter show dev veth100i1 ingress | grep -oP 'dropped \K[0-9]+'; }
+until_counted() { for i in $(seq 20); do "${@:2}" || true; [ "$($1)" -gt 0 ] && return; done; return 1; }
+card ,rate=0.01
+until_counted sent $flood 10.6.0.9
+until_counted received inside $flood -I lan 10.6.0.1
+card ''
+tc qdisc show dev veth100i1 | awk '/tbf|ingress/ {exit 1}'
+atoll set $node/lxc/100/config --delete net1
+ip link delete vmbr5"#;
+
+/// A card is in its VLAN and in no other, and keeps to its rate; both change while the guest runs.
+#[track_caller]
+fn cards_have_vlans_and_rates(host: &Host) {
+    let told = on_node(host, &format!("{CARDS}{VLANS}"), 120);
+    assert_eq!(told, "5u\n1u 2 4094 4094\n5u\n5 7u 8 9");
+    on_node(host, &format!("{CARDS}{RATE}"), 120);
 }
 
 /// A daemon with firmware, a disk image to import, and two discs. The image is not copied here: it is read-only.
