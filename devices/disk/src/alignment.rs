@@ -97,12 +97,6 @@ impl AlignedBuffer {
         Self { start, layout }
     }
 
-    /// A copy of, or room for, what `segments` hold.
-    pub(crate) fn like(segments: &Segments, alignment: Alignment) -> Self {
-        let size = usize::try_from(segments.total_bytes()).expect("it is in memory");
-        Self::new(size, alignment.memory_bytes)
-    }
-
     pub(crate) fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: `start` has `size` initialized bytes, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }

@@ -25,6 +25,10 @@ pub fn check(make: impl Fn(Geometry) -> Box<dyn BlockBackend>) {
     };
     keeps_what_it_is_given(&*make(writable));
     scatters_and_gathers(&*make(writable));
+    takes_much_memory_of_any_address(&*make(Geometry {
+        size_bytes: 8 * SIZE_BYTES,
+        ..writable
+    }));
     bounds_its_queue(&*make(writable));
     refuses_what_is_beyond_its_end(&*make(writable));
     refuses_writes_when_read_only(&*make(read_only));
@@ -179,6 +183,50 @@ fn scatters_and_gathers(backend: &dyn BlockBackend) {
     .expect("scattering read");
     head.append(&mut tail);
     assert_eq!(head, data);
+}
+
+/// More than an implementation copies at once, at addresses that direct I/O does not take; and memory that a request
+/// names more than once.
+fn takes_much_memory_of_any_address(backend: &dyn BlockBackend) {
+    const HALF: usize = 3 << 20;
+    let request = |operation, offset_bytes: usize, segments| Request {
+        token: 1,
+        operation,
+        offset_bytes: offset_bytes as u64,
+        segments,
+    };
+    let mut queue = backend.open_queue(4).expect("open a queue");
+    let mut pass = |requests: Vec<Request>| {
+        for request in requests {
+            queue.submit(request).expect("within the depth");
+        }
+        for completion in run(&mut *queue).expect("run") {
+            completion.result.expect("any memory will do");
+        }
+    };
+    let mut data = pattern(3, 2 * HALF + 1);
+    let all = segments(&mut [&mut data[1..]]);
+    pass(vec![request(Operation::Write, 0, all)]);
+    let mut back = [vec![0; HALF + 1], vec![0; HALF + 1]];
+    let reads = (0..).zip(&mut back).map(|(index, half)| {
+        let half = segments(&mut [&mut half[1..]]);
+        request(Operation::Read, index * HALF, half)
+    });
+    pass(reads.collect());
+    assert!(back[0][1..] == data[1..=HALF] && back[1][1..] == data[HALF + 1..]);
+
+    let mut piece = pattern(5, (512 << 10) + 1);
+    let mut many = Segments::new();
+    for range in [0, piece.len() - 1, piece.len() - 1, 0, piece.len() - 1] {
+        // SAFETY: as in `segments`; nothing else reads or writes the piece until then.
+        unsafe { many.push(piece[1..].as_mut_ptr(), range) };
+    }
+    pass(vec![request(Operation::Write, 4096, many)]);
+    let mut back = vec![0; 3 * (512 << 10)];
+    read(backend, 4096, &mut back).expect("read it again");
+    for part in back.chunks(512 << 10) {
+        assert!(part == &piece[1..], "each time the same");
+    }
 }
 
 fn bounds_its_queue(backend: &dyn BlockBackend) {
@@ -387,27 +435,43 @@ mod tests {
         });
     }
 
-    /// What a queue of 16 has done `after` its kick, under a limit of 4 operations at once and one an hour.
     #[track_caller]
     fn held(then: impl FnOnce(&Limited, &mut dyn BlockQueue)) -> usize {
+        let mut limits = Limits::default();
+        limits.read.operations = FEW;
+        held_by(limits, Operation::Read, then)
+    }
+
+    /// Four at once, and hardly one ever after.
+    const FEW: Rate = Rate {
+        per_second: Some(1),
+        burst: Some(4),
+    };
+
+    /// How many of 16 operations a queue has carried out after `then`, which comes after its kick.
+    #[track_caller]
+    fn held_by(
+        limits: Limits,
+        operation: Operation,
+        then: impl FnOnce(&Limited, &mut dyn BlockQueue),
+    ) -> usize {
         let geometry = Geometry {
             size_bytes: 4096,
             read_only: false,
-        };
-        let mut limits = Limits::default();
-        limits.read.operations = Rate {
-            per_second: Some(1),
-            burst: Some(4),
         };
         let disk = Limited::new(Arc::new(MemoryBackend::new(geometry)), limits);
         let mut buffer = [0; 512];
         let mut queue = disk.open_queue(16).unwrap();
         for token in 0..16 {
+            let segments = match operation {
+                Operation::Read => segments(&mut [&mut buffer]),
+                _ => Segments::new(),
+            };
             let request = Request {
                 token,
-                operation: Operation::Read,
+                operation,
                 offset_bytes: 0,
-                segments: segments(&mut [&mut buffer]),
+                segments,
             };
             queue.submit(request).unwrap();
         }
@@ -424,6 +488,20 @@ mod tests {
         assert_eq!(held(|_, _| {}), 4, "the burst");
         assert_eq!(held(|disk, _| disk.set(Limits::default())), 16, "lifted");
         assert_eq!(held(|_, queue| queue.hurry()), 16, "a stopping device");
+    }
+
+    #[test]
+    fn zeroes_count_as_the_bytes_that_they_are() {
+        let mut limits = Limits::default();
+        limits.write.bytes = Rate {
+            per_second: Some(512),
+            burst: Some(4096),
+        };
+        let zeroes = Operation::WriteZeroes {
+            length_bytes: 2048,
+            space: Space::Keep,
+        };
+        assert!(held_by(limits, zeroes, |_, _| {}) < 6);
     }
 
     #[test]

@@ -21,6 +21,9 @@ use crate::segments::Segments;
 use crate::uring::UringQueue;
 use crate::zeroing::{LENGTH_BYTES_MAX, Way, zeroes};
 
+/// Most that is copied at a time for a request whose memory direct I/O does not take.
+const COPY_BYTES_MAX: usize = 1 << 20;
+
 /// What every engine needs of a raw disk.
 #[derive(Debug)]
 pub(crate) struct RawFile {
@@ -55,7 +58,7 @@ impl RawFile {
     }
 
     /// Carries out a request that [`RawFile::check`] accepted, blocking.
-    fn transfer(&self, request: &Request) -> io::Result<()> {
+    pub(crate) fn transfer(&self, request: &Request) -> io::Result<()> {
         if let Some((way, _)) = Way::first(request.operation) {
             return self.zero(request, way);
         }
@@ -64,18 +67,43 @@ impl RawFile {
             Operation::Flush => return self.file.sync_data(),
             _ => {}
         }
-        if self.alignment.suits(&request.segments) {
-            let moved = self.transfer_ranges(request, &request.segments)?;
-            return request.check_moved(moved);
+        let (operation, at) = (request.operation, request.offset_bytes);
+        if self.copied_bytes(request) > 0 {
+            return self.transfer_copied(request);
         }
-        let mut copy = AlignedBuffer::like(&request.segments, self.alignment);
-        if request.operation == Operation::Write {
-            request.segments.drain_to(copy.bytes());
+        let moved = self.transfer_ranges(operation, at, &request.segments)?;
+        request.check_moved(moved)
+    }
+
+    /// Bytes of a read or write that go through a copy, since direct I/O does not take their memory.
+    pub(crate) fn copied_bytes(&self, request: &Request) -> u64 {
+        match self.alignment.suits(&request.segments) {
+            true => 0,
+            false => request.segments.total_bytes(),
         }
-        let moved = self.transfer_ranges(request, &copy.segments())?;
-        request.check_moved(moved)?;
-        if request.operation == Operation::Read {
-            request.segments.fill(copy.bytes());
+    }
+
+    /// Carries out a read or write through a copy of a part at a time, blocking: a guest may ask for as much as its
+    /// memory has, and for the same memory many times.
+    fn transfer_copied(&self, request: &Request) -> io::Result<()> {
+        let most = usize::try_from(request.segments.total_bytes()).unwrap_or(COPY_BYTES_MAX);
+        let most = most.min(COPY_BYTES_MAX);
+        let mut copy = AlignedBuffer::new(most, self.alignment.memory_bytes);
+        let mut at = request.offset_bytes;
+        for piece in request.segments.pieces(most) {
+            let length = piece.total_bytes();
+            let count = usize::try_from(length).expect("it fits the copy");
+            if request.operation == Operation::Write {
+                piece.drain_to(&mut copy.bytes()[..count]);
+            }
+            let moved = self.transfer_ranges(request.operation, at, &copy.first(count))?;
+            if moved < length {
+                return request.check_moved(0);
+            }
+            if request.operation == Operation::Read {
+                piece.fill(&copy.bytes()[..count]);
+            }
+            at += length;
         }
         Ok(())
     }
@@ -111,7 +139,7 @@ impl RawFile {
             }
             None if way == Way::Nothing => Ok(()),
             None => {
-                let moved = self.transfer_ranges(request, &zeroes(length))?;
+                let moved = self.transfer_ranges(Operation::Write, range.start, &zeroes(length))?;
                 match moved == length {
                     true => Ok(()),
                     false => Err(io::ErrorKind::WriteZero.into()),
@@ -121,14 +149,18 @@ impl RawFile {
     }
 
     /// One preadv or pwritev.
-    fn transfer_ranges(&self, request: &Request, segments: &Segments) -> io::Result<u64> {
+    fn transfer_ranges(
+        &self,
+        operation: Operation,
+        at: u64,
+        segments: &Segments,
+    ) -> io::Result<u64> {
         let ranges = segments.iovecs();
         let fd = self.file.as_raw_fd();
         let count = i32::try_from(ranges.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let offset =
-            i64::try_from(request.offset_bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let offset = i64::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
         loop {
-            let moved = if request.operation == Operation::Read {
+            let moved = if operation == Operation::Read {
                 // SAFETY: `ranges` has `count` entries, each valid and writable by the contract of
                 // `Segments::push`, or owned by the caller.
                 unsafe { libc::preadv(fd, ranges.as_ptr(), count, offset) }

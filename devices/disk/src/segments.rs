@@ -70,6 +70,32 @@ impl Segments {
         })
     }
 
+    /// The same memory as lists of at most `most_bytes` each, in order; none of them is empty.
+    pub(crate) fn pieces(&self, most_bytes: usize) -> impl Iterator<Item = Self> {
+        let mut ranges = self.ranges.iter().copied();
+        let mut rest: Option<libc::iovec> = None;
+        std::iter::from_fn(move || {
+            let mut piece = Self::new();
+            let mut room = most_bytes;
+            while room > 0
+                && let Some(mut range) = rest.take().or_else(|| ranges.next())
+            {
+                let taken = range.iov_len.min(room);
+                if taken > 0 {
+                    // SAFETY: a part of a range, whose contract is that of the whole list.
+                    unsafe { piece.push(range.iov_base.cast(), taken) };
+                }
+                room -= taken;
+                if taken < range.iov_len {
+                    range.iov_base = range.iov_base.wrapping_byte_add(taken);
+                    range.iov_len -= taken;
+                    rest = Some(range);
+                }
+            }
+            (piece.total_bytes > 0).then_some(piece)
+        })
+    }
+
     /// The list as the kernel reads it.
     pub(crate) fn iovecs(&self) -> &[libc::iovec] {
         &self.ranges

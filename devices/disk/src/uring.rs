@@ -21,6 +21,9 @@ use crate::raw::RawFile;
 use crate::segments::Segments;
 use crate::zeroing::{Way, zeroes};
 
+/// Most that all copies of a queue take. What does not fit is carried out by the queue's thread, a part at a time.
+const COPIES_BYTES_MAX: u64 = 4 << 20;
+
 /// Whether this process may use io_uring at all: seccomp filters and sysctls may forbid it.
 pub(crate) fn is_available() -> bool {
     ring(1).is_ok()
@@ -60,8 +63,10 @@ pub(crate) struct UringQueue {
     event: OwnedFd,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
-    /// Finished without the kernel: they did not fit the disk.
-    refused: Vec<Completion>,
+    /// Finished without the ring: they did not fit the disk, or needed a larger copy than there is room for.
+    finished: Vec<Completion>,
+    /// Bytes of all copies in slots.
+    copied_bytes: u64,
     /// Slots that go to the kernel once more.
     again: Vec<usize>,
 }
@@ -79,7 +84,8 @@ impl UringQueue {
             event,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..usize::from(depth)).rev().collect(),
-            refused: Vec::new(),
+            finished: Vec::new(),
+            copied_bytes: 0,
             again: Vec::new(),
         })
     }
@@ -115,8 +121,9 @@ impl UringQueue {
                 self.again.push(index);
                 continue;
             }
-            let slot = self.slots[index].take().expect("looked at above");
+            let mut slot = self.slots[index].take().expect("looked at above");
             self.free.push(index);
+            self.copied_bytes -= slot.copied_bytes();
             done.push(slot.finish(result));
         }
         while let Some(index) = self.again.pop() {
@@ -135,8 +142,9 @@ impl Slot {
         };
         if let Some((way, _)) = Way::first(slot.request.operation) {
             slot.take_way(way);
-        } else if !file.alignment.suits(&slot.request.segments) {
-            let mut copy = AlignedBuffer::like(&slot.request.segments, file.alignment);
+        } else if let count @ 1.. = file.copied_bytes(&slot.request) {
+            let count = usize::try_from(count).expect("at most COPIES_BYTES_MAX");
+            let mut copy = AlignedBuffer::new(count, file.alignment.memory_bytes);
             if slot.request.operation == Operation::Write {
                 slot.request.segments.drain_to(copy.bytes());
             }
@@ -144,6 +152,11 @@ impl Slot {
             slot.copy = Some(copy);
         }
         slot
+    }
+
+    fn copied_bytes(&mut self) -> u64 {
+        let copy = self.copy.as_mut();
+        copy.map_or(0, |copy| copy.bytes().len() as u64)
     }
 
     fn take_way(&mut self, way: Way) {
@@ -174,9 +187,19 @@ impl BlockQueue for UringQueue {
             return Err(Full(request));
         }
         if let Err(error) = self.file.check(&request) {
-            self.refused.push(request.finish(Err(error)));
+            self.finished.push(request.finish(Err(error)));
             return Ok(());
         }
+        let copied_bytes = match Way::first(request.operation) {
+            Some(_) => 0,
+            None => self.file.copied_bytes(&request),
+        };
+        if self.copied_bytes + copied_bytes > COPIES_BYTES_MAX {
+            let result = self.file.transfer(&request);
+            self.finished.push(request.finish(result));
+            return Ok(());
+        }
+        self.copied_bytes += copied_bytes;
         let index = self
             .free
             .pop()
@@ -187,7 +210,7 @@ impl BlockQueue for UringQueue {
     }
 
     fn kick(&mut self) -> io::Result<()> {
-        if !self.refused.is_empty() {
+        if !self.finished.is_empty() {
             signal(&self.event)?;
         }
         if self.ring.submission().is_empty() {
@@ -203,13 +226,13 @@ impl BlockQueue for UringQueue {
 
     fn complete(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
         reset(&self.event)?;
-        done.append(&mut self.refused);
+        done.append(&mut self.finished);
         self.reap(done);
         self.kick()
     }
 
     fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len() + self.refused.len()
+        self.slots.len() - self.free.len() + self.finished.len()
     }
 }
 

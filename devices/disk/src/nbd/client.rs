@@ -31,6 +31,7 @@ use crate::backend::{
     SharedGeometry, Space,
 };
 use crate::pool::{CALLS, Pooled};
+use crate::segments::Segments;
 
 /// How long a server may take to read or to answer.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -259,25 +260,27 @@ impl Line {
         let at = request.offset_bytes;
         match request.operation {
             Operation::Read => {
-                let mut data = vec![0; length(request)?];
-                for (index, piece) in (0..).zip(data.chunks_mut(told.piece_bytes)) {
+                let mut data = Vec::new();
+                for (index, piece) in (0..).zip(request.segments.pieces(told.piece_bytes)) {
                     let at = at + index * told.piece_bytes as u64;
-                    self.send(command::READ, 0, at, piece.len())?;
+                    data.resize(length(&piece)?, 0);
+                    self.send(command::READ, 0, at, data.len())?;
                     if let Err(error) = self.answer()? {
                         return Ok(Err(error));
                     }
-                    self.stream.read_exact(piece)?;
+                    self.stream.read_exact(&mut data)?;
+                    piece.fill(&data);
                 }
-                request.segments.fill(&data);
                 Ok(Ok(()))
             }
             Operation::Write => {
-                let mut data = vec![0; length(request)?];
-                request.segments.drain_to(&mut data);
-                for (index, piece) in (0..).zip(data.chunks(told.piece_bytes)) {
+                let mut data = Vec::new();
+                for (index, piece) in (0..).zip(request.segments.pieces(told.piece_bytes)) {
                     let at = at + index * told.piece_bytes as u64;
-                    self.send(command::WRITE, 0, at, piece.len())?;
-                    self.stream.write_all(piece)?;
+                    data.resize(length(&piece)?, 0);
+                    piece.drain_to(&mut data);
+                    self.send(command::WRITE, 0, at, data.len())?;
+                    self.stream.write_all(&data)?;
                     if let Err(error) = self.answer()? {
                         return Ok(Err(error));
                     }
@@ -352,8 +355,8 @@ impl Line {
     }
 }
 
-fn length(request: &Request) -> io::Result<usize> {
-    usize::try_from(request.segments.total_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+fn length(segments: &Segments) -> io::Result<usize> {
+    usize::try_from(segments.total_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// Fixed newstyle negotiation, to the choice of the export.

@@ -32,6 +32,10 @@ use crate::backend::{Operation, Request, Space};
 use crate::open::Cache;
 use crate::segments::Segments;
 
+/// Most that the image is asked for at a time: it copies what direct I/O does not take as it is, and a guest may ask for
+/// the same memory many times in one request.
+const PIECE_BYTES_MAX: usize = 4 << 20;
+
 /// What of an image its requests depend on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Nature {
@@ -93,12 +97,23 @@ impl OpenImage {
         let at = request.offset_bytes;
         match request.operation {
             Operation::Read => {
-                let slices = slices(&request.segments);
-                let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
-                return self.shared().image.readv(vector, at);
+                let mut at = at;
+                for piece in request.segments.pieces(PIECE_BYTES_MAX) {
+                    let slices = slices(&piece);
+                    let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
+                    self.shared().image.readv(vector, at)?;
+                    at += piece.total_bytes();
+                }
+                return Ok(());
             }
             Operation::Flush => return self.flush(&self.shared().image),
-            Operation::Write => self.write(&request.segments, at)?,
+            Operation::Write => {
+                let mut at = at;
+                for piece in request.segments.pieces(PIECE_BYTES_MAX) {
+                    self.write(&piece, at)?;
+                    at += piece.total_bytes();
+                }
+            }
             // Advice: what the format cannot is left.
             Operation::Discard { length_bytes } => {
                 let _ = self.change_alone(at, length_bytes, |image, at, length| {
