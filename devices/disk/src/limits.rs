@@ -19,6 +19,7 @@ use rustix::time::{
 use crate::backend::{BlockBackend, BlockQueue, Completion, Full, Operation, Request};
 use crate::bucket::{LOOK_AGAIN, TokenBucket};
 use crate::layer::{Layer, QueueLayer};
+use crate::zeroing::LENGTH_BYTES_MAX;
 
 /// One rate, of bytes or of requests; without `per_second` there is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,7 +83,11 @@ impl Buckets {
             Operation::Read => 1,
             Operation::Write | Operation::Discard { .. } | Operation::WriteZeroes { .. } => 2,
         };
-        let bytes = request.segments.total_bytes();
+        let bytes = match request.operation {
+            // Some file systems have nothing else than to write them. More than this is refused below.
+            Operation::WriteZeroes { length_bytes, .. } => length_bytes.min(LENGTH_BYTES_MAX),
+            _ => request.segments.total_bytes(),
+        };
         let mut wait = Duration::ZERO;
         for at in [0, direction] {
             for bucket in self.all[at].iter_mut().flatten() {
