@@ -22,6 +22,7 @@ mod notify;
 mod pci;
 mod queue;
 mod status;
+mod unix;
 mod vhost_kernel;
 
 pub use notify::{DeviceInterrupts, QueueInterrupt};

@@ -10,14 +10,12 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -27,6 +25,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::backend::{Event, Job, NEEDED, Ring, Shared, VhostUserError, used_index};
 use super::messages;
+use crate::virtio::unix;
 
 /// How often a new backend is looked for.
 const RETRY: Duration = Duration::from_secs(1);
@@ -374,7 +373,7 @@ impl Conversation {
             return;
         }
         self.looked = Some(Instant::now());
-        let found = connect(&path).map_err(VhostUserError::Connect);
+        let found = unix::connect(&path).map_err(VhostUserError::Connect);
         if let Err(error) = found.and_then(|stream| self.meet(stream)) {
             *self.shared.lock_stream() = None;
             let why = format!("{error}: {}", source(&error));
@@ -457,14 +456,4 @@ fn configuration(link: &mut Link, bytes: usize) -> Result<Vec<u8>, VhostUserErro
         .get_config(0, size, VhostUserConfigFlags::empty(), &vec![0; bytes]);
     let (_, config) = read.map_err(refused("tell its configuration"))?;
     Ok(config)
-}
-
-/// Connects without waiting: a listener whose queue is full is nobody.
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
 }
