@@ -302,6 +302,22 @@ fn what_does_not_belong_to_a_connection_is_reset() {
     assert_eq!(rig.driver.status(), 15);
 }
 
+/// A program of the host that listens and takes nobody: the guest is refused, and nothing waits for the program.
+#[test]
+fn a_program_that_accepts_nobody_holds_nothing_up() {
+    let mut rig = rig();
+    rig.start();
+    let path = format!("{}_5000", rig.path.display());
+    let listener = UnixListener::bind(path).unwrap();
+    // Of its queue there is room for one that waits.
+    rustix::net::listen(&listener, 0).unwrap();
+    rig.say((5000, 1), REQUEST, 0, b"");
+    assert_eq!(rig.hear().operation, RESPONSE);
+    rig.say((5000, 2), REQUEST, 0, b"");
+    assert_eq!(rig.hear().operation, RESET);
+    let (_stream, _) = rig.connected(5001);
+}
+
 #[test]
 fn after_a_restore_the_guest_is_told_that_connections_are_gone() {
     let mut rig = rig();

@@ -9,12 +9,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Broken, Connection, Stage};
 use super::packet::{Header, Operation, Ports};
+use crate::virtio::unix;
 
 /// Connections of one guest, those that ask included. Bounds memory: each has a buffer.
 const CONNECTIONS_MAX: usize = 1024;
@@ -154,7 +155,7 @@ impl Muxer {
     fn connect(&mut self, header: &Header) {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", header.ports.host));
-        let stream = match UnixStream::connect(&path) {
+        let stream = match unix::connect(Path::new(&path)) {
             Ok(stream) if self.connections.len() < CONNECTIONS_MAX => stream,
             _ => return self.reset(header.ports),
         };
