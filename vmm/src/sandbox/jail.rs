@@ -174,8 +174,8 @@ fn become_nobody(identity: Identity) -> Result<(), SandboxError> {
     rustix::thread::set_capabilities(None, none).map_err(step("drop capabilities"))
 }
 
-/// No path, no TCP, no abstract socket, no signal to others; as much of it as this kernel knows.
-fn landlock(directories: &[PathBuf]) -> Result<(), SandboxError> {
+/// No path, no TCP, no abstract socket, no signal to others; as much of it as this kernel knows, which it tells.
+fn landlock(directories: &[PathBuf]) -> Result<RulesetStatus, SandboxError> {
     let restricted = || -> Result<RestrictionStatus, Box<dyn std::error::Error + Send + Sync>> {
         let abi = ABI::V6;
         let mut ruleset = Ruleset::default()
@@ -193,5 +193,104 @@ fn landlock(directories: &[PathBuf]) -> Result<(), SandboxError> {
     if status.ruleset == RulesetStatus::NotEnforced {
         tracing::info!("this kernel has no landlock: the sandbox does without");
     }
-    Ok(())
+    Ok(status.ruleset)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::ErrorKind::PermissionDenied;
+    use std::net::TcpListener;
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+    use std::thread::scope;
+
+    use super::*;
+
+    const NOBODY: Identity = Identity {
+        uid: 65534,
+        gid: 65534,
+    };
+
+    /// Whether this kernel has all that is asked of landlock: asked in a thread, since what it takes away is gone.
+    fn is_to_be_had() -> bool {
+        let asked = || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            landlock(&[]).unwrap()
+        };
+        let status = scope(|threads| threads.spawn(asked).join().unwrap());
+        if status != RulesetStatus::FullyEnforced {
+            println!("ATOLL-SKIP: this kernel's landlock: {status:?}");
+        }
+        status == RulesetStatus::FullyEnforced
+    }
+
+    fn is_refused<T>(result: io::Result<T>) -> bool {
+        match result {
+            Ok(_) => false,
+            Err(error) if error.kind() == PermissionDenied => true,
+            Err(error) => panic!("neither allowed nor refused: {error}"),
+        }
+    }
+
+    fn bind_tcp() -> io::Result<TcpListener> {
+        TcpListener::bind(("0.0.0.0", 0))
+    }
+
+    /// A machine of no root: nothing but landlock stands between it and its user's files.
+    #[test]
+    fn a_user_reaches_its_directories_and_nothing_else() {
+        if !is_to_be_had() {
+            return;
+        }
+        let [mine, other] = [(), ()].map(|()| tempfile::tempdir().unwrap());
+        for folder in [&mine, &other] {
+            let everybody = std::fs::Permissions::from_mode(0o755);
+            std::fs::set_permissions(folder.path(), everybody).unwrap();
+            std::fs::write(folder.path().join("file"), "").unwrap();
+        }
+        let name = format!("atoll-jail-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name).unwrap();
+        let _listener = UnixListener::bind_addr(&address).unwrap();
+        let reach = || {
+            [
+                is_refused(File::open(mine.path().join("file"))),
+                is_refused(File::open(other.path().join("file"))),
+                is_refused(bind_tcp()),
+                is_refused(UnixStream::connect_addr(&address)),
+            ]
+        };
+        let confined = || {
+            let uid = rustix::process::Uid::from_raw(NOBODY.uid);
+            if rustix::process::geteuid().is_root() {
+                rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            }
+            let before = reach();
+            enter(NOBODY, &[mine.path().to_owned()]).unwrap();
+            [before, reach()]
+        };
+        let [before, after] = scope(|threads| threads.spawn(confined).join().unwrap());
+        assert_eq!(before, [false; 4]);
+        assert_eq!(after, [false, true, true, true]);
+    }
+
+    /// Root's machine has namespaces, and landlock besides: there is no TCP in a network of its own either.
+    #[test]
+    fn roots_machine_has_landlock_too() {
+        if !rustix::process::geteuid().is_root() {
+            println!("ATOLL-SKIP: this test is not root");
+            return;
+        }
+        if !is_to_be_had() {
+            return;
+        }
+        let confined = || {
+            let before = is_refused(bind_tcp());
+            enter(NOBODY, &[]).unwrap();
+            [before, is_refused(bind_tcp())]
+        };
+        let refused = scope(|threads| threads.spawn(confined).join().unwrap());
+        assert_eq!(refused, [false, true]);
+    }
 }
