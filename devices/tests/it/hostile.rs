@@ -10,9 +10,10 @@ use atoll_devices::console::{Console, ConsoleBackend};
 use atoll_devices::testing::{Driver, RAM_BYTES, Segment};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 use atoll_devices::virtio::rng::Rng;
+use atoll_disk::{Engine, Format, OpenOptions, Source};
 
 use crate::balloon;
-use crate::blk::{device, memory_disk};
+use crate::blk::{DISK_BYTES, device, memory_disk};
 use crate::net::{self, Rig};
 use crate::vsock;
 
@@ -390,10 +391,27 @@ fn blk_requests_without_header_or_status() {
     }
 }
 
-/// The same head again while it is in flight: each offer is served in a slot of its own.
+/// The same head again while it is in flight: each offer is served in a slot of its own, whoever has the requests.
 #[test]
 fn the_same_head_many_times() {
-    let mut driver = device(memory_disk(), 1);
+    offer_one_head_many_times(device(memory_disk(), 1));
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(DISK_BYTES).unwrap();
+    let source = Source {
+        path: image.path().to_owned(),
+        format: Format::Raw,
+        backing: Vec::new(),
+    };
+    for engine in [Engine::best(), Engine::Threads, Engine::InPlace] {
+        let options = OpenOptions {
+            engine: Some(engine),
+            ..OpenOptions::default()
+        };
+        offer_one_head_many_times(device(atoll_disk::open(&source, options).unwrap(), 1));
+    }
+}
+
+fn offer_one_head_many_times(mut driver: Driver) {
     for _ in 0..10 {
         driver.start(u64::MAX);
         driver.put(DATA, &[0; 16]);
