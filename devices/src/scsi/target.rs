@@ -17,8 +17,8 @@ use crate::counters::DiskCounters;
 const CDROM_BLOCK_BYTES: u32 = 2048;
 /// Attentions that wait to be told; the oldest of more is forgotten.
 const ATTENTIONS_MAX: usize = 4;
-/// Most that WRITE SAME of other data than zeroes writes.
-const PATTERN_BYTES_MAX: u64 = 1 << 20;
+/// Most that WRITE SAME of other data than zeroes writes: it is memory of ours, of each command that waits.
+const PATTERN_BYTES_MAX: u64 = 64 << 10;
 /// Bytes of an UNMAP parameter list with its one descriptor. SBC-3 §5.28.
 const UNMAP_LIST_BYTES: usize = 24;
 

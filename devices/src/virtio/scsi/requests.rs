@@ -262,6 +262,7 @@ impl Requests {
     /// Answers what the backends have completed.
     fn finish(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
         let mut done = std::mem::take(&mut self.done);
+        let mut kicked = Ok(());
         for opened in self.opened.values_mut().chain(&mut self.gone) {
             if opened.disk.in_flight() == 0 {
                 continue;
@@ -288,7 +289,8 @@ impl Requests {
                     self.slots[index] = Some(slot);
                     let submitted = opened.disk.submit(flush);
                     submitted.expect("the write has made room for it");
-                    opened.disk.kick().map_err(host("submit disk requests"))?;
+                    // The others that are done are answered first, whatever becomes of this one.
+                    kicked = kicked.and(opened.disk.kick());
                     continue;
                 }
                 self.free.push(index);
@@ -297,7 +299,7 @@ impl Requests {
             }
         }
         self.done = done;
-        Ok(())
+        kicked.map_err(host("submit disk requests"))
     }
 }
 
@@ -394,7 +396,8 @@ fn descriptors(disk: &dyn BlockQueue) -> impl Iterator<Item = BorrowedFd<'_>> {
         .flatten()
 }
 
-/// A unit that is not there, of a target that is: it has INQUIRY, and REPORT LUNS for the whole target. SPC-4 §5.
+/// A unit that is not there, of a target that is: it has INQUIRY. SPC-4 §5. REPORT LUNS is unit 0's,
+/// which every target has.
 fn other_unit(cdb: &[u8; crate::scsi::CDB_BYTES]) -> Act {
     const INQUIRY: u8 = 0x12;
     /// Qualifier "not capable of supporting a device here", type "unknown".
