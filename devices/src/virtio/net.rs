@@ -188,8 +188,8 @@ impl Driver {
     }
 }
 
-/// The network card, VIRTIO 1.2 §5.1, on a tap or on what takes its place: one thread a queue, a control queue, no copy of
-/// a packet.
+/// The network card, VIRTIO 1.2 §5.1, on a tap or on what takes its place: one thread a pair of queues, and a control
+/// queue.
 pub struct Net {
     name: String,
     /// The card's own, which a reset puts back. Changed only by a restore, since it may be a random one. Leaf lock,

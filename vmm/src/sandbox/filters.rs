@@ -151,7 +151,7 @@ const WAIT: &[Call] = &[
     call(libc::SYS_timerfd_settime),
 ];
 
-/// Reading and writing files that are open. No path is a parameter of any of these.
+/// Reading and writing files that are open. None opens a path; two may look at what one leads to.
 const FILES: &[Call] = &[
     call(libc::SYS_pread64),
     call(libc::SYS_pwrite64),
