@@ -329,6 +329,24 @@ fn a_copy_learns_that_it_is_one() {
     );
 }
 
+/// A guest that was held is told so, and does not take it for a lockup.
+#[test]
+fn a_guest_that_was_paused_is_told() {
+    if !kvm() {
+        return;
+    }
+    let mut guest = Place::new().start(&shell("32", "1"));
+    let mut serial = guest.serial();
+    serial.wait_for("probe> ");
+    serial.clock("share");
+    let [.., flags] = serial.clock("");
+    assert_eq!(flags & 2, 0);
+    guest.client().act(Request::Pause).unwrap();
+    guest.client().act(Request::Resume).unwrap();
+    let [.., flags] = serial.clock("");
+    assert_eq!(flags & 2, 2);
+}
+
 /// A restored guest's clocks go on where they stopped: they count no more than the time that it existed. And it is told
 /// that it stood still, once.
 #[test]
