@@ -18,6 +18,13 @@
 //! ```
 //! The thread that calls [`machine::run_machine`] owns the machine; vCPUs, the control API and signals send it
 //! messages. Devices are in crate `atoll-devices`, which knows no KVM. No tokio here.
+//!
+//! **Where what is not here yet would go.** A display, USB and a TPM are devices: a `PciDevice` or `BusDevice` of
+//! `atoll-devices`, and a row of `machine/devices.rs` that opens what it needs before the sandbox and adds it inside. A
+//! device of the host (VFIO) is such a row, too, with its interrupts through `MsixSink` and its memory told to `kvm`. Memory
+//! and vCPUs that come later begin in `layout` (where RAM may be) and `vcpu` (a thread that is held until it is wanted);
+//! they and NUMA are told to the guest by tables of `atoll-firmware`'s `acpi`. Enlightenments for Windows are CPUID leaves
+//! (`kvm/cpu`) and KVM capabilities.
 
 pub mod api;
 pub mod board;

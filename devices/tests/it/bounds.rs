@@ -3,6 +3,8 @@
 //! that wrap, 64-bit addresses with 32-bit sizes, rings and indirect tables at the ends of RAM, the event index, BARs at
 //! the ends of their window. Expected values come from wider integers, not from the same code.
 //!
+//! (Not by a model checker: Kani installs a nightly toolchain of its own, which this project's builds do without.)
+//!
 //! ```text
 //! sum or index                                  where                     test
 //! available index - next                        virtio-queue, pop         every_distance_of_the_available_index
