@@ -5,10 +5,11 @@
 //! Needs root. crun refuses a hybrid cgroup hierarchy, so where there is one the suite runs itself again in a mount
 //! namespace without the unified part. This process is the subreaper, as a container engine's monitor is.
 
+mod bundle;
+
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -21,8 +22,7 @@ use crate::Bench;
 use crate::table::{Figure, Row};
 
 const PEERS: &[&str] = &["crun", "runc"];
-const WALL: &str = "container_create_start_delete";
-const CPU: &str = "container_create_start_delete_cpu";
+const LIFE: &str = "container_create_start_delete";
 const UNIFIED: &str = "/sys/fs/cgroup/unified";
 
 /// The suite.
@@ -30,22 +30,21 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
     if !bench.prepared && Path::new(UNIFIED).join("cgroup.controllers").exists() {
         return again(bench).unwrap_or_else(|error| absent(&error));
     }
+    if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
+        return absent(&anyhow::Error::new(error).context("become a subreaper"));
+    }
     let mut rows = Vec::new();
     for peer in PEERS {
-        match compare(bench, peer) {
+        match lives(bench, peer) {
             Ok(found) => rows.extend(found),
-            Err(error) => {
-                rows.extend(
-                    [WALL, CPU].map(|name| Row::absent(&Figure::cost(name, "ms"), peer, &error)),
-                );
-            }
+            Err(error) => rows.push(Row::absent(&Figure::cost(LIFE, "ms"), peer, &error)),
         }
     }
     rows
 }
 
 fn absent(error: &anyhow::Error) -> Vec<Row> {
-    let row = |peer: &&str| Row::absent(&Figure::cost(WALL, "ms"), peer, error);
+    let row = |peer: &&str| Row::absent(&Figure::cost(LIFE, "ms"), peer, error);
     PEERS.iter().map(row).collect()
 }
 
@@ -77,23 +76,37 @@ fn again(bench: &Bench) -> anyhow::Result<Vec<Row>> {
         .collect())
 }
 
-fn compare(bench: &Bench, peer: &str) -> anyhow::Result<[Row; 2]> {
+fn lives(bench: &Bench, peer: &str) -> anyhow::Result<[Row; 2]> {
     let ours = bench.program("atoll-ct")?;
-    nix::sys::prctl::set_child_subreaper(true).context("become a subreaper")?;
     let directory = tempfile::tempdir().context("temporary directory")?;
-    let bundle = bundle(directory.path())?;
+    let bundle = bundle::write(directory.path(), bundle::TRUE)?;
+    let [ours, theirs] =
+        [&ours, Path::new(peer)].map(|program| Runtime::new(program, directory.path()));
+    let sides: [Side<'_>; 2] = [&mut |turn| life(&ours, &bundle, turn), &mut |turn| {
+        life(&theirs, &bundle, turn)
+    }];
+    in_turns(LIFE, peer, bench.runs, sides)
+}
+
+/// One measurement of ours, or of a peer's.
+type Side<'a> = &'a mut dyn FnMut(usize) -> anyhow::Result<Cost>;
+
+/// Both measure in turns: a row of the time that passed, and one of CPU time.
+fn in_turns(
+    name: &str,
+    peer: &str,
+    turns: usize,
+    [ours, theirs]: [Side<'_>; 2],
+) -> anyhow::Result<[Row; 2]> {
     let (mut wall, mut cpu) = (Vec::new(), Vec::new());
-    for turn in 0..=bench.runs {
-        let us = life(&ours, directory.path(), &bundle, turn)?;
-        let them = life(Path::new(peer), directory.path(), &bundle, turn)?;
+    for turn in 0..=turns {
+        let (us, them) = (ours(turn)?, theirs(turn)?);
         wall.push((us.wall_ms, them.wall_ms));
         cpu.push((us.cpu_ms, them.cpu_ms));
     }
     // The first turn read the programs from disk.
-    Ok([
-        Row::pairs(&Figure::cost(WALL, "ms"), peer, &wall[1..]),
-        Row::pairs(&Figure::cost(CPU, "ms"), peer, &cpu[1..]),
-    ])
+    let rows = [(name.to_owned(), &wall), (format!("{name}_cpu"), &cpu)];
+    Ok(rows.map(|(name, pairs)| Row::pairs(&Figure::cost(&name, "ms"), peer, &pairs[1..])))
 }
 
 struct Cost {
@@ -101,58 +114,117 @@ struct Cost {
     cpu_ms: f64,
 }
 
-/// One container from create to delete, its program's end waited for in between.
-fn life(runtime: &Path, directory: &Path, bundle: &Path, turn: usize) -> anyhow::Result<Cost> {
-    let name = runtime
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
-    let id = format!("atoll-bench-{}-{name}-{turn}", std::process::id());
-    let (root, pid_file) = (directory.join(&name), directory.join(format!("{name}.pid")));
-    // Not pipes: the container inherits them, and reading one to its end would wait for the container.
-    let log = directory.join("log");
-    let call = |arguments: &[&str]| {
-        let status = Command::new(runtime)
+/// When something began.
+struct Begin {
+    time: Instant,
+    cpu_ms: f64,
+}
+
+impl Begin {
+    fn now() -> anyhow::Result<Self> {
+        Ok(Self {
+            time: Instant::now(),
+            cpu_ms: cpu_of_children()?,
+        })
+    }
+
+    /// What it has cost since then; of those children that were waited for.
+    fn cost(&self) -> anyhow::Result<Cost> {
+        Ok(Cost {
+            wall_ms: self.time.elapsed().as_secs_f64() * 1000.0,
+            cpu_ms: cpu_of_children()? - self.cpu_ms,
+        })
+    }
+}
+
+/// A runtime with a folder of its own for states.
+struct Runtime {
+    name: String,
+    program: PathBuf,
+    directory: PathBuf,
+}
+
+impl Runtime {
+    fn new(program: &Path, directory: &Path) -> Self {
+        let name = program.file_name().unwrap_or_default();
+        Self {
+            name: name.to_string_lossy().into_owned(),
+            program: program.to_owned(),
+            directory: directory.to_owned(),
+        }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.directory.join(&self.name)
+    }
+
+    /// What the last command complained about.
+    fn log(&self) -> PathBuf {
+        self.directory.join(format!("{}.log", self.name))
+    }
+
+    /// An id that no other container has.
+    fn id(&self, number: usize) -> String {
+        format!("atoll-bench-{}-{}-{number}", std::process::id(), self.name)
+    }
+
+    fn pid_file(&self, id: &str) -> PathBuf {
+        self.directory.join(format!("{id}.pid"))
+    }
+
+    /// Process id of a container's init, from its file.
+    fn pid(&self, id: &str) -> anyhow::Result<Pid> {
+        let text = fs::read_to_string(self.pid_file(id));
+        let text = text.with_context(|| format!("{}: pid file", self.name))?;
+        Ok(Pid::from_raw(text.trim().parse()?))
+    }
+
+    /// Starts a command of the runtime.
+    fn spawn(&self, arguments: &[&str]) -> anyhow::Result<Child> {
+        // Not pipes: the container inherits them, and reading one to its end would wait for the container.
+        Command::new(&self.program)
             .arg("--root")
-            .arg(&root)
+            .arg(self.root())
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(fs::File::create(&log)?)
-            .status()
-            .with_context(|| name.clone())?;
+            .stderr(fs::File::create(self.log())?)
+            .spawn()
+            .with_context(|| self.name.clone())
+    }
+
+    /// Runs a command of the runtime to its end.
+    fn call(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let status = self.spawn(arguments)?.wait()?;
+        let log = self.log();
         let complaint = fs::read_to_string(&log).unwrap_or_default();
-        anyhow::ensure!(
-            status.success(),
-            "{name} {}: {}",
-            arguments[0],
-            complaint.trim()
-        );
+        let (name, command) = (&self.name, arguments[0]);
+        anyhow::ensure!(status.success(), "{name} {command}: {}", complaint.trim());
         Ok(())
-    };
-    let (start, cpu) = (Instant::now(), cpu_of_children()?);
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    call(&[
-        "create",
-        "--bundle",
-        &text(bundle),
-        "--pid-file",
-        &text(&pid_file),
-        &id,
-    ])?;
-    let ended = call(&["start", &id]).and_then(|()| {
-        let pid = fs::read_to_string(&pid_file).with_context(|| format!("{name}: pid file"))?;
-        Ok(waitpid(Pid::from_raw(pid.trim().parse()?), None)?)
-    });
-    let deleted = call(&["delete", &id]);
-    let cost = Cost {
-        wall_ms: start.elapsed().as_secs_f64() * 1000.0,
-        cpu_ms: cpu_of_children()? - cpu,
-    };
+    }
+
+    fn create(&self, bundle: &Path, id: &str) -> anyhow::Result<()> {
+        let (bundle, pid_file) = (text(bundle), text(&self.pid_file(id)));
+        self.call(&["create", "--bundle", &bundle, "--pid-file", &pid_file, id])
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// One container from create to delete, its program's end waited for in between.
+fn life(runtime: &Runtime, bundle: &Path, turn: usize) -> anyhow::Result<Cost> {
+    let id = runtime.id(turn);
+    let begin = Begin::now()?;
+    runtime.create(bundle, &id)?;
+    let started = runtime.call(&["start", &id]);
+    let ended = started.and_then(|()| Ok(waitpid(runtime.pid(&id)?, None)?));
+    let deleted = runtime.call(&["delete", &id]);
+    let cost = begin.cost()?;
     if ended.is_err() || deleted.is_err() {
         // Leave nothing behind, whatever went wrong first.
-        let _ = call(&["delete", "--force", &id]);
+        let _ = runtime.call(&["delete", "--force", &id]);
     }
     ended?;
     deleted?;
@@ -164,75 +236,4 @@ fn cpu_of_children() -> anyhow::Result<f64> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let ms = |time: TimeVal| time.tv_sec() as f64 * 1000.0 + time.tv_usec() as f64 / 1000.0;
     Ok(ms(usage.user_time()) + ms(usage.system_time()))
-}
-
-/// A root directory with `/bin/true`, and the configuration that all runtimes get.
-fn bundle(directory: &Path) -> anyhow::Result<PathBuf> {
-    let bundle = directory.join("bundle");
-    let root = bundle.join("rootfs");
-    for name in ["bin", "proc", "dev", "sys"] {
-        fs::create_dir_all(root.join(name))?;
-    }
-    let program = root.join("bin/true");
-    fs::write(&program, true_elf())?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    let namespaces =
-        ["pid", "ipc", "uts", "mount", "network"].map(|kind| serde_json::json!({"type": kind}));
-    let mount = |to: &str, kind: &str, options: &[&str]| serde_json::json!({"destination": to, "type": kind, "source": kind, "options": options});
-    let config = serde_json::json!({
-        "ociVersion": "1.0.2",
-        "process": {
-            "terminal": false, "user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/",
-            "env": ["PATH=/bin"], "noNewPrivileges": true,
-        },
-        "root": {"path": "rootfs", "readonly": true},
-        "hostname": "bench",
-        "mounts": [
-            mount("/proc", "proc", &[]),
-            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-        ],
-        "linux": {"namespaces": namespaces, "resources": {"devices": [{"allow": false, "access": "rwm"}]}},
-    });
-    fs::write(bundle.join("config.json"), serde_json::to_vec(&config)?)?;
-    Ok(bundle)
-}
-
-/// The smallest program: a static ELF file whose code is exit(0).
-fn true_elf() -> Vec<u8> {
-    const BASE: u64 = 0x40_0000;
-    const HEADERS: u64 = 64 + 56;
-    // mov eax, 60; xor edi, edi; syscall
-    const CODE: [u8; 9] = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
-    let size = HEADERS + CODE.len() as u64;
-    let mut elf = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0");
-    elf.extend(
-        [BASE + HEADERS, 64, 0]
-            .iter()
-            .flat_map(|word| word.to_le_bytes()),
-    );
-    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-    // One segment: load, readable and executable.
-    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    elf.extend(
-        [0, BASE, BASE, size, size, 0x1000]
-            .iter()
-            .flat_map(|word| word.to_le_bytes()),
-    );
-    elf.extend(CODE);
-    elf
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_smallest_program_succeeds() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("true");
-        fs::write(&path, true_elf()).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(Command::new(&path).status().unwrap().success());
-    }
 }
