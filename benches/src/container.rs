@@ -1,11 +1,12 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Create, start and delete of a container that runs a program of three instructions: `atoll-ct` against crun and
-//! runc, wall time and CPU time of everything that the runtime starts.
+//! runc, wall time and CPU time of everything that the runtime starts. Then of containers that stay (`living`).
 //!
 //! Needs root. crun refuses a hybrid cgroup hierarchy, so where there is one the suite runs itself again in a mount
 //! namespace without the unified part. This process is the subreaper, as a container engine's monitor is.
 
 mod bundle;
+mod living;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,7 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
             Err(error) => rows.push(Row::absent(&Figure::cost(LIFE, "ms"), peer, &error)),
         }
     }
+    rows.extend(living::rows(bench));
     rows
 }
 

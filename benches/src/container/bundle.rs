@@ -7,9 +7,16 @@ use std::path::{Path, PathBuf};
 
 /// The smallest program.
 pub const TRUE: &str = "/bin/true";
+/// One that waits for a signal, for ever.
+pub const PAUSE: &str = "/bin/pause";
 
-/// Programs: exit(0), which is `mov eax, 60; xor edi, edi; syscall`.
-const PROGRAMS: &[(&str, &[u8])] = &[(TRUE, &[0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05])];
+/// Programs and their code.
+const PROGRAMS: &[(&str, &[u8])] = &[
+    // mov eax, 60; xor edi, edi; syscall: exit(0).
+    (TRUE, &[0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05]),
+    // mov eax, 34; syscall; jmp to the begin: pause().
+    (PAUSE, &[0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7]),
+];
 
 /// A root directory with the programs, and the configuration that all runtimes get: it runs `program`.
 pub fn write(directory: &Path, program: &str) -> anyhow::Result<PathBuf> {
@@ -32,7 +39,7 @@ pub fn write(directory: &Path, program: &str) -> anyhow::Result<PathBuf> {
             "terminal": false, "user": {"uid": 0, "gid": 0}, "args": [program], "cwd": "/",
             "env": ["PATH=/bin"], "noNewPrivileges": true,
         },
-        "root": {"path": "rootfs", "readonly": true},
+        "root": {"path": root, "readonly": true},
         "hostname": "bench",
         "mounts": [
             mount("/proc", "proc", &[]),
