@@ -1,7 +1,8 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Disks: random 4 KiB requests, 32 of them in flight on each of one or four queues, and sequential ones of 256 KiB,
-//! 8 in flight. The guest is the probe, which drives the same virtio-pci disk on every VMM; sequential rows are also
-//! compared with this process doing the same without a guest (`requests`).
+//! 8 in flight; and one of 4 KiB at a time, from the doorbell to its completion. The guest is the probe, which drives
+//! the same virtio-pci disk on every VMM; sequential rows are also compared with this process doing the same without a
+//! guest (`requests`).
 
 use std::fs;
 use std::io::Write as _;
@@ -12,7 +13,7 @@ use anyhow::Context as _;
 
 use crate::Bench;
 use crate::monitor::{
-    self, CLOUD_HYPERVISOR, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35,
+    self, Access, CLOUD_HYPERVISOR, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35,
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
 use atoll_benches::requests::{Requests, Span, transfer};
@@ -28,10 +29,11 @@ const IMAGE_BYTES: usize = 256 << 20;
 struct Medium {
     name: &'static str,
     format: &'static str,
-    /// Past the page cache, which would be measured otherwise.
-    direct: bool,
+    /// On a disk past the page cache, which would be measured otherwise.
+    access: Access,
     folder: fn(&Bench) -> &Path,
     peers: &'static [Monitor],
+    works: &'static [&'static [Work]],
     /// Moves the number of requests, so that each measurement takes about half a second.
     slowness: u64,
 }
@@ -40,33 +42,46 @@ const MEDIA: &[Medium] = &[
     Medium {
         name: "raw_tmpfs",
         format: "raw",
-        direct: false,
+        access: Access::Cached,
         folder: |_| Path::new("/dev/shm"),
         peers: ALL,
+        works: &[MANY, SINGLE],
+        slowness: 1,
+    },
+    Medium {
+        name: "default_tmpfs",
+        format: "raw",
+        access: Access::Default,
+        folder: |_| Path::new("/dev/shm"),
+        peers: ALL,
+        works: &[SINGLE],
         slowness: 1,
     },
     Medium {
         name: "raw_disk",
         format: "raw",
-        direct: true,
+        access: Access::Direct,
         folder: |bench| &bench.folder,
         peers: MICROVMS,
+        works: &[MANY],
         slowness: 4,
     },
     Medium {
         name: "qcow2_tmpfs",
         format: "qcow2",
-        direct: false,
+        access: Access::Cached,
         folder: |_| Path::new("/dev/shm"),
         peers: MICROVMS,
+        works: &[MANY],
         slowness: 1,
     },
     Medium {
         name: "qcow2_disk",
         format: "qcow2",
-        direct: true,
+        access: Access::Direct,
         folder: |bench| &bench.folder,
         peers: MICROVMS,
+        works: &[MANY],
         slowness: 4,
     },
 ];
@@ -103,10 +118,11 @@ impl Work {
         !self.operation.starts_with("rand")
     }
 
-    /// The rate of `count` requests in the work's unit.
-    fn rate(&self, count: u64, ns: f64) -> f64 {
+    /// What `count` requests in that time are in the work's unit.
+    fn value(&self, count: u64, ns: f64) -> f64 {
         let per_s = count as f64 * 1e9 / ns;
         match self.unit {
+            "us" => 1e6 / per_s,
             "MiB/s" => per_s * f64::from(self.bytes) / f64::from(1 << 20),
             _ => per_s,
         }
@@ -139,13 +155,29 @@ const fn sequential(name: &'static str, operation: &'static str) -> Work {
     }
 }
 
-const WORKS: &[Work] = &[
+/// One at a time on one queue.
+const fn single(name: &'static str, operation: &'static str) -> Work {
+    Work {
+        depth: 1,
+        count: 10_000,
+        unit: "us",
+        aim: Aim::AtMost("1.00"),
+        ..random(name, operation, 1)
+    }
+}
+
+const MANY: &[Work] = &[
     random("random_read_4k_1_queue", "randread", 1),
     random("random_write_4k_1_queue", "randwrite", 1),
     random("random_read_4k_4_queues", "randread", 4),
     random("random_write_4k_4_queues", "randwrite", 4),
     sequential("sequential_read", "read"),
     sequential("sequential_write", "write"),
+];
+
+const SINGLE: &[Work] = &[
+    single("doorbell_to_completion_read_4k", "randread"),
+    single("doorbell_to_completion_write_4k", "randwrite"),
 ];
 
 /// The suite.
@@ -156,7 +188,7 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
             Ok(found) => rows.extend(found),
             Err(error) => {
                 let absent = |work: &Work| Row::absent(&figure(medium, work), "-", &error);
-                rows.extend(WORKS.iter().map(absent));
+                rows.extend(medium.works.iter().copied().flatten().map(absent));
             }
         }
     }
@@ -176,7 +208,7 @@ fn rows_of(bench: &Bench, medium: &Medium) -> anyhow::Result<Vec<Row>> {
     let folder = tempfile::tempdir_in((medium.folder)(bench)).context("a folder for images")?;
     let raw = raw_image(folder.path())?;
     let mut rows = Vec::new();
-    for work in WORKS {
+    for work in medium.works.iter().copied().flatten() {
         // Anew for each row: a VMM that had to be given up leaves its image marked as in use.
         let image = match medium.format {
             "raw" => raw.clone(),
@@ -189,7 +221,7 @@ fn rows_of(bench: &Bench, medium: &Medium) -> anyhow::Result<Vec<Row>> {
         let disk = Disk {
             path: image.clone(),
             format: medium.format,
-            direct: medium.direct,
+            access: medium.access,
             queues: work.queues,
         };
         let contestant = |monitor: &'static Monitor| Contestant {
@@ -208,8 +240,9 @@ fn rows_of(bench: &Bench, medium: &Medium) -> anyhow::Result<Vec<Row>> {
                 turns_max: TURNS_MAX,
                 take: Box::new(move || {
                     let span = Span::Count(work.count);
-                    let done = transfer(&raw, medium.direct, work.requests(), span)?;
-                    Ok(work.rate(done.count, done.time.as_secs_f64() * 1e9))
+                    let direct = medium.access == Access::Direct;
+                    let done = transfer(&raw, direct, work.requests(), span)?;
+                    Ok(work.value(done.count, done.time.as_secs_f64() * 1e9))
                 }),
             });
         }
@@ -244,7 +277,7 @@ fn by_guest(
     };
     let text = format!("blk:{operation}:{bytes}:{depth}:{queues}:{count}");
     let ns = monitor::work(programs, monitor, guest, &text)?;
-    Ok(work.rate(*count, ns))
+    Ok(work.value(*count, ns))
 }
 
 /// An image without holes or zeroes.

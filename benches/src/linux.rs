@@ -25,7 +25,8 @@ use self::counts::Counts;
 use self::image::Image;
 use crate::Bench;
 use crate::monitor::{
-    CLOUD_HYPERVISOR, Card, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35, Running,
+    Access, CLOUD_HYPERVISOR, Card, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35,
+    Running,
 };
 use crate::start::beyond_guest_kib;
 use crate::table::{Aim, Contestant, Figure, Row, compare};
@@ -316,7 +317,7 @@ fn guest(tap: &Tap, image: &Path, vhost: bool) -> Guest {
         disk: Some(Disk {
             path: image.to_owned(),
             format: "raw",
-            direct: false,
+            access: Access::Cached,
             queues: 1,
         }),
         card: Some(Card {

@@ -8,6 +8,7 @@
 mod api;
 mod container;
 mod disk;
+mod exits;
 mod host;
 mod linux;
 mod migration;
@@ -29,7 +30,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, restore, disk, net, migration, still, linux, container, api
+    /// Only these suites: start, exits, restore, disk, net, migration, still, linux, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -83,6 +84,7 @@ type Suite = (&'static str, fn(&Bench) -> Vec<Row>);
 
 const SUITES: &[Suite] = &[
     ("start", start::rows),
+    ("exits", exits::rows),
     ("restore", restore::rows),
     ("disk", disk::rows),
     ("net", net::rows),

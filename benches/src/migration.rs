@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::Bench;
 use crate::monitor::{
-    CLOUD_HYPERVISOR, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35, Running,
+    Access, CLOUD_HYPERVISOR, Disk, FIRECRACKER, Guest, Monitor, OURS, Programs, QEMU_Q35, Running,
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
 
@@ -337,7 +337,7 @@ fn write_us(programs: &Programs, backup: Option<&[&str]>) -> anyhow::Result<f64>
         disk: Some(Disk {
             path: image,
             format: "raw",
-            direct: false,
+            access: Access::Cached,
             queues: 1,
         }),
         ..at_work(1)

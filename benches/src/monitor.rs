@@ -55,10 +55,21 @@ pub struct Disk {
     pub path: PathBuf,
     /// `raw` or `qcow2`.
     pub format: &'static str,
-    /// Past the host's page cache.
-    pub direct: bool,
+    /// How the VMM opens it.
+    pub access: Access,
     /// Virtqueues; the guest has as many vCPUs, since not all VMMs allow more queues than that.
     pub queues: u16,
+}
+
+/// How a VMM opens an image, as far as it can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// As it does by itself: its cache, its engine, its threads.
+    Default,
+    /// In the host's page cache, with io_uring.
+    Cached,
+    /// Past the host's page cache, with io_uring.
+    Direct,
 }
 
 impl Guest {
@@ -274,10 +285,13 @@ fn ours(programs: &Programs, guest: &Guest) -> Command {
     command.args(["--cmdline", &guest.cmdline, "--cpus", &guest.cpus()]);
     command.args(["--console", "stdio", "--memory", &MEMORY_MIB.to_string()]);
     if let Some(disk) = &guest.disk {
-        let cache = if disk.direct { "none" } else { "writeback" };
-        let (path, queues) = (disk.path.display(), disk.queues);
-        let format = disk.format;
-        let keys = format!("path={path},format={format},cache={cache},queues={queues}");
+        let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
+        let mut keys = format!("path={path},format={format},queues={queues}");
+        keys.push_str(match disk.access {
+            Access::Default => "",
+            Access::Cached => ",cache=writeback",
+            Access::Direct => ",cache=none",
+        });
         command.args(["--disk", &keys]);
     }
     if let Some(Card { tap, vhost }) = &guest.card {
@@ -354,10 +368,15 @@ fn firecracker_config(
     });
     if let Some(disk) = &guest.disk {
         anyhow::ensure!(disk.format == "raw", "it has raw disks only");
-        anyhow::ensure!(!disk.direct, "it has no direct I/O");
+        anyhow::ensure!(disk.access != Access::Direct, "it has no direct I/O");
         anyhow::ensure!(disk.queues == 1, "its disks have one queue");
-        config["drives"] = json!([{"drive_id": "disk", "path_on_host": disk.path, "is_root_device": false,
-            "cache_type": "Writeback", "io_engine": "Async"}]);
+        let mut drive =
+            json!({"drive_id": "disk", "path_on_host": disk.path, "is_root_device": false});
+        if disk.access == Access::Cached {
+            drive["cache_type"] = "Writeback".into();
+            drive["io_engine"] = "Async".into();
+        }
+        config["drives"] = json!([drive]);
     }
     if let Some(Card { tap, vhost }) = &guest.card {
         anyhow::ensure!(!vhost, "it has no vhost-net");
@@ -379,11 +398,13 @@ fn cloud_hypervisor(programs: &Programs, guest: &Guest) -> anyhow::Result<Prepar
     command.args(["--memory", &format!("size={MEMORY_MIB}M")]);
     command.args(["--serial", "tty", "--console", "off"]);
     if let Some(disk) = &guest.disk {
-        let direct = if disk.direct { "on" } else { "off" };
         let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
-        let keys = format!(
-            "path={path},image_type={format},direct={direct},num_queues={queues},queue_size=256"
-        );
+        let mut keys = format!("path={path},image_type={format},num_queues={queues}");
+        keys.push_str(match disk.access {
+            Access::Default => "",
+            Access::Cached => ",direct=off,queue_size=256",
+            Access::Direct => ",direct=on,queue_size=256",
+        });
         command.args(["--disk", &keys]);
     }
     if let Some(Card { tap, vhost }) = &guest.card {
@@ -406,13 +427,16 @@ fn qemu(programs: &Programs, guest: &Guest, machine: &str) -> Command {
         command.arg("-initrd").arg(initrd);
     }
     if let Some(disk) = &guest.disk {
-        let cache = if disk.direct { "none" } else { "writeback" };
         let (path, format, queues) = (disk.path.display(), disk.format, disk.queues);
-        let drive =
-            format!("file={path},format={format},cache={cache},aio=io_uring,if=none,id=disk");
+        let (of_drive, of_device) = match disk.access {
+            Access::Default => ("", ""),
+            Access::Cached => (",cache=writeback,aio=io_uring", ",iothread=io"),
+            Access::Direct => (",cache=none,aio=io_uring", ",iothread=io"),
+        };
+        let drive = format!("file={path},format={format},if=none,id=disk{of_drive}");
         command.args(["-drive", &drive, "-object", "iothread,id=io", "-device"]);
         command.arg(format!(
-            "virtio-blk-pci,drive=disk,num-queues={queues},iothread=io,disable-legacy=on"
+            "virtio-blk-pci,drive=disk,num-queues={queues},disable-legacy=on{of_device}"
         ));
     }
     if let Some(Card { tap, vhost }) = &guest.card {

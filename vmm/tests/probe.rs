@@ -309,16 +309,18 @@ fn disks_keep_what_is_written_and_refuse_when_readonly() {
     assert_eq!(images[1], content);
 }
 
-/// What the benchmarks run on every VMM: several queues, several requests in flight on each, a device that is reset
-/// in between.
+/// What the benchmarks run on every VMM: exits, several queues, several requests in flight on each, one at a time, a
+/// device that is reset in between.
 #[test]
 fn works_of_mode_bench_end() {
     if !kvm() {
         return;
     }
-    const WORKS: [&str; 3] = [
+    const WORKS: [&str; 5] = [
+        "exits:400",
         "blk:randwrite:4096:8:2:400",
         "blk:randread:4096:8:4:400",
+        "blk:randread:4096:1:1:100",
         "blk:read:65536:4:1:100",
     ];
     for how in ["", "poll "] {
