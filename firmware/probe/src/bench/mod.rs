@@ -75,7 +75,8 @@ pub fn run(platform: &Platform, clock: &Clock, options: &Options) {
             tell(work, Err("no such device"), 0);
             continue;
         };
-        let vectors = transport.taps().vectors;
+        let mut vectors: Vec<_> = transport.taps().vectors.into_iter().flatten().collect();
+        vectors.dedup_by_key(|(entry, _)| *entry); // Queues share the last one of a small table.
         let mut scene = Scene {
             transport,
             clock,
@@ -83,7 +84,7 @@ pub fn run(platform: &Platform, clock: &Clock, options: &Options) {
             arena: Arena::new(),
         };
         let result = run(&mut scene, rest);
-        let interrupts = vectors.iter().flatten().map(|(_, v)| v.count()).sum();
+        let interrupts = vectors.iter().map(|(_, v)| v.count()).sum();
         tell(work, result, interrupts);
     }
     let _ = writeln!(Serial, "bench done");
