@@ -16,7 +16,11 @@ use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::VirtioDevice as _;
 use atoll_devices::virtio::net::{HostEnd, Net, NetOptions, Rate, Tap, TapError};
 
+use crate::pitfalls::while_it_changes;
+
 const DATA: u64 = 0x10_0000;
+/// Where a command to the card is.
+const COMMAND: u64 = 0x1f_0000;
 /// Ethertype for local experiments.
 const ETHERTYPE: u16 = 0x88b5;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -244,7 +248,7 @@ fn a_pulled_plug_is_told_and_loses_packets_both_ways() {
 
 /// What the driver asks by its control queue `queue`, and the answer.
 fn command(rig: &mut Rig, queue: usize, class: u8, number: u8, data: &[u8]) -> u8 {
-    let at = DATA + 0xf_0000;
+    let at = COMMAND;
     rig.driver.put(at, &[&[class, number], data].concat());
     rig.driver.put(at + 0x2000, &[0xee]);
     let size = u32::try_from(data.len()).unwrap();
@@ -299,6 +303,30 @@ fn commands_and_nonsense_on_the_control_queue() {
     rig.driver.add(2, &[Segment::readable(DATA, 3)]);
     rig.driver.kick(2);
     rig.driver.wait_broken();
+}
+
+/// Another vCPU makes an address one of many cards, and a number of pairs an impossible one, and back: what the card
+/// has agreed to, it has.
+#[test]
+fn a_command_that_changes_while_it_is_read() {
+    let Some(mut rig) = rig_with(u64::MAX, 2) else {
+        return;
+    };
+    let memory = rig.driver.memory.clone();
+    while_it_changes(&memory, COMMAND + 2, [[2], [3]], || {
+        let answer = command(&mut rig, 4, 1, 1, &[2, 0, 0, 0, 0, 7]);
+        assert!(answer <= 1, "{answer}");
+        assert_eq!(rig.driver.device_config::<1>(0), [2]);
+        answer == 0
+    });
+    while_it_changes(&memory, COMMAND + 3, [[0], [0x7f]], || {
+        let answer = command(&mut rig, 4, 4, 0, &[2, 0]);
+        assert!(answer <= 1, "{answer}");
+        let saved = rig.net.save();
+        assert!(saved.state["asked"]["active_pairs"].as_u64().unwrap() <= 2);
+        answer == 0
+    });
+    assert_eq!(rig.driver.status(), 15);
 }
 
 #[test]

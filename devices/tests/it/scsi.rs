@@ -14,6 +14,8 @@ use atoll_disk::{
     BlockBackend, Faulty, Geometry, Limited, Limits, MemoryBackend, Operation, conformance,
 };
 
+use crate::pitfalls::while_it_changes;
+
 const DISK_BYTES: u64 = 1 << 20;
 const REQUEST: u64 = 0x10_0000;
 const RESPONSE: u64 = 0x10_1000;
@@ -169,6 +171,31 @@ fn every_form_of_read_and_write() {
     assert_eq!(run(&mut driver, 3, &WRITE_10, &data[..512], 0).response, 1);
     let nothing = [0x28, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert!(run(&mut driver, 3, &nothing, &[], 0).good().is_empty());
+}
+
+/// Another vCPU moves a read to blocks far behind the disk's end and back: it is one or the other.
+#[test]
+fn a_command_that_changes_while_it_is_read() {
+    let (_, mut driver) = device(&[(0, disk(memory(false)))]);
+    driver.start(u64::MAX);
+    let data = pattern(512);
+    let [mut write, mut read] = [WRITE_10, READ_10];
+    for command in [&mut write, &mut read] {
+        command[8] = 1;
+    }
+    run(&mut driver, 0, &write, &data, 0).good();
+    let memory = driver.memory.clone();
+    let highest_of_block = REQUEST + 19 + 2;
+    while_it_changes(&memory, highest_of_block, [[0], [0xff]], || {
+        let ended = run(&mut driver, 0, &read, &[], 512);
+        let reads = ended.sense.is_none();
+        match reads {
+            true => assert_eq!(ended.good(), data),
+            false => assert_eq!(ended.failed(), (5, 0x21, 0)),
+        }
+        reads
+    });
+    assert_eq!(driver.status(), 15);
 }
 
 #[test]

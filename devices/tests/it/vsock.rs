@@ -12,7 +12,11 @@ use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::vsock::Vsock;
 
+use crate::pitfalls::while_it_changes;
+
 const DATA: u64 = 0x10_0000;
+/// Where a packet of the guest is.
+const PACKET: u64 = 0x20_0000;
 const CID: u64 = 7;
 const REQUEST: u16 = 1;
 const RESPONSE: u16 = 2;
@@ -24,8 +28,8 @@ const CREDIT_REQUEST: u16 = 7;
 
 pub struct Rig {
     pub driver: Driver,
-    device: Arc<Vsock>,
-    path: PathBuf,
+    pub device: Arc<Vsock>,
+    pub path: PathBuf,
     /// What the guest says of its buffer with every packet.
     credit: (u32, u32),
     _directory: tempfile::TempDir,
@@ -98,10 +102,9 @@ impl Rig {
     }
 
     fn send(&mut self, packet: &[u8]) {
-        let at = DATA + 0x10_0000;
-        self.driver.put(at, packet);
+        self.driver.put(PACKET, packet);
         let size = u32::try_from(packet.len()).unwrap();
-        self.driver.add(1, &[Segment::readable(at, size)]);
+        self.driver.add(1, &[Segment::readable(PACKET, size)]);
         self.driver.kick(1);
         self.driver.wait_used(1);
     }
@@ -338,6 +341,28 @@ fn after_a_restore_the_guest_is_told_that_connections_are_gone() {
         refused,
         "virtio-vsock: the guest's address was 8 and is now 7"
     );
+}
+
+/// Another vCPU makes a packet longer and shorter again: as many bytes come out as are counted.
+#[test]
+fn a_packet_that_changes_while_it_is_read() {
+    let mut rig = rig();
+    rig.start();
+    let (mut stream, ports) = rig.connected(5000);
+    let mut data = [7; 200];
+    data[0] = 1;
+    let sent = |driver: &Driver| driver.device.counters().0[1].1;
+    let (mut before, memory) = (sent(&rig.driver), rig.driver.memory.clone());
+    while_it_changes(&memory, PACKET + 24, [[10], [200]], || {
+        rig.say(ports, RW, 0, &data);
+        let count = sent(&rig.driver) - std::mem::replace(&mut before, sent(&rig.driver));
+        assert!([10, 200].contains(&count), "{count}");
+        let mut seen = vec![0; usize::try_from(count).unwrap()];
+        stream.read_exact(&mut seen).unwrap();
+        assert!(data.starts_with(&seen), "{seen:?}");
+        count == 10
+    });
+    assert_eq!(rig.driver.status(), 15);
 }
 
 #[test]
