@@ -17,14 +17,14 @@ use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 const DATA: u64 = 0x10_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn socket() -> (tempfile::TempDir, PathBuf, Console) {
+pub fn socket() -> (tempfile::TempDir, PathBuf, Console) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
     let console = Console::open(&ConsoleBackend::Socket(path.clone())).unwrap();
     (directory, path, console)
 }
 
-fn connect(path: &PathBuf) -> UnixStream {
+pub fn connect(path: &PathBuf) -> UnixStream {
     let stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
@@ -206,6 +206,40 @@ fn serial_port_with_more_input_than_its_fifo() {
     assert_eq!(wide, [0xff; 4]);
     serial.reset();
     assert_eq!(register(1), 0);
+}
+
+/// What the guest had not read, and had not been told, when its machine was saved.
+#[test]
+fn a_serial_port_in_a_copy_has_its_input_and_its_interrupts() {
+    let register = |serial: &Serial, offset| {
+        let mut value = [0];
+        serial.read(offset, &mut value);
+        value[0]
+    };
+    // Interrupts for received data, and for room in the transmitter; the interrupt that is told (16550, table II).
+    for (enabled, told) in [(1, 0xc4), (2, 0xc2)] {
+        let (_directory, path, console) = socket();
+        let serial = Serial::new(console.port(), Arc::new(Line::default()));
+        serial.write(1, &[enabled]);
+        connect(&path).write_all(b"ab").unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while serial.counters()[1] != ("bytes_read", 2) {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        serial.write(0, b"o");
+        let saved = serial.save();
+        let console = Console::open(&ConsoleBackend::Null).unwrap();
+        let irq = Arc::new(Line::default());
+        let copy = Serial::new(console.port(), irq.clone());
+        copy.restore(&saved).unwrap();
+        assert!(irq.edges() > 0, "told again");
+        assert_eq!(register(&copy, 2), told);
+        assert_eq!(register(&copy, 5) & 1, 1);
+        assert_eq!([register(&copy, 0), register(&copy, 0)], *b"ab");
+        assert_eq!(register(&copy, 5) & 1, 0);
+        assert_eq!(register(&copy, 2), 0xc1, "nothing more to tell");
+    }
 }
 
 #[test]

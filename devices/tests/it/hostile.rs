@@ -2,11 +2,14 @@
 //! Drivers that mean harm: every broken ring or chain ends in NEEDS_RESET, for every kind of device, and a reset
 //! makes the device whole again.
 
+use std::cell::RefCell;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_devices::console::{Console, ConsoleBackend};
+use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, RAM_BYTES, Segment};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 use atoll_devices::virtio::rng::Rng;
@@ -14,6 +17,7 @@ use atoll_disk::{Engine, Format, OpenOptions, Source};
 
 use crate::balloon;
 use crate::blk::{DISK_BYTES, device, memory_disk};
+use crate::console;
 use crate::net::{self, Rig};
 use crate::vsock;
 
@@ -107,14 +111,14 @@ fn raw(driver: &mut Driver, queue: usize, descriptors: &[(u64, u32, u16, u16)]) 
 
 /// Runs every attack on `queue`; `works` shows that the device is whole.
 fn withstands(driver: &mut Driver, queue: usize, works: impl Fn(&mut Driver)) {
-    withstands_when(driver, queue, || {}, works);
+    withstands_when(driver, queue, |_| {}, works);
 }
 
 /// The same for a device that looks at its buffers only when something from outside `happens`.
 fn withstands_when(
     driver: &mut Driver,
     queue: usize,
-    happens: impl Fn(),
+    happens: impl Fn(&mut Driver),
     works: impl Fn(&mut Driver),
 ) {
     for (name, attack) in ATTACKS {
@@ -122,7 +126,7 @@ fn withstands_when(
         driver.start(u64::MAX);
         attack(driver, queue);
         driver.kick(queue);
-        happens();
+        happens(driver);
         driver.wait_broken();
         assert!(driver.interrupts.wait(0, Duration::from_secs(20)), "told");
         driver.kick(queue);
@@ -226,7 +230,7 @@ fn net_receive_withstands() {
         return;
     };
     driver.reset();
-    let packet = || (&wire).write_all(&net::frame(60)).unwrap();
+    let packet = |_: &mut Driver| (&wire).write_all(&net::frame(60)).unwrap();
     withstands_when(&mut driver, 0, packet, |driver| receives(driver, &wire));
 }
 
@@ -328,14 +332,49 @@ fn console_withstands() {
 }
 
 #[test]
-fn console_control_withstands() {
+fn console_receive_withstands() {
+    let (_directory, path, console) = console::socket();
+    let mut driver = Driver::new(Arc::new(VirtioConsole::new(console.port()).unwrap()));
+    let client = console::connect(&path);
+    let typed = |_: &mut Driver| (&client).write_all(b"x").unwrap();
+    withstands_when(&mut driver, 0, typed, |driver| {
+        driver.add(0, &[Segment::writable(DATA, 8)]);
+        driver.kick(0);
+        assert!(driver.wait_used(0).1 >= 1);
+    });
+}
+
+/// A console with a named port, which has control queues.
+fn console_with_an_agent() -> Driver {
     let console = Console::open(&ConsoleBackend::Pty).unwrap();
     let port = PortOptions {
         port: console.port(),
         name: Some("agent".to_owned()),
     };
     let device = VirtioConsole::with_ports(vec![port]).unwrap();
-    withstands_output_of(&mut Driver::new(Arc::new(device)), 3);
+    Driver::new(Arc::new(device))
+}
+
+#[test]
+fn console_control_withstands() {
+    withstands_output_of(&mut console_with_an_agent(), 3);
+}
+
+#[test]
+fn console_messages_withstand() {
+    // The driver is ready, and is told which ports there are.
+    let ready = |driver: &mut Driver| {
+        let message = DATA + 0x2000;
+        driver.put(message, &[0, 0, 0, 0, 0, 0, 1, 0]);
+        driver.add(3, &[Segment::readable(message, 8)]);
+        driver.kick(3);
+    };
+    withstands_when(&mut console_with_an_agent(), 2, ready, |driver| {
+        driver.add(2, &[Segment::writable(DATA, 64)]);
+        driver.kick(2);
+        ready(driver);
+        assert_eq!(driver.wait_used(2).1, 8);
+    });
 }
 
 #[test]
@@ -346,6 +385,42 @@ fn vsock_transmit_withstands() {
         driver.add(1, &[Segment::readable(DATA, 44)]);
         driver.kick(1);
         driver.wait_used(1);
+    });
+}
+
+#[test]
+fn vsock_receive_withstands() {
+    let mut rig = vsock::rig();
+    let path = rig.path.clone();
+    let programs = RefCell::new(Vec::new());
+    // A program of the host that asks for a port of the guest.
+    let asks = |_: &mut Driver| {
+        let mut program = UnixStream::connect(&path).unwrap();
+        program.write_all(b"CONNECT 80\n").unwrap();
+        programs.borrow_mut().push(program);
+    };
+    withstands_when(&mut rig.driver, 0, asks, |driver| {
+        driver.add(0, &[Segment::writable(DATA, 4096)]);
+        driver.kick(0);
+        asks(driver);
+        assert_eq!(driver.wait_used(0).1, 44);
+    });
+}
+
+#[test]
+fn vsock_events_withstand() {
+    let mut rig = vsock::rig();
+    let device = rig.device.clone();
+    let saved = device.save();
+    // Only a restored device has an event to tell.
+    let restored = |driver: &mut Driver| {
+        device.restore(&saved).unwrap();
+        driver.kick(2);
+    };
+    withstands_when(&mut rig.driver, 2, restored, |driver| {
+        driver.add(2, &[Segment::writable(DATA, 8)]);
+        restored(driver);
+        assert_eq!(driver.wait_used(2).1, 4);
     });
 }
 
@@ -495,7 +570,7 @@ fn scsi_withstands() {
         assert_eq!(driver.wait_used(3).1, 108);
     };
     withstands(&mut driver, 0, works);
-    let happens = || scsi.resized(0, &unit);
+    let happens = |_: &mut Driver| scsi.resized(0, &unit);
     withstands_when(&mut driver, 1, happens, |_| {});
     // What the unit wanted to tell.
     let _ = unit.decide(&[0; 32], |_| 0);

@@ -204,6 +204,11 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "state",
+        "a serial port's input, or its interrupt, that the guest has not taken is lost",
+        &["console.rs::a_serial_port_in_a_copy_has_its_input_and_its_interrupts"],
+    ),
+    (
+        "state",
         "vCPU and interrupt controllers after a reset",
         &["machine.rs::a_reset_machine_boots_again"],
     ),
