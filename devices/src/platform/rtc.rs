@@ -377,6 +377,9 @@ struct RtcState {
     index: u8,
     memory: Vec<u8>,
     ahead_seconds: i64,
+    /// The guest's second up to which C has its flags; absent in states of programs that did not save it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    seen_seconds: Option<i64>,
 }
 
 impl SavedState for RtcState {
@@ -391,10 +394,12 @@ impl DeviceState for Rtc {
             index: u8::try_from(state.index).expect("masked to seven bits"),
             memory: state.memory.to_vec(),
             ahead_seconds: state.ahead,
+            seen_seconds: Some(state.seen),
         })
     }
 
-    /// The clock shows the new host's time, as far ahead as it was.
+    /// The clock shows the new host's time, as far ahead as it was. An alarm of the time between is told late, as after
+    /// a pause.
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
         let saved: RtcState = saved.open()?;
         let memory = <[u8; SIZE]>::try_from(saved.memory);
@@ -406,7 +411,8 @@ impl DeviceState for Rtc {
         state.index = usize::from(saved.index & 0x7f);
         state.memory = memory;
         state.ahead = saved.ahead_seconds;
-        state.seen = host_seconds().saturating_add(state.ahead);
+        let now = host_seconds().saturating_add(state.ahead);
+        state.seen = saved.seen_seconds.unwrap_or(now);
         self.shared.arm(&mut state);
         Ok(())
     }
@@ -558,6 +564,58 @@ mod tests {
         assert_eq!(causes(start + 7300), 0);
     }
 
+    /// Waits until a line has been raised that often.
+    fn until(line: &Line, edges: u32) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while line.edges() < edges {
+            assert!(Instant::now() < deadline, "{} of {edges}", line.edges());
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn an_alarm_goes_on_in_a_copy() {
+        let rtc = clock(1 << 30, 0);
+        // Every second.
+        for (register, _) in ALARM {
+            set(&rtc, register, ALARM_ANY, host_seconds());
+        }
+        set(&rtc, REGISTER_B, ALARMED, host_seconds());
+        let line = Arc::new(Line::default());
+        let copy = Rtc::new(1 << 30, 0, line.clone()).unwrap();
+        copy.restore(&rtc.save()).unwrap();
+        assert_eq!(line.edges(), 0, "not before it runs");
+        copy.resume();
+        until(&line, 1);
+        let told = get(&copy, REGISTER_C, host_seconds());
+        assert_eq!(told & (C_INTERRUPT | ALARMED), C_INTERRUPT | ALARMED);
+    }
+
+    #[test]
+    fn an_alarm_that_falls_into_an_absence_is_told_late() {
+        for (minutes, told) in [(-30, ALARMED), (30, 0)] {
+            let rtc = clock(1 << 30, 0);
+            let now = host_seconds();
+            rtc.shared.lock().seen = now - 3600;
+            set(&rtc, REGISTER_B, B_BINARY, now);
+            let alarm = Moment::at(now + minutes * 60).second;
+            for (register, unit) in ALARM {
+                let field = u8::try_from(alarm / unit % if unit == 3600 { 24 } else { 60 });
+                set(&rtc, register, field.unwrap(), now);
+            }
+            let copy = clock(1 << 30, 0);
+            copy.restore(&rtc.save()).unwrap();
+            assert_eq!(get(&copy, REGISTER_C, now) & ALARMED, told, "{minutes}");
+        }
+        // What did not save how far it was has missed nothing.
+        let rtc = clock(1 << 30, 0);
+        let mut old = rtc.save();
+        old.state.as_object_mut().unwrap().remove("seen_seconds");
+        rtc.shared.lock().seen = 0;
+        rtc.restore(&old).unwrap();
+        assert!(rtc.shared.lock().seen > 0);
+    }
+
     #[test]
     fn the_line_is_raised_once_until_the_guest_has_read_why() {
         let line = Arc::new(Line::default());
@@ -571,20 +629,13 @@ mod tests {
             }
             data[0]
         };
-        let until = |edges: u32| {
-            let deadline = Instant::now() + Duration::from_secs(30);
-            while line.edges() < edges {
-                assert!(Instant::now() < deadline, "{} of {edges}", line.edges());
-                std::thread::yield_now();
-            }
-        };
         // 1024 a second, but not before the machine runs.
         access(REGISTER_B, Some(PERIODIC));
         assert_eq!(line.edges(), 0);
         rtc.resume();
-        until(1);
+        until(&line, 1);
         assert_eq!(access(REGISTER_C, None) & !UPDATED, C_INTERRUPT | PERIODIC);
-        until(2);
+        until(&line, 2);
         rtc.pause();
         let told = rtc.save();
         // Saved with one that the guest has not read: another machine tells it again.
@@ -599,7 +650,7 @@ mod tests {
         let before = line.edges();
         access(REGISTER_B, Some(UPDATED));
         access(REGISTER_C, None);
-        until(before + 1);
+        until(&line, before + 1);
         assert_eq!(access(REGISTER_C, None) & C_INTERRUPT, C_INTERRUPT);
     }
 }

@@ -277,6 +277,14 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "time",
+        "an alarm is not set in a copy, or falls into a move",
+        &[
+            "devices/src/platform/rtc.rs::an_alarm_goes_on_in_a_copy",
+            "devices/src/platform/rtc.rs::an_alarm_that_falls_into_an_absence_is_told_late",
+        ],
+    ),
+    (
+        "time",
         "a copy has the random numbers of its original",
         &["snapshot.rs::a_copy_learns_that_it_is_one"],
     ),
