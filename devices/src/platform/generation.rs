@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::fw_cfg::Listener;
 use crate::interrupt::IrqLine;
 use crate::memory::Memory;
 use crate::rate_limited::{RateLimit, warn_limited};
@@ -72,6 +73,17 @@ impl GenerationId {
         let mut state = self.lock();
         state.address = address;
         self.write(&state);
+    }
+
+    /// Takes the pointer to a page that firmware writes to a file of eight bytes: from then on the value is `offset_bytes`
+    /// behind the page's start.
+    #[must_use]
+    pub fn pointer(device: &Arc<Self>, offset_bytes: u64) -> Listener {
+        let device = device.clone();
+        Arc::new(move |bytes: &[u8]| {
+            let bytes = <[u8; 8]>::try_from(bytes).expect("the file has eight bytes");
+            device.place(u64::from_le_bytes(bytes).checked_add(offset_bytes));
+        })
     }
 
     /// Another value, and the guest is told.

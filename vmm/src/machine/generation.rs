@@ -49,13 +49,8 @@ pub(super) fn tell_firmware(device: &Arc<GenerationId>, items: &mut FwCfgItems) 
     let value = device.value();
     page[offset..offset + value.len()].copy_from_slice(&value);
     items.add(GENERATION_FILE, page);
-    let device = device.clone();
-    let listener = move |bytes: &[u8]| {
-        let bytes = <[u8; 8]>::try_from(bytes).expect("the file has eight bytes");
-        let page = u64::from_le_bytes(bytes);
-        device.place(page.checked_add(GENERATION_OFFSET.into()));
-    };
-    items.add_written(GENERATION_ADDRESS_FILE, 8, Arc::new(listener));
+    let pointer = GenerationId::pointer(device, GENERATION_OFFSET.into());
+    items.add_written(GENERATION_ADDRESS_FILE, 8, pointer);
 }
 
 /// After the restore of a snapshot: the value of the spec, which the device was built with, when the saved machine had

@@ -9,6 +9,7 @@ use vm_memory::GuestAddress;
 use crate::bus::BusDevice;
 use crate::memory::{Memory, Ram};
 use crate::pci::{ConfigPorts, Ecam, PciBus, PciWindow, Window};
+use crate::platform::q35::{self, LPC_SLOT, LpcBridge};
 use crate::testing::{ControlLog, CountingSink, NoDoorbells};
 use crate::virtio::rng::Rng;
 use crate::virtio::{VirtioPci, VirtioPciOptions};
@@ -17,6 +18,8 @@ const WINDOW: Window = Window {
     base: 0xc000_0000,
     size: 0x8_0000,
 };
+/// Where the LPC bridge says that its PM ports are.
+const PM_BASE: u16 = 0x600;
 const ACCESS_BYTES: usize = 7;
 /// Accesses of one input.
 const ACCESSES_MAX: usize = 4000;
@@ -52,16 +55,19 @@ impl<'a> Access<'a> {
     }
 }
 
-/// Makes the accesses on a bus with two functions. Afterwards a reset of the machine must bring back what the guest saw
-/// first, whatever it did.
+/// Makes the accesses on a bus with the board's two bridges and two functions. Which functions they are must never
+/// change, nor where the LPC bridge's ports are; and a reset of the machine must bring back what the guest saw first,
+/// whatever it did.
 pub fn pci(input: &[u8]) {
     let doorbells = Arc::new(NoDoorbells::default());
-    let bus = PciBus::new(vec![WINDOW], doorbells.clone());
+    let bus = PciBus::with_host_bridge(q35::host_bridge(), vec![WINDOW], doorbells.clone());
     let functions = add_functions(&bus);
+    let lpc = Arc::new(LpcBridge { pm_base: PM_BASE });
+    bus.add(LPC_SLOT, lpc, WINDOW.base).unwrap();
     let ports = ConfigPorts::new(bus.clone(), Arc::new(ControlLog::default()));
     let ecam = Ecam(bus.clone());
     let window = PciWindow::new(bus.clone(), WINDOW.base);
-    let before = image(&ecam);
+    let (before, fixed_before) = (image(&ecam), fixed(&ecam));
     for bytes in input.chunks_exact(ACCESS_BYTES).take(ACCESSES_MAX) {
         let access = Access::of(bytes);
         let device: &dyn BusDevice = match access.way {
@@ -85,6 +91,7 @@ pub fn pci(input: &[u8]) {
             assert!((WINDOW.base..WINDOW.base + WINDOW.size).contains(&address));
         }
     }
+    assert_eq!(fixed(&ecam), fixed_before);
     functions.iter().for_each(|function| function.reset());
     bus.reset();
     assert_eq!(image(&ecam), before, "a reset leaves nothing of the guest");
@@ -118,17 +125,31 @@ fn add_functions(bus: &Arc<PciBus>) -> Vec<Arc<VirtioPci>> {
         .collect()
 }
 
-/// Configuration spaces of the host bridge and all functions, and of the slot behind them.
-fn image(ecam: &Ecam) -> Vec<u8> {
-    let mut image = Vec::new();
-    for slot in 0..=FUNCTIONS as u64 + 1 {
-        for register in (0..256).step_by(4) {
-            let mut data = [0; 4];
-            ecam.read((slot << 15) + register, &mut data);
-            image.extend(data);
-        }
-    }
-    image
+/// Slots of the bridges and all functions, and the slot behind them.
+fn slots() -> impl Iterator<Item = u64> {
+    (0..=FUNCTIONS as u64 + 1).chain([LPC_SLOT as u64])
+}
+
+fn read(ecam: &Ecam, slot: u64, register: u64) -> [u8; 4] {
+    let mut data = [0; 4];
+    ecam.read((slot << 15) + register, &mut data);
+    data
+}
+
+/// Configuration spaces of [`slots`].
+fn image(ecam: &Ecam) -> Vec<[u8; 4]> {
+    let whole = |slot| (0..256).step_by(4).map(move |register| (slot, register));
+    let registers = slots().flat_map(whole);
+    registers.map(|(slot, at)| read(ecam, slot, at)).collect()
+}
+
+/// What no write changes: identities and classes of [`slots`], and where the LPC bridge's ports are (ICH9 datasheet
+/// §13.1.13, §13.1.14).
+fn fixed(ecam: &Ecam) -> Vec<[u8; 4]> {
+    let registers = slots().flat_map(|slot| [(slot, 0), (slot, 8)]);
+    let ports = [0x40, 0x44].map(|register| (LPC_SLOT as u64, register));
+    let registers = registers.chain(ports);
+    registers.map(|(slot, at)| read(ecam, slot, at)).collect()
 }
 
 /// An access as input; `size` is the index of [`Access::of`]'s list.
@@ -173,7 +194,8 @@ pub fn pci_corpus() -> Vec<Vec<u8>> {
     let queue = queue
         .into_iter()
         .flat_map(|(at, size, data)| common(at, size, data));
-    let everything = (0..64).flat_map(|index| configure(1, 4 * index, u32::MAX));
+    let everything = |slot, data| (0..64).flat_map(move |index| configure(slot, 4 * index, data));
+    let lpc = u32::try_from(LPC_SLOT).expect("five bits");
     // ECAM offsets are shifted by three: of registers that are multiples of eight.
     let ecam = |slot: u16, register: u16| access(1, 2, 3, (slot << 12) + register / 8, u32::MAX);
     vec![
@@ -195,7 +217,12 @@ pub fn pci_corpus() -> Vec<Vec<u8>> {
         .concat(),
         enable(1).into_iter().chain(queue).collect(),
         [ecam(1, 0), ecam(2, 8), ecam(3, 0x40), enable(2)].concat(),
-        everything.collect(),
+        everything(1, u32::MAX).collect(),
+        // What firmware programs, and everything else: on, then off.
+        everything(0, u32::MAX).chain(everything(0, 0)).collect(),
+        everything(lpc, u32::MAX)
+            .chain(everything(lpc, 0))
+            .collect(),
         // Found by the fuzzer: a read of the ISR byte that is of no bytes.
         [enable(1), vec![2 | 6 << 3, 0, 0x10, 0, 0, 0, 0]].concat(),
     ]

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Any bytes as a guest's accesses to what is not virtio: fw_cfg with its DMA, flash, ACPI registers, clock, serial
-//! port, reset ports, panic device, watchdog.
+//! Any bytes as a guest's accesses to what is not virtio: fw_cfg with its DMA and the pointer to the generation id,
+//! flash, ACPI registers, clock, serial port, reset ports, panic device, watchdog.
 //!
 //! Byte 0 chooses the device. Then each access is [`ACCESS_BYTES`]: what to do (bit 0 writes, bit 1 saves and restores
 //! first, bits 2 to 4 the size, bits 5 to 7 higher bits of the offset), the offset, eight bytes of data.
@@ -16,8 +16,8 @@ use crate::console::{Console, ConsoleBackend};
 use crate::memory::{Memory, Ram};
 use crate::pci::{ConfigSpace, PciDevice};
 use crate::platform::{
-    AcpiPm, DebugPort, Flash, FlashWindow, FwCfg, FwCfgItems, KeyboardReset, PanicDevice, Rtc,
-    Serial, SystemControl, Watchdog,
+    AcpiPm, DebugPort, Flash, FlashWindow, FwCfg, FwCfgItems, GenerationId, KeyboardReset,
+    PanicDevice, Rtc, Serial, SystemControl, Watchdog,
 };
 use crate::state::DeviceState;
 use crate::testing::{ControlLog, Line};
@@ -31,6 +31,8 @@ const RAM_BYTES: usize = 0x8000;
 const FLASH_BYTES: usize = 2 * 4096;
 /// A file of fw_cfg, and what it holds.
 const FILE: [u8; 100] = [0x5a; 100];
+/// How far behind the start of its page the generation id is.
+const GENERATION_OFFSET: u64 = 40;
 /// Where a BAR of [`OfPci`] begins; below it is configuration space.
 const BAR: u64 = 0x100;
 
@@ -47,8 +49,22 @@ impl Part for Rtc {}
 impl Part for Serial {}
 impl Part for SystemControl {}
 
-/// fw_cfg, and the memory that its DMA goes to.
-struct WithMemory(FwCfg, Memory);
+/// fw_cfg, the memory that its DMA goes to, and the generation id that is there where firmware says.
+struct WithMemory(FwCfg, Memory, Arc<GenerationId>);
+
+impl WithMemory {
+    fn new() -> Self {
+        let ram = Ram::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).unwrap();
+        let memory = Memory::new(ram);
+        let event = Arc::new(Line::default());
+        let generation = Arc::new(GenerationId::new([0; 16], memory.clone(), event));
+        let mut items = FwCfgItems::default();
+        items.add("file", FILE);
+        let pointer = GenerationId::pointer(&generation, GENERATION_OFFSET);
+        items.add_written("generation", 8, pointer);
+        Self(FwCfg::new(items, memory.clone()), memory, generation)
+    }
+}
 
 impl BusDevice for WithMemory {
     fn read(&self, offset: u64, data: &mut [u8]) {
@@ -56,12 +72,16 @@ impl BusDevice for WithMemory {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        // The request stands where it points to, made of the same bytes.
-        let mut request = [0; 16];
-        request
+        // The request stands where it points to, made of the same bytes: control, and two each of length and address.
+        let mut given = [0; 8];
+        given
             .iter_mut()
             .zip(data.iter().cycle())
             .for_each(|(to, from)| *to = *from);
+        let [a, b, c, d, e, f, g, h] = given;
+        let mut request = vec![a, b, c, d];
+        request.extend(i32::from(i16::from_be_bytes([e, f])).to_be_bytes());
+        request.extend(i64::from(i16::from_be_bytes([g, h])).to_be_bytes());
         let at = GuestAddress(offset << 4 & 0x7ff0);
         self.1.memory().write_slice(&request, at).unwrap();
         self.0.write(offset & 0xf, data);
@@ -79,8 +99,17 @@ impl DeviceState for WithMemory {
 }
 
 impl Part for WithMemory {
-    /// Items are read-only, whatever the guest did.
+    /// Items are read-only, whatever the guest did; and another generation is written where it said, or nowhere.
     fn check(&self) {
+        let mut next = self.2.value();
+        next[0] = next[0].wrapping_add(1);
+        self.2.renew(next.as_slice().try_into().unwrap());
+        let place = self.2.save().state["address"].as_u64();
+        let mut seen = [0; 16];
+        let memory = self.1.memory();
+        if place.is_some_and(|at| memory.read_slice(&mut seen, GuestAddress(at)).is_ok()) {
+            assert_eq!(seen[..], next);
+        }
         let before = self.0.save();
         self.0.write(0, &0x20_u16.to_le_bytes());
         let mut file = [0; FILE.len() + 1];
@@ -196,13 +225,7 @@ pub(super) fn scratch(name: &str, size_bytes: u64) -> std::fs::File {
 pub(super) fn part(kind: u8) -> Arc<dyn Part> {
     let control = Arc::new(ControlLog::default());
     match kind {
-        0 => {
-            let mut items = FwCfgItems::default();
-            items.add("file", FILE);
-            let ram = Ram::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).unwrap();
-            let memory = Memory::new(ram);
-            Arc::new(WithMemory(FwCfg::new(items, memory.clone()), memory))
-        }
+        0 => Arc::new(WithMemory::new()),
         1 => {
             let region = MmapRegion::new(FLASH_BYTES).unwrap();
             let array = Arc::new(GuestRegionMmap::new(region, GuestAddress(0)).unwrap());
@@ -263,17 +286,28 @@ pub fn platform_corpus() -> Vec<Vec<u8>> {
         data
     };
     let mut all = vec![Vec::new()];
-    // DMA of every kind: the write that leaves the request is the one before the last.
-    for control in [0, 2, 4, 8, 0x10, 0x20_000a, 0x20_000c] {
+    // A request of firmware's at 0x2f0: control, then length and address.
+    let dma = |control: u32, rest: [u8; 4]| {
         let mut request = number(control);
-        request[4..].copy_from_slice(&64_u32.to_be_bytes());
-        let steps = [
+        request[4..].copy_from_slice(&rest);
+        [
             access(1 | 3 << 2, 0x2f, request),
             access(long, 4, [0; 8]),
             access(long, 8, number(0x2f0)),
             access(0, 1, [0; 8]),
-        ];
-        all.push([vec![0], steps.concat()].concat());
+        ]
+        .concat()
+    };
+    for control in [0, 2, 4, 8, 0x10, 0x20_000a, 0x20_000c] {
+        for rest in [[0, 64, 0x10, 0], [0, 64, 0x7f, 0xf0], [0xff, 0xff, 0, 0]] {
+            all.push([vec![0], dma(control, rest)].concat());
+        }
+    }
+    // Pointers to the generation id's page, written to file 0x21 from 0x500: in RAM, over its end, over every end.
+    for pointer in [0x1000_u64, 0x7fd1, 0xffff_ffff, u64::MAX] {
+        let bytes = access(1 | 3 << 2, 0x50, pointer.to_le_bytes());
+        let written = dma(0x21_0018, [0, 8, 5, 0]);
+        all.push([vec![0], bytes, written].concat());
     }
     for commands in [
         &[0x40, 0x12, 0xff][..],
