@@ -1,14 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The order in which firmware tries a machine's devices: those that are ticked, from the top down.
-import { ActionIcon, Button, Checkbox, Group, Modal, Stack, Text } from '@mantine/core';
+import { ActionIcon, Checkbox, Group, Stack, Text } from '@mantine/core';
 import { IconArrowDown, IconArrowUp } from '@tabler/icons-react';
-import { useMutation } from '@tanstack/react-query';
 import { useState } from 'react';
 
 import { call } from '../api/client';
-import { guestPath, refresh } from '../api/queries';
+import { guestPath } from '../api/queries';
 import type { Guest } from '../api/types';
-import { ErrorNote } from '../app/ErrorPage';
+import { ActionDialog } from '../app/ActionDialog';
 import { labelOf } from '../forms/labels';
 import { parse } from '../lib/propertyString';
 
@@ -44,54 +43,43 @@ export function BootDialog({ guest, devices, value, digest, onClose }: BootDialo
   const [list, setList] = useState(() => places(value, devices));
   // The digest of the moment the dialog opened: a poll meanwhile must not hide another editor's change.
   const [seen] = useState(digest);
-  const save = useMutation({
-    mutationFn: () => {
-      const order = list.filter((place) => place.tried).map((place) => place.key);
-      return call('PUT', `${guestPath(guest)}/config`, { boot: `order=${order.join(';')}`, digest: seen });
-    },
-    onSuccess: onClose,
-    onSettled: refresh,
-  });
+  const save = () => {
+    const order = list.filter((place) => place.tried).map((place) => place.key);
+    return call<null>('PUT', `${guestPath(guest)}/config`, { boot: `order=${order.join(';')}`, digest: seen });
+  };
   const arrow = (index: number, to: number, label: string, Icon: typeof IconArrowUp) => (
     <ActionIcon variant="subtle" color="gray" size="sm" aria-label={`${label}: ${list[index]?.key ?? ''}`} disabled={to < 0 || to >= list.length} onClick={() => setList(moved(list, index, to))}>
       <Icon size={15} />
     </ActionIcon>
   );
   return (
-    <Modal opened onClose={onClose} title={labelOf('boot')}>
-      <Stack gap="sm">
-        <Text size="sm" c="dimmed">
-          Firmware tries what is ticked, from the top down. It takes effect at the next start.
-        </Text>
-        <Stack gap={4} role="list" aria-label="Devices">
-          {list.map((place, index) => (
-            <Group key={place.key} role="listitem" justify="space-between" wrap="nowrap">
-              <Checkbox
-                size="xs"
-                label={labelOf(place.key)}
-                checked={place.tried}
-                onChange={(event) => {
-                  const tried = event.currentTarget.checked;
-                  setList(list.map((other) => (other === place ? { ...other, tried } : other)));
-                }}
-              />
-              <Group gap={2} wrap="nowrap">
-                {arrow(index, index - 1, 'Up', IconArrowUp)}
-                {arrow(index, index + 1, 'Down', IconArrowDown)}
+    <ActionDialog title={labelOf('boot')} verb="Save" act={save} onClose={onClose} size="md">
+      {() => (
+        <>
+          <Text size="sm" c="dimmed">
+            Firmware tries what is ticked, from the top down. It takes effect at the next start.
+          </Text>
+          <Stack gap={4} role="list" aria-label="Devices">
+            {list.map((place, index) => (
+              <Group key={place.key} role="listitem" justify="space-between" wrap="nowrap">
+                <Checkbox
+                  size="xs"
+                  label={labelOf(place.key)}
+                  checked={place.tried}
+                  onChange={(event) => {
+                    const tried = event.currentTarget.checked;
+                    setList(list.map((other) => (other === place ? { ...other, tried } : other)));
+                  }}
+                />
+                <Group gap={2} wrap="nowrap">
+                  {arrow(index, index - 1, 'Up', IconArrowUp)}
+                  {arrow(index, index + 1, 'Down', IconArrowDown)}
+                </Group>
               </Group>
-            </Group>
-          ))}
-        </Stack>
-        <ErrorNote error={save.error} />
-        <Group justify="flex-end" gap="xs">
-          <Button variant="default" onClick={onClose}>
-            Cancel
-          </Button>
-          <Button loading={save.isPending} onClick={() => save.mutate()}>
-            Save
-          </Button>
-        </Group>
-      </Stack>
-    </Modal>
+            ))}
+          </Stack>
+        </>
+      )}
+    </ActionDialog>
   );
 }

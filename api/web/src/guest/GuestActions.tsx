@@ -11,6 +11,7 @@ import { call, errorText } from '../api/client';
 import { guestPath, refresh, useGuestStatus } from '../api/queries';
 import { session } from '../api/session';
 import type { Guest } from '../api/types';
+import { ActionDialog } from '../app/ActionDialog';
 import { ErrorNote } from '../app/ErrorPage';
 import { useOpenTask } from '../app/navigation';
 import { guestTitle, KIND } from '../lib/guest';
@@ -96,29 +97,11 @@ function ConfirmDialog({ guest, action, onClose, onConfirm }: { guest: Guest; ac
 }
 
 function TemplateDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
-  const convert = useMutation({
-    mutationFn: () => call<string>('POST', `${guestPath(guest)}/template`),
-    onSuccess: (upid) => {
-      void watchTask(upid);
-      onClose();
-    },
-    onSettled: refresh,
-  });
+  const convert = () => call<string>('POST', `${guestPath(guest)}/template`);
   return (
-    <Modal opened onClose={onClose} title={`Make ${guestTitle(guest)} a template`} size="sm">
-      <Stack gap="sm">
-        <Text size="sm">A template is there to be cloned and cannot be started. There is no way back but a clone.</Text>
-        <ErrorNote error={convert.error} />
-        <Group justify="flex-end" gap="xs">
-          <Button variant="default" onClick={onClose}>
-            Cancel
-          </Button>
-          <Button data-autofocus loading={convert.isPending} onClick={() => convert.mutate()}>
-            Make template
-          </Button>
-        </Group>
-      </Stack>
-    </Modal>
+    <ActionDialog title={`Make ${guestTitle(guest)} a template`} verb="Make template" act={convert} onClose={onClose} isQuestion>
+      {() => <Text size="sm">A template is there to be cloned and cannot be started. There is no way back but a clone.</Text>}
+    </ActionDialog>
   );
 }
 

@@ -1,37 +1,21 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The snapshots of a guest: taken, gone back to, removed.
-import { ActionIcon, Button, Checkbox, Group, Modal, Stack, Text, Textarea, TextInput, Tooltip } from '@mantine/core';
+import { ActionIcon, Button, Checkbox, Group, Stack, Text, Textarea, TextInput, Tooltip } from '@mantine/core';
 import { IconArrowBackUp, IconCamera, IconTrash } from '@tabler/icons-react';
-import { useMutation } from '@tanstack/react-query';
 import { DataTable } from 'mantine-datatable';
-import { useState, useSyncExternalStore, type FormEvent } from 'react';
+import { useState, useSyncExternalStore } from 'react';
 
 import { call, path } from '../api/client';
-import { guestPath, refresh, useSnapshots } from '../api/queries';
+import { guestPath, useSnapshots } from '../api/queries';
 import { session } from '../api/session';
 import type { Guest, Snapshot } from '../api/types';
+import { ActionDialog } from '../app/ActionDialog';
 import { ErrorNote } from '../app/ErrorPage';
-import { useOpenTask } from '../app/navigation';
 import { guestTitle } from '../lib/guest';
 import { time } from '../lib/format';
-import { watchTask } from '../tasks/watch';
 import { may } from './actions';
 
 const NAME = /^[A-Za-z][A-Za-z0-9_-]{1,39}$/;
-
-/** What a dialog asks the API for; the task's log opens when it began. */
-function useTask(begin: () => Promise<string>, onClose: () => void) {
-  const openTask = useOpenTask();
-  return useMutation({
-    mutationFn: begin,
-    onSuccess: (upid) => {
-      void watchTask(upid);
-      onClose();
-      openTask(upid);
-    },
-    onSettled: refresh,
-  });
-}
 
 function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
   const [name, setName] = useState('');
@@ -39,16 +23,12 @@ function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
   const [memory, setMemory] = useState(false);
   const keepsMemory = memory && guest.type === 'qemu';
   const parameters = { snapname: name, ...(description ? { description } : {}), ...(keepsMemory ? { vmstate: true } : {}) };
-  const take = useTask(() => call<string>('POST', `${guestPath(guest)}/snapshot`, parameters), onClose);
+  const take = () => call<string>('POST', `${guestPath(guest)}/snapshot`, parameters);
   const valid = NAME.test(name);
-  const submit = (event: FormEvent) => {
-    event.preventDefault();
-    if (valid) take.mutate();
-  };
   return (
-    <Modal opened onClose={onClose} title={`Take a snapshot of ${guestTitle(guest)}`}>
-      <form onSubmit={submit}>
-        <Stack gap="sm">
+    <ActionDialog title={`Take a snapshot of ${guestTitle(guest)}`} verb="Take snapshot" act={take} onClose={onClose} valid={valid} size="md">
+      {() => (
+        <>
           {guest.status === 'running' && <Text size="sm">The guest stands still while its disks are copied{keepsMemory && ' and its memory is written'}.</Text>}
           <TextInput
             label="Name"
@@ -67,18 +47,9 @@ function TakeDialog({ guest, onClose }: { guest: Guest; onClose: () => void }) {
             />
           )}
           <Textarea label="Notes" autosize minRows={2} value={description} onChange={(event) => setDescription(event.currentTarget.value)} />
-          <ErrorNote error={take.error} />
-          <Group justify="flex-end" gap="xs">
-            <Button variant="default" onClick={onClose}>
-              Cancel
-            </Button>
-            <Button type="submit" disabled={!valid} loading={take.isPending}>
-              Take snapshot
-            </Button>
-          </Group>
-        </Stack>
-      </form>
-    </Modal>
+        </>
+      )}
+    </ActionDialog>
   );
 }
 
@@ -91,22 +62,11 @@ const WORDS = {
 
 function ConfirmDialog({ guest, name, what, onClose }: { guest: Guest; name: string; what: What; onClose: () => void }) {
   const target = `${guestPath(guest)}${path`/snapshot/${name}`}`;
-  const act = useTask(() => (what === 'rollback' ? call<string>('POST', `${target}/rollback`) : call<string>('DELETE', target)), onClose);
+  const act = () => (what === 'rollback' ? call<string>('POST', `${target}/rollback`) : call<string>('DELETE', target));
   return (
-    <Modal opened onClose={onClose} title={`${WORDS[what].title}: ${name}`} size="sm">
-      <Stack gap="sm">
-        <Text size="sm">{WORDS[what].text}</Text>
-        <ErrorNote error={act.error} />
-        <Group justify="flex-end" gap="xs">
-          <Button variant="default" onClick={onClose}>
-            Cancel
-          </Button>
-          <Button data-autofocus color="red" loading={act.isPending} onClick={() => act.mutate()}>
-            {WORDS[what].title}
-          </Button>
-        </Group>
-      </Stack>
-    </Modal>
+    <ActionDialog title={`${WORDS[what].title}: ${name}`} verb={WORDS[what].title} act={act} onClose={onClose} isDangerous isQuestion>
+      {() => <Text size="sm">{WORDS[what].text}</Text>}
+    </ActionDialog>
   );
 }
 

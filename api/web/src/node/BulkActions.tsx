@@ -1,17 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // Starts and stops the guests of a node together, in the order that their key `startup` says.
-import { Button, Checkbox, Group, Menu, Modal, Stack, Text } from '@mantine/core';
+import { Button, Checkbox, Menu, Text } from '@mantine/core';
 import { IconChevronDown, IconPlayerPlay, IconPower } from '@tabler/icons-react';
-import { useMutation } from '@tanstack/react-query';
-import { useState, useSyncExternalStore, type FormEvent } from 'react';
+import { useState, useSyncExternalStore } from 'react';
 
 import { call, path } from '../api/client';
-import { refresh } from '../api/queries';
 import { session } from '../api/session';
-import { ErrorNote } from '../app/ErrorPage';
-import { useOpenTask } from '../app/navigation';
+import { ActionDialog } from '../app/ActionDialog';
 import { may } from '../guest/actions';
-import { watchTask } from '../tasks/watch';
 
 /** What is asked of all guests: the call, its one choice, and how the choice is put. */
 const ACTIONS = {
@@ -36,38 +32,16 @@ type Action = keyof typeof ACTIONS;
 function BulkDialog({ node, action, onClose }: { node: string; action: Action; onClose: () => void }) {
   const { label, text, option, choice, usual } = ACTIONS[action];
   const [chosen, setChosen] = useState<boolean>(usual);
-  const openTask = useOpenTask();
-  const run = useMutation({
-    mutationFn: () => call<string>('POST', path`/nodes/${node}/${action}`, { [option]: chosen }),
-    onSuccess: (upid) => {
-      void watchTask(upid);
-      onClose();
-      openTask(upid);
-    },
-    onSettled: refresh,
-  });
-  const submit = (event: FormEvent) => {
-    event.preventDefault();
-    run.mutate();
-  };
+  const run = () => call<string>('POST', path`/nodes/${node}/${action}`, { [option]: chosen });
   return (
-    <Modal opened onClose={onClose} title={`${label}: node ${node}`} size="sm">
-      <form onSubmit={submit}>
-        <Stack gap="sm">
+    <ActionDialog title={`${label}: node ${node}`} verb={label} act={run} onClose={onClose} isQuestion>
+      {() => (
+        <>
           <Text size="sm">{text}</Text>
           <Checkbox size="xs" label={choice} checked={chosen} onChange={(event) => setChosen(event.currentTarget.checked)} />
-          <ErrorNote error={run.error} />
-          <Group justify="flex-end" gap="xs">
-            <Button variant="default" onClick={onClose}>
-              Cancel
-            </Button>
-            <Button type="submit" data-autofocus loading={run.isPending}>
-              {label}
-            </Button>
-          </Group>
-        </Stack>
-      </form>
-    </Modal>
+        </>
+      )}
+    </ActionDialog>
   );
 }
 

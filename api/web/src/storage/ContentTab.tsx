@@ -1,17 +1,16 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The volumes of a storage: list, upload, download from an address, pull from a registry, delete.
-import { ActionIcon, Button, Group, Modal, Select, Stack, Text, TextInput, Tooltip } from '@mantine/core';
+import { ActionIcon, Button, Group, Select, Stack, Text, TextInput, Tooltip } from '@mantine/core';
 import { IconDownload, IconPackageImport, IconTrash, IconUpload } from '@tabler/icons-react';
-import { useMutation } from '@tanstack/react-query';
 import { DataTable } from 'mantine-datatable';
 import { useMemo, useState } from 'react';
 
 import { call, path } from '../api/client';
-import { refresh, useVolumes } from '../api/queries';
+import { useVolumes } from '../api/queries';
 import type { Volume } from '../api/types';
+import { ActionDialog } from '../app/ActionDialog';
 import { ErrorNote } from '../app/ErrorPage';
 import { bytes, time } from '../lib/format';
-import { watchTask } from '../tasks/watch';
 import { DownloadDialog } from './DownloadDialog';
 import { PullDialog } from './PullDialog';
 import { UploadDialog } from './UploadDialog';
@@ -36,32 +35,16 @@ interface ContentProps {
 }
 
 function DeleteDialog({ node, storage, volume, onClose }: { node: string; storage: string; volume: Volume; onClose: () => void }) {
-  const remove = useMutation({
-    mutationFn: () => call<string | null>('DELETE', path`/nodes/${node}/storage/${storage}/content/${volume.volid}`),
-    onSuccess: (upid) => {
-      if (upid) void watchTask(upid);
-      onClose();
-    },
-    onSettled: refresh,
-  });
+  const remove = () => call<string | null>('DELETE', path`/nodes/${node}/storage/${storage}/content/${volume.volid}`);
   return (
-    <Modal opened onClose={onClose} title="Delete volume">
-      <Stack gap="sm">
+    <ActionDialog title="Delete volume" verb="Delete" act={remove} onClose={onClose} isDangerous isQuestion>
+      {() => (
         <Text size="sm">
           <b className="atoll-mono">{volume.volid}</b> ({bytes(volume.size)}) is removed for good.
           {volume.vmid ? ` It belongs to guest ${volume.vmid}.` : ''}
         </Text>
-        <ErrorNote error={remove.error} />
-        <Group justify="flex-end" gap="xs">
-          <Button variant="default" onClick={onClose}>
-            Cancel
-          </Button>
-          <Button color="red" onClick={() => remove.mutate()} loading={remove.isPending}>
-            Delete
-          </Button>
-        </Group>
-      </Stack>
-    </Modal>
+      )}
+    </ActionDialog>
   );
 }
 
