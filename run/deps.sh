@@ -11,25 +11,40 @@ declare -A packages=(
     [test]="qemu-system-x86 qemu-utils podman crun runc chromium python3-venv busybox-static docker-registry skopeo cpio strace socat bats gawk libnbd-bin lxcfs containerd dosfstools mtools xorriso fdisk acpica-tools libcap-ng-dev dpdk-dev lz4"
 )
 
-missing=()
-for purpose in "$@"; do
-    for package in ${packages[$purpose]:?"deps.sh: no such purpose: $purpose"}; do
-        [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
-            missing+=("$package")
+# The packages of these purposes that are not installed, one a line.
+missing() {
+    local purpose package
+    for purpose in "$@"; do
+        for package in ${packages[$purpose]}; do
+            [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+                echo "$package"
+        done
     done
+}
+
+for purpose in "$@"; do
+    : "${packages[$purpose]:?"deps.sh: no such purpose: $purpose"}"
 done
+mapfile -t missing < <(missing "$@")
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" != 0 ]; then
     echo "atoll: these Debian packages are missing, install them as root: ${missing[*]}" >&2
     exit 1
 fi
-echo "atoll: installing Debian packages: ${missing[*]}" >&2
 export DEBIAN_FRONTEND=noninteractive
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-if ! { apt-get -q update && apt-get -q install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
-    tail -n 20 "$log" >&2
-    echo "atoll: apt-get could not install the packages" >&2
-    exit 1
-fi
+# Twice at most: apt-get removes a package that was there in a version that does not go with a new one.
+for command in "apt-get -q update" true; do
+    echo "atoll: installing Debian packages: ${missing[*]}" >&2
+    if ! { $command && apt-get -q install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null; then
+        tail -n 20 "$log" >&2
+        echo "atoll: apt-get could not install the packages" >&2
+        exit 1
+    fi
+    mapfile -t missing < <(missing "$@")
+    [ ${#missing[@]} -gt 0 ] || exit 0
+done
+echo "atoll: apt-get says it installed these packages, but they are missing: ${missing[*]}" >&2
+exit 1
