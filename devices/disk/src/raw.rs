@@ -89,8 +89,7 @@ impl RawFile {
         let most = usize::try_from(request.segments.total_bytes()).unwrap_or(COPY_BYTES_MAX);
         let most = most.min(COPY_BYTES_MAX);
         let mut copy = AlignedBuffer::new(most, self.alignment.memory_bytes);
-        let mut at = request.offset_bytes;
-        for piece in request.segments.pieces(most) {
+        for (at, piece) in request.segments.pieces(request.offset_bytes, most) {
             let length = piece.total_bytes();
             let count = usize::try_from(length).expect("it fits the copy");
             if request.operation == Operation::Write {
@@ -103,7 +102,6 @@ impl RawFile {
             if request.operation == Operation::Read {
                 piece.fill(&copy.bytes()[..count]);
             }
-            at += length;
         }
         Ok(())
     }

@@ -70,10 +70,12 @@ impl Segments {
         })
     }
 
-    /// The same memory as lists of at most `most_bytes` each, in order; none of them is empty.
-    pub(crate) fn pieces(&self, most_bytes: usize) -> impl Iterator<Item = Self> {
+    /// The same memory as lists of at most `most_bytes` each, in order, none of them empty; and where on the disk each of
+    /// them begins when the first one begins at `at`, bytes.
+    pub(crate) fn pieces(&self, at: u64, most_bytes: usize) -> impl Iterator<Item = (u64, Self)> {
         let mut ranges = self.ranges.iter().copied();
         let mut rest: Option<libc::iovec> = None;
+        let mut next = at;
         std::iter::from_fn(move || {
             let mut piece = Self::new();
             let mut room = most_bytes;
@@ -92,7 +94,9 @@ impl Segments {
                     rest = Some(range);
                 }
             }
-            (piece.total_bytes > 0).then_some(piece)
+            let at = next;
+            next += piece.total_bytes;
+            (piece.total_bytes > 0).then_some((at, piece))
         })
     }
 

@@ -261,8 +261,7 @@ impl Line {
         match request.operation {
             Operation::Read => {
                 let mut data = Vec::new();
-                for (index, piece) in (0..).zip(request.segments.pieces(told.piece_bytes)) {
-                    let at = at + index * told.piece_bytes as u64;
+                for (at, piece) in request.segments.pieces(at, told.piece_bytes) {
                     data.resize(length(&piece)?, 0);
                     self.send(command::READ, 0, at, data.len())?;
                     if let Err(error) = self.answer()? {
@@ -275,8 +274,7 @@ impl Line {
             }
             Operation::Write => {
                 let mut data = Vec::new();
-                for (index, piece) in (0..).zip(request.segments.pieces(told.piece_bytes)) {
-                    let at = at + index * told.piece_bytes as u64;
+                for (at, piece) in request.segments.pieces(at, told.piece_bytes) {
                     data.resize(length(&piece)?, 0);
                     piece.drain_to(&mut data);
                     self.send(command::WRITE, 0, at, data.len())?;

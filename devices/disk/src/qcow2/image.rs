@@ -97,21 +97,17 @@ impl OpenImage {
         let at = request.offset_bytes;
         match request.operation {
             Operation::Read => {
-                let mut at = at;
-                for piece in request.segments.pieces(PIECE_BYTES_MAX) {
+                for (at, piece) in request.segments.pieces(at, PIECE_BYTES_MAX) {
                     let slices = slices(&piece);
                     let (vector, _guard) = IoVectorMut::from_volatile_slice(&slices);
                     self.shared().image.readv(vector, at)?;
-                    at += piece.total_bytes();
                 }
                 return Ok(());
             }
             Operation::Flush => return self.flush(&self.shared().image),
             Operation::Write => {
-                let mut at = at;
-                for piece in request.segments.pieces(PIECE_BYTES_MAX) {
+                for (at, piece) in request.segments.pieces(at, PIECE_BYTES_MAX) {
                     self.write(&piece, at)?;
-                    at += piece.total_bytes();
                 }
             }
             // Advice: what the format cannot is left.
