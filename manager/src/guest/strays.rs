@@ -29,12 +29,13 @@ type Found = BTreeMap<GuestId, Vec<VolumeId>>;
 pub async fn run(site: Arc<Site>, stop: CancellationToken) {
     let looked = async {
         let mut found = owned(&site).await?;
-        turn(&site, &mut found).await?;
-        while !found.is_empty() {
-            tokio::time::sleep(AGAIN_EVERY).await;
+        loop {
             turn(&site, &mut found).await?;
+            if found.is_empty() {
+                return Ok::<_, Error>(());
+            }
+            tokio::time::sleep(AGAIN_EVERY).await;
         }
-        Ok::<_, Error>(())
     };
     tokio::select! {
         () = stop.cancelled() => {}
