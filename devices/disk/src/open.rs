@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::backend::{BlockBackend, SECTOR_BYTES};
 use crate::lock::{Use, WriterLock, lock};
@@ -18,6 +19,12 @@ use crate::qcow2::{Qcow2Backend, Qcow2Error};
 use crate::raw::RawBackend;
 use crate::uring;
 use crate::zeroes::DetectZeroes;
+
+/// Time that a holder of an image gets to let go of it. io_uring's last requests, and their files with them, go a moment
+/// after the process that made them: who starts a killed machine again at once would be refused.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// Time between two attempts meanwhile.
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 /// How the requests of an image's queue reach the kernel. [`Engine::best`] finds out what this process may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -247,7 +254,8 @@ enum Opened {
     Remote(NbdBackend),
 }
 
-/// Opens and locks all files of a disk: the image for what `options` say, those behind it for reading.
+/// Opens and locks all files of a disk: the image for what `options` say, those behind it for reading. Blocks for a
+/// second before it says that somebody has one.
 pub fn files(source: &Source, options: OpenOptions) -> Result<OpenedDisk, OpenError> {
     let unlocked = unlocked_files(source, options)?;
     OpenedDisk::from_files(unlocked, source, options)
@@ -468,7 +476,7 @@ fn take_file(mut file: File, path: &Path, options: OpenOptions) -> Result<ImageF
     } else {
         Use::Write
     };
-    if !lock(&file, purpose).map_err(failed)? {
+    if !lock_patiently(&file, purpose).map_err(failed)? {
         return Err(OpenError::InUse {
             path: path.to_owned(),
         });
@@ -481,6 +489,17 @@ fn take_file(mut file: File, path: &Path, options: OpenOptions) -> Result<ImageF
         size_bytes,
         is_device: kind.is_block_device(),
     })
+}
+
+/// [`lock`] that waits [`LOCK_PATIENCE`] for a holder that is ending.
+fn lock_patiently(file: &File, purpose: Use) -> io::Result<bool> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock(file, purpose)? {
+            false if Instant::now() < deadline => std::thread::sleep(LOCK_POLL),
+            held => return Ok(held),
+        }
+    }
 }
 
 fn misfit(kind: std::fs::FileType) -> Option<&'static str> {

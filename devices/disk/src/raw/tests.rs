@@ -4,6 +4,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use super::*;
 use crate::conformance;
@@ -193,6 +194,19 @@ fn beside_qemu(path: &Path, mode: &[&str], check: impl FnOnce()) {
     check();
     drop(stdin);
     qemu.wait().unwrap();
+}
+
+#[test]
+fn a_holder_that_is_ending_is_waited_for() {
+    let (_directory, path) = image(4096);
+    let held = open(&raw(&path), OpenOptions::default()).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(held);
+        });
+        open(&raw(&path), OpenOptions::default()).unwrap();
+    });
 }
 
 #[test]
