@@ -40,7 +40,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
     VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_MAC,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
 use self::control::Control;
@@ -415,8 +415,7 @@ impl VirtioDevice for Net {
             return pairs[pair].start(usize::from(index % 2), &start, &tap, &shared);
         }
         let handler: Box<dyn QueueHandler> = if index.is_multiple_of(2) {
-            let merge = start.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-            Box::new(Receive::new(tap, shared, merge))
+            Box::new(Receive::new(tap, shared, start.features))
         } else {
             let handler = Transmit::new(tap, shared);
             Box::new(handler.map_err(|source| StartError { index, source })?)

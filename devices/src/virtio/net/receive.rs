@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 use vmm_sys_util::epoll::EventSet;
 
 use super::tap::Room;
@@ -21,6 +22,8 @@ use crate::memory::mark;
 use crate::virtio::worker::{Progress, QueueHandler};
 use crate::virtio::{Chain, DeviceQueue, QueueError};
 
+/// Where the header has its flags, §5.1.6.
+const FLAGS: usize = 0;
 /// Where the header counts the buffers of a packet, §5.1.6.
 const NUM_BUFFERS: usize = 10;
 /// The device's header and Ethernet's.
@@ -32,7 +35,11 @@ const ROOM_DECAY: u64 = 16;
 pub(super) struct Receive {
     tap: Arc<Tap>,
     shared: Arc<Shared>,
+    /// Whether a packet may take several buffers (VIRTIO_NET_F_MRG_RXBUF).
     merge: bool,
+    /// Whether the header may say anything of checksums (VIRTIO_NET_F_GUEST_CSUM, §5.1.6.4.1): a tap says what it has
+    /// verified to whoever reads it.
+    flags: bool,
     head: [u8; HEAD_BYTES],
     spill: Vec<u8>,
     /// Bytes that the next packet may be expected to have.
@@ -70,12 +77,14 @@ enum Read {
 }
 
 impl Receive {
-    /// `merge`: a packet may take several buffers (VIRTIO_NET_F_MRG_RXBUF).
-    pub(super) fn new(tap: Arc<Tap>, shared: Arc<Shared>, merge: bool) -> Self {
+    /// `features` are what the driver accepted.
+    pub(super) fn new(tap: Arc<Tap>, shared: Arc<Shared>, features: u64) -> Self {
+        let accepted = |feature: u32| features & 1 << feature != 0;
         Self {
             tap,
             shared,
-            merge,
+            merge: accepted(VIRTIO_NET_F_MRG_RXBUF),
+            flags: accepted(VIRTIO_NET_F_GUEST_CSUM),
             head: [0; HEAD_BYTES],
             spill: vec![0; PACKET_BYTES_MAX],
             expected: 0,
@@ -169,6 +178,9 @@ impl Receive {
         });
         let count = u16::try_from(needed.count()).expect("at most the queue's size");
         self.head[NUM_BUFFERS..HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+        if !self.flags {
+            self.head[FLAGS] = 0;
+        }
         let mut start = 0;
         for chain in &self.chains[..count.into()] {
             let end = packet.size.min(start + chain.writable().size());
