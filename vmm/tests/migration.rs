@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 use atoll_disk::qcow2::{Qcow2Options, create};
 use atoll_vmm_protocol::api::{Migrate, MigrationInfo, Request};
 use guest::{
-    Disturbance, Guest, Place, Random, eventually, kvm, moved, number, runs, shell, target_for,
-    works,
+    Clocked, Disturbance, Guest, Place, Random, eventually, kvm, moved, number, runs, shell,
+    target_for, works,
 };
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
@@ -147,14 +147,9 @@ fn clocks_of_a_moved_guest_count_the_time_of_its_move() {
     if !kvm() {
         return;
     }
-    let mut guest = Place::new().start(&shell("32", "1"));
-    let mut serial = guest.serial();
-    serial.wait_for("probe> ");
-    serial.clock("share");
-    let outer = Instant::now();
-    let [before_ns, before_ticks, flags] = serial.clock("");
-    assert_eq!(flags & 2, 0);
+    let before = Clocked::start();
     let inner = Instant::now();
+    let mut guest = before.guest;
     let mut target = target_for(&guest);
     let moved = begin(&guest, &target, "1").wait_with_output().unwrap();
     assert!(moved.status.success(), "{}", target.said());
@@ -163,9 +158,9 @@ fn clocks_of_a_moved_guest_count_the_time_of_its_move() {
     serial.wait_for("probe> ");
     let least = inner.elapsed();
     let [ns, ticks, flags] = serial.clock("");
-    let most = outer.elapsed();
-    let passed = Duration::from_nanos(ns - before_ns);
-    let khz = (ticks - before_ticks) / u64::try_from(passed.as_millis()).unwrap();
+    let most = before.since.elapsed();
+    let passed = Duration::from_nanos(ns - before.ns);
+    let khz = (ticks - before.ticks) / u64::try_from(passed.as_millis()).unwrap();
     println!("{passed:?} of {least:?} to {most:?}, {khz} ticks a ms");
     assert_eq!(flags & 2, 2, "it is told that it stood still");
     // Two clocks of one host, one of which is corrected by the network's time.

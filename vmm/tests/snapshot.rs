@@ -22,7 +22,7 @@ use atoll_vmm::saved::packed::Packed;
 use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::Request;
 use atoll_vmm_protocol::spec::{DiskLimits, NetLimits, VhostNet};
-use guest::{Guest, Place, eventually, kvm, shell};
+use guest::{Clocked, Guest, Place, eventually, kvm, shell};
 use rustix::fs::{SeekFrom, seek};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -335,12 +335,9 @@ fn a_guest_that_was_paused_is_told() {
     if !kvm() {
         return;
     }
-    let mut guest = Place::new().start(&shell("32", "1"));
-    let mut serial = guest.serial();
-    serial.wait_for("probe> ");
-    serial.clock("share");
-    let [.., flags] = serial.clock("");
-    assert_eq!(flags & 2, 0);
+    let Clocked {
+        guest, mut serial, ..
+    } = Clocked::start();
     guest.client().act(Request::Pause).unwrap();
     guest.client().act(Request::Resume).unwrap();
     let [.., flags] = serial.clock("");
@@ -354,13 +351,8 @@ fn clocks_of_a_restored_guest_go_on_where_they_stopped() {
     if !kvm() {
         return;
     }
-    let mut guest = Place::new().start(&shell("32", "1"));
-    let mut serial = guest.serial();
-    serial.wait_for("probe> ");
-    serial.clock("share");
-    let all = Instant::now();
-    let [before_ns, before_ticks, flags] = serial.clock("");
-    assert_eq!(flags & 2, 0);
+    let before = Clocked::start();
+    let guest = before.guest;
     guest.client().act(Request::Pause).unwrap();
     guest.ctl(&["snapshot", "--to", "copy"]).unwrap();
     // Its clock stops with the snapshot.
@@ -375,10 +367,10 @@ fn clocks_of_a_restored_guest_go_on_where_they_stopped() {
     serial.wait_for("probe> ");
     let [ns, ticks, flags] = serial.clock("");
     assert_eq!(flags & 2, 2, "it is told of its absence");
-    let most = all.elapsed() - absent;
-    let passed = Duration::from_nanos(ns - before_ns);
+    let most = before.since.elapsed() - absent;
+    let passed = Duration::from_nanos(ns - before.ns);
     println!("absent for {absent:?}, its clock counted {passed:?} of {most:?}");
-    assert!(ns > before_ns && ticks > before_ticks);
+    assert!(ns > before.ns && ticks > before.ticks);
     assert!(passed < most + Duration::from_millis(1));
 }
 

@@ -308,6 +308,35 @@ impl Serial {
     }
 }
 
+/// A probe guest whose clock is KVM's, and what that said while nothing had happened to the guest.
+pub struct Clocked {
+    pub guest: Guest,
+    pub serial: Serial,
+    /// A moment before the clock was read.
+    pub since: Instant,
+    pub ns: u64,
+    pub ticks: u64,
+}
+
+impl Clocked {
+    pub fn start() -> Self {
+        let mut guest = Place::new().start(&shell("32", "1"));
+        let mut serial = guest.serial();
+        serial.wait_for("probe> ");
+        serial.clock("share");
+        let since = Instant::now();
+        let [ns, ticks, flags] = serial.clock("");
+        assert_eq!(flags & 2, 0, "it has not stood still");
+        Self {
+            guest,
+            serial,
+            since,
+            ns,
+            ticks,
+        }
+    }
+}
+
 /// A process that waits for `source`'s machine, in a folder with the same disk.
 pub fn target_for(source: &Guest) -> Guest {
     let place = Place::new();
