@@ -290,6 +290,11 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "time",
+        "time stamp counters of a machine's vCPUs that differ after a move",
+        &["vmm/src/vcpu/counter.rs::counters_of_all_vcpus_are_set_alike_whenever_they_were_saved"],
+    ),
+    (
+        "time",
         "time stamp counters of another speed",
         &["vmm/src/machine/saved.rs::a_counter_of_another_speed_is_refused"],
     ),

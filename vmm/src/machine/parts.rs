@@ -35,8 +35,8 @@ use crate::layout;
 use crate::loader::BootFiles;
 use crate::memory::filling::Filling;
 use crate::saved::image::Touched;
-use crate::vcpu::state::{Scope, Tsc, VcpuState};
-use crate::vcpu::{Pending, Vcpu};
+use crate::vcpu::state::{Scope, VcpuState};
+use crate::vcpu::{Pending, Tsc, Vcpu};
 
 /// A built machine. Fields are dropped in their order: vCPUs end first, guest memory goes last.
 pub(super) struct Parts {

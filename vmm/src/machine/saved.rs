@@ -24,8 +24,7 @@ use crate::kvm::cpu::HostCpu;
 use crate::kvm::cpu::compare::{self, Unlike};
 use crate::layout;
 use crate::saved::{ClockState, DeviceEntry, FORMAT, MachineState, VERSION, VcpuSaved};
-use crate::vcpu::Pending;
-use crate::vcpu::state::Tsc;
+use crate::vcpu::{Pending, Tsc};
 
 /// Time that may have passed between two hosts' clocks at a migration; more is taken for clocks that differ.
 const ABSENCE_NS_MAX: u64 = 600_000_000_000;
@@ -191,11 +190,11 @@ pub(super) fn restore(
     let away_ticks = u64::try_from(away_ticks).unwrap_or(0);
     let vcpus = parts.vcpus.iter().zip(state.vcpus);
     let mut vcpus = vcpus.map(|(vcpu, saved)| (vcpu, Arc::new(saved.into_state(away_ticks))));
-    // The first one's counter is where the others' are kept.
+    // The others' counters are set like the first one's.
     if let Some((vcpu, state)) = vcpus.next() {
-        vcpu.restore(&state, Tsc::SetFirst).wait()?;
+        let offset = vcpu.restore(&state, Tsc::SetFirst).wait()?;
+        Pending::all(vcpus.map(|(vcpu, state)| vcpu.restore(&state, Tsc::Set(offset))))?;
     }
-    Pending::all(vcpus.map(|(vcpu, state)| vcpu.restore(&state, Tsc::Set)))?;
     let built_with = parts.generation.as_ref().map(|device| device.value());
     for ((name, device), saved) in built.iter().zip(entries) {
         let restored = device.restore(&saved);

@@ -24,11 +24,9 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use super::counter::{MSR_TSC, Offset, Tsc};
 use crate::kvm::KvmError;
 
-/// Time stamp counter. It goes on over a reset, as on hardware with an invariant one, so that the vCPUs'
-/// counters stay equal. KVM takes values that are set within a second of each other for equal counters.
-const MSR_TSC: u32 = 0x10;
 /// Deadline of the local APIC timer.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -69,19 +67,14 @@ pub struct VcpuState {
     pub(crate) nested: Option<Box<KvmNestedStateBuffer>>,
 }
 
-/// What happens to the time stamp counter when a state is put back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tsc {
-    /// It goes on: the same machine, reset.
-    Keep,
-    /// It is that of the state: another machine goes on where the saved one was, and this is the first of its vCPUs.
-    SetFirst,
-    /// The same for the others, which KVM keeps at the first one's: their values differ by less than a second.
-    Set,
+#[cfg(test)]
+impl VcpuState {
+    /// An MSR's value, to be changed.
+    pub(super) fn msr(&mut self, index: u32) -> &mut u64 {
+        let msr = self.msrs.iter_mut().find(|msr| msr.index == index);
+        &mut msr.expect("KVM lists it").data
+    }
 }
-
-/// How far from the value that is meant the first vCPU's counter is set before: hours.
-const FAR_TICKS: u64 = 1 << 44;
 
 /// Takes the state out. The vCPU must not be running, and must have finished its last exit.
 pub fn save(fd: &VcpuFd, scope: &Scope) -> Result<VcpuState, KvmError> {
@@ -130,8 +123,8 @@ fn with_interrupt_flag(mut state: KvmNestedStateBuffer, efer: u64) -> KvmNestedS
     state
 }
 
-/// Puts a state back into a vCPU with the same CPUID.
-pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<(), KvmError> {
+/// Puts a state back into a vCPU with the same CPUID. Returns how its counter is set now, for the other vCPUs.
+pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<Offset, KvmError> {
     let failed = KvmError::failed;
     fd.set_mp_state(state.mp_state)
         .map_err(failed("set a run state"))?;
@@ -153,27 +146,12 @@ pub fn restore(fd: &VcpuFd, state: &VcpuState, tsc: Tsc) -> Result<(), KvmError>
         .map_err(failed("set debug registers"))?;
     fd.set_lapic(&state.lapic)
         .map_err(failed("set a local APIC"))?;
-    // Before the deadline, which is told in its ticks. KVM before Linux 6.7 takes a value within a second of what the
-    // counter says for an attempt to keep vCPUs together, and leaves it (`kvm_synchronize_tsc`): that of a guest which
-    // was saved in its first second would be the new machine's. No value is near a far one.
-    let far = state.tsc.wrapping_add(FAR_TICKS);
-    let values: &[u64] = match tsc {
-        Tsc::Keep => &[],
-        Tsc::SetFirst => &[far, state.tsc],
-        Tsc::Set => &[state.tsc],
-    };
-    for value in values {
-        let entry = kvm_msr_entry {
-            index: MSR_TSC,
-            data: *value,
-            ..Default::default()
-        };
-        let msrs = Msrs::from_entries(&[entry]).expect("one entry");
-        fd.set_msrs(&msrs).map_err(failed("set the time stamp"))?;
-    }
+    // Before the deadline, which is told in its ticks.
+    tsc.set(fd, state).map_err(failed("set the time stamp"))?;
     restore_msrs(fd, &state.msrs)?;
     fd.set_vcpu_events(&state.events)
-        .map_err(failed("set events"))
+        .map_err(failed("set events"))?;
+    Ok(Offset::of(fd, state))
 }
 
 /// Reads MSRs, leaving out those that KVM lists for the host but this vCPU does not have.
@@ -229,38 +207,16 @@ mod tests {
     };
 
     use super::*;
-    use crate::board::MICRO;
-    use crate::kvm::cpuid::{Place, for_vcpu};
-    use crate::kvm::{Kvm, VirtualMachine};
+    use crate::vcpu::bare::{Bare, bare};
+    use crate::vcpu::counter::FAR_TICKS;
     use crate::vcpu::setup;
-
-    /// A vCPU of the host's own kind, and what belongs to its state.
-    fn vcpu() -> Option<(VirtualMachine, VcpuFd, Scope)> {
-        let kvm = match Kvm::open() {
-            Ok(kvm) => kvm,
-            Err(error) => {
-                println!("ATOLL-SKIP: {error}");
-                return None;
-            }
-        };
-        let machine = kvm.create(&MICRO, 1).unwrap();
-        machine.create_interrupt_controllers().unwrap();
-        let fd = machine.fd().create_vcpu(0).unwrap();
-        let cpuid = for_vcpu(kvm.cpu().unwrap().entries(), Place { id: 0, count: 1 });
-        setup::common(&fd, &cpuid, &[]).unwrap();
-        setup::as_firmware_leaves_it(&fd).unwrap();
-        let scope = Scope {
-            msr_indices: kvm.msr_indices().unwrap(),
-            nested: kvm.cpu().unwrap().runs_guests(),
-        };
-        Some((machine, fd, scope))
-    }
 
     #[test]
     fn a_state_that_is_put_into_another_vcpu_is_the_same() {
-        let (Some((_one, first, scope)), Some((_other, second, _))) = (vcpu(), vcpu()) else {
+        let (Some(one), Some(other)) = (bare(&[]), bare(&[])) else {
             return;
         };
+        let (first, second, scope) = (one.fd, other.fd, one.scope);
         // Something of every kind that is not as at power-on.
         setup::entry(
             &first,
@@ -332,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_refused_msr_is_an_error_with_its_number() {
-        let Some((_machine, fd, scope)) = vcpu() else {
+        let Some(Bare { fd, scope, .. }) = bare(&[]) else {
             return;
         };
         let mut state = save(&fd, &scope).unwrap();

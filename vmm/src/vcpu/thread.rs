@@ -38,7 +38,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 use super::setup::{self, Entry};
-use super::state::{self, Scope, Tsc, VcpuState};
+use super::state::{self, Scope, VcpuState};
+use super::{Offset, Tsc};
 use crate::kvm::KvmError;
 
 /// What a vCPU reports to its owner.
@@ -85,7 +86,7 @@ enum Command {
     Hold(SyncSender<()>),
     Rest(Duration),
     Save(Arc<Scope>, SyncSender<Result<VcpuState, KvmError>>),
-    Restore(Arc<VcpuState>, Tsc, SyncSender<Result<(), KvmError>>),
+    Restore(Arc<VcpuState>, Tsc, SyncSender<Result<Offset, KvmError>>),
     Enter(Entry, SyncSender<Result<(), KvmError>>),
     End,
 }
@@ -212,9 +213,9 @@ impl Vcpu {
         Pending(saved)
     }
 
-    /// Puts a held vCPU into a state. Its thread does so while the caller asks others.
+    /// Puts a held vCPU into a state; how its counter is set then. Its thread does so while the caller asks others.
     #[must_use]
-    pub fn restore(&self, state: &Arc<VcpuState>, tsc: Tsc) -> Pending<()> {
+    pub fn restore(&self, state: &Arc<VcpuState>, tsc: Tsc) -> Pending<Offset> {
         let (answer, restored) = sync_channel(1);
         self.send(Command::Restore(state.clone(), tsc, answer));
         Pending(restored)
