@@ -158,6 +158,14 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "stop",
+        "a kick finds the vCPU on its way into the guest, and is lost",
+        &[
+            "vmm/src/vcpu/thread.rs::a_kick_on_the_way_into_the_guest_is_not_lost",
+            "vmm/src/vcpu/thread.rs::a_kick_while_an_exit_is_answered_is_not_lost",
+        ],
+    ),
+    (
+        "stop",
         "requests in flight are lost by a pause",
         &["probe.rs::pausing_again_and_again_loses_no_request"],
     ),
@@ -219,6 +227,11 @@ const PITFALLS: &[(&str, &str, &[&str])] = &[
             "vmm/src/vcpu/state.rs::a_state_that_is_put_into_another_vcpu_is_the_same",
             "golden.rs::machines_of_every_release_go_on",
         ],
+    ),
+    (
+        "state",
+        "a timer's deadline, an exception or an NMI that is pending is lost",
+        &["vmm/src/vcpu/state.rs::a_deadline_and_what_is_pending_reach_the_guest_in_another_vcpu"],
     ),
     (
         "state",

@@ -204,10 +204,13 @@ fn restore_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
 mod tests {
     use kvm_bindings::{
         KVM_MP_STATE_RUNNABLE, KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GIF_SET,
+        KVM_VCPUEVENT_VALID_NMI_PENDING,
     };
+    use kvm_ioctls::VcpuExit;
 
     use super::*;
-    use crate::vcpu::bare::{Bare, bare};
+    use crate::saved::VcpuSaved;
+    use crate::vcpu::bare::{Bare, PORT, bare, in_time};
     use crate::vcpu::counter::FAR_TICKS;
     use crate::vcpu::setup;
 
@@ -264,6 +267,72 @@ mod tests {
             let moves = before.data != again.data;
             assert!(moves || before == after, "MSR {:#x}", before.index);
         }
+    }
+
+    /// Vector of the deadline timer, in its local vector table entry's mode for deadlines (Intel SDM vol. 3A §11.5.4.1).
+    const TIMER: u8 = 0x50;
+
+    /// Has the local APIC deliver the deadline.
+    fn expect_deadline(fd: &VcpuFd) {
+        let mut lapic = fd.get_lapic().unwrap();
+        // Spurious interrupt vector, with the APIC on; LVT timer.
+        for (register, value) in [(0xf0, 0x1ff_u32), (0x320, 1 << 18 | u32::from(TIMER))] {
+            for (to, from) in lapic.regs[register..].iter_mut().zip(value.to_le_bytes()) {
+                *to = std::os::raw::c_char::from_le_bytes([from]);
+            }
+        }
+        fd.set_lapic(&lapic).unwrap();
+    }
+
+    /// An exception and an NMI are on their way to the guest, and a deadline passes as soon as it goes on: it gets all
+    /// three.
+    #[test]
+    fn a_deadline_and_what_is_pending_reach_the_guest_in_another_vcpu() {
+        // sti; hlt; jmp to hlt
+        let code = [0xfb, 0xf4, 0xeb, 0xfd];
+        let (Some(one), Some(other)) = (bare(&code), bare(&code)) else {
+            return;
+        };
+        expect_deadline(&one.fd);
+        let mut state = save(&one.fd, &one.scope).unwrap();
+        *state.msr(MSR_TSC_DEADLINE) = 1 << 62;
+        (state.events.exception.injected, state.events.exception.nr) = (1, 6);
+        state.events.nmi.pending = 1;
+        state.events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING;
+        restore(&one.fd, &state, Tsc::Keep).unwrap();
+        let state = save(&one.fd, &one.scope).unwrap();
+        assert_eq!(state.events.exception.injected, 1);
+        assert_eq!(
+            (state.events.exception.nr, state.events.nmi.pending),
+            (6, 1)
+        );
+        let last = state.msrs.last().unwrap();
+        assert_eq!((last.index, last.data), (MSR_TSC_DEADLINE, 1 << 62));
+
+        // As it is written, but for the time: soon after that of the state, where a counter can be set.
+        let written = serde_json::to_string(&VcpuSaved::new(state, &[])).unwrap();
+        let written: VcpuSaved = serde_json::from_str(&written).unwrap();
+        let mut state = written.into_state(1 << 50);
+        Tsc::SetFirst.set(&one.fd, &state).unwrap();
+        let is_set = read_msrs(&one.fd, &[MSR_TSC]).unwrap()[0].data >= 1 << 50;
+        *state.msr(MSR_TSC_DEADLINE) = if is_set { state.tsc + 1 } else { 1 };
+        restore(&other.fd, &state, Tsc::SetFirst).unwrap();
+        let (mut fd, machine) = (other.fd, other.machine);
+        let told = in_time(move || {
+            let mut told = Vec::new();
+            while !told.contains(&TIMER) {
+                match fd.run() {
+                    Ok(VcpuExit::IoOut(port, data)) if port == u16::from(PORT) => {
+                        told.extend_from_slice(data);
+                    }
+                    Ok(_) => {}
+                    Err(error) => assert!(matches!(error.errno(), libc::EINTR | libc::EAGAIN)),
+                }
+            }
+            drop(machine);
+            told
+        });
+        assert_eq!(told, [6, 2, TIMER]);
     }
 
     #[test]

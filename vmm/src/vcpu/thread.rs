@@ -258,11 +258,18 @@ impl Vcpu {
     }
 
     fn kick(&self) {
-        let Some(thread) = &self.thread else { return };
-        self.immediate_exit.set(1);
-        // A thread that has ended needs no signal.
-        let _ = thread.kill(kick_signal());
+        if let Some(thread) = &self.thread {
+            interrupt(self.immediate_exit, thread);
+        }
     }
+}
+
+/// Has the thread's current or next `KVM_RUN` return. The byte comes first: a signal that finds the thread on its way
+/// into the guest is spent there.
+fn interrupt(immediate_exit: ImmediateExit, thread: &impl Killable) {
+    immediate_exit.set(1);
+    // A thread that has ended needs no signal.
+    let _ = thread.kill(kick_signal());
 }
 
 impl Drop for Vcpu {
@@ -367,7 +374,6 @@ impl Body {
                         running = false;
                         report(text);
                     }
-                    self.immediate_exit.set(0);
                 }
             }
         }
@@ -378,9 +384,11 @@ impl Body {
         let _ = self.fd.kvmclock_ctrl();
     }
 
+    /// Commands are to be read after this, not before: what interrupted it is forgotten.
     fn run_until_interrupted(&mut self) -> Stop {
         loop {
             if let Some(stop) = self.run_once() {
+                self.immediate_exit.set(0);
                 return stop;
             }
         }
@@ -460,5 +468,117 @@ impl Body {
             sregs.idt.base,
             sregs.idt.limit,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicPtr;
+
+    use atoll_devices::bus::{BusDevice, BusRange};
+
+    use super::*;
+    use crate::vcpu::bare::{CODE, PATIENCE, PORT, bare, in_time};
+
+    /// `jmp $`: the guest never leaves by itself.
+    const SPINS: [u8; 2] = [0xeb, 0xfe];
+
+    /// The calling thread: a signal to it is handled before `kill` returns.
+    struct Myself;
+
+    // SAFETY: the thread is there for as long as this is used, by itself.
+    unsafe impl Killable for Myself {
+        fn pthread_handle(&self) -> libc::pthread_t {
+            // SAFETY: it takes nothing, and cannot fail.
+            unsafe { libc::pthread_self() }
+        }
+    }
+
+    /// The vCPU has looked for commands and goes into the guest next when it is kicked: the signal is handled then, with
+    /// no `KVM_RUN` to interrupt.
+    #[test]
+    fn a_kick_on_the_way_into_the_guest_is_not_lost() {
+        static BYTE: AtomicPtr<AtomicU8> = AtomicPtr::new(std::ptr::null_mut());
+        static SEEN: AtomicU8 = AtomicU8::new(0xff);
+        extern "C" fn note(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+            // SAFETY: set before the signal is sent to the only thread that gets it, which has the page mapped.
+            let byte = unsafe { &*BYTE.load(Ordering::SeqCst) };
+            SEEN.store(byte.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+        let Some(mut bare) = bare(&SPINS) else { return };
+        let immediate_exit = ImmediateExit::of(&mut bare.fd);
+        in_time(move || {
+            let (_owner, commands) = channel();
+            let mut body = Body {
+                id: 0,
+                fd: bare.fd,
+                buses: no_buses(),
+                exits: Arc::default(),
+                commands,
+                immediate_exit,
+            };
+            register_signal_handler(kick_signal(), note).unwrap();
+            BYTE.store(immediate_exit.0.cast_mut(), Ordering::SeqCst);
+            interrupt(immediate_exit, &Myself);
+            assert_eq!(SEEN.load(Ordering::SeqCst), 1, "set before the signal");
+            assert!(matches!(body.run_until_interrupted(), Stop::Interrupted));
+            assert_eq!(body.fd.get_regs().unwrap().rip, CODE);
+            assert_eq!(body.fd.get_kvm_run().immediate_exit, 0, "and told once");
+        });
+    }
+
+    fn no_buses() -> Buses {
+        Buses {
+            ports: Bus::default(),
+            memory: Bus::default(),
+        }
+    }
+
+    /// A port whose writer waits.
+    struct Gate {
+        entered: Sender<()>,
+        open: Mutex<Receiver<()>>,
+    }
+
+    impl BusDevice for Gate {
+        fn read(&self, _: u64, _: &mut [u8]) {}
+
+        fn write(&self, _: u64, _: &[u8]) {
+            self.entered.send(()).unwrap();
+            self.open.lock().unwrap().recv().unwrap();
+            // A system call, at whose end at the latest a signal is handled that was sent before the gate was opened.
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_kick_while_an_exit_is_answered_is_not_lost() {
+        // out PORT, al
+        let [spins_a, spins_b] = SPINS;
+        let Some(bare) = bare(&[0xe6, PORT, spins_a, spins_b]) else {
+            return;
+        };
+        handle_kicks().unwrap();
+        let ((entered, in_it), (opener, open)) = (channel(), channel());
+        let open = Mutex::new(open);
+        let range = BusRange {
+            base: PORT.into(),
+            size: 1,
+            name: "gate",
+            device: Arc::new(Gate { entered, open }),
+        };
+        let buses = Buses {
+            ports: Bus::new(vec![range]).unwrap(),
+            ..no_buses()
+        };
+        let vcpu = Vcpu::start(0, bare.fd, buses, |report| panic!("{report:?}")).unwrap();
+        vcpu.run();
+        in_it.recv_timeout(PATIENCE).expect("the guest's access");
+        let held = vcpu.hold();
+        opener.send(()).unwrap();
+        held.recv_timeout(PATIENCE).expect("it is held");
+        let state = vcpu.save(&Arc::new(bare.scope)).wait().unwrap();
+        assert_eq!(state.regs.rip, CODE + 2, "the access is complete");
     }
 }
