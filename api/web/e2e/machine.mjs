@@ -25,6 +25,7 @@ async function download(browser) {
     response.end('not much of an image'.padEnd(2048));
   });
   await new Promise((done) => server.listen(0, '127.0.0.1', done));
+  server.unref(); // A step that fails ends the script.
   const url = (file) => `http://127.0.0.1:${server.address().port}/${file}`;
   await page.getByRole('treeitem', { name: /^local, storage/ }).first().click();
   await page.getByRole('heading', { name: /^Storage local/ }).waitFor();

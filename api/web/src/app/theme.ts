@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // Colours and sizes: dense, quiet, system fonts. Contrast of text is 4.5:1 or better in both schemes.
-import { Button, createTheme, Drawer, Modal, Table, Tooltip, type CSSVariablesResolver, type MantineColorsTuple } from '@mantine/core';
+import { Button, createTheme, Drawer, Modal, Notification, Table, Tooltip, type CSSVariablesResolver, type MantineColorsTuple } from '@mantine/core';
 
 const lagoon: MantineColorsTuple = [
   '#e6f7f9',
@@ -60,6 +60,7 @@ export const theme = createTheme({
     Button: Button.extend({ defaultProps: { size: 'xs' } }),
     Modal: Modal.extend({ defaultProps: { centered: false, closeButtonProps: { 'aria-label': 'Close' }, attributes: DIALOG_ATTRIBUTES } }),
     Drawer: Drawer.extend({ defaultProps: { attributes: DIALOG_ATTRIBUTES } }),
+    Notification: Notification.extend({ styles: { description: { color: 'var(--mantine-color-dimmed)' } } }),
     Table: Table.extend({ defaultProps: { verticalSpacing: 6 } }),
     Tooltip: Tooltip.extend({ defaultProps: { openDelay: 400, withArrow: true } }),
   },
