@@ -210,18 +210,35 @@ pub fn mount_idmapped(
         propagation: 0,
         userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?,
     };
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    set_mount_attributes(Where::Tree(tree), &attributes, recursive)
+}
+
+/// A mount whose attributes change: what is open, or what is at a path, which ends in no symbolic link.
+enum Where<'a> {
+    Tree(BorrowedFd<'a>),
+    Path(&'a Path),
+}
+
+/// With `below`, of all mounts below it, too. mount_setattr(2).
+fn set_mount_attributes(
+    mount: Where<'_>,
+    attributes: &libc::mount_attr,
+    below: bool,
+) -> io::Result<()> {
+    let (folder, path, flags) = match mount {
+        Where::Tree(tree) => (tree.as_raw_fd(), c"".to_owned(), libc::AT_EMPTY_PATH),
+        Where::Path(path) => (libc::AT_FDCWD, c_path(path)?, libc::AT_SYMLINK_NOFOLLOW),
+    };
+    let flags = flags | if below { libc::AT_RECURSIVE } else { 0 };
     let size = size_of::<libc::mount_attr>();
-    let pointer = &raw const attributes;
-    let empty = c"".as_ptr();
-    // SAFETY: the attributes and the empty path live through the call, and `size` is the structure's.
+    // SAFETY: the attributes and the path live through the call, and `size` is the structure's.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            empty,
+            folder,
+            path.as_ptr(),
             flags,
-            pointer,
+            std::ptr::from_ref(attributes),
             size,
         )
     };
@@ -238,6 +255,15 @@ pub struct MountChange {
 }
 
 impl MountChange {
+    fn request(self) -> libc::mount_attr {
+        libc::mount_attr {
+            attr_set: self.attributes,
+            attr_clr: self.cleared,
+            propagation: self.propagation,
+            userns_fd: 0,
+        }
+    }
+
     /// Attributes (MOUNT_ATTR_*) to set, and the mask of those to clear before.
     pub const fn attributes(set: u64, cleared: u64) -> Self {
         Self {
@@ -295,56 +321,12 @@ impl std::ops::BitOr for MountChange {
 
 /// MountChanges the mount at `path`, not following a link there. mount_setattr(2).
 pub fn change_mount(path: &Path, what: MountChange) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: what.attributes,
-        attr_clr: what.cleared,
-        propagation: what.propagation,
-        userns_fd: 0,
-    };
-    let below = if what.below { libc::AT_RECURSIVE } else { 0 };
-    let flags = libc::AT_SYMLINK_NOFOLLOW | below;
-    let path = c_path(path)?;
-    let size = size_of::<libc::mount_attr>();
-    let pointer = &raw const attributes;
-    // SAFETY: the attributes and the path live through the call, and `size` is the structure's.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            flags,
-            pointer,
-            size,
-        )
-    };
-    check(result).map(drop)
+    set_mount_attributes(Where::Path(path), &what.request(), what.below)
 }
 
 /// Changes a detached mount. mount_setattr(2).
 pub fn change_tree(tree: BorrowedFd<'_>, what: MountChange) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: what.attributes,
-        attr_clr: what.cleared,
-        propagation: what.propagation,
-        userns_fd: 0,
-    };
-    let below = if what.below { libc::AT_RECURSIVE } else { 0 };
-    let flags = libc::AT_EMPTY_PATH | below;
-    let size = size_of::<libc::mount_attr>();
-    let pointer = &raw const attributes;
-    let empty = c"".as_ptr();
-    // SAFETY: the attributes and the empty path live through the call, and `size` is the structure's.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            empty,
-            flags,
-            pointer,
-            size,
-        )
-    };
-    check(result).map(drop)
+    set_mount_attributes(Where::Tree(tree), &what.request(), what.below)
 }
 
 /// Attaches a detached mount at what is open. move_mount(2).
