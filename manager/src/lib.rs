@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod network;
 mod node;
 pub mod oci;
+mod percent;
 pub mod process;
 pub mod reconcile;
 pub mod sampler;

@@ -19,6 +19,7 @@ use std::fmt::Write as _;
 use super::identity::{Identity, UserId};
 use super::privilege::{Privilege, PrivilegeSet};
 use super::role;
+use crate::percent;
 use crate::schema::split_list;
 
 /// The whole file.
@@ -210,16 +211,16 @@ impl UserConfig {
     fn print_users(&self, out: &mut String) {
         for (id, user) in &self.users {
             let texts = [&user.firstname, &user.lastname, &user.email, &user.comment];
-            let texts: Vec<String> = texts.iter().map(|text| escape(text)).collect();
+            let texts: Vec<String> = texts.iter().map(|text| percent::encode(text)).collect();
             let (enabled, expire) = (u8::from(user.enabled), user.expire);
-            let (texts, keys) = (texts.join(":"), escape(&user.keys));
+            let (texts, keys) = (texts.join(":"), percent::encode(&user.keys));
             line(
                 out,
                 format_args!("user:{id}:{enabled}:{expire}:{texts}:{keys}:"),
             );
             for (name, token) in &user.tokens {
                 let (expire, separate) = (token.expire, u8::from(token.separate));
-                let comment = escape(&token.comment);
+                let comment = percent::encode(&token.comment);
                 line(
                     out,
                     format_args!("token:{id}!{name}:{expire}:{separate}:{comment}:"),
@@ -230,11 +231,11 @@ impl UserConfig {
 
     fn print_sets(&self, out: &mut String) {
         for (name, group) in &self.groups {
-            let (users, comment) = (join(&group.users), escape(&group.comment));
+            let (users, comment) = (join(&group.users), percent::encode(&group.comment));
             line(out, format_args!("group:{name}:{users}:{comment}:"));
         }
         for (name, pool) in &self.pools {
-            let (comment, guests) = (escape(&pool.comment), join(&pool.guests));
+            let (comment, guests) = (percent::encode(&pool.comment), join(&pool.guests));
             let storages = join(&pool.storages);
             line(
                 out,
@@ -248,7 +249,11 @@ impl UserConfig {
     }
 
     fn take_user(&mut self, fields: &[&str]) -> Option<()> {
-        let text = |index: usize| fields.get(index).map_or(String::new(), |f| unescape(f));
+        let text = |index: usize| {
+            fields
+                .get(index)
+                .map_or(String::new(), |f| percent::decode(f))
+        };
         let id = fields.get(1)?.parse().ok()?;
         let user = User {
             enabled: fields.get(2)? == &"1",
@@ -270,7 +275,7 @@ impl UserConfig {
         let token = Token {
             expire: fields.get(2)?.parse().ok()?,
             separate: fields.get(3)? == &"1",
-            comment: unescape(fields.get(4)?),
+            comment: percent::decode(fields.get(4)?),
         };
         user.tokens.insert(identity.token?, token);
         Some(())
@@ -283,7 +288,7 @@ impl UserConfig {
         let users = split_list(fields.get(2)?).filter_map(|user| user.parse().ok());
         let group = Group {
             users: users.collect(),
-            comment: unescape(fields.get(3).unwrap_or(&"")),
+            comment: percent::decode(fields.get(3).unwrap_or(&"")),
         };
         self.groups.insert((*name).to_owned(), group);
         Some(())
@@ -291,7 +296,7 @@ impl UserConfig {
 
     fn take_pool(&mut self, fields: &[&str]) -> Option<()> {
         let pool = Pool {
-            comment: unescape(fields.get(2)?),
+            comment: percent::decode(fields.get(2)?),
             guests: split_list(fields.get(3)?)
                 .filter_map(|id| id.parse().ok())
                 .collect(),
@@ -348,37 +353,6 @@ fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
 fn join<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     let items: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
     items.join(",")
-}
-
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c == ':' || c == '%' || c.is_ascii_control() {
-            out.push_str(&format!("%{:02X}", u32::from(c)));
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let code = tail.get(..2).and_then(|two| std::str::from_utf8(two).ok());
-        match code.and_then(|two| u8::from_str_radix(two, 16).ok()) {
-            Some(byte) if first == b'%' => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use super::keys::Plug;
 use super::{crypt, keys};
 use crate::error::{Error, MISMATCH, MODIFIED};
 use crate::id::GuestKind;
+use crate::percent;
 use crate::schema::Properties;
 
 /// One section of the file.
@@ -473,7 +474,7 @@ impl Section {
         }
         if let Some(note) = line.strip_prefix('#') {
             let description = self.values.entry("description".to_owned()).or_default();
-            description.push_str(&unescape(note));
+            description.push_str(&percent::decode(note));
             description.push('\n');
             return;
         }
@@ -493,7 +494,7 @@ impl Section {
         let mut out = String::new();
         if let Some(notes) = self.values.get("description") {
             for line in notes.split_terminator('\n') {
-                out.push_str(&format!("#{}\n", escape(line)));
+                out.push_str(&format!("#{}\n", percent::encode(line)));
             }
         }
         let others = self.values.iter().filter(|(key, _)| *key != "description");
@@ -560,50 +561,16 @@ fn raw_line(line: &str) -> Option<(&str, &str)> {
 /// Values are one line. Only notes may hold more, and those are escaped where they are pending.
 fn value_line(key: &str, value: &str) -> String {
     match key {
-        "description" => format!("{key}: {}\n", escape(value)),
+        "description" => format!("{key}: {}\n", percent::encode(value)),
         _ => format!("{key}: {}\n", value.replace('\n', " ")),
     }
 }
 
 fn read_value(key: &str, value: &str) -> String {
     match key {
-        "description" => unescape(value),
+        "description" => percent::decode(value),
         _ => value.to_owned(),
     }
-}
-
-/// PVE's form of notes: a colon, a per cent sign, and what is not printable ASCII become `%XX`.
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b':' | b'%' | 0..=0x1F | 0x7F.. => out.push_str(&format!("%{byte:02X}")),
-            _ => out.push(char::from(byte)),
-        }
-    }
-    out
-}
-
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let code = tail
-            .get(..2)
-            .filter(|two| two.iter().all(u8::is_ascii_hexdigit));
-        let byte = code.and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
-        match byte {
-            Some(byte) if first == b'%' => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]

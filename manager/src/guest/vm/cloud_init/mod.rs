@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
 use crate::id::GuestId;
+use crate::percent;
 use crate::schema::{Properties, split_list};
 use crate::storage::name::VolumeName;
 
@@ -73,33 +74,13 @@ fn user_data(id: GuestId, config: &GuestConfig) -> String {
     }
     let keys: Vec<String> = config
         .get("sshkeys")
-        .map(|keys| decoded(keys).lines().map(str::to_owned).collect())
+        .map(|keys| percent::decode(keys).lines().map(str::to_owned).collect())
         .unwrap_or_default();
     let keys: Vec<&String> = keys.iter().filter(|key| !key.trim().is_empty()).collect();
     if !keys.is_empty() {
         data["ssh_authorized_keys"] = json!(keys);
     }
     format!("#cloud-config\n{data:#}\n")
-}
-
-/// Percent-encoded text, as clients send keys.
-fn decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let hex = tail.get(..2).and_then(|hex| std::str::from_utf8(hex).ok());
-        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-            Some(byte) if *first == b'%' => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The network's part, version 2: cards are found by their addresses.
