@@ -66,7 +66,7 @@ inside() { atoll-ct --root $STATE/run/ct exec ct-100 "$@"; }
 
 /// A VLAN-aware bridge, on which the host has an address in VLAN 1, 10.6.0.1, and one in VLAN 5, 10.5.0.1; and a card of
 /// the container with an address for each, whose name the image's systemd does not look after. Prints the VLANs of the
-/// container's and of the VM's card; `u`: untagged.
+/// container's and of the VM's card, `u`: untagged; before, the bridges and whether the node says they are aware.
 const VLANS: &str = r#"
 reaches() { for i in $(seq 30); do inside ping -I lan -c 1 -W 2 $1 && return; done; inside ip route; return 1; }
 misses() { inside ip neigh flush dev lan; if inside ping -I lan -c 2 -W 2 $1; then return 1; fi; }
@@ -80,6 +80,7 @@ ip link add link vmbr5 name lan5 type vlan id 5
 ip address add 10.5.0.1/24 dev lan5
 ip link set vmbr5 up
 ip link set lan5 up
+atoll get $node/network --type bridge --output json | jq -r '[.[] | "\(.iface) \(.bridge_vlan_aware // 0)"] | sort | join(" ")' >&3
 card ,tag=5
 inside ip address add 10.6.0.9/24 dev lan
 reaches 10.5.0.1
@@ -113,7 +114,8 @@ ip link delete vmbr5"#;
 #[track_caller]
 fn cards_have_vlans_and_rates(host: &Host) {
     let told = on_node(host, &format!("{CARDS}{VLANS}"), 120);
-    assert_eq!(told, "5u\n1u 2 4094 4094\n5u\n5 7u 8 9");
+    let aware = "vmbr0 0 vmbr5 1";
+    assert_eq!(told, format!("{aware}\n5u\n1u 2 4094 4094\n5u\n5 7u 8 9"));
     on_node(host, &format!("{CARDS}{RATE}"), 120);
 }
 

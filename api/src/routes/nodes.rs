@@ -129,6 +129,7 @@ pub const ROUTES: &[Route] = &[
         "cidr",
         "gateway",
         "bridge_ports",
+        "bridge_vlan_aware",
         "method",
     ]))
     .check(Check::AnyUser),
@@ -280,6 +281,7 @@ async fn network(call: Call) -> Result<Answer, Refusal> {
                 "bridge_ports",
                 is_bridge.then(|| json!(interface.ports.join(" "))),
             ),
+            ("bridge_vlan_aware", interface.vlan_aware.then(|| bit(true))),
             ("mtu", Some(json!(interface.mtu.to_string()))),
         ])
     });

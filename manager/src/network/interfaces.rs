@@ -25,6 +25,8 @@ pub struct Interface {
     pub gateway: Option<String>,
     /// Members, when it is a bridge, guests' links left out.
     pub ports: Vec<String>,
+    /// Whether it is a bridge that keeps VLANs apart, so that cards of guests may have tags.
+    pub vlan_aware: bool,
 }
 
 /// One interface of a container, as it is inside.
@@ -60,6 +62,15 @@ struct Link {
 #[derive(Debug, Deserialize)]
 struct LinkKind {
     info_kind: Option<String>,
+    #[serde(default)]
+    info_data: LinkData,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct LinkData {
+    /// Of a bridge: 0 or 1.
+    #[serde(default)]
+    vlan_filtering: u8,
 }
 
 #[derive(Debug, Deserialize)]
@@ -153,6 +164,10 @@ fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error>
                 .filter(|(port, _)| port.master.as_ref() == Some(&link.ifname))
                 .map(|(port, _)| port.ifname.clone())
                 .collect(),
+            vlan_aware: link
+                .linkinfo
+                .as_ref()
+                .is_some_and(|info| info.info_data.vlan_filtering == 1),
         }
     });
     Ok(interfaces.collect())
@@ -182,10 +197,14 @@ mod tests {
            "addr_info":[{"family":"inet","local":"172.16.0.2","prefixlen":24,"scope":"global"},
                         {"family":"inet6","local":"fe80::1","prefixlen":64,"scope":"link"}]},
           {"ifname":"tap100i0","link_type":"ether","master":"vmbr1","linkinfo":{"info_kind":"tun"}},
-          {"ifname":"vmbr1","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge"}}]"#;
+          {"ifname":"vmbr1","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge",
+           "info_data":{"forward_delay":1500,"vlan_filtering":1,"bridge_id":"8000.2:fc:0:0:0:1"}}},
+          {"ifname":"vmbr2","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge",
+           "info_data":{"vlan_filtering":0}}}]"#;
         let routes = r#"[{"dst":"default","gateway":"172.16.0.1","dev":"eth0"}]"#;
         let found = parse(links, routes).unwrap();
-        assert_eq!(found.len(), 2);
+        let aware = found.iter().map(|found| found.vlan_aware);
+        assert_eq!(aware.collect::<Vec<_>>(), [false, true, false]);
         assert_eq!((found[0].kind.as_str(), found[0].active), ("eth", true));
         assert_eq!(found[0].addresses, ["172.16.0.2/24"]);
         assert_eq!(found[0].gateway.as_deref(), Some("172.16.0.1"));

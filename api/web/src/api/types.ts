@@ -134,6 +134,7 @@ export interface NetworkInterface {
   address?: string;
   gateway?: string;
   bridge_ports?: string;
+  bridge_vlan_aware?: number;
   comments?: string;
 }
 

@@ -138,6 +138,7 @@ function Network({ node }: { node: string }) {
         { accessor: 'cidr', title: 'Address', render: (row) => row.cidr ?? row.address ?? '–' },
         { accessor: 'gateway', title: 'Gateway', render: (row) => row.gateway ?? '–' },
         { accessor: 'bridge_ports', title: 'Ports', render: (row) => row.bridge_ports || '–' },
+        { accessor: 'bridge_vlan_aware', title: 'VLAN-aware', render: (row) => (row.type === 'bridge' ? (row.bridge_vlan_aware ? 'Yes' : 'No') : '–') },
         { accessor: 'comments', title: 'Comment', ellipsis: true },
       ]}
     />
