@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libcgroups::common::{CgroupConfig, CgroupManager, create_cgroup_manager};
@@ -37,22 +37,23 @@ pub fn statistics(container: &Container) -> Result<Event<'_>> {
     container.require(&there, "only a container with processes has statistics")?;
     let saved = &container.saved;
     let failed = |reason: String| Error::Argument(format!("statistics of {}: {reason}", saved.id));
-    let stats = match saved.cgroups.first() {
-        Some(directory) if cgroup::is_unified_host()? => cgroup::statistics::read(directory)?,
-        _ => {
+    let unified = cgroup::is_unified_host()?;
+    let data = match saved.cgroups.first().filter(|_| unified) {
+        Some(directory) => unified_document(directory)?,
+        None => {
             let config = CgroupConfig {
                 cgroup_path: saved.cgroup_path.clone(),
                 systemd_cgroup: false,
                 container_name: saved.id.clone(),
             };
             let manager = create_cgroup_manager(config).map_err(|e| failed(e.to_string()))?;
-            manager.stats().map_err(|e| failed(e.to_string()))?
+            document(&manager.stats().map_err(|e| failed(e.to_string()))?)
         }
     };
     Ok(Event {
         kind: "stats",
         id: &saved.id,
-        data: Some(document(&stats)),
+        data: Some(data),
     })
 }
 
@@ -170,6 +171,17 @@ impl OutOfMemory {
         let count = |line: &str| line.strip_prefix("oom_kill ")?.trim().parse().ok();
         text.lines().find_map(count).unwrap_or(0)
     }
+}
+
+/// Statistics of a v2 cgroup, with pressure stall information where the kernel has it.
+fn unified_document(directory: &Path) -> Result<Value> {
+    let mut document = document(&cgroup::statistics::read(directory)?);
+    for (member, resource) in [("cpu", "cpu"), ("memory", "memory"), ("blkio", "io")] {
+        if let Some(pressure) = cgroup::statistics::pressure(directory, resource)? {
+            document[member]["psi"] = json!(pressure);
+        }
+    }
+    Ok(document)
 }
 
 /// Statistics under runc's names.

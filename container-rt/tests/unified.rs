@@ -154,6 +154,11 @@ fn statistics_without_controllers() {
     );
     assert_eq!(cpu["throttling"]["throttledTime"], 0);
     assert_eq!(stats["data"]["pids"]["current"], 1);
+    for (member, resource) in [("cpu", "cpu"), ("memory", "memory"), ("blkio", "io")] {
+        let told = stats["data"][member]["psi"]["some"]["total"].is_u64();
+        let file = group.join(format!("{resource}.pressure"));
+        assert_eq!(told, file.exists(), "{resource}: {stats}");
+    }
     let controllers = std::fs::read_to_string(group.join("cgroup.controllers")).unwrap();
     let counted = stats["data"]["memory"]["usage"]["usage"] != 0;
     assert_eq!(

@@ -5,6 +5,7 @@
 //! - gives an error where the host lacks any one controller (without `cpu`, `cpu.stat` has no `nr_periods`; a hybrid
 //!   host has no `memory.current` or `pids.current` for v2), or was built without pressure stall information;
 //! - leaves CPU time in microseconds, where v1 and runc have nanoseconds;
+//! - leaves out how long processes waited in all (`total` of pressure stall information);
 //! - counts swap alone, where v1's `memsw` and runc count memory and swap;
 //! - names reads `read`, where v1 and runc have `Read`.
 //!
@@ -19,6 +20,8 @@ use libcgroups::stats::{
     BlkioDeviceStat, BlkioStats, CpuStats, HugeTlbStats, MemoryData, MemoryStats, PidStats, Stats,
     supported_page_sizes,
 };
+
+use serde::Serialize;
 
 use crate::error::{Context, Result};
 
@@ -35,6 +38,56 @@ pub fn read(directory: &Path) -> Result<Stats> {
         blkio: group.block_io()?,
         memory: group.memory()?,
     })
+}
+
+/// How long processes of a cgroup waited for a resource: some of them, and all of them at the same time. Kernel,
+/// `Documentation/accounting/psi.rst`.
+#[derive(Debug, Default, PartialEq, Serialize)]
+pub struct Pressure {
+    some: Stall,
+    full: Stall,
+}
+
+/// Per cent of the last 10, 60 and 300 seconds, and microseconds in all.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Stall {
+    avg10: f64,
+    avg60: f64,
+    avg300: f64,
+    total: u64,
+}
+
+/// Reads it for `cpu`, `memory` or `io`. `None`: the kernel was built or booted without it.
+pub fn pressure(directory: &Path, resource: &str) -> Result<Option<Pressure>> {
+    let path = directory.join(format!("{resource}.pressure"));
+    let text = match std::fs::read_to_string(&path) {
+        Err(error) if is_without(&error) => return Ok(None),
+        read => read.at("read", &path)?,
+    };
+    let mut pressure = Pressure::default();
+    for line in text.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let stall = match words.next() {
+            Some("some") => &mut pressure.some,
+            Some("full") => &mut pressure.full,
+            _ => continue,
+        };
+        for (key, value) in words.filter_map(|word| word.split_once('=')) {
+            match key {
+                "avg10" => stall.avg10 = value.parse().unwrap_or(0.0),
+                "avg60" => stall.avg60 = value.parse().unwrap_or(0.0),
+                "avg300" => stall.avg300 = value.parse().unwrap_or(0.0),
+                "total" => stall.total = value.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+    }
+    Ok(Some(pressure))
+}
+
+/// The file is not there, or cannot be read under `psi=0`.
+fn is_without(error: &std::io::Error) -> bool {
+    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
 /// A v2 directory.
@@ -249,6 +302,17 @@ mod tests {
             ["8:0 Read 10", "8:0 Write 20"]
         );
         assert_eq!(lines(&stats.blkio.serviced), ["8:0 Read 1", "8:0 Write 2"]);
+    }
+
+    #[test]
+    fn pressure_is_read_where_the_kernel_has_it() {
+        let text = "some avg10=1.50 avg60=0.25 avg300=0.00 total=42\nfull avg10=0.00 avg60=0.00 avg300=0.10 total=7\n";
+        let group = group(&[("io.pressure", text)]);
+        let read = pressure(group.path(), "io").unwrap().unwrap();
+        let some = (read.some.avg10, read.some.avg60, read.some.total);
+        assert_eq!(some, (1.5, 0.25, 42));
+        assert_eq!((read.full.avg300, read.full.total), (0.1, 7));
+        assert_eq!(pressure(group.path(), "cpu").unwrap(), None);
     }
 
     #[test]
