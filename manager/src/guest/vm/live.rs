@@ -184,16 +184,20 @@ fn card_index(key: &str) -> u16 {
 
 async fn set_card(vm: &Vm, config: &GuestConfig, key: &str, former: &str) -> Result<(), Error> {
     let card = find_card(vm, config, key)?;
-    let former = keys::properties(config.kind, key, former)?;
+    let former = Card::new(
+        vm.seat().id,
+        key,
+        &keys::properties(config.kind, key, former)?,
+    )?;
     // Only VLANs concern the tap; the plug is pulled in the machine.
-    let former = Attachment {
-        vlans: Card::new(vm.seat().id, key, &former)?.attachment.vlans,
+    let attached = Attachment {
+        vlans: former.attachment.vlans,
         ..card.attachment.clone()
     };
-    link::change(&card.tap, &former, &card.attachment).await?;
-    let told = tell_of_card(vm, key, &card).await;
+    link::change(&card.tap, &attached, &card.attachment).await?;
+    let told = tell_of_card(vm, &card, &former.limits).await;
     if told.is_err()
-        && let Err(error) = link::change(&card.tap, &card.attachment, &former).await
+        && let Err(error) = link::change(&card.tap, &card.attachment, &attached).await
     {
         tracing::warn!(
             guest = vm.seat().title(),
@@ -205,30 +209,30 @@ async fn set_card(vm: &Vm, config: &GuestConfig, key: &str, former: &str) -> Res
     told
 }
 
-async fn tell_of_card(vm: &Vm, key: &str, card: &Card) -> Result<(), Error> {
-    let id = key.to_owned();
+async fn tell_of_card(vm: &Vm, card: &Card, former: &NetLimits) -> Result<(), Error> {
     let link = SetLink {
-        id: id.clone(),
+        id: card.key.clone(),
         up: !card.attachment.link_down,
     };
     vm.ask_for(Request::SetLink, link).await?;
-    let limits = SetNetLimits {
-        id,
+    match limits_to_set(card, former) {
+        Some(limits) => vm.ask_for(Request::SetNetLimits, limits).await,
+        None => Ok(()),
+    }
+}
+
+/// A card whose packets the kernel moves takes no limits, and is not asked to when there were none and are none.
+fn limits_to_set(card: &Card, former: &NetLimits) -> Option<SetNetLimits> {
+    let is_concerned = [former, &card.limits]
+        .into_iter()
+        .any(|limits| *limits != NetLimits::default());
+    is_concerned.then(|| SetNetLimits {
+        id: card.key.clone(),
         receive_bytes_per_second: card.limits.receive_bytes_per_second,
         receive_burst_bytes: card.limits.receive_burst_bytes,
         send_bytes_per_second: card.limits.send_bytes_per_second,
         send_burst_bytes: card.limits.send_burst_bytes,
-    };
-    // A card whose packets the kernel moves takes no limits, and is not asked to when there were none and are none.
-    let started = vm.spec()?.nets.into_iter();
-    let mut started = started.filter(|net| net.id.as_deref() == Some(key));
-    let had_none = started
-        .next()
-        .is_none_or(|net| net.limits == NetLimits::default());
-    match had_none && card.limits == NetLimits::default() {
-        true => Ok(()),
-        false => vm.ask_for(Request::SetNetLimits, limits).await,
-    }
+    })
 }
 
 async fn set_drive(vm: &Vm, config: &GuestConfig, key: &str) -> Result<(), Error> {
@@ -276,6 +280,27 @@ pub(super) async fn path_of(vm: &Vm, key: &str, volume: &str) -> Result<std::pat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::id::GuestKind;
+
+    /// Wherever the rate that goes came from: the start, a change since, a hot-plug.
+    #[test]
+    fn a_rate_that_goes_is_lifted() {
+        let card = |text: &str| {
+            let card = keys::properties(GuestKind::Vm, "net0", text).unwrap();
+            Card::new("100".parse().unwrap(), "net0", &card).unwrap()
+        };
+        let (free, slow) = (
+            card("virtio,bridge=vmbr0"),
+            card("virtio,bridge=vmbr0,rate=1"),
+        );
+        let rate = |card: &Card, former: &Card| {
+            let limits = limits_to_set(card, &former.limits)?;
+            Some(limits.send_bytes_per_second)
+        };
+        assert_eq!(rate(&free, &free), None);
+        assert_eq!(rate(&slow, &free), Some(1 << 20));
+        assert_eq!(rate(&free, &slow), Some(0));
+    }
 
     #[test]
     fn a_card_is_told_in_the_command_lines_words() {
