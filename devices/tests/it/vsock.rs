@@ -1,6 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The socket device: connections from either side, credit, ends, and drivers that ignore all of it.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -180,6 +181,35 @@ fn a_guest_connects_and_bytes_flow_both_ways() {
     assert_eq!(rig.hear().operation, RESET);
     let (counters, _) = rig.driver.device.counters();
     assert_eq!(counters[2], ("connections", 0));
+}
+
+/// Opens files until this process may have no more; `drop` gives them back.
+fn all_files() -> Vec<File> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limits = getrlimit(Resource::Nofile);
+    limits.current = Some(256);
+    setrlimit(Resource::Nofile, limits).unwrap();
+    std::iter::from_fn(|| File::open("/dev/null").ok()).collect()
+}
+
+#[test]
+fn a_program_that_comes_when_no_file_is_left_is_heard_later() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+    let mut rig = rig();
+    rig.start();
+    let (_stream, ports) = rig.connected(5000);
+    let program = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let files = all_files();
+    connect(&program, &SocketAddrUnix::new(&rig.path).unwrap()).unwrap();
+    // So that the device has most likely tried.
+    rig.say(ports, CREDIT_REQUEST, 0, b"");
+    assert_eq!(rig.hear().operation, CREDIT_UPDATE);
+    rig.say(ports, RESET, 0, b"");
+    let mut program = UnixStream::from(program);
+    program.write_all(b"CONNECT 80\n").unwrap();
+    let request = rig.hear();
+    assert_eq!((request.operation, request.guest), (REQUEST, 80));
+    drop(files);
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub(super) struct Muxer {
     path: PathBuf,
     listener: UnixListener,
     poll: Epoll,
+    /// Somebody could not be accepted, most likely since this process may open no more files: nothing tells of them again.
+    missed: bool,
     connections: BTreeMap<Ports, Connection>,
     /// Ports by the poll's token.
     tokens: BTreeMap<u64, Ports>,
@@ -65,6 +67,7 @@ impl Muxer {
             path,
             listener,
             poll,
+            missed: false,
             connections: BTreeMap::new(),
             tokens: BTreeMap::new(),
             questions: BTreeMap::new(),
@@ -188,10 +191,13 @@ impl Muxer {
         self.next_token
     }
 
-    /// Closing its stream takes it out of the poll as well.
+    /// Closing its stream takes it out of the poll as well, and leaves a file for who could not be accepted.
     fn forget(&mut self, ports: Ports) {
         self.connections.remove(&ports);
         self.tokens.retain(|_, other| *other != ports);
+        if self.missed {
+            self.accept();
+        }
     }
 
     fn reset(&mut self, ports: Ports) {
@@ -213,6 +219,9 @@ impl Muxer {
 
     /// Takes in what happened on the host's side since the last call.
     pub(super) fn look(&mut self) {
+        if self.missed {
+            self.accept();
+        }
         let mut events = [EpollEvent::default(); 64];
         while let Ok(count @ 1..) = self.poll.wait(0, &mut events) {
             for event in &events[..count] {
@@ -238,7 +247,14 @@ impl Muxer {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    self.missed = error.kind() != io::ErrorKind::WouldBlock;
+                    return;
+                }
+            };
             if self.connections.len() + self.questions.len() >= CONNECTIONS_MAX
                 || stream.set_nonblocking(true).is_err()
             {
