@@ -3,19 +3,10 @@
 //! times over. Every VMM has that register, answers it in its own process, and does nothing else for it.
 
 use crate::Bench;
-use crate::monitor::{
-    self, CLOUD_HYPERVISOR, FIRECRACKER, Guest, JAILED_FIRECRACKER, Monitor, OURS, Programs,
-    QEMU_MICROVM, UNCONFINED,
-};
+use crate::monitor::{self, Guest, Monitor, OURS, Programs};
+use crate::start::PEERS;
 use crate::table::{Contestant, Figure, Row, compare};
 
-const PEERS: &[Monitor] = &[
-    JAILED_FIRECRACKER,
-    FIRECRACKER,
-    CLOUD_HYPERVISOR,
-    QEMU_MICROVM,
-    UNCONFINED,
-];
 /// Turns at most: each is a guest of every VMM.
 const TURNS_MAX: usize = 10;
 /// A few tenths of a second.

@@ -11,7 +11,8 @@ use crate::monitor::{
 };
 use crate::table::{Aim, Contestant, Figure, Row, compare};
 
-const PEERS: &[Monitor] = &[
+/// Whom machines without devices are compared with.
+pub const PEERS: &[Monitor] = &[
     JAILED_FIRECRACKER,
     FIRECRACKER,
     CLOUD_HYPERVISOR,

@@ -13,14 +13,13 @@
 //! "Controllers".
 
 use std::collections::HashMap;
-use std::io::ErrorKind;
+use std::io::{Error, ErrorKind};
 use std::path::Path;
 
 use libcgroups::stats::{
     BlkioDeviceStat, BlkioStats, CpuStats, HugeTlbStats, MemoryData, MemoryStats, PidStats, Stats,
     supported_page_sizes,
 };
-
 use serde::Serialize;
 
 use crate::error::{Context, Result};
@@ -59,10 +58,8 @@ struct Stall {
 
 /// Reads it for `cpu`, `memory` or `io`. `None`: the kernel was built or booted without it.
 pub fn pressure(directory: &Path, resource: &str) -> Result<Option<Pressure>> {
-    let path = directory.join(format!("{resource}.pressure"));
-    let text = match std::fs::read_to_string(&path) {
-        Err(error) if is_without(&error) => return Ok(None),
-        read => read.at("read", &path)?,
+    let Some(text) = Group(directory).text(&format!("{resource}.pressure"))? else {
+        return Ok(None);
     };
     let mut pressure = Pressure::default();
     for line in text.lines() {
@@ -85,20 +82,18 @@ pub fn pressure(directory: &Path, resource: &str) -> Result<Option<Pressure>> {
     Ok(Some(pressure))
 }
 
-/// The file is not there, or cannot be read under `psi=0`.
-fn is_without(error: &std::io::Error) -> bool {
-    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::EOPNOTSUPP)
-}
-
 /// A v2 directory.
 struct Group<'a>(&'a Path);
 
 impl Group<'_> {
-    /// `None` where it does not exist.
+    /// `None` where it does not exist, or is of what the kernel was booted without (`psi=0`).
     fn text(&self, name: &str) -> Result<Option<String>> {
         let path = self.0.join(name);
+        let is_without = |error: &Error| {
+            error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::EOPNOTSUPP)
+        };
         match std::fs::read_to_string(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) if is_without(&error) => Ok(None),
             read => read.map(Some).at("read", &path),
         }
     }
