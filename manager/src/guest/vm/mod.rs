@@ -28,7 +28,6 @@ use atoll_vmm_protocol::api::{
     Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::{Client, ClientError};
-use atoll_vmm_protocol::spec::MachineSpec;
 use rustix::process::Signal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -151,13 +150,6 @@ impl Vm {
     /// The guest that it is.
     pub fn seat(&self) -> &Seat {
         &self.seat
-    }
-
-    /// What its present run was started with.
-    pub fn spec(&self) -> Result<MachineSpec, Error> {
-        let path = self.spec_file();
-        let read = || serde_json::from_slice(&std::fs::read(&path)?).map_err(std::io::Error::other);
-        read().map_err(|e: std::io::Error| Error::failed(format!("read {}", path.display()), e))
     }
 
     /// Its control group.
