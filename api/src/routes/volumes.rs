@@ -10,12 +10,13 @@ use atoll_manager::schema::format::parse_size;
 use atoll_manager::schema::{Kind, Param, format};
 use atoll_manager::storage::Volume;
 use atoll_manager::storage::checksum::Checksum;
+use atoll_manager::storage::download::Download;
 use atoll_manager::storage::fetch::{self, Limits};
 use atoll_manager::storage::incoming::{Existing, Incoming};
 use atoll_manager::storage::name::{
     Content, Format, StorageName, VolumeId, VolumeName, parse_format,
 };
-use atoll_manager::task::{NewTask, TaskContext};
+use atoll_manager::task::{NewTask, TaskContext, Upid};
 use axum::extract::multipart::{Field, Multipart};
 use axum::extract::{DefaultBodyLimit, FromRequest as _};
 use hyper::StatusCode;
@@ -517,28 +518,25 @@ async fn download(call: Call) -> Result<Answer, Refusal> {
     let (content, volume) = file_name(values.required("content"), values.required("filename"))?;
     let checksum = checksum(values.text("checksum-algorithm"), values.text("checksum"))?;
     let storage = call.daemon.node.storage().open_for(&name, content)?;
-    let url = values.required("url").to_owned();
-    let limits = Limits {
-        size_bytes_max: storage.space().await?.available_bytes,
-        verify_certificates: values.flag_if_given("verify-certificates").unwrap_or(true),
+    let download = Download {
+        url: values.required("url").to_owned(),
+        checksum,
+        limits: Limits {
+            size_bytes_max: storage.space().await?.available_bytes,
+            verify_certificates: values.flag_if_given("verify-certificates").unwrap_or(true),
+            waits: fetch::WAITS,
+        },
+        storage,
+        volume,
     };
-    let new = NewTask::new(
-        "download",
-        values.required("filename"),
-        call.caller().identity(),
-    );
-    let upid = call
-        .daemon
-        .node
-        .tasks()
-        .spawn(new, async move |task: TaskContext| {
-            let incoming = storage.receive(&volume).await?;
-            let log = |line: &str| task.log(line);
-            task.until_cancelled(fetch::fetch(&url, &incoming, limits, &log))
-                .await?;
-            let path = incoming.commit(checksum.as_ref(), Existing::Refuse).await?;
-            task.log(&format!("download finished: {}", path.display()));
-            Ok(())
-        })?;
+    let file = values.required("filename");
+    let upid = start(&call, file, download)?;
     Ok(Answer::Data(json!(upid.to_string())))
+}
+
+/// Downloads in a task.
+pub fn start(call: &Call, file: &str, download: Download) -> Result<Upid, Error> {
+    let new = NewTask::new("download", file, call.caller().identity());
+    let work = async move |task: TaskContext| download.run(&task).await;
+    call.daemon.node.tasks().spawn(new, work)
 }

@@ -1,9 +1,20 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! Downloading a file into a storage over HTTP or HTTPS, with progress lines for a task's log.
+//! Fetching a file over HTTP or HTTPS, with progress lines for a task's log. A connection that breaks is made again and
+//! goes on at the byte where it broke, when the server can do that and still has the same file.
+//!
+//! ```text
+//! GET ──► 200: the whole ──► … broken ──► wait ──► GET, Range and If-Range ──┬─► 206: the rest
+//!                                                                            └─► 200: another file: from the beginning
+//! ```
 
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncWriteExt;
+use reqwest::StatusCode;
+use reqwest::header::{
+    CONTENT_RANGE, DATE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_RANGE, LAST_MODIFIED, RANGE,
+};
+use tokio::fs::File;
+use tokio::io::{AsyncSeekExt, AsyncWriteExt};
 
 use crate::error::Error;
 use crate::storage::incoming::Incoming;
@@ -15,6 +26,16 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(3);
 /// Redirects that are followed.
 const REDIRECTS_MAX: usize = 5;
 
+/// Waits for [`Limits::waits`]: a server that starts again, or a link that was down, is back after this minute.
+pub const WAITS: &[Duration] = &[
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+    Duration::from_secs(15),
+    Duration::from_secs(30),
+];
+
 /// What a download is allowed to do.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -22,6 +43,9 @@ pub struct Limits {
     pub size_bytes_max: u64,
     /// Whether certificates are checked.
     pub verify_certificates: bool,
+    /// How long to wait before each further try, once the server has answered and the connection broke. Every byte
+    /// beyond the former ones starts them anew; after the last one the download has failed.
+    pub waits: &'static [Duration],
 }
 
 /// What a server tells about a file: PVE's `query-url-metadata`.
@@ -71,46 +95,200 @@ pub async fn fetch(
         "downloading {url} to {}",
         incoming.destination().display()
     ));
-    let mut response = client(limits)?
-        .get(url)
-        .send()
-        .await
-        .and_then(reqwest::Response::error_for_status)
-        .map_err(|error| Error::failed("download failed".to_owned(), error))?;
-    let expected = response.content_length();
-    if expected.is_some_and(|size| size > limits.size_bytes_max) {
-        return Err(too_large(limits));
-    }
-    let write = |error| Error::failed(format!("cannot write {}", incoming.path().display()), error);
-    let mut file = tokio::fs::File::options()
-        .write(true)
-        .open(incoming.path())
-        .await
-        .map_err(write)?;
-    let (mut received, mut told) = (0_u64, Instant::now());
-    while let Some(chunk) = response
-        .chunk()
-        .await
-        .map_err(|error| Error::failed("download failed".to_owned(), error))?
-    {
-        received += chunk.len() as u64;
-        if received > limits.size_bytes_max {
-            return Err(too_large(limits));
+    let file = File::options().write(true).open(incoming.path()).await;
+    let mut transfer = Transfer {
+        client: client(limits)?,
+        url,
+        file: file.map_err(|error| write_failed(incoming, error))?,
+        incoming,
+        limits,
+        log,
+        begun: false,
+        received: 0,
+        expected: None,
+        validator: None,
+        told: Instant::now(),
+    };
+    let mut waits = limits.waits.iter();
+    let mut furthest = 0;
+    loop {
+        let error = match transfer.attempt().await {
+            Ok(()) => break,
+            Err(Stop::Final(error)) => return Err(error),
+            Err(Stop::Broken(error)) => error,
+        };
+        if transfer.received > furthest {
+            furthest = transfer.received;
+            waits = limits.waits.iter();
         }
-        file.write_all(&chunk).await.map_err(write)?;
-        if told.elapsed() >= PROGRESS_EVERY {
-            told = Instant::now();
-            log(&progress(received, expected));
+        let Some(wait) = waits.next() else {
+            return Err(error);
+        };
+        log(&format!(
+            "broken off after {} bytes: {}; trying again in {} s",
+            transfer.received,
+            error.chain(),
+            wait.as_secs()
+        ));
+        tokio::time::sleep(*wait).await;
+    }
+    log(&progress(transfer.received, Some(transfer.received)));
+    Ok(transfer.received)
+}
+
+/// Why an attempt ended before the file did.
+enum Stop {
+    /// Another attempt may succeed.
+    Broken(Error),
+    /// None will.
+    Final(Error),
+}
+
+/// A download under way, over as many connections as it takes.
+struct Transfer<'a> {
+    client: reqwest::Client,
+    url: reqwest::Url,
+    file: File,
+    incoming: &'a Incoming,
+    limits: Limits,
+    log: &'a (dyn Fn(&str) + Sync),
+    /// The server has begun to send the file. Before that nothing is tried twice: the URL may be wrong.
+    begun: bool,
+    /// Bytes of the file that are here.
+    received: u64,
+    /// Its size in bytes, when told.
+    expected: Option<u64>,
+    /// What the server tells this very file from a later one by, when it does.
+    validator: Option<(HeaderName, HeaderValue)>,
+    /// When the last line of progress was written.
+    told: Instant,
+}
+
+impl Transfer<'_> {
+    /// One connection: asks for what is missing and takes what comes.
+    async fn attempt(&mut self) -> Result<(), Stop> {
+        let mut request = self.client.get(self.url.clone());
+        if let (Some((_, value)), 1..) = (&self.validator, self.received) {
+            request = request
+                .header(RANGE, format!("bytes={}-", self.received))
+                .header(IF_RANGE, value);
+        }
+        let answer = request.send().await;
+        let mut response = answer
+            .and_then(reqwest::Response::error_for_status)
+            .map_err(|error| self.stopped(error))?;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT => self.go_on(response.headers())?,
+            _ => self.begin(&response).await?,
+        }
+        while let Some(chunk) = response.chunk().await.map_err(|e| self.stopped(e))? {
+            self.received += chunk.len() as u64;
+            if self.received > self.limits.size_bytes_max {
+                return Err(Stop::Final(too_large(self.limits)));
+            }
+            let written = self.file.write_all(&chunk).await;
+            written.map_err(|error| self.unwritten(error))?;
+            if self.told.elapsed() >= PROGRESS_EVERY {
+                self.told = Instant::now();
+                (self.log)(&progress(self.received, self.expected));
+            }
+        }
+        let flushed = self.file.flush().await;
+        flushed.map_err(|error| self.unwritten(error))?;
+        match self.expected.is_none_or(|size| size == self.received) {
+            true => Ok(()),
+            false => Err(Stop::Broken(Error::Refused(format!(
+                "download ended early, after {} bytes",
+                self.received
+            )))),
         }
     }
-    file.flush().await.map_err(write)?;
-    if expected.is_some_and(|size| size != received) {
-        return Err(Error::Refused(format!(
-            "download ended early, after {received} bytes"
-        )));
+
+    /// The server sends the file from its first byte.
+    async fn begin(&mut self, response: &reqwest::Response) -> Result<(), Stop> {
+        if self.received > 0 {
+            (self.log)("the server sends the file from its beginning");
+        }
+        self.expected = response.content_length();
+        if self
+            .expected
+            .is_some_and(|size| size > self.limits.size_bytes_max)
+        {
+            return Err(Stop::Final(too_large(self.limits)));
+        }
+        let emptied = match self.file.rewind().await {
+            Ok(_) => self.file.set_len(0).await,
+            Err(error) => Err(error),
+        };
+        emptied.map_err(|error| self.unwritten(error))?;
+        self.received = 0;
+        self.validator = validator(response.headers());
+        self.begun = true;
+        Ok(())
     }
-    log(&progress(received, Some(received)));
-    Ok(received)
+
+    /// The server sends a part: it must be the missing one, of the same file.
+    fn go_on(&mut self, headers: &HeaderMap) -> Result<(), Stop> {
+        let range = headers.get(CONTENT_RANGE).and_then(|v| v.to_str().ok());
+        let fits = match (&self.validator, range.and_then(content_range)) {
+            (Some((name, value)), Some((first, total))) => {
+                headers.get(name).is_none_or(|now| now == value)
+                    && first == self.received
+                    && total.is_none_or(|total| self.expected.is_none_or(|size| size == total))
+            }
+            _ => false,
+        };
+        if fits {
+            (self.log)(&format!("going on at byte {}", self.received));
+            return Ok(());
+        }
+        // Without a validator the next attempt asks for the whole.
+        self.validator = None;
+        Err(Stop::Broken(Error::refused(
+            "the server sent another part than the one that is missing",
+        )))
+    }
+
+    fn stopped(&self, error: reqwest::Error) -> Stop {
+        let passes = error.status().is_none_or(|status| status.is_server_error());
+        let error = Error::failed("download failed", error);
+        match self.begun && passes {
+            true => Stop::Broken(error),
+            false => Stop::Final(error),
+        }
+    }
+
+    fn unwritten(&self, error: std::io::Error) -> Stop {
+        Stop::Final(write_failed(self.incoming, error))
+    }
+}
+
+/// What `If-Range` may name: a strong entity tag, or else the time of the last change, which is a strong validator only
+/// when the file was not still changing in the second of the answer. RFC 9110 §8.8.2.2, §13.1.5.
+fn validator(headers: &HeaderMap) -> Option<(HeaderName, HeaderValue)> {
+    let tag = headers
+        .get(ETAG)
+        .filter(|tag| tag.as_bytes().starts_with(b"\""));
+    if let Some(tag) = tag {
+        return Some((ETAG, tag.clone()));
+    }
+    let (changed, now) = (headers.get(LAST_MODIFIED)?, headers.get(DATE)?);
+    (changed != now).then(|| (LAST_MODIFIED, changed.clone()))
+}
+
+/// First byte and size of the whole in `bytes FIRST-LAST/TOTAL`, whose total may be `*`. RFC 9110 §14.4.
+fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, _) = range.split_once('-')?;
+    let total = match total {
+        "*" => None,
+        digits => Some(digits.parse().ok()?),
+    };
+    Some((first.parse().ok()?, total))
+}
+
+fn write_failed(incoming: &Incoming, error: std::io::Error) -> Error {
+    Error::failed(format!("cannot write {}", incoming.path().display()), error)
 }
 
 fn progress(received: u64, expected: Option<u64>) -> String {
@@ -127,7 +305,7 @@ fn progress(received: u64, expected: Option<u64>) -> String {
 
 fn too_large(limits: Limits) -> Error {
     Error::Refused(format!(
-        "the file is larger than the {} MiB that are available",
+        "the file is larger than the {} MiB that it may have",
         limits.size_bytes_max >> 20
     ))
 }
@@ -184,6 +362,7 @@ mod tests {
         let limits = Limits {
             size_bytes_max,
             verify_certificates: true,
+            waits: &[Duration::ZERO],
         };
         fetch(url, &incoming, limits, &|_| {}).await?;
         let path = incoming.commit(None, Existing::Refuse).await?;

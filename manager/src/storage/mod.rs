@@ -9,6 +9,7 @@ pub mod configure;
 pub mod convert;
 pub mod copy;
 pub mod dir;
+pub mod download;
 pub mod fetch;
 pub mod incoming;
 pub mod name;
