@@ -38,6 +38,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
     ("zstd", "zstd"),
     ("xz", "xz-utils"),
+    ("gpgv", "gpgv"),
 ];
 
 /// Why a program did not do what it was asked for.

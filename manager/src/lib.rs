@@ -8,6 +8,7 @@
 //!                ├─ guest     configs through the key table; VM and container behind one trait
 //!                ├─ storage   volumes; one file a plugin
 //!                ├─ network   bridges, taps, NAT, DHCP
+//!                ├─ templates signed indexes of container templates
 //!                ├─ metrics   time series per guest and node
 //!                └─ reconcile drives actual towards intended
 //! ```
@@ -36,6 +37,7 @@ pub mod shell;
 pub mod storage;
 pub mod store;
 pub mod task;
+pub mod templates;
 
 pub use node::Node;
 pub use settings::Settings;

@@ -25,6 +25,7 @@ use crate::settings::Settings;
 use crate::storage::Storages;
 use crate::store::{ConfigStore, RedbStore};
 use crate::task::Tasks;
+use crate::templates::Templates;
 
 /// A node, opened; cheap to clone. The parts keep what they share in here.
 #[derive(Debug, Clone)]
@@ -41,6 +42,7 @@ struct Shared {
     cluster: Cluster,
     metrics: Metrics,
     storage: Storages,
+    templates: Templates,
     network: Network,
     guests: Guests,
 }
@@ -72,6 +74,7 @@ impl Node {
         let cluster = Cluster::new(store.clone());
         let metrics = Metrics::open(&settings.metrics_dir())?;
         let storage = Storages::new(store.clone(), &settings.node);
+        let templates = Templates::open(settings.templates_dir())?;
         let network = Network {
             bridge: settings.bridge.clone(),
             address: settings
@@ -99,6 +102,7 @@ impl Node {
                 cluster,
                 metrics,
                 storage,
+                templates,
                 network,
                 guests,
             }),
@@ -138,6 +142,11 @@ impl Node {
     /// Places for volumes.
     pub fn storage(&self) -> &Storages {
         &self.shared.storage
+    }
+
+    /// Indexes of container templates.
+    pub fn templates(&self) -> &Templates {
+        &self.shared.templates
     }
 
     /// Keeps the node in order until `stop`: storage `local`, the guests' network, guests that end or were left by a

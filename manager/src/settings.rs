@@ -59,6 +59,11 @@ impl Settings {
         self.state.join("storage")
     }
 
+    /// Indexes of container templates, and where they come from.
+    pub fn templates_dir(&self) -> PathBuf {
+        self.state.join("templates")
+    }
+
     /// OCI images: their layers, unpacked.
     pub fn images_dir(&self) -> PathBuf {
         self.state.join("images")
