@@ -423,6 +423,7 @@ mod tests {
             GET /cluster/resources
             GET /cluster/tasks
             GET /nodes
+            GET /nodes/{node}/aplinfo
             GET /nodes/{node}/capabilities/qemu/cpu
             GET /nodes/{node}/capabilities/qemu/machines
             GET /nodes/{node}/lxc

@@ -4,9 +4,18 @@
 Run by tests/it/api.rs; containers are real here, machine.py does the same for a virtual machine.
 """
 
+import functools
+import gzip
+import hashlib
+import http.server
 import re
+import shutil
+import subprocess
+import tempfile
+import threading
 import time
 import urllib.parse
+from pathlib import Path
 
 import requests
 from proxmoxer import AuthenticationError
@@ -96,6 +105,51 @@ def storages(node):
     finish(node_api, node.storage("local").content("local:iso/small.iso").delete())
     assert node.storage("local").content.get(content="iso") == []
     said("a file is uploaded, listed and removed")
+
+
+def templates(api, node):
+    """A signed index of templates, served from a folder."""
+    refused(node.aplinfo.get, "500", "no index of container templates is configured", str(STATE / "templates/sources"))
+    if not all(map(shutil.which, ("gpg", "gpgv", "gpg-agent"))):
+        print("no GnuPG here: no index of templates is made", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as home:
+
+        def gpg(*args):
+            command = ["gpg", "--homedir", home, "--batch", "--quiet", *args]
+            return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+
+        served, kept = Path(home, "served"), STATE / "templates"
+        served.mkdir()
+        gpg("--passphrase", "", "--quick-generate-key", "Walk <walk@a.example>", "ed25519", "sign", "never")
+        (kept / "walk.gpg").write_bytes(gpg("--export"))
+        (served / "tiny_1_amd64.tar.gz").write_bytes(gzip.compress(b"not much of a template"))
+        digest = hashlib.sha512((served / "tiny_1_amd64.tar.gz").read_bytes()).hexdigest()
+        index = served / "aplinfo.dat"
+        index.write_text(
+            "Package: tiny\nVersion: 1\nType: lxc\nOS: none\nSection: system\nInfopage: https://a.example/\n"
+            f"Location: tiny_1_amd64.tar.gz\nsha512sum: {digest}\nDescription: Tiny\n and useless\n"
+        )
+        (served / "aplinfo.dat.gz").write_bytes(gzip.compress(index.read_bytes()))
+        (served / "aplinfo.dat.asc").write_bytes(gpg("--armor", "--output", "-", "--detach-sign", str(index)))
+        subprocess.run(["gpgconf", "--homedir", home, "--kill", "gpg-agent"], check=True)
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}/aplinfo.dat"
+            (kept / "sources").write_text(f"Name: walk\nURL: {url}\nKeyring: walk.gpg\n")
+            finish(api, node.aplinfo.put())
+            row = node.aplinfo.get()[0]
+            assert (row["package"], row["headline"], row["description"]) == ("tiny", "Tiny", "and useless"), row
+            assert row["sha512sum"] == digest and row["template"] == "tiny_1_amd64.tar.gz", row
+            error = refused(lambda: node.aplinfo.post(storage="local", template="other.tar.gz"), "400")
+            assert error.errors == {"template": "no such template"}, error.errors
+            finish(api, node.aplinfo.post(storage="local", template=row["template"]))
+            server.shutdown()
+    volume = f"local:vztmpl/{row['template']}"
+    assert volume in [volume["volid"] for volume in node.storage("local").content.get(content="vztmpl")]
+    finish(api, node.storage("local").content(volume).delete())
+    said("a template of a signed index is downloaded")
 
 
 def schema(node):
@@ -193,6 +247,7 @@ node_api = client(user=LOGIN["username"], password=LOGIN["password"])
 here = node_api.nodes(DAEMON["node"])
 users_and_tokens(node_api)
 storages(here)
+templates(node_api, here)
 schema(here)
 machine(node_api, here)
 container(node_api, here)

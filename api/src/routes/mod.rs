@@ -18,6 +18,7 @@ mod series;
 mod snapshots;
 mod storage;
 mod tasks;
+mod templates;
 mod terminals;
 mod ticket;
 mod volumes;
@@ -54,6 +55,7 @@ pub const TABLES: &[&[Route]] = &[
     snapshots::VMS,
     storage::ROUTES,
     tasks::ROUTES,
+    templates::ROUTES,
     terminals::CONTAINERS,
     terminals::NODES,
     terminals::VMS,
