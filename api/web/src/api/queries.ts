@@ -8,6 +8,7 @@ import type {
   Guest,
   GuestConfig,
   GuestStatus,
+  IndexedTemplate,
   NetworkInterface,
   NodeStatus,
   PendingRow,
@@ -84,6 +85,8 @@ export const useVolumes = (node: string | null, storage: string | null, content?
     every: POLL_MS.config,
     ...(content ? { parameters: { content } } : {}),
   });
+
+export const useTemplates = (node: string) => useGet<IndexedTemplate[]>(path`/nodes/${node}/aplinfo`, { every: POLL_MS.config });
 
 export const useGuestStatus = (guest: Guest) => useGet<GuestStatus>(`${guestPath(guest)}/status/current`, { every: POLL_MS.guest });
 export const useGuestConfig = (guest: Guest) => useGet<GuestConfig>(`${guestPath(guest)}/config`, { every: POLL_MS.config });

@@ -85,6 +85,16 @@ export interface NodeStatus {
 /** A row of …/rrddata; series that were not measured are absent. Rates are bytes a second. */
 export type SeriesRow = { time: number } & Record<string, number | undefined>;
 
+/** A row of GET /nodes/N/aplinfo: a container template of a signed index. */
+export interface IndexedTemplate {
+  template: string;
+  package: string;
+  version: string;
+  section: string;
+  headline: string;
+  description: string;
+}
+
 export interface Task {
   upid: string;
   node: string;

@@ -59,6 +59,7 @@ const OTHER_TASKS: Record<string, string> = {
   imgcopy: 'Upload',
   imgdel: 'Delete volume',
   download: 'Download',
+  aplupdate: 'Refresh templates',
   resize: 'Resize disk',
   vncproxy: 'Console',
   vncshell: 'Shell',

@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 // The volumes of a storage: list, upload, download from an address, pull from a registry, delete.
 import { ActionIcon, Button, Group, Select, Stack, Text, TextInput, Tooltip } from '@mantine/core';
-import { IconDownload, IconPackageImport, IconTrash, IconUpload } from '@tabler/icons-react';
+import { IconBooks, IconDownload, IconPackageImport, IconTrash, IconUpload } from '@tabler/icons-react';
 import { DataTable } from 'mantine-datatable';
 import { useMemo, useState } from 'react';
 
@@ -13,6 +13,7 @@ import { ErrorNote } from '../app/ErrorPage';
 import { bytes, time } from '../lib/format';
 import { DownloadDialog } from './DownloadDialog';
 import { PullDialog } from './PullDialog';
+import { TemplateDialog } from './TemplateDialog';
 import { UploadDialog } from './UploadDialog';
 
 export const CONTENT_NAMES: Record<string, string> = {
@@ -62,7 +63,7 @@ export function ContentTab({ node, storage, contents }: ContentProps) {
   const volumes = useVolumes(node, storage);
   const [kind, setKind] = useState<string | null>(null);
   const [text, setText] = useState('');
-  const [dialog, setDialog] = useState<'upload' | 'download' | 'pull' | null>(null);
+  const [dialog, setDialog] = useState<'upload' | 'download' | 'pull' | 'template' | null>(null);
   const [doomed, setDoomed] = useState<Volume | null>(null);
   const shown = useFiltered(volumes.data, kind, text);
   const sendable = contents.filter((name) => SENDABLE.includes(name));
@@ -82,6 +83,9 @@ export function ContentTab({ node, storage, contents }: ContentProps) {
           </Button>
           <Button variant="default" leftSection={<IconPackageImport size={14} aria-hidden />} disabled={!contents.includes('vztmpl')} onClick={() => setDialog('pull')}>
             Pull an image
+          </Button>
+          <Button variant="default" leftSection={<IconBooks size={14} aria-hidden />} disabled={!contents.includes('vztmpl')} onClick={() => setDialog('template')}>
+            Templates
           </Button>
         </Group>
       </Group>
@@ -119,6 +123,7 @@ export function ContentTab({ node, storage, contents }: ContentProps) {
       {dialog === 'upload' && <UploadDialog node={node} storage={storage} contents={sendable} onClose={() => setDialog(null)} />}
       {dialog === 'download' && <DownloadDialog node={node} storage={storage} contents={sendable} onClose={() => setDialog(null)} />}
       {dialog === 'pull' && <PullDialog node={node} storage={storage} onClose={() => setDialog(null)} />}
+      {dialog === 'template' && <TemplateDialog node={node} storage={storage} onClose={() => setDialog(null)} />}
       {doomed && <DeleteDialog node={node} storage={storage} volume={doomed} onClose={() => setDoomed(null)} />}
     </Stack>
   );
