@@ -202,10 +202,15 @@ impl VirtioPci {
         }
     }
 
-    /// Starts again what [`VirtioPci::pause`] stopped, here or on the machine whose state was restored.
+    /// Starts again what [`VirtioPci::pause`] stopped, here or on the machine whose state was restored. Fails when the
+    /// host refuses what a queue needs, such as a thread: the queues before that one run then, and it is lost until a
+    /// reset, while those after it are still paused and start with the next call.
     pub fn resume(&self) -> Result<(), PauseError> {
         let mut state = self.lock();
         let restored = std::mem::take(&mut state.restored);
+        if restored {
+            self.interrupts.tell_again();
+        }
         for index in 0..state.queues.len() {
             if let Some(position) = state.queues[index].paused.take() {
                 // An interrupt on its way from the eventfd to the local APIC is in no saved state; one too many

@@ -64,6 +64,54 @@ fn a_device_goes_on_in_a_copy() {
     assert_eq!(driver.wait_used(0).1, 16);
 }
 
+/// An interrupt that was on its way when the machine was saved is in no state: the copy gets it once more, also when
+/// nothing is left to be done. And the driver is asked to ring for the next chain, whatever it was asked before.
+#[test]
+fn a_queue_that_has_nothing_to_do_is_told_once_more_in_a_copy_and_rings() {
+    let mut driver = Driver::new(Arc::new(Rng::new()));
+    driver.start(u64::MAX);
+    for _ in 0..3 {
+        driver.add(0, &[Segment::writable(DATA, 32)]);
+        driver.kick(0);
+        driver.wait_used(0);
+    }
+    driver.device.pause();
+    let ring = driver.rings[0];
+    let event = ring.used + 4 + 8 * u64::from(ring.size);
+    // As if the queue had been stopped before it asked for anything.
+    driver.put(event, &0x7777_u16.to_le_bytes());
+    let mut copy = copy(&mut driver, Driver::bare(Arc::new(Rng::new())));
+    assert_eq!(copy.interrupts.take(1), 1);
+    copy.wait_until("a doorbell asked for", |copy| copy.get(event, 2) == [3, 0]);
+    assert_eq!(copy.used(0), None);
+    copy.device.pause();
+    copy.device.resume().unwrap();
+    assert_eq!(copy.interrupts.take(1), 0, "only in a copy");
+}
+
+/// The same for a change of the configuration: told just before the save, or never.
+#[test]
+fn a_change_of_the_configuration_is_told_once_more_in_a_copy() {
+    for changes in [false, true] {
+        let disk = || blk::disk(blk::memory_disk(), 1);
+        let device = disk();
+        let mut driver = Driver::new(device.clone());
+        driver.start(u64::MAX);
+        if changes {
+            device.resized();
+        }
+        assert_eq!(driver.interrupts.take(0), u64::from(changes));
+        let copy = copy(&mut driver, Driver::bare(disk()));
+        assert_eq!(copy.interrupts.take(0), u64::from(changes));
+        assert_eq!(copy.read::<1>(0x15), driver.read::<1>(0x15), "generation");
+        copy.device.pause();
+        copy.device.resume().unwrap();
+        assert_eq!(copy.interrupts.take(0), 0, "only in a copy");
+        driver.device.resume().unwrap();
+        assert_eq!(driver.interrupts.take(0), 0, "not in the original");
+    }
+}
+
 #[test]
 fn a_broken_device_stays_broken() {
     let mut driver = Driver::new(Arc::new(Rng::new()));
