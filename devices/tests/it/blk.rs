@@ -3,12 +3,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::blk::{Blk, BlkOptions};
 use atoll_disk::{
-    BlockBackend, Faulty, Format, Geometry, Limited, Limits, MemoryBackend, OpenOptions, Operation,
-    Source,
+    BlockBackend, Cache, Faulty, Format, Geometry, Limited, Limits, MemoryBackend, OpenOptions,
+    Operation, Source,
 };
 
 pub(crate) const DISK_BYTES: u64 = 1 << 20;
@@ -189,11 +190,7 @@ fn event_index_suppresses_interrupts() {
         driver.kick(0);
         driver.wait_used(0);
     }
-    assert!(
-        driver
-            .interrupts
-            .wait(1, std::time::Duration::from_secs(20))
-    );
+    assert!(driver.interrupts.wait(1, Duration::from_secs(20)));
 }
 
 #[test]
@@ -298,21 +295,34 @@ fn a_disk_that_grew_tells_its_driver() {
     assert_eq!(run(&mut driver, 0, 0, last, 512), (1, 1));
     backend.resize(2 * DISK_BYTES).unwrap();
     device.resized();
-    assert!(
-        driver
-            .interrupts
-            .wait(0, std::time::Duration::from_secs(20))
-    );
+    assert!(driver.interrupts.wait(0, Duration::from_secs(20)));
     assert_eq!(u64::from_le_bytes(driver.device_config(0)), 2 * last);
     assert_eq!(run(&mut driver, 0, 0, last, 512), (0, 513));
 }
 
-/// A limit of one operation a second does not keep a pause waiting, and resumes without loss.
+/// A disk whose requests take a moment each: who does not wait for them does not see them done.
+pub(crate) fn slow(inner: impl BlockBackend) -> impl BlockBackend {
+    let wait = |_, _| {
+        std::thread::sleep(Duration::from_millis(1));
+        None
+    };
+    Faulty::new(inner, Arc::new(wait))
+}
+
+/// How many chains the device has taken from `queue`.
+pub(crate) fn taken(driver: &Driver, queue: usize) -> u64 {
+    let (_, queues) = driver.device.counters();
+    let chains = queues[queue].iter().find(|(name, _)| *name == "chains");
+    chains.unwrap().1
+}
+
+/// A limit of one operation a second does not keep a pause waiting. All that was taken is done when the pause returns:
+/// RAM is copied then.
 #[test]
 fn limited_disks_pause_at_once() {
     let mut limits = Limits::default();
     limits.total.operations.per_second = Some(1);
-    let limited = Arc::new(Limited::new(Arc::new(memory_disk()), limits));
+    let limited = Arc::new(Limited::new(Arc::new(slow(memory_disk())), limits));
     let mut driver = device(limited.clone(), 1);
     driver.start(u64::MAX);
     driver.put(HEADER, &[0; 16]);
@@ -327,12 +337,54 @@ fn limited_disks_pause_at_once() {
     let before = std::time::Instant::now();
     driver.kick(0);
     driver.wait_used(0);
+    driver.wait_until("20 chains taken", |driver| taken(driver, 0) == 20);
     driver.device.pause();
-    for _ in 1..20 {
-        driver.wait_used(0);
+    for done in 1..20 {
+        assert!(driver.used(0).is_some(), "{done} are done");
     }
-    assert!(before.elapsed() < std::time::Duration::from_secs(10));
+    assert!(before.elapsed() < Duration::from_secs(10));
     driver.device.resume().unwrap();
     limited.set(Limits::default());
     write_then_read(&mut driver, 0);
+}
+
+/// Reads that the kernel has, past its page cache, where the file system of temporary files knows such reads.
+#[test]
+fn what_the_kernel_has_is_done_when_a_pause_returns() {
+    const READS: u64 = 32;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), vec![0x5a; 1 << 20]).unwrap();
+    let source = Source {
+        path: file.path().to_owned(),
+        format: Format::Raw,
+        backing: Vec::new(),
+    };
+    let options = OpenOptions {
+        cache: Cache::None,
+        ..OpenOptions::default()
+    };
+    let backend = match atoll_disk::open(&source, options) {
+        Ok(backend) => backend,
+        Err(error) => return println!("ATOLL-SKIP: direct reads: {error}"),
+    };
+    let mut driver = device(backend, 1);
+    driver.start(u64::MAX);
+    driver.put(HEADER, &[0; 16]);
+    for round in 0..50 {
+        for read in 0..READS {
+            let chain = [
+                Segment::readable(HEADER, 16),
+                Segment::writable(DATA + read * 4096, 4096),
+                Segment::writable(STATUS, 1),
+            ];
+            driver.add(0, &chain);
+        }
+        driver.kick(0);
+        let all = (round + 1) * READS;
+        driver.wait_until("every chain taken", |driver| taken(driver, 0) == all);
+        driver.device.pause();
+        let done = std::iter::from_fn(|| driver.used(0)).count();
+        assert_eq!(done as u64, READS);
+        driver.device.resume().unwrap();
+    }
 }

@@ -14,6 +14,7 @@ use atoll_disk::{
     BlockBackend, Faulty, Geometry, Limited, Limits, MemoryBackend, Operation, conformance,
 };
 
+use crate::blk::{slow, taken};
 use crate::pitfalls::while_it_changes;
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -564,13 +565,13 @@ fn task_management() {
     assert_eq!(driver.get(RESPONSE, 5), [0; 5]);
 }
 
-/// A held request is not taken back: abort is refused until it is done.
+/// A held request is not taken back: abort is refused until it is done. All are when a pause returns.
 #[test]
 fn what_is_in_flight_is_not_aborted_and_not_lost() {
     let mut limits = Limits::default();
     limits.total.operations.per_second = Some(1);
     limits.total.operations.burst = Some(1);
-    let limited = Arc::new(Limited::new(memory(false), limits));
+    let limited = Arc::new(Limited::new(Arc::new(slow(memory(false))), limits));
     let (_, mut driver) = device(&[(0, disk(limited.clone()))]);
     driver.start(u64::MAX);
     run(&mut driver, 0, &READ_10, &[], 8192).good();
@@ -605,10 +606,11 @@ fn what_is_in_flight_is_not_aborted_and_not_lost() {
         driver.wait_used(0);
         driver.get(RESPONSE + 256, 1) == [11]
     });
+    driver.wait_until("all chains taken", |driver| taken(driver, QUEUE) == 21);
     let before = std::time::Instant::now();
     driver.device.pause();
-    for _ in 0..20 {
-        driver.wait_used(QUEUE);
+    for done in 0..20 {
+        assert!(driver.used(QUEUE).is_some(), "{done} are done");
     }
     assert!(
         before.elapsed() < Duration::from_secs(10),
