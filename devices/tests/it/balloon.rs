@@ -7,6 +7,8 @@ use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, RAM_BYTES, Segment};
 use atoll_devices::virtio::balloon::{Balloon, BalloonOptions};
 
+use crate::pitfalls::while_it_changes;
+
 const DATA: u64 = 0x10_0000;
 const FREE: u64 = 0x18_0000;
 
@@ -69,6 +71,35 @@ fn inflated_pages_are_gone_and_only_those() {
     assert_eq!(balloon.actual(), 0);
     balloon.restore(&saved).unwrap();
     assert_eq!(balloon.save(), saved);
+}
+
+/// Another vCPU changes the first of two page numbers, from the neighbor of the second to a page far away and back: those
+/// go that were named together, and neither of them otherwise.
+#[test]
+fn a_page_number_that_changes_while_it_is_read() {
+    let (mut driver, _balloon) = device();
+    driver.start(u64::MAX);
+    let near = u32::try_from(FREE >> 12).unwrap();
+    // They differ in one byte.
+    let far = near ^ 0x40;
+    driver.put(DATA, &[near, near + 1].map(u32::to_le_bytes).concat());
+    let numbers = [near, far].map(|number| [number.to_le_bytes()[0]]);
+    let pages = [near, near + 1, far, far + 1].map(|number| u64::from(number) << 12);
+    while_it_changes(&driver.memory.clone(), DATA, numbers, || {
+        for page in pages {
+            driver.put(page, &[7]);
+        }
+        driver.add(0, &[Segment::readable(DATA, 8)]);
+        driver.kick(0);
+        driver.wait_used(0);
+        let gone = pages.map(|page| zeroes(&driver, page, 1));
+        match gone {
+            [true, true, false, false] => true,
+            [false, true, true, false] => false,
+            _ => panic!("{gone:?}"),
+        }
+    });
+    assert_eq!(driver.status(), 15);
 }
 
 #[test]

@@ -14,6 +14,8 @@ use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Line, Segment};
 use atoll_devices::virtio::console::{PortOptions, VirtioConsole};
 
+use crate::pitfalls::while_it_changes;
+
 const DATA: u64 = 0x10_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -108,6 +110,39 @@ fn named_ports_are_announced_and_carry_bytes() {
     driver.add(2, &[Segment::writable(DATA, 3)]);
     driver.kick(2);
     driver.wait_broken();
+}
+
+/// Another vCPU makes a message of the driver's one about another port, and back: it is answered for the one or the other,
+/// and not for half of each.
+#[test]
+fn a_message_that_changes_while_it_is_read() {
+    let console = Console::open(&ConsoleBackend::Null).unwrap();
+    let port = |name: Option<&str>| PortOptions {
+        port: console.port(),
+        name: name.map(str::to_owned),
+    };
+    let ports = vec![port(None), port(Some("a.0"))];
+    let device = Arc::new(VirtioConsole::with_ports(ports).unwrap());
+    let mut driver = Driver::new(device);
+    driver.start(u64::MAX);
+    driver.put(DATA, &[0, 0, 0, 0, 3, 0, 1, 0]);
+    let hear = |driver: &mut Driver| {
+        driver.add(2, &[Segment::writable(DATA + 4096, 64)]);
+        driver.kick(2);
+        let (_, count) = driver.wait_used(2);
+        driver.get(DATA + 4096, usize::try_from(count).unwrap())
+    };
+    let of_console = [&[0, 0, 0, 0, 4, 0, 1, 0][..], &[0, 0, 0, 0, 6, 0, 1, 0]];
+    let of_channel = [b"\x01\0\0\0\x07\0\x01\0a.0", &[1, 0, 0, 0, 6, 0, 1, 0][..]];
+    while_it_changes(&driver.memory.clone(), DATA, [[0], [1]], || {
+        driver.add(3, &[Segment::readable(DATA, 8)]);
+        driver.kick(3);
+        driver.wait_used(3);
+        let heard = [hear(&mut driver), hear(&mut driver)];
+        assert!(heard == of_console || heard == of_channel, "{heard:?}");
+        heard == of_console
+    });
+    assert_eq!(driver.status(), 15);
 }
 
 #[test]

@@ -2,8 +2,9 @@
 //! Functions that come and go: the registers as AML drives them, a guest that does something else, and what is left of a
 //! function that is gone.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier};
 
 use atoll_devices::bus::BusDevice;
 use atoll_devices::memory::{Memory, Ram};
@@ -130,6 +131,44 @@ fn a_function_comes_is_asked_for_and_goes_again_and_again() {
         assert_eq!(Arc::strong_count(&function), 1, "nobody else holds it");
         assert!(!machine.hotplug.is_leaving(5));
     }
+}
+
+/// A guest that looks all the time, and not only when it is told: what it sees first is whole.
+#[test]
+fn a_function_that_is_seen_answers_at_once() {
+    const ROUNDS: usize = 2000;
+    let machine = &Machine::new();
+    let bar = 5 * BAR_BYTES;
+    let (seen, is_seen) = channel();
+    let round_ends = &Barrier::new(2);
+    let looks = move || {
+        for _ in 0..ROUNDS {
+            while machine.config(5, 0) == u32::MAX {
+                std::hint::spin_loop();
+            }
+            machine.enable(5);
+            let queue_count = word(&machine.window, bar + 0x10) >> 16;
+            let doorbells = machine.doorbells.connected().len();
+            seen.send((queue_count, doorbells)).unwrap();
+            round_ends.wait();
+        }
+    };
+    let mut answers = Vec::new();
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new();
+        thread.spawn_scoped(scope, looks).unwrap();
+        for _ in 0..ROUNDS {
+            let function = machine.plug(5);
+            answers.push(is_seen.recv().unwrap());
+            machine.hotplug.ask(5);
+            put(&machine.hotplug, EJECT, 1 << 5);
+            machine.hotplug.take_released();
+            machine.bus.remove(5);
+            function.retire();
+            round_ends.wait();
+        }
+    });
+    assert_eq!(answers, [(1, 1); ROUNDS], "queues and doorbells");
 }
 
 #[test]

@@ -174,6 +174,35 @@ fn sends_in_one_piece_and_in_fifty() {
     assert!(counters.contains(&("sent", 3)), "{counters:?}");
 }
 
+/// Another vCPU makes the header of a packet one of no kind, and back: the packet is on the wire as it was, or it is lost.
+#[test]
+fn a_packet_that_changes_while_it_is_sent() {
+    let Some(mut rig) = rig(u64::MAX) else { return };
+    let frame = frame(90);
+    rig.driver.put(DATA, &[vec![0; 12], frame.clone()].concat());
+    let count = |rig: &Rig, what| {
+        let (counters, _) = rig.driver.device.counters();
+        counters.iter().find(|row| row.0 == what).unwrap().1
+    };
+    let memory = rig.driver.memory.clone();
+    let kind_of_segments = DATA + 1;
+    let mut seen = vec![0; 2000];
+    while_it_changes(&memory, kind_of_segments, [[0], [0x7f]], || {
+        let (sent, lost) = (count(&rig, "sent"), dropped(&rig.net));
+        rig.driver.add(1, &[Segment::readable(DATA, 102)]);
+        rig.driver.kick(1);
+        rig.driver.wait_used(1);
+        let is_sent = count(&rig, "sent") > sent;
+        assert_eq!(dropped(&rig.net), lost + u64::from(!is_sent));
+        if is_sent {
+            let size = rig.wire.read(&mut seen).unwrap();
+            assert_eq!(seen[..size], frame);
+        }
+        is_sent
+    });
+    assert_eq!(rig.driver.status(), 15);
+}
+
 #[test]
 fn receives_into_merged_buffers() {
     let Some(mut rig) = rig(u64::MAX) else { return };
