@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use atoll_devices::memory::Ram;
@@ -47,6 +48,16 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::Xcrs, "extended control registers"),
     (Cap::Debugregs, "debug registers"),
     (Cap::VcpuEvents, "pending exceptions"),
+];
+
+/// MTRRs, which KVM keeps for a guest but does not list (Linux `arch/x86/kvm/x86.c`, `msrs_to_save`): eight ranges, what
+/// has a fixed place, and the default, whose write turns them on (SDM vol. 3A §12.11.2).
+const MSRS_MEMORY_TYPES: [RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
 ];
 
 /// Why this host gives no virtual machine, by what the user can do about it.
@@ -146,13 +157,19 @@ impl Kvm {
         }
     }
 
-    /// MSRs that belong to a vCPU's state.
+    /// MSRs that belong to a vCPU's state; a vCPU may lack some of them.
     pub fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
         let list = self
             .fd
             .get_msr_index_list()
             .map_err(KvmError::failed("list the MSRs"))?;
-        Ok(list.as_slice().to_vec())
+        let mut indices = list.as_slice().to_vec();
+        for index in MSRS_MEMORY_TYPES.iter().cloned().flatten() {
+            if !indices.contains(&index) {
+                indices.push(index);
+            }
+        }
+        Ok(indices)
     }
 
     /// Makes a virtual machine with memory and a PC's interrupt controllers, but no vCPU.
@@ -250,7 +267,8 @@ impl VirtualMachine {
             .map_err(KvmError::failed("create the interrupt controllers"))
     }
 
-    /// Makes every region of `memory` the guest's RAM, one slot each.
+    /// Makes every region of `memory` the guest's RAM, one slot each. When KVM refuses one, the guest has those before it,
+    /// and the machine keeps `memory`.
     pub fn set_memory(&self, memory: &Arc<Ram>) -> Result<(), KvmError> {
         self.set_slots(memory, 0)
     }
