@@ -207,7 +207,7 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
 }
 
 #[test]
-fn pausing_in_the_middle_of_port_accesses_loses_none() {
+fn pausing_again_and_again_loses_no_byte_of_the_serial_port() {
     let Some(guest) = Guest::start("stay", &[]) else {
         return;
     };
