@@ -182,6 +182,10 @@ impl Write for Line {
 mod tests {
     use super::*;
     use std::process::Command;
+    use std::time::Duration;
+
+    /// Nothing that these tests wait for takes longer.
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     #[test]
     fn every_table_compiles_within_the_kernels_limit() {
@@ -226,6 +230,29 @@ mod tests {
             program_name()
         );
         assert!(said.contains(&line), "{said}");
+    }
+
+    /// A thread is denied a call while another one writes a line to the log, and while it does so itself.
+    #[test]
+    fn a_denied_call_is_named_while_the_log_is_locked() {
+        if let Ok(holder) = std::env::var(CHILD) {
+            arm(Seccomp::On, libc::STDERR_FILENO).unwrap();
+            let _held = (holder == "another").then(|| io::stderr().lock());
+            let denied = move || {
+                let _held = (holder == "itself").then(|| io::stderr().lock());
+                opens_a_file()
+            };
+            let _thread = atoll_thread::spawn(Kind::Disk, "blk0-q0", denied).unwrap();
+            // Its end ends the process; in vain if it waits for what is held here.
+            std::thread::sleep(PATIENCE);
+            std::process::exit(0);
+        }
+        for holder in ["another", "itself"] {
+            let name = "a_denied_call_is_named_while_the_log_is_locked";
+            let (code, said) = run_alone(name, holder);
+            assert_eq!(code, Some(DENIED_EXIT_CODE), "{said}");
+            assert!(said.contains("thread blk0-q0 made"), "{said}");
+        }
     }
 
     #[test]
