@@ -89,13 +89,29 @@ fn a_guest_at_work_moves_there_and_back() {
     if !kvm() {
         return;
     }
-    let mut arguments = shell("64", "2");
+    moves_there_and_back("64", "16 4", number("ATOLL_MIGRATION_ROUNDS", 4));
+}
+
+/// RAM of two memory slots; the guest works in the second one.
+#[test]
+fn a_guest_at_work_above_4_gib_moves_there_and_back() {
+    if !kvm() {
+        return;
+    }
+    moves_there_and_back("3200", "4100 4", 2);
+}
+
+/// Moves a guest with so much memory, which works in that region, so many times. It works until it has looked at every
+/// page of the region again.
+fn moves_there_and_back(memory: &str, region: &str, rounds: u64) {
+    const PAGES: u64 = 4 << 8;
+    let mut arguments = shell(memory, "2");
     arguments.extend(["--generation-id", GENERATION]);
     let mut guest = Place::new().start(&arguments);
     let mut serial = guest.serial();
-    serial.start_load("");
-    let mut done = serial.load_beyond(0);
-    for round in 0..number("ATOLL_MIGRATION_ROUNDS", 4) {
+    serial.start_load(region);
+    let mut done = serial.load_beyond(PAGES);
+    for round in 0..rounds {
         let mut target = target_for(&guest);
         let connections = ["1", "3"][usize::from(round % 2 == 1)];
         let asker = begin(&guest, &target, connections);
@@ -106,7 +122,7 @@ fn a_guest_at_work_moves_there_and_back() {
         );
         assert_eq!(guest.ended().0.code(), Some(0));
         serial = target.serial();
-        done = serial.load_beyond(done);
+        done = serial.load_beyond(done + PAGES);
         guest = target;
     }
     assert!(serial.end_load() >= done);
