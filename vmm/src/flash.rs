@@ -100,7 +100,8 @@ pub struct FirmwareImages {
 }
 
 impl FirmwareFiles {
-    /// Opens and reads what the spec names.
+    /// Opens and reads what the spec names. Fails when a file cannot be opened or read, is of no size or content that
+    /// flash has, or is another machine's variables; nothing stays open or locked then. A log that did not exist stays.
     pub fn open(spec: &FirmwareSpec) -> Result<Self, FlashError> {
         Self::take(Self::files(spec)?.into(), spec)
     }

@@ -97,8 +97,10 @@ pub trait BlockBackend: Send + Sync {
         Err(ResizeError::Unsupported)
     }
 
-    /// Opens a path for up to `depth` requests at a time. Called once a virtqueue, by the control thread; the
-    /// returned queue then belongs to that virtqueue's thread.
+    /// Opens a path for up to `depth` requests at a time: one at least, or some backends take none, and as many as a
+    /// virtqueue can have (32768) at most, or the kernel refuses a ring of that size. Called once a virtqueue, by the
+    /// control thread; the returned queue then belongs to that virtqueue's thread. Fails when the host has no ring, thread
+    /// or descriptor left for it, which changes nothing for the queues that are open.
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn BlockQueue>>;
 }
 

@@ -262,7 +262,8 @@ pub fn files(source: &Source, options: OpenOptions) -> Result<OpenedDisk, OpenEr
 }
 
 /// Opens the same files without a lock, the image first, then those behind it, nearest first: for a process that opens
-/// them for another one's [`OpenedDisk::from_files`].
+/// them for another one's [`OpenedDisk::from_files`]. Fails at the first that cannot be opened, or when a raw image is
+/// said to have others behind it; no file stays open then.
 pub fn unlocked_files(source: &Source, options: OpenOptions) -> Result<Vec<File>, OpenError> {
     source.check()?;
     let behind = source.backing.iter();

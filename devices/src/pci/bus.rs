@@ -63,7 +63,7 @@ pub enum PciBusError {
         /// The number asked for.
         slot: usize,
     },
-    /// Not aligned to the BAR's size, in no window, or over another BAR.
+    /// In no window.
     #[error("pci slot {slot}: no room for a BAR of {size:#x} bytes at {address:#x}")]
     Bar {
         /// The function.
@@ -151,7 +151,8 @@ impl PciBus {
 
     /// Adds a function, its BARs one after the other from `address` up (the VMM's layout, as firmware would
     /// assign them; each aligned to its size). The guest still has to enable memory space. Returns the first
-    /// address after the BARs.
+    /// address after the BARs. Fails when the slot is taken or a BAR's place is in no window, and leaves the slot as it
+    /// was; that places of BARs overlap is not looked for, the guest's first to enable its own has it.
     pub fn add(
         &self,
         slot: usize,

@@ -334,7 +334,9 @@ pub enum RunError {
     Signals(#[source] io::Error),
 }
 
-/// Builds the machine that `spec` describes and runs it on this thread until its guest ends.
+/// Builds the machine that `spec` describes and runs it on this thread until its guest ends. Fails before the guest's
+/// first instruction when the machine cannot be as it is described, later when KVM or the host does. The machine is
+/// gone then as after any end, but not what was done to the process: its sandbox, masked signals, the control group.
 pub fn run_machine(spec: &MachineSpec, options: &Options) -> Result<Outcome, RunError> {
     run_from(spec, options, Start::PowerOn)
 }
