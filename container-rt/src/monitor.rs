@@ -10,7 +10,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, PipeWriter, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -32,23 +32,44 @@ use crate::{bundle, cgroup, mknod, terminals};
 /// Creates a container that has a monitor. Returns when the container is created and its console can be reached.
 pub fn create(root: &Path, request: &Request) -> Result<()> {
     let (from_monitor, report) = std::io::pipe().context(|| "create a pipe".to_owned())?;
-    if sys::fork().context(|| "fork".to_owned())? == Fork::Child {
-        drop(from_monitor);
-        let code = monitor(root, request, report);
-        sys::exit_now(code);
-    }
+    let pid = match sys::fork().context(|| "fork".to_owned())? {
+        Fork::Parent(pid) => pid,
+        Fork::Child => {
+            drop(from_monitor);
+            let code = monitor(root, request, report);
+            sys::exit_now(code);
+        }
+    };
     drop(report);
     let mut answer = String::new();
-    // One line, not all there is: the init holds the pipe, too, until it executes its program.
-    BufReader::new(from_monitor)
-        .read_line(&mut answer)
-        .context(|| "read from the monitor".to_owned())?;
+    // The init holds the pipe, too, until it executes its program: so one line is read, not all there is, and it takes
+    // more than the pipe to see that the monitor was killed.
+    if speaks(&from_monitor, &ProcessFd::of_child(pid)?)? {
+        BufReader::new(from_monitor)
+            .read_line(&mut answer)
+            .context(|| "read from the monitor".to_owned())?;
+    }
     match answer.trim_end() {
         "created" => Ok(()),
         "" => Err(Error::Argument(
             "the monitor died before the container was created".to_owned(),
         )),
         error => Err(Error::Argument(error.to_owned())),
+    }
+}
+
+/// Waits until there is something to read; false when the monitor has ended without a word.
+fn speaks(pipe: &PipeReader, monitor: &ProcessFd) -> Result<bool> {
+    loop {
+        let mut polled = [
+            PollFd::new(pipe.as_fd(), PollFlags::POLLIN),
+            PollFd::new(monitor.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut polled, PollTimeout::NONE) {
+            Ok(_) => return Ok(polled[0].any().unwrap_or(false)),
+            Err(Errno::EINTR) => {}
+            Err(source) => return Err(source).context(|| "poll".to_owned()),
+        }
     }
 }
 
