@@ -100,6 +100,14 @@ fn proxmoxer_walks_through_the_api() {
 }
 
 #[test]
+fn the_daemon_answers_beside_a_container_that_takes_all() {
+    let prepared = |storage: &Path| template(&storage.join("template/cache/small.tar.gz"));
+    if let Err(reason) = run_client("bombs.py", prepared) {
+        skip!("{reason}");
+    }
+}
+
+#[test]
 fn proxmoxer_runs_a_machine() {
     let vmm = |arguments: &[&str]| {
         let mut command = Command::new(tree::binary("atoll-vmm"));
