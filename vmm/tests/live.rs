@@ -20,7 +20,8 @@ use atoll_vmm::memory::{Backing, USERFAULTFD, allocate, open_device};
 use atoll_vmm::saved::packed::Packed;
 use atoll_vmm::saved::{self, image};
 use atoll_vmm_protocol::api::{Request, SavingInfo, SavingStage, Snapshot, SnapshotTaken};
-use guest::{Guest, Place, eventually, kvm, shell};
+use guest::huge_pages::HugePages;
+use guest::{Guest, Place, eventually, firmware, kvm, shell};
 use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY_MIB: u64 = 32;
@@ -99,43 +100,62 @@ fn memory_is_that_of_the_moment() {
         return;
     }
     for (memory, packed) in [("32", "false"), ("32", "true"), ("32M,shared", "false")] {
-        let mut guest = Place::new().start(&shell(memory, "2"));
-        let mut serial = guest.serial();
-        serial.start_load("");
-        let mut done = serial.load_beyond(LAP);
-        // A busy host may let the guest go on only when all is written: then once more, and slower.
-        let faults = [4 << 20, 1 << 20, 1 << 18].into_iter().find(|rate: &u64| {
-            for old in ["held", "live"] {
-                let _ = std::fs::remove_dir_all(guest.path(old));
-            }
-            guest.client().act(Request::Pause).unwrap();
-            guest.ctl(&["snapshot", "--to", "held"]).unwrap();
-            let rate = rate.to_string();
-            let asker = begin(
-                &guest,
-                "live",
-                &["--packed", packed, "--max-bytes-per-second", &rate],
-            );
-            guest.client().act(Request::Resume).unwrap();
-            done = serial.load_beyond(done + LAP);
-            let taken = finish(asker).unwrap();
-            let info = saving(&guest);
-            println!("{memory}, packed {packed}: {taken:?} {info:?}");
-            assert_eq!(info.stage, SavingStage::Completed);
-            assert_eq!(info.remaining_bytes, 0);
-            info.fault_count > 0
-        });
-        assert!(faults.is_some(), "the guest never waited to write");
-        let (held, live) = (ram_of(&guest.path("held")), ram_of(&guest.path("live")));
-        let pages = held.chunks(4096).zip(live.chunks(4096));
-        let differ: Vec<_> = (0..)
-            .zip(pages)
-            .filter_map(|(page, (one, other))| (one != other).then_some(page))
-            .collect();
-        assert_eq!(differ, [0_u64; 0], "pages of {memory}, packed {packed}");
-        serial.load_beyond(done);
-        works_whole(&mut serial);
+        is_of_the_moment(memory, packed);
     }
+}
+
+/// Such pages wait as a whole, and are allowed as a whole.
+#[test]
+fn memory_in_huge_pages_is_that_of_the_moment() {
+    if !possible() {
+        return;
+    }
+    let Some(_pages) = HugePages::lend(32) else {
+        return;
+    };
+    for packed in ["false", "true"] {
+        is_of_the_moment("32M,hugepages=2M", packed);
+    }
+}
+
+#[track_caller]
+fn is_of_the_moment(memory: &str, packed: &str) {
+    let mut guest = Place::new().start(&shell(memory, "2"));
+    let mut serial = guest.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(LAP);
+    // A busy host may let the guest go on only when all is written: then once more, and slower.
+    let faults = [4 << 20, 1 << 20, 1 << 18].into_iter().find(|rate: &u64| {
+        for old in ["held", "live"] {
+            let _ = std::fs::remove_dir_all(guest.path(old));
+        }
+        guest.client().act(Request::Pause).unwrap();
+        guest.ctl(&["snapshot", "--to", "held"]).unwrap();
+        let rate = rate.to_string();
+        let asker = begin(
+            &guest,
+            "live",
+            &["--packed", packed, "--max-bytes-per-second", &rate],
+        );
+        guest.client().act(Request::Resume).unwrap();
+        done = serial.load_beyond(done + LAP);
+        let taken = finish(asker).unwrap();
+        let info = saving(&guest);
+        println!("{memory}, packed {packed}: {taken:?} {info:?}");
+        assert_eq!(info.stage, SavingStage::Completed);
+        assert_eq!(info.remaining_bytes, 0);
+        info.fault_count > 0
+    });
+    assert!(faults.is_some(), "the guest never waited to write");
+    let (held, live) = (ram_of(&guest.path("held")), ram_of(&guest.path("live")));
+    let pages = held.chunks(4096).zip(live.chunks(4096));
+    let differ: Vec<_> = (0..)
+        .zip(pages)
+        .filter_map(|(page, (one, other))| (one != other).then_some(page))
+        .collect();
+    assert_eq!(differ, [0_u64; 0], "pages of {memory}, packed {packed}");
+    serial.load_beyond(done);
+    works_whole(&mut serial);
 }
 
 /// A live snapshot `to` with the disk of its moment, `to.disk`: the machine is paused while that is copied.
@@ -216,6 +236,33 @@ fn clones_of_live_snapshots_work() {
     }
     serial.load_beyond(done);
     works_whole(&mut serial);
+}
+
+/// Firmware's variables are a file of the machine's, like a disk: who copies them in that moment has what its memory knows.
+#[test]
+fn firmware_goes_on_from_a_live_snapshot() {
+    if !possible() {
+        return;
+    }
+    let place = Place::new();
+    firmware::put(&place);
+    let mut guest = place.start(&firmware::run("32"));
+    let mut serial = guest.serial();
+    serial.wait_for(firmware::ROUNDS);
+    guest.client().act(Request::Pause).unwrap();
+    let asker = begin(&guest, "live", &["--max-bytes-per-second", "4000"]);
+    let copy = Place::new();
+    for name in ["code", "vars"] {
+        std::fs::copy(guest.path(name), copy.path(name)).unwrap();
+    }
+    guest.client().act(Request::Resume).unwrap();
+    serial.wait_for(firmware::ROUNDS);
+    finish(asker).unwrap();
+    serial.wait_for(firmware::ROUNDS);
+    guest::link_directory(&guest.path("live"), &copy.path("live"));
+    let mut copy = copy.start(&["run", "--restore", "live"]);
+    let mut serial = copy.serial();
+    serial.wait_for(firmware::ROUNDS);
 }
 
 /// While nothing is written in order the guest works, the machine is reset, and other things have to wait; then somebody

@@ -22,9 +22,10 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
+use guest::huge_pages::HugePages;
 use guest::{
-    BINARY, Guest, Place, Random, Serial, eventually, kvm, number, runs, shell, shell_with_disk,
-    works,
+    BINARY, Guest, Place, Random, Serial, eventually, firmware, kvm, number, runs, shell,
+    shell_with_disk, works,
 };
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
@@ -99,6 +100,65 @@ fn a_guest_at_work_goes_on_in_a_new_process_and_in_the_next() {
         .unwrap();
     let said = String::from_utf8(second.stderr).unwrap();
     assert!(said.contains("in use"), "{said}");
+}
+
+/// Huge pages are taken when a machine starts; the same ones go on.
+#[test]
+fn a_guest_in_huge_pages_stays_in_them() {
+    if !kvm() {
+        return;
+    }
+    let Some(_pages) = HugePages::lend(32) else {
+        return;
+    };
+    let mut guest = Upgraded(Place::new().start(&shell("32M,hugepages=2M", "2")));
+    let mut serial = guest.0.serial();
+    serial.start_load("");
+    let mut done = serial.load_beyond(0);
+    for _ in 0..2 {
+        upgrade(&guest.0);
+        serial = guest.0.serial();
+        done = serial.load_beyond(done);
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", pid(&guest.0))).unwrap();
+        let memory = maps.split_once("/memfd:guest-memory").unwrap().1;
+        let page = memory
+            .lines()
+            .find(|line| line.starts_with("KernelPageSize"));
+        assert!(page.unwrap().ends_with(" 2048 kB"), "{memory}");
+    }
+    serial.end_load();
+    serial.wait_for("probe> ");
+    serial.type_line("report");
+    serial.wait_for("everything works");
+}
+
+/// The new process has looked at firmware's variables when the old one still writes them: it has to look again.
+#[test]
+fn firmware_goes_on_with_what_it_has_written() {
+    if !kvm() {
+        return;
+    }
+    let place = Place::new();
+    firmware::put(&place);
+    let mut guest = Upgraded(place.start(&firmware::run("32M,shared")));
+    let mut serial = guest.0.serial();
+    for _ in 0..2 {
+        serial.wait_for(firmware::ROUNDS);
+        upgrade(&guest.0);
+        serial = guest.0.serial();
+    }
+    serial.wait_for(firmware::ROUNDS);
+    // They are locked still, and the code is there for a reset.
+    guest.0.ctl(&["reset"]).unwrap();
+    serial.wait_for(firmware::ROUNDS);
+    let second = guest
+        .0
+        .place
+        .command(&firmware::run("32M"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert!(said.contains("another machine uses this file"), "{said}");
 }
 
 /// The console is the process's own input and output, which both processes have.

@@ -7,6 +7,9 @@
     reason = "each test binary that includes this uses its own part of it"
 )]
 
+pub mod firmware;
+pub mod huge_pages;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,0 +1,48 @@
+// Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
+//! Huge pages for a test's machines, on a host that has none in reserve: the kernel may make some meanwhile, and has them
+//! back as memory when the machines have ended.
+
+use std::fs::File;
+
+use atoll_vmm::board::MICRO;
+use atoll_vmm::memory::{Backing, HugePage, allocate};
+
+/// Linux `Documentation/admin-guide/mm/hugetlbpage.rst`: how many it may make beyond its reserve.
+const LIMIT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
+
+/// Until it is dropped machines may have huge pages.
+pub struct HugePages {
+    before: String,
+    /// One test at a time: each sets the limit back to what it has found.
+    _lock: File,
+}
+
+impl HugePages {
+    /// As many as machines with so much memory in all need; says so when this host has none.
+    pub fn lend(mib: u64) -> Option<Self> {
+        let lock = std::env::temp_dir().join("atoll-test-huge-pages");
+        let lock = File::create(lock).unwrap();
+        lock.lock().unwrap();
+        let lent = std::fs::read_to_string(LIMIT).and_then(|before| {
+            let limit = before.trim().parse().unwrap_or(0) + mib / 2;
+            std::fs::write(LIMIT, limit.to_string())?;
+            let _lock = lock;
+            Ok(Self { before, _lock })
+        });
+        let there = lent.map_err(|error| format!("{LIMIT}: {error}"));
+        let there = there.and_then(|lent| {
+            let all = allocate(&MICRO, mib, 40, Backing::Huge(HugePage::Mib2));
+            all.map(|_| lent).map_err(|error| error.to_string())
+        });
+        there
+            .map_err(|why| println!("ATOLL-SKIP: no huge pages: {why}"))
+            .ok()
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // What a machine has it keeps.
+        let _ = std::fs::write(LIMIT, &self.before);
+    }
+}
