@@ -6,22 +6,27 @@
 mod world;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use atoll_manager::guest::move_disk::{self, Move, Wish};
-use atoll_manager::guest::vm::Vm;
+use atoll_manager::guest::vm::{Vm, saved};
 use atoll_manager::guest::{Action, Applied, Ask, ConfigUpdate, Console, snapshot};
 use atoll_manager::id::{GuestId, GuestKind};
 use atoll_manager::reconcile::Reconciler;
-use atoll_manager::storage::name::parse_format;
+use atoll_manager::storage::name::{VolumeId, parse_format};
 use atoll_manager::task::{TaskContext, Upid, fault, run_steps};
 use atoll_manager::{Node, Settings};
+use atoll_vmm_protocol::api::{Request, SavingStage, Snapshot, SnapshotTaken};
+use atoll_vmm_protocol::client::Client;
 
 const USER: &str = "root@pam";
 const KIND: GuestKind = GuestKind::Vm;
+const USERFAULTFD: &str = "/dev/userfaultfd";
 
 async fn open(state: &tempfile::TempDir) -> Node {
     let mut settings = Settings::new("n1", state.path());
@@ -41,6 +46,16 @@ async fn done(node: &Node, upid: Result<Upid, atoll_manager::error::Error>) -> S
     let status = node.tasks().wait(&upid).await.unwrap();
     println!("{upid}: {:?}", node.tasks().log(&upid, 0, 0).unwrap());
     status
+}
+
+/// What a task that succeeds says.
+async fn log_of(node: &Node, upid: Result<Upid, atoll_manager::error::Error>) -> String {
+    let upid = upid.unwrap();
+    let status = node.tasks().wait(&upid).await.unwrap();
+    let log = format!("{:?}", node.tasks().log(&upid, 0, 0).unwrap());
+    assert_eq!(status, "OK", "{log}");
+    println!("{upid}: {log}");
+    log
 }
 
 #[test]
@@ -76,6 +91,7 @@ fn a_machine_lives_and_leaves_nothing() {
         moves_its_disks(&node, &state, id).await;
         goes_on_from_its_memory(&node, &state, id).await;
         devices_come_and_go(&node, id).await;
+        is_saved_while_it_runs(&node, &state, id).await;
         ends(&node, &state, id).await;
         node.network().teardown().await.unwrap();
     });
@@ -169,7 +185,8 @@ async fn goes_on_from_its_memory(node: &Node, state: &tempfile::TempDir, id: Gue
     load.type_line("load");
     let first = load.rounds();
     let snapshot = node.guests().snapshot(KIND, id, "warm", "", true, USER);
-    assert_eq!(done(node, snapshot).await, "OK");
+    let told = log_of(node, snapshot).await;
+    assert!(told.contains("(--share-kernel)"), "it is held: {told}");
     let kept = images.join(format!("vm-{id}-state-warm.raw"));
     assert!(std::fs::metadata(&kept).unwrap().len() > 64 << 20);
     assert!(snapshot::list(&seat.config().unwrap())[0].has_memory);
@@ -201,6 +218,76 @@ async fn goes_on_from_its_memory(node: &Node, state: &tempfile::TempDir, id: Gue
     let deleted = node.guests().delete_snapshot(KIND, id, "warm", USER);
     assert_eq!(done(node, deleted).await, "OK");
     assert!(!kept.exists());
+}
+
+/// A machine that shares no memory is held while its disks are copied, and goes on while its memory is written. Taken
+/// back, it goes on from the moment of its disks.
+async fn is_saved_while_it_runs(node: &Node, state: &tempfile::TempDir, id: GuestId) {
+    let device = File::options().read(true).write(true).open(USERFAULTFD);
+    let Ok(device) = device.inspect_err(|why| println!("ATOLL-SKIP: {USERFAULTFD}: {why}")) else {
+        return;
+    };
+    let images = state.path().join(format!("storage/images/{id}"));
+    let seat = node.guests().site().seat(KIND, id);
+    let vm = Vm::new(seat.clone());
+    let act = async |action| {
+        let acted = node.guests().act(KIND, id, action, USER);
+        assert_eq!(done(node, acted).await, "OK");
+    };
+    act(Action::Stop).await;
+    let alone = ["sharekernel".to_owned()].into();
+    let update = ConfigUpdate::new(KIND, BTreeMap::new(), alone, Default::default(), None);
+    node.guests()
+        .update(KIND, id, update.unwrap())
+        .await
+        .unwrap();
+    act(Action::Start).await;
+    let mut load = Load::of(node, id);
+    load.type_line("");
+    load.wait_for("probe> ");
+    load.type_line("load");
+    let first = load.rounds();
+    let snapshot = node.guests().snapshot(KIND, id, "live", "", true, USER);
+    let told = log_of(node, snapshot).await;
+    assert!(told.contains("the guest goes on, after "), "{told}");
+    assert!(told.contains("wrote memory: "), "{told}");
+    let volume = format!("local:{id}/vm-{id}-state-live.raw");
+    let info = vm.last_saving().await.unwrap().unwrap();
+    assert_eq!((info.stage, &info.to), (SavingStage::Completed, &volume));
+    let later = std::iter::repeat_with(|| load.rounds()).find(|rounds| *rounds > 4 * first);
+    let back = node.guests().roll_back(KIND, id, "live", false, USER);
+    assert_eq!(done(node, back).await, "OK");
+    let mut load = Load::of(node, id);
+    let rounds = load.rounds();
+    assert!(rounds >= first && rounds < later.unwrap(), "{rounds}");
+
+    // One that nobody finishes: so slow that it is not complete before the next daemon gives it up.
+    let file = || tempfile::tempfile().unwrap();
+    let files = [file(), file(), file(), device];
+    let volume: VolumeId = volume.parse().unwrap();
+    let body = Snapshot {
+        to: volume.to_string(),
+        live: Some(true),
+        max_bytes_per_second: Some(1),
+        ..Snapshot::default()
+    };
+    let client = Client::new(vm.api_socket());
+    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    let _: SnapshotTaken = client
+        .ask_with_files(Request::Snapshot, &body, &files)
+        .unwrap();
+    let info = vm.last_saving().await.unwrap().unwrap();
+    assert_eq!(info.stage, SavingStage::Saving);
+    saved::give_up(&seat, Some(&volume)).await.unwrap();
+    let info = vm.last_saving().await.unwrap().unwrap();
+    assert_eq!(info.stage, SavingStage::Cancelled);
+    assert!(!images.join(format!("vm-{id}-state-live.raw")).exists());
+    load.rounds();
+    load.type_line("");
+    let said = load.wait_for("load ended after ");
+    assert!(!said.contains("FAILED"), "{said}");
+    let deleted = node.guests().delete_snapshot(KIND, id, "live", USER);
+    assert_eq!(done(node, deleted).await, "OK");
 }
 
 /// A disc goes in and out of its drive while the machine runs; everything else of a drive waits.

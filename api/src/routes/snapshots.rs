@@ -88,7 +88,7 @@ macro_rules! rows {
             .check(SEES),
             Route::post(
                 concat!($guest, "/snapshot"),
-                "Take a snapshot of a guest; one that runs is held meanwhile.",
+                "Take a snapshot of a guest; one that runs is held while its disks are copied.",
                 serve!(take),
             )
             .params($take)
@@ -176,7 +176,7 @@ macro_rules! rows {
 const STATE: Param = Param::new(
     "vmstate",
     Kind::Boolean,
-    "Keep the memory, too, if the machine runs: it is held until that is written, and goes on from there after a rollback.",
+    "Keep the memory, too, if the machine runs, which it does while that is written, if it can; it goes on from there after a rollback.",
 );
 
 pub const VMS: &[Route] = rows!("/nodes/{node}/qemu/{vmid}", take: &[SNAPSHOT, DESCRIPTION, STATE], clone: "name", disk: "disk");

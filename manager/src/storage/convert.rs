@@ -11,16 +11,13 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use atoll_disk::{Format, OpenOptions, Source};
 
 use crate::error::Error;
 use crate::storage::copy::copy;
-use crate::task::TaskContext;
+use crate::task::{PROGRESS_EVERY, Progress, TaskContext};
 
-/// Time between two lines of progress.
-const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 /// First bytes of a qcow2 image: its specification, section Header.
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 /// Raw images are this or a multiple of it.
@@ -96,7 +93,7 @@ pub async fn convert(from: &Image, to: &Image, task: &TaskContext) -> Result<(),
 
 /// Sector by sector, on a blocking thread.
 async fn transfer(from: Image, to: Image, task: &TaskContext) -> Result<(), Error> {
-    let total = from.size_bytes()?.max(1);
+    let total = from.size_bytes()?;
     let done = Arc::new(AtomicU64::new(0));
     let (token, seen) = (task.token().clone(), done.clone());
     let work = tokio::task::spawn_blocking(move || {
@@ -120,13 +117,12 @@ async fn transfer(from: Image, to: Image, task: &TaskContext) -> Result<(), Erro
         }
     });
     tokio::pin!(work);
+    let progress = Progress::begin("converted");
     loop {
         tokio::select! {
             done = &mut work => return done.unwrap_or_else(|e| Err(Error::failed("convert the image", e))),
             () = tokio::time::sleep(PROGRESS_EVERY) => {
-                let done = done.load(Ordering::Relaxed);
-                let (mib, percent) = (total >> 20, done * 100 / total);
-                task.log(&format!("converted {} of {mib} MiB ({percent} %)", done >> 20));
+                task.log(&progress.line(done.load(Ordering::Relaxed), total));
             }
         }
     }

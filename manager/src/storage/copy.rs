@@ -9,12 +9,10 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::exec::Program;
 use crate::storage::STAT_BLOCK_BYTES;
-use crate::task::TaskContext;
+use crate::task::{PROGRESS_EVERY, Progress, TaskContext};
 
 /// Longest copy of one image.
 const COPY_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Time between two lines of progress.
-const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
 /// Makes `to` what `from` is. `to` appears complete or not at all, and is on disk when this returns; what was there
 /// before is replaced.
@@ -41,7 +39,7 @@ async fn write(from: &Path, part: &Path, task: &TaskContext) -> Result<(), Error
         let metadata = std::fs::metadata(path).ok();
         metadata.map_or(0, |metadata| metadata.blocks() * STAT_BLOCK_BYTES)
     };
-    let total = used(from).max(1);
+    let total = used(from);
     let cp = Program::new("cp")
         .args(["--reflink=auto", "--sparse=always", "--"])
         .arg(from)
@@ -49,12 +47,12 @@ async fn write(from: &Path, part: &Path, task: &TaskContext) -> Result<(), Error
         .deadline(COPY_MAX);
     let work = task.until_cancelled(async { Ok(cp.run().await.map(drop)?) });
     tokio::pin!(work);
+    let progress = Progress::begin("copied");
     loop {
         tokio::select! {
             done = &mut work => break done?,
             () = tokio::time::sleep(PROGRESS_EVERY) => {
-                let (done, mib) = (used(part).min(total), total >> 20);
-                task.log(&format!("copied {} of {mib} MiB ({} %)", done >> 20, done * 100 / total));
+                task.log(&progress.line(used(part), total));
             }
         };
     }

@@ -14,6 +14,7 @@ mod context;
 pub mod fault;
 mod index;
 mod log;
+mod progress;
 mod step;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use tokio::sync::{Semaphore, watch};
 pub use context::{Fault, Moment, TaskContext};
 pub use index::{StatusClass, TaskFilter, TaskRecord, TaskSource};
 pub use log::LogPage;
+pub use progress::{PROGRESS_EVERY, Progress};
 pub use step::{StepFn, StepFuture, TaskStep, run_steps};
 pub use upid::{InvalidUpid, Upid};
 

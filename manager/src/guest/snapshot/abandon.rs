@@ -57,7 +57,7 @@ async fn remove(abandon: &mut Abandon, task: &TaskContext) -> Result<(), Error> 
             let storage = abandon.seat.site.storage.open(&volume.storage)?;
             storage.free_snapshot(&volume.name, &name).await?;
         }
-        saved::free(&abandon.seat, saved::of(values).as_ref()).await?;
+        saved::give_up(&abandon.seat, saved::of(values).as_ref()).await?;
     }
     let suspended = saved::of(&stored.config.current.values);
     saved::free(&abandon.seat, suspended.as_ref()).await

@@ -1,7 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Tasks `qmsnapshot` and `vzsnapshot`.
+//!
+//! ```text
+//! held:  memory begins to be written ─► disks are copied ─► the guest goes on
+//!        of the moment of the hold   ────────────────────────────────────────► all of it is there
+//! ```
+//! A machine that cannot run meanwhile (`saved::begin`) is held until its memory is written.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::{PRESENT_KEYS, check_name, set_description};
 use crate::error::Error;
@@ -31,8 +37,10 @@ pub struct Take {
     with_memory: bool,
     guard: Option<Guard>,
     hold: Hold,
+    held_at: Option<Instant>,
     noted: bool,
     memory: Option<VolumeId>,
+    writing: Option<saved::Writing>,
     volumes: Vec<VolumeId>,
 }
 
@@ -46,8 +54,10 @@ impl Take {
             with_memory: false,
             guard: None,
             hold: Hold::default(),
+            held_at: None,
             noted: false,
             memory: None,
+            writing: None,
             volumes: Vec::new(),
         }
     }
@@ -63,9 +73,10 @@ impl Take {
 pub const STEPS: &[TaskStep<Take>] = &[
     step!("note the snapshot", note, undo forget),
     step!("hold the guest", hold, undo release),
-    step!("write the memory", write_memory, undo remove_memory),
+    step!("begin to write the memory", begin_memory, undo remove_memory),
     step!("copy disks", copy, undo remove),
     step!("let the guest go on", release),
+    step!("write the rest of the memory", finish_memory),
     step!("write the configuration", write_config),
 ];
 
@@ -133,22 +144,37 @@ async fn forget(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn hold(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    take.held_at = Some(Instant::now());
     take.hold.take(&take.seat, task).await
 }
 
-async fn release(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
-    take.hold.release(&take.seat).await
+async fn release(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    let held_at = take.held_at.take().filter(|_| take.hold.is_taken());
+    take.hold.release(&take.seat).await?;
+    if let Some(held_at) = held_at {
+        let ms = held_at.elapsed().as_millis();
+        task.log(&format!("the guest goes on, after {ms} ms"));
+    }
+    Ok(())
 }
 
-async fn write_memory(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
-    match &take.memory {
-        Some(volume) => saved::write(&Vm::new(take.seat.clone()), volume, task).await,
+async fn begin_memory(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    if let Some(volume) = &take.memory {
+        let vm = Vm::new(take.seat.clone());
+        take.writing = Some(saved::begin(&vm, volume, task).await?);
+    }
+    Ok(())
+}
+
+async fn finish_memory(take: &mut Take, task: &TaskContext) -> Result<(), Error> {
+    match take.writing.take() {
+        Some(writing) => saved::finish(&Vm::new(take.seat.clone()), writing, task).await,
         None => Ok(()),
     }
 }
 
 async fn remove_memory(take: &mut Take, _: &TaskContext) -> Result<(), Error> {
-    saved::free(&take.seat, take.memory.as_ref()).await
+    saved::give_up(&take.seat, take.memory.as_ref()).await
 }
 
 async fn copy(take: &mut Take, task: &TaskContext) -> Result<(), Error> {

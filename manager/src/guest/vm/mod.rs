@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use atoll_vmm_protocol::api::{
     Acted, Added, Info, MachineState, MirrorInfo, Mirrors, Removal, RemoveDevice, Request,
-    Snapshot, SnapshotTaken,
+    SavingInfo, Snapshot, SnapshotTaken,
 };
 use atoll_vmm_protocol::client::{Client, ClientError};
 use rustix::process::Signal;
@@ -139,6 +139,46 @@ impl Vm {
             )
         };
         self.ask_within(WRITE_MAX, question).await
+    }
+
+    /// Begins the same; the machine is held for a moment only, or for as long as it is paused, and what is written is of that
+    /// moment ([`Vm::last_saving`]). The last file is an open `/dev/userfaultfd`. Within the answer: why this machine has to be
+    /// held.
+    pub async fn begin_state(
+        &self,
+        files: [File; 4],
+        to: String,
+    ) -> Result<Result<SnapshotTaken, String>, Error> {
+        let question = move |client: &Client| {
+            let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+            let body = Snapshot {
+                to,
+                live: Some(true),
+                ..Snapshot::default()
+            };
+            match client.ask_with_files(Request::Snapshot, &body, &files) {
+                Err(ClientError::Refused { status: 409, error }) => Ok(Err(error)),
+                other => other.map(Ok),
+            }
+        };
+        self.ask(question).await
+    }
+
+    /// How far what was begun last is, if anything was.
+    pub async fn last_saving(&self) -> Result<Option<SavingInfo>, Error> {
+        let question = |client: &Client| match client.ask(Request::Saving) {
+            Err(ClientError::Refused { status: 404, .. }) => Ok(None),
+            other => other.map(Some),
+        };
+        self.ask(question).await
+    }
+
+    /// Gives it up, if it is not complete.
+    pub async fn cancel_saving(&self) -> Result<(), Error> {
+        let _: SavingInfo = self
+            .ask(|client| client.ask(Request::CancelSnapshot))
+            .await?;
+        Ok(())
     }
 
     /// Mirrors of its disks, and how they ended.

@@ -15,18 +15,19 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use atoll_vmm_protocol::api::{MachineState, Request};
+use atoll_vmm_protocol::api::{MachineState, Request, SavingStage};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::Vm;
 use crate::error::Error;
+use crate::guest::Guest as _;
 use crate::guest::disks;
 use crate::guest::site::{self, Seat};
 use crate::storage::STAT_BLOCK_BYTES;
 use crate::storage::name::{Format, StorageName, VolumeId, VolumeName};
-use crate::task::TaskContext;
+use crate::task::{PROGRESS_EVERY, Progress, TaskContext};
 
 /// Key of the config, and of a snapshot, that names the volume.
 pub const KEY: &str = "vmstate";
@@ -42,8 +43,12 @@ const MAGIC: [u8; 8] = *b"ATOLLVM1";
 const TAIL_BYTES: u64 = 16;
 /// Longest state that is read; one of 64 vCPUs has about 2 MiB.
 const STATE_BYTES_MAX: u64 = 64 << 20;
-/// Time between two lines of progress.
-const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+/// What a machine needs so that its guest may run while its memory is written, and whose process cannot open it.
+const USERFAULTFD: &str = "/dev/userfaultfd";
+/// How often a machine is asked how much of its memory it has written.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a machine may take to stop writing it.
+const CANCEL_MAX: Duration = Duration::from_secs(30);
 
 /// The volume that a machine's memory goes to: on the storage that is asked for, or configured, or of the first disk.
 pub fn volume(
@@ -86,39 +91,187 @@ pub async fn free(seat: &Seat, volume: Option<&VolumeId>) -> Result<(), Error> {
     }
 }
 
+/// What the guest may do while its memory is written.
+#[derive(Debug, PartialEq, Eq)]
+enum How {
+    Held,
+    Live,
+}
+
+/// A machine on its way into a volume.
+#[derive(Debug)]
+pub struct Writing {
+    /// The volume's name, which the machine is told, too.
+    to: String,
+    memory: File,
+    state: File,
+    how: How,
+}
+
+impl Writing {
+    /// Makes the volume, with nothing in it.
+    async fn new(vm: &Vm, volume: &VolumeId, task: &TaskContext) -> Result<Self, Error> {
+        let images = disks::content_of(vm.seat().kind);
+        let storages = &vm.seat().site.storage;
+        let storage = storages.open_for(&volume.storage, images)?;
+        storage.allocate_as(&volume.name, 0).await?;
+        let path = storage.path(&volume.name).await?;
+        task.log(&format!("writing memory to {volume}"));
+        let to = volume.to_string();
+        let memory = File::options().read(true).write(true).open(&path);
+        Ok(Self {
+            memory: memory.map_err(failed(&to))?,
+            state: nameless("state").map_err(failed(&to))?,
+            to,
+            how: How::Held,
+        })
+    }
+
+    /// What the machine writes to.
+    fn files(&self) -> Result<[File; 3], Error> {
+        let spec = nameless("spec").map_err(failed(&self.to))?;
+        let copy = |file: &File| file.try_clone().map_err(failed(&self.to));
+        Ok([spec, copy(&self.state)?, copy(&self.memory)?])
+    }
+
+    /// Has a held machine write all of it.
+    async fn write_held(&self, vm: &Vm, task: &TaskContext) -> Result<(), Error> {
+        let writing = vm.write_state(self.files()?, self.to.clone());
+        tokio::pin!(writing);
+        let taken = loop {
+            tokio::select! {
+                taken = &mut writing => break taken?,
+                () = tokio::time::sleep(PROGRESS_EVERY) => {
+                    let written = self.memory.metadata().map_or(0, |m| m.blocks() * STAT_BLOCK_BYTES);
+                    task.log(&format!("wrote {} MiB of memory", written >> 20));
+                }
+            }
+        };
+        let (mib, ms) = (taken.memory_bytes >> 20, taken.held_us / 1000);
+        task.log(&format!("memory is written: {mib} MiB in {ms} ms"));
+        Ok(())
+    }
+
+    /// Has it write what it is now while its guest runs, from when the caller lets it; or why that cannot be.
+    async fn begin_live(&mut self, vm: &Vm) -> Result<Result<(), String>, Error> {
+        let device = match File::options().read(true).write(true).open(USERFAULTFD) {
+            Ok(device) => device,
+            Err(error) => return Ok(Err(format!("{USERFAULTFD}: {error}"))),
+        };
+        let [spec, state, memory] = self.files()?;
+        let files = [spec, state, memory, device];
+        let begun = vm.begin_state(files, self.to.clone()).await?;
+        Ok(begun.map(|_| self.how = How::Live))
+    }
+
+    /// Waits until the machine has written it.
+    async fn follow(&self, vm: &Vm, task: &TaskContext) -> Result<(), Error> {
+        let progress = Progress::begin("wrote memory:");
+        let mut told = Instant::now();
+        loop {
+            if task.is_cancelled() {
+                return Err(Error::Interrupted);
+            }
+            let info = match vm.last_saving().await {
+                Ok(Some(info)) if info.to == self.to => info,
+                // The state is written last: the machine may have ended since.
+                _ if self.has_state() => return Ok(()),
+                Ok(_) => return Err(Error::refused("another snapshot was begun")),
+                Err(error) => return Err(error),
+            };
+            let total = info.memory_bytes + info.remaining_bytes;
+            match info.stage {
+                SavingStage::Saving => {}
+                SavingStage::Completed => {
+                    task.log(&progress.line(info.memory_bytes, total));
+                    return Ok(());
+                }
+                SavingStage::Failed | SavingStage::Cancelled => {
+                    return Err(Error::refused(info.error.unwrap_or_default()));
+                }
+            }
+            if told.elapsed() >= PROGRESS_EVERY {
+                task.log(&progress.line(info.memory_bytes, total));
+                told = Instant::now();
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    fn has_state(&self) -> bool {
+        self.state.metadata().is_ok_and(|state| state.len() > 0)
+    }
+
+    /// Makes the volume what [`bring`] takes; it is on the disk when this returns.
+    async fn seal(self) -> Result<(), Error> {
+        let Self {
+            to, memory, state, ..
+        } = self;
+        let sealed = tokio::task::spawn_blocking(move || append(&memory, &state));
+        let sealed = sealed.await.map_err(io::Error::other);
+        sealed.and_then(|written| written).map_err(failed(&to))
+    }
+}
+
+fn failed(volume: &str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::failed(format!("write {volume}"), error)
+}
+
 /// Writes a held machine into a new volume; it is on the disk when this returns.
 pub async fn write(vm: &Vm, volume: &VolumeId, task: &TaskContext) -> Result<(), Error> {
-    let images = disks::content_of(vm.seat().kind);
-    let storages = &vm.seat().site.storage;
-    let storage = storages.open_for(&volume.storage, images)?;
-    storage.allocate_as(&volume.name, 0).await?;
-    let path = storage.path(&volume.name).await?;
-    task.log(&format!("writing memory to {volume}"));
-    let failed = |error| Error::failed(format!("write {}", path.display()), error);
-    let open = || File::options().read(true).write(true).open(&path);
-    let (memory, state) = (open().map_err(failed)?, nameless("state").map_err(failed)?);
-    let copy = |file: &File| file.try_clone().map_err(failed);
-    let files = [
-        nameless("spec").map_err(failed)?,
-        copy(&state)?,
-        copy(&memory)?,
-    ];
-    let writing = vm.write_state(files, path.display().to_string());
-    tokio::pin!(writing);
-    let taken = loop {
-        tokio::select! {
-            taken = &mut writing => break taken?,
-            () = tokio::time::sleep(PROGRESS_EVERY) => {
-                let written = memory.metadata().map_or(0, |m| m.blocks() * STAT_BLOCK_BYTES);
-                task.log(&format!("wrote {} MiB of memory", written >> 20));
-            }
-        }
+    let writing = Writing::new(vm, volume, task).await?;
+    writing.write_held(vm, task).await?;
+    writing.seal().await
+}
+
+/// Begins the same. What goes into the volume is what the machine is now, and its guest may go on when this returns.
+pub async fn begin(vm: &Vm, volume: &VolumeId, task: &TaskContext) -> Result<Writing, Error> {
+    let mut writing = Writing::new(vm, volume, task).await?;
+    if let Err(why) = writing.begin_live(vm).await? {
+        task.log(&why);
+        writing.write_held(vm, task).await?;
+    }
+    Ok(writing)
+}
+
+/// Waits until what was begun is in the volume, on the disk.
+pub async fn finish(vm: &Vm, writing: Writing, task: &TaskContext) -> Result<(), Error> {
+    if writing.how == How::Live {
+        writing.follow(vm, task).await?;
+    }
+    writing.seal().await
+}
+
+/// Ends what was begun, for this task or by one that is gone, and removes the volume.
+pub async fn give_up(seat: &Seat, volume: Option<&VolumeId>) -> Result<(), Error> {
+    let Some(volume) = volume else { return Ok(()) };
+    let vm = Vm::new(seat.clone());
+    let cancelled = cancel(&vm, volume).await;
+    disks::free_own(seat, volume).await?;
+    match vm.process() {
+        Some(_) => cancelled,
+        // Nobody writes any more.
+        None => Ok(()),
+    }
+}
+
+async fn cancel(vm: &Vm, volume: &VolumeId) -> Result<(), Error> {
+    let to = volume.to_string();
+    let writes = async || {
+        let info = vm.last_saving().await?;
+        let saving = info.filter(|info| info.to == to && info.stage == SavingStage::Saving);
+        Ok::<_, Error>(saving.is_some())
     };
-    let finished = tokio::task::spawn_blocking(move || append(&memory, &state));
-    let finished = finished.await.map_err(io::Error::other);
-    finished.and_then(|written| written).map_err(failed)?;
-    let (mib, ms) = (taken.memory_bytes >> 20, taken.held_us / 1000);
-    task.log(&format!("memory is written: {mib} MiB in {ms} ms"));
+    if writes().await? {
+        vm.cancel_saving().await?;
+    }
+    let deadline = Instant::now() + CANCEL_MAX;
+    while writes().await? {
+        if Instant::now() > deadline {
+            return Err(Error::refused("the machine goes on writing its memory"));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
     Ok(())
 }
 
