@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,9 @@ use atoll_manager::reconcile::Reconciler;
 use atoll_manager::storage::name::{VolumeId, parse_format};
 use atoll_manager::task::{TaskContext, Upid, fault, run_steps};
 use atoll_manager::{Node, Settings};
-use atoll_vmm_protocol::api::{Request, SavingStage, Snapshot, SnapshotTaken};
+use atoll_vmm_protocol::api::{
+    MirrorInfo, MirrorStage, Request, SavingStage, Snapshot, SnapshotTaken,
+};
 use atoll_vmm_protocol::client::Client;
 
 const USER: &str = "root@pam";
@@ -89,6 +91,7 @@ fn a_machine_lives_and_leaves_nothing() {
         let node = runs(node, &state, id).await;
         changes_its_disc(&node, &state, id).await;
         moves_its_disks(&node, &state, id).await;
+        keeps_a_limit(&node, &state, id).await;
         goes_on_from_its_memory(&node, &state, id).await;
         devices_come_and_go(&node, id).await;
         is_saved_while_it_runs(&node, &state, id).await;
@@ -371,6 +374,43 @@ async fn moves_its_disks(node: &Node, state: &tempfile::TempDir, id: GuestId) {
     variables.disk = "efidisk0".into();
     let refused = node.guests().move_disk(KIND, id, variables, USER);
     assert!(done(node, refused).await.contains("does not exist"));
+}
+
+/// A limit reaches the machine that copies: with this one the task does not end by itself.
+async fn keeps_a_limit(node: &Node, state: &tempfile::TempDir, id: GuestId) {
+    let seat = node.guests().site().seat(KIND, id);
+    let images = state.path().join(format!("storage/images/{id}"));
+    let value = seat.config().unwrap().get("scsi0").unwrap().to_owned();
+    let image = images.join(value.split([',', '/']).nth(1).unwrap());
+    let image = File::options().write(true).open(image).unwrap();
+    image.write_all_at(&vec![5; 32 << 20], 32 << 20).unwrap();
+    let before = seat.config().unwrap().current;
+    let slow = Wish {
+        disk: "scsi0".into(),
+        storage: None,
+        format: parse_format("qcow2"),
+        deletes: false,
+        bytes_per_second: Some(1024),
+    };
+    let moving = node.guests().move_disk(KIND, id, slow, USER).unwrap();
+    let copies = async || {
+        let mirrors = Vm::new(seat.clone()).mirrors().await.unwrap();
+        let copying = |it: &MirrorInfo| it.stage == MirrorStage::Copying && it.copied_bytes > 0;
+        mirrors.iter().any(|it| it.id == "scsi0" && copying(it))
+    };
+    while node.tasks().status(&moving).unwrap().end.is_none() && !copies().await {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..100 {
+        assert!(copies().await, "it is over");
+    }
+    node.tasks().stop(&moving).unwrap();
+    let status = node.tasks().wait(&moving).await.unwrap();
+    assert!(status.contains("interrupted"), "{status}");
+    assert_eq!(seat.config().unwrap().current, before);
+    assert!(!node.guests().is_paused(KIND, id).await);
+    image.set_len(32 << 20).unwrap();
+    image.set_len(64 << 20).unwrap();
 }
 
 /// Disks and cards come while the machine runs; what does not go waits, and whoever asked is told.

@@ -227,7 +227,8 @@ fn the_command_keeps_copies_and_moves_a_guests_volumes() {
     assert!(!snapshots().contains("before"));
 
     atoll("vm resize 100 scsi0 +1G");
-    atoll("vm move-disk 100 scsi0 other --delete 1");
+    let moved = atoll("vm move-disk 100 scsi0 other --delete 1 --bwlimit 500000");
+    assert!(moved.contains("at most 500000 KiB/s"), "{moved}");
     let config = atoll("vm config 100");
     assert!(
         config.contains("other:") && config.contains("size=2G"),
@@ -236,7 +237,8 @@ fn the_command_keeps_copies_and_moves_a_guests_volumes() {
 
     atoll("vm template 100");
     atoll("vm clone 100 101 --name linked");
-    atoll("vm clone 100 102 --full 1");
+    let copied = atoll("vm clone 100 102 --full 1 --bwlimit 600000");
+    assert!(copied.contains("at most 600000 KiB/s"), "{copied}");
     let listed = atoll("vm list");
     assert!(
         listed.contains("linked") && listed.contains("102"),

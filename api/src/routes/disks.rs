@@ -12,7 +12,7 @@ use atoll_manager::storage::name::parse_format;
 use serde_json::json;
 
 use super::guests::{id, kind, stored};
-use super::parameters::{DIGEST, FORMATS, text};
+use super::parameters::{BANDWIDTH, DIGEST, FORMATS, bytes_per_second, text};
 use super::serve;
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
@@ -32,15 +32,6 @@ const DELETE: Param = Param::new(
     Kind::Boolean,
     "Remove the former volume; otherwise it becomes an unused one.",
 );
-const LIMIT: Param = Param::new(
-    "bwlimit",
-    Kind::Integer {
-        min: 0,
-        max: i64::MAX,
-    },
-    "Most that is copied in a second while the guest runs, in KiB; without limit when 0.",
-);
-
 pub const ROUTES: &[Route] = &[
     Route::post(
         "/nodes/{node}/qemu/{vmid}/move_disk",
@@ -57,7 +48,7 @@ pub const ROUTES: &[Route] = &[
         ),
         DELETE,
         DIGEST,
-        LIMIT,
+        BANDWIDTH,
     ])
     .returns(Returns::Upid)
     .check(CONFIGURES),
@@ -71,7 +62,7 @@ pub const ROUTES: &[Route] = &[
         STORAGE,
         DELETE,
         DIGEST,
-        LIMIT,
+        BANDWIDTH,
     ])
     .returns(Returns::Upid)
     .check(CONFIGURES),
@@ -115,15 +106,12 @@ async fn move_disk(call: Call) -> Result<Answer, Refusal> {
         }
     }
     let storage = given("storage").map(str::parse).transpose();
-    let limit = call.values.number::<u64>("bwlimit");
     let wish = Wish {
         disk,
         storage: storage.map_err(|error| Error::invalid("storage", format!("{error}")))?,
         format: given("format").and_then(parse_format),
         deletes: call.values.flag("delete"),
-        bytes_per_second: limit
-            .filter(|kib| *kib > 0)
-            .map(|kib| kib.saturating_mul(1024)),
+        bytes_per_second: bytes_per_second(&call),
     };
     let (guests, user) = (call.daemon.node.guests(), call.caller().identity());
     let upid = guests.move_disk(kind, id, wish, user)?;

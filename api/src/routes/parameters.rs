@@ -3,6 +3,8 @@
 
 use atoll_manager::schema::{Kind, Param, format};
 
+use crate::route::Call;
+
 /// Longest free text such as a description. PVE's limit for notes.
 pub const TEXT_MAX: usize = 8192;
 
@@ -52,6 +54,22 @@ pub const VMID: Param = Param::new(
     "Number of the guest.",
 )
 .required();
+
+/// Most that a copy of disks takes of the host.
+pub const BANDWIDTH: Param = Param::new(
+    "bwlimit",
+    Kind::Integer {
+        min: 0,
+        max: i64::MAX,
+    },
+    "Most that is copied in a second, in KiB; without limit when 0.",
+);
+
+/// What [`BANDWIDTH`] asks for, if it is a limit.
+pub fn bytes_per_second(call: &Call) -> Option<u64> {
+    let kib = call.values.number::<u64>(BANDWIDTH.name)?;
+    (kib > 0).then(|| kib.saturating_mul(1024))
+}
 
 /// Name of a snapshot.
 pub const SNAPSHOT: Param = Param::new(

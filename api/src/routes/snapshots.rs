@@ -11,7 +11,7 @@ use atoll_manager::storage::name::parse_format;
 use serde_json::{Value, json};
 
 use super::guests::{id, kind, stored};
-use super::parameters::{FORMATS, SNAPSHOT, TEXT_MAX, text};
+use super::parameters::{BANDWIDTH, FORMATS, SNAPSHOT, TEXT_MAX, bytes_per_second, text};
 use super::{object, serve};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
@@ -146,14 +146,7 @@ macro_rules! rows {
                     FORMATS,
                     "Format of the new disks; each its source's, when it is not given. Containers' are always raw.",
                 ),
-                Param::new(
-                    "bwlimit",
-                    Kind::Integer {
-                        min: 0,
-                        max: i64::MAX,
-                    },
-                    "Accepted for PVE's clients.",
-                ),
+                BANDWIDTH,
             ])
             .returns(Returns::Upid)
             .check(CLONES),
@@ -288,6 +281,7 @@ async fn clone(call: Call) -> Result<Answer, Refusal> {
             GuestKind::Vm => call.values.text("format").and_then(parse_format),
             GuestKind::Container => None,
         },
+        bytes_per_second: bytes_per_second(&call),
     };
     let (guests, user) = (call.daemon.node.guests(), call.caller().identity());
     let upid = guests.clone_guest(kind(&call), id(&call), new_id, wish, user)?;

@@ -68,5 +68,5 @@ pub use open::{
 pub use raw::RawBackend;
 pub use segments::Segments;
 pub use switchable::{MisfitError, Switchable};
-pub use transfer::{flush, transfer};
+pub use transfer::{Transferred, flush, transfer};
 pub use zeroes::DetectZeroes;

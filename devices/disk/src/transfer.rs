@@ -16,12 +16,21 @@ const CHUNK_BYTES: u64 = 1 << 20;
 /// Alignment of its memory: a page, which direct I/O is content with everywhere.
 const MEMORY_BYTES: u32 = 4096;
 
+/// How far a transfer is, after each of its requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transferred {
+    /// Bytes of the disk that are done.
+    pub done_bytes: u64,
+    /// Bytes that were written just now: none where there are zeroes.
+    pub written_bytes: u64,
+}
+
 /// Writes what `from` holds to `to`, which is as large or larger and reads as zeroes: zeroes are left out. `progress`
-/// is told how many bytes are done, and may end it. Blocks.
+/// is told of each request, may wait before the next one, and may end it. Blocks.
 pub fn transfer(
     from: &dyn BlockBackend,
     to: &dyn BlockBackend,
-    mut progress: impl FnMut(u64) -> ControlFlow<()>,
+    mut progress: impl FnMut(Transferred) -> ControlFlow<()>,
 ) -> io::Result<()> {
     let size_bytes = from.geometry().size_bytes;
     if to.geometry().size_bytes < size_bytes {
@@ -40,11 +49,17 @@ pub fn transfer(
             segments: buffer.segments(),
         };
         one(&mut *reads, request(Operation::Read))?;
+        let mut written_bytes = 0;
         if !buffer.segments().are_zero() {
             one(&mut *writes, request(Operation::Write))?;
+            written_bytes = length as u64;
         }
         offset_bytes += length as u64;
-        if progress(offset_bytes).is_break() {
+        let transferred = Transferred {
+            done_bytes: offset_bytes,
+            written_bytes,
+        };
+        if progress(transferred).is_break() {
             return Err(io::ErrorKind::Interrupted.into());
         }
     }
@@ -109,12 +124,13 @@ mod tests {
         write(&from, 512, &[7; 1024]).unwrap();
         write(&from, 2 << 20, &[9; 512]).unwrap();
         let mut seen = Vec::new();
-        transfer(&from, &to, |done| {
-            seen.push(done);
+        transfer(&from, &to, |it| {
+            seen.push((it.done_bytes, it.written_bytes));
             ControlFlow::Continue(())
         })
         .unwrap();
-        assert_eq!(seen, [1 << 20, 2 << 20, (2 << 20) + 512]);
+        let mib = 1 << 20;
+        assert_eq!(seen, [(mib, mib), (2 * mib, 0), (2 * mib + 512, 512)]);
         let mut bytes = vec![1; 2048];
         read(&to, 0, &mut bytes).unwrap();
         assert_eq!(

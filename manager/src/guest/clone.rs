@@ -37,6 +37,8 @@ pub struct Wish {
     pub storage: Option<StorageName>,
     /// Format of their images; each its source's, when it is not given.
     pub format: Option<Format>,
+    /// Most that is copied in a second.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// What the steps hand on.
@@ -146,7 +148,7 @@ async fn copy_disks(clone: &mut Cloning, task: &TaskContext) -> Result<(), Error
             path: target.path(&made.name).await?,
             format: wanted,
         };
-        convert(&from, &to, task).await?;
+        convert(&from, &to, clone.wish.bytes_per_second, task).await?;
         let value = clone.values.get(&key).map_or("", String::as_str);
         let value = disks::with_volume(value, &made, size);
         clone.values.insert(key, value);

@@ -280,7 +280,7 @@ async fn import(
     let filled = async {
         let path = target.path(&name).await?;
         task.log(&format!("importing {from} as {storage}:{name}"));
-        convert(&source, &Image { path, format }, task).await
+        convert(&source, &Image { path, format }, None, task).await
     };
     if let Err(error) = filled.await {
         target.free(&name).await?;

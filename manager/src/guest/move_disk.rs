@@ -31,7 +31,7 @@ pub struct Wish {
     pub format: Option<Format>,
     /// The former volume goes, once nothing needs it.
     pub deletes: bool,
-    /// Most that is copied in a second from a running machine.
+    /// Most that is copied in a second.
     pub bytes_per_second: Option<u64>,
 }
 
@@ -195,7 +195,8 @@ async fn copy(moving: &mut Move, task: &TaskContext) -> Result<(), Error> {
         return mirror::follow(vm, disk, task).await;
     }
     let path = moving.seat.site.storage.path(volume).await?;
-    convert(from, &Image { path, format }, task).await
+    let limit = moving.wish.bytes_per_second;
+    convert(from, &Image { path, format }, limit, task).await
 }
 
 async fn give_up(moving: &mut Move, _: &TaskContext) -> Result<(), Error> {

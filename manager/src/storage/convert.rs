@@ -11,13 +11,18 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use atoll_disk::{Format, OpenOptions, Source};
+use atoll_disk::{Format, OpenOptions, Source, Transferred};
+use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
 use crate::storage::copy::copy;
+use crate::storage::pace::Pace;
 use crate::task::{PROGRESS_EVERY, Progress, TaskContext};
 
+/// How long a copy that waits does not see that its task was stopped.
+const NAP_MAX: Duration = Duration::from_millis(200);
 /// First bytes of a qcow2 image: its specification, section Header.
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 /// Raw images are this or a multiple of it.
@@ -71,10 +76,19 @@ impl Image {
     }
 }
 
-/// Fills `to`, which is there, empty and large enough, with what `from` holds.
-pub async fn convert(from: &Image, to: &Image, task: &TaskContext) -> Result<(), Error> {
-    if from.format != to.format {
-        return transfer(from.clone(), to.clone(), task).await;
+/// Fills `to`, which is there, empty and large enough, with what `from` holds. With a limit, so much is written in a second
+/// at most, and no extents are cloned.
+pub async fn convert(
+    from: &Image,
+    to: &Image,
+    bytes_per_second: Option<u64>,
+    task: &TaskContext,
+) -> Result<(), Error> {
+    if let Some(rate) = bytes_per_second {
+        task.log(&format!("at most {} KiB/s", rate >> 10));
+    }
+    if from.format != to.format || bytes_per_second.is_some() {
+        return transfer(from.clone(), to.clone(), bytes_per_second, task).await;
     }
     // Images that are differences to others, or broken, are refused by this.
     let size_bytes = from.size_bytes()?;
@@ -92,7 +106,12 @@ pub async fn convert(from: &Image, to: &Image, task: &TaskContext) -> Result<(),
 }
 
 /// Sector by sector, on a blocking thread.
-async fn transfer(from: Image, to: Image, task: &TaskContext) -> Result<(), Error> {
+async fn transfer(
+    from: Image,
+    to: Image,
+    bytes_per_second: Option<u64>,
+    task: &TaskContext,
+) -> Result<(), Error> {
     let total = from.size_bytes()?;
     let done = Arc::new(AtomicU64::new(0));
     let (token, seen) = (task.token().clone(), done.clone());
@@ -104,8 +123,10 @@ async fn transfer(from: Image, to: Image, task: &TaskContext) -> Result<(), Erro
         let failed = |error| Error::failed("open the image", error);
         let source = atoll_disk::open(&from.source(), read_only).map_err(failed)?;
         let target = atoll_disk::open(&to.source(), OpenOptions::default()).map_err(failed)?;
-        let progress = |bytes| {
-            seen.store(bytes, Ordering::Relaxed);
+        let mut pace = Pace::new(bytes_per_second, Instant::now());
+        let progress = |it: Transferred| {
+            seen.store(it.done_bytes, Ordering::Relaxed);
+            wait(pace.wait_after(it.written_bytes, Instant::now()), &token);
             match token.is_cancelled() {
                 true => ControlFlow::Break(()),
                 false => ControlFlow::Continue(()),
@@ -117,7 +138,7 @@ async fn transfer(from: Image, to: Image, task: &TaskContext) -> Result<(), Erro
         }
     });
     tokio::pin!(work);
-    let progress = Progress::begin("converted");
+    let progress = Progress::begin("copied");
     loop {
         tokio::select! {
             done = &mut work => return done.unwrap_or_else(|e| Err(Error::failed("convert the image", e))),
@@ -125,6 +146,15 @@ async fn transfer(from: Image, to: Image, task: &TaskContext) -> Result<(), Erro
                 task.log(&progress.line(done.load(Ordering::Relaxed), total));
             }
         }
+    }
+}
+
+/// Waits, unless the task is stopped first.
+fn wait(mut time: Duration, token: &CancellationToken) {
+    while !time.is_zero() && !token.is_cancelled() {
+        let nap = time.min(NAP_MAX);
+        std::thread::sleep(nap);
+        time -= nap;
     }
 }
 
@@ -151,22 +181,48 @@ mod tests {
         let qcow2 = image("b.qcow2", Format::Qcow2);
         let options = atoll_disk::qcow2::Qcow2Options::default();
         atoll_disk::qcow2::create(&qcow2.path, 4 << 20, &options).unwrap();
-        convert(&raw, &qcow2, &task).await.unwrap();
+        convert(&raw, &qcow2, None, &task).await.unwrap();
         assert_eq!(qcow2.size_bytes().unwrap(), 4 << 20);
         assert_eq!(Image::uploaded(qcow2.path.clone()).unwrap(), qcow2);
         assert_eq!(Image::uploaded(raw.path.clone()).unwrap(), raw);
 
         let back = image("c.raw", Format::Raw);
         File::create(&back.path).unwrap().set_len(4 << 20).unwrap();
-        convert(&qcow2, &back, &task).await.unwrap();
+        convert(&qcow2, &back, Some(1 << 30), &task).await.unwrap();
         let read = std::fs::read(&back.path).unwrap();
         assert_eq!(read[..3 << 20], bytes[..3 << 20]);
         assert!(read[3 << 20..].iter().all(|byte| *byte == 0));
 
         let copied = image("d.qcow2", Format::Qcow2);
         atoll_disk::qcow2::create(&copied.path, 512, &options).unwrap();
-        convert(&qcow2, &copied, &task).await.unwrap();
+        convert(&qcow2, &copied, None, &task).await.unwrap();
         assert_eq!(copied.size_bytes().unwrap(), 4 << 20);
+    }
+
+    /// At a byte a second a copy never gets to its second request, in whatever format, and can be stopped.
+    #[tokio::test]
+    async fn a_copy_keeps_its_limit_and_can_be_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = |name: &str| Image {
+            path: folder.path().join(name),
+            format: Format::Raw,
+        };
+        let (from, to) = (image("from"), image("to"));
+        std::fs::write(&from.path, vec![7; 3 << 20]).unwrap();
+        File::create(&to.path).unwrap().set_len(3 << 20).unwrap();
+        let task = TaskContext::detached(fault::upid(), None);
+        let first_is_there = async {
+            while std::fs::read(&to.path).unwrap()[0] != 7 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            for _ in 0..100 {
+                assert_eq!(std::fs::read(&to.path).unwrap()[1 << 20], 0);
+            }
+            task.token().cancel();
+        };
+        let copy = convert(&from, &to, Some(1), &task);
+        let (copied, ()) = tokio::join!(copy, first_is_there);
+        assert!(matches!(copied, Err(Error::Interrupted)), "{copied:?}");
     }
 
     #[tokio::test]

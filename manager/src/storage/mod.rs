@@ -13,6 +13,7 @@ pub mod download;
 pub mod fetch;
 pub mod incoming;
 pub mod name;
+mod pace;
 pub mod section;
 
 use std::path::{Path, PathBuf};
