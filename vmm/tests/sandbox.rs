@@ -7,17 +7,32 @@
     reason = "helpers of tests fail by panicking, and say what they skip"
 )]
 
+mod guest;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use atoll_devices::virtio::net::Tap;
 use atoll_vmm::probe::PROBE_ELF;
 use atoll_vmm::sandbox::UID_BASE;
+use atoll_vmm_protocol::api::MachineState;
 use atoll_vmm_protocol::client::Client;
+use guest::{Place, eventually, link_directory, shell};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_atoll-vmm");
+
+/// Whether there is KVM, and this is root's process; says so when not.
+fn possible() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        println!("ATOLL-SKIP: only root's machines leave the file system and the user");
+    }
+    is_root && guest::kvm()
+}
 
 /// A machine with a disk, its serial port on a pipe, past its report: every queue has been started.
 struct Guest {
@@ -29,12 +44,7 @@ struct Guest {
 impl Guest {
     /// `None` where there is no KVM, or this is not root's process.
     fn start(more: &[&str]) -> Option<Self> {
-        if let Err(error) = atoll_vmm::kvm::Kvm::open() {
-            println!("ATOLL-SKIP: {error}");
-            return None;
-        }
-        if !rustix::process::geteuid().is_root() {
-            println!("ATOLL-SKIP: only root's machines leave the file system and the user");
+        if !possible() {
             return None;
         }
         let folder = tempfile::tempdir().unwrap();
@@ -127,8 +137,8 @@ struct Group(PathBuf);
 
 impl Group {
     /// `None` where no hierarchy that can limit processes is mounted and writable.
-    fn make() -> Option<Self> {
-        let name = format!("atoll-test-{}", std::process::id());
+    fn make(test: &str) -> Option<Self> {
+        let name = format!("atoll-test-{}-{test}", std::process::id());
         let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/pids"];
         let root = roots
             .iter()
@@ -161,7 +171,7 @@ impl Drop for Group {
 
 #[test]
 fn a_machine_is_counted_in_its_control_group() {
-    let Some(group) = Group::make() else {
+    let Some(group) = Group::make("counted") else {
         return;
     };
     let Some(guest) = Guest::start(&["--cgroup", group.0.to_str().unwrap()]) else {
@@ -171,13 +181,86 @@ fn a_machine_is_counted_in_its_control_group() {
     assert_eq!(members.trim(), guest.process.id().to_string());
 }
 
+/// A limit of the group's is one for the machine, whose threads are more than these.
 #[test]
-fn every_thread_has_its_filter_and_vcpus_only_one() {
-    let Some(guest) = Guest::start(&[]) else {
+fn a_machine_is_held_to_the_limits_of_its_control_group() {
+    let Some(group) = Group::make("held") else {
         return;
     };
+    if let Err(error) = fs::write(group.0.join("pids.max"), "3") {
+        println!("ATOLL-SKIP: no limit of processes: {error}");
+        return;
+    }
+    if !possible() {
+        return;
+    }
+    let arguments = [
+        shell("32", "2"),
+        vec!["--cgroup", group.0.to_str().unwrap()],
+    ]
+    .concat();
+    let (status, said) = Place::new().start(&arguments).ended();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("Resource temporarily unavailable"), "{said}");
+    let refused = fs::read_to_string(group.0.join("pids.events")).unwrap();
+    assert_ne!(refused.trim(), "max 0");
+}
+
+/// Makes the state of a machine that of one whose guest has drivers also for what the probe has none for: a balloon, a
+/// SCSI host and a socket device. Their rings are empty, in RAM that nobody uses.
+fn with_more_drivers(state: &mut Value) {
+    // Virtio's number of the device, and what its driver accepted beside version 1.
+    const DRIVERS: [(u64, u64); 3] = [(5, 0x26), (8, 0), (19, 0)];
+    let mut rings = 24_u64 << 20;
+    for device in state["devices"].as_array_mut().unwrap() {
+        let transport = &mut device["device"]["state"];
+        let number = transport["device_id"].as_u64();
+        let Some((_, features)) = DRIVERS.iter().find(|(of, _)| Some(*of) == number) else {
+            continue;
+        };
+        assert_eq!(transport["status"], 0, "the probe has no driver for it");
+        transport["status"] = 15.into();
+        transport["driver_features"] = (1 << 32 | features).into();
+        for queue in transport["queues"].as_array_mut().unwrap() {
+            queue["enabled"] = true.into();
+            for part in ["descriptors", "driver", "device"] {
+                queue[part] = rings.into();
+                rings += 0x4000;
+            }
+            queue["position"] = json!({"next_available": 0, "next_used": 0});
+        }
+    }
+}
+
+/// Threads of every machine whose guest has drivers for all of its devices, with the number of their filters: what the
+/// sealed starter has made has its filter, too.
+const THREADS: [(&str, &str); 20] = [
+    ("api", "1"),
+    ("atoll-vmm", "1"),
+    ("console", "1"),
+    ("signals", "1"),
+    ("starter", "1"),
+    ("vcpu0", "1"),
+    ("vcpu1", "1"),
+    ("watchdog", "1"),
+    ("balloon", "2"),
+    ("console-rx", "2"),
+    ("console-tx", "2"),
+    ("disk0-q0", "2"),
+    ("rng", "2"),
+    ("scsi-q0", "2"),
+    ("scsi-q1", "2"),
+    ("scsi-q2", "2"),
+    ("scsi-q3", "2"),
+    ("vsock-event", "2"),
+    ("vsock-rx", "2"),
+    ("vsock-tx", "2"),
+];
+
+/// Names of the process's threads, sorted, with the number of their filters; each has to have one.
+fn threads(process: u32) -> Vec<(String, String)> {
     let mut seen = Vec::new();
-    for task in fs::read_dir(guest.proc("task")).unwrap() {
+    for task in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
         let path = task.unwrap().path().join("status");
         let name = status(&path, "Name");
         // A thread of the kernel's, where KVM or io_uring runs one in the process.
@@ -190,22 +273,69 @@ fn every_thread_has_its_filter_and_vcpus_only_one() {
         if name.starts_with("vcpu") {
             assert_eq!(filters, "1", "{name}: every exit pays for each");
         }
-        seen.push(name);
+        seen.push((name, filters));
     }
     seen.sort();
-    let expected = [
-        "api",
-        "atoll-vmm",
-        "disk0-q0",
-        "console",
-        "rng",
-        "signals",
-        "starter",
-        "vcpu0",
-        "vcpu1",
-    ];
-    for name in expected {
-        assert!(seen.iter().any(|one| one == name), "no {name} in {seen:?}");
+    seen
+}
+
+/// Of machines with a device of every kind that has threads here, all of which serve a driver.
+#[test]
+fn every_thread_has_its_filter_and_vcpus_only_one() {
+    if !possible() {
+        return;
+    }
+    for profile in ["micro", "pc"] {
+        // Of the original and of its copy, which is in another folder.
+        let sockets = tempfile::tempdir().unwrap();
+        let socket = sockets.path().join("vsock");
+        let vsock = format!("cid=3,socket={}", socket.display());
+        let tap = format!("asb{profile}{}", std::process::id());
+        let net = format!("tap={tap},vhost=off");
+        let mut arguments = shell("32", "2");
+        arguments.extend([
+            "--profile",
+            profile,
+            "--balloon",
+            "--watchdog",
+            "action=none",
+        ]);
+        arguments.extend(["--virtio-console", "null", "--vsock", &vsock]);
+        arguments.extend(["--disk", "bus=cdrom"]);
+        let card = Tap::open_queues(&tap, 1);
+        match &card {
+            Ok(_) => arguments.extend(["--net", &net]),
+            Err(error) => println!("ATOLL-SKIP: no network card: {error}"),
+        }
+        let has_card = card.is_ok();
+        drop(card);
+        let mut original = Place::new().start(&arguments);
+        original.serial().wait_for("probe> ");
+        original.ctl(&["snapshot", "--to", "saved"]).unwrap();
+        let place = Place::like(&original);
+        link_directory(&original.path("saved"), &place.path("saved"));
+        drop(original);
+        fs::remove_file(socket).unwrap();
+        let state_file = place.path("saved/state.json");
+        let mut state = serde_json::from_slice(&fs::read(&state_file).unwrap()).unwrap();
+        with_more_drivers(&mut state);
+        fs::write(&state_file, state.to_string()).unwrap();
+        let copy = place.start(&["run", "--restore", "saved"]);
+        eventually("the copy", || {
+            let info = copy.client().info().ok()?;
+            (info.state == MachineState::Running).then_some(())
+        });
+
+        let seen = threads(copy.process.id());
+        let optional = [
+            (("net0-pair0", "2"), has_card),
+            (("rtc", "1"), profile == "pc"),
+        ];
+        let optional = optional.iter().filter(|(_, is_there)| *is_there);
+        for (name, filters) in THREADS.iter().chain(optional.map(|(thread, _)| thread)) {
+            let is_seen = seen.iter().any(|one| one.0 == *name && one.1 == *filters);
+            assert!(is_seen, "no {name} with {filters} in {seen:?}");
+        }
     }
 }
 
