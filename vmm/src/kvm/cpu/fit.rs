@@ -19,6 +19,10 @@ const UNLISTED: u32 = 1 << 31 | 1 << 24;
 /// What a guest needs that runs guests, on Intel and on AMD.
 const NESTED: [&str; 2] = ["vmx", "svm"];
 
+/// What no guest is given, since a part of its state is not saved: a shadow stack's pointer is no MSR
+/// (`KVM_REG_GUEST_SSP`), and AMX tiles are larger than what `KVM_GET_XSAVE` tells.
+const NOT_SAVED: [&str; 2] = ["shstk", "amx-tile"];
+
 /// Whether a guest with these features can run guests.
 #[must_use]
 pub fn runs_guests(features: &FeatureSet) -> bool {
@@ -62,13 +66,12 @@ impl HostCpu {
             let told = features.leaf(0x1, 0, ECX) & UNLISTED;
             entry.ecx = (entry.ecx & !UNLISTED) | told;
         }
-        if !extras.nested_state {
-            let all = features;
-            NESTED
-                .iter()
-                .for_each(|one| features.remove(Feature::known(one)));
-            leaves::clear(&mut entries, &all.without(&features));
+        let all = features;
+        let nested = NESTED.iter().filter(|_| !extras.nested_state);
+        for name in NOT_SAVED.iter().chain(nested) {
+            features.remove(Feature::known(name));
         }
+        leaves::withhold(&mut entries, &features, &all.without(&features));
         Self { entries, features }
     }
 

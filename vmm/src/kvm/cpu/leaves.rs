@@ -83,24 +83,32 @@ pub(super) fn of(
 fn masked(features: &FeatureSet, host: &HostCpu) -> Vec<kvm_cpuid_entry2> {
     let mut entries = host.entries().to_vec();
     let gone = host.features().without(features);
-    if gone.is_empty() {
-        return entries;
-    }
-    clear(&mut entries, &gone);
+    withhold(&mut entries, features, &gone);
     let aliases = gone.leaf(0x1, 0, EDX) & AMD_ALIASES;
     for entry in &mut entries {
         if entry.function == 0x8000_0001 && host.vendor() == Vendor::Amd {
             entry.edx &= !aliases;
         }
     }
-    let area = xsave::leaves(features, host.entries());
-    entries.retain(|entry| entry.function != xsave::LEAF);
-    entries.extend(area);
     entries
 }
 
-/// Takes the bits of features out of a table.
-pub(super) fn clear(entries: &mut [kvm_cpuid_entry2], gone: &FeatureSet) {
+/// Takes the bits of the features that are gone out of a table, and their parts out of the XSAVE area; `features` stay.
+pub(super) fn withhold(
+    entries: &mut Vec<kvm_cpuid_entry2>,
+    features: &FeatureSet,
+    gone: &FeatureSet,
+) {
+    if gone.is_empty() {
+        return;
+    }
+    clear(entries, gone);
+    let area = xsave::leaves(features, entries);
+    entries.retain(|entry| entry.function != xsave::LEAF);
+    entries.extend(area);
+}
+
+fn clear(entries: &mut [kvm_cpuid_entry2], gone: &FeatureSet) {
     for entry in entries {
         for row in REGISTERS {
             if let Location::Cpuid(leaf, index, at) = row.location

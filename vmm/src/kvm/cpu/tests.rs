@@ -123,12 +123,7 @@ fn each_model_is_a_table_that_does_not_change() {
 #[test]
 fn a_guest_sees_the_same_on_different_hosts() {
     let newest = host(INTEL, &everything(), 52, 2688);
-    let oldest = host(
-        INTEL,
-        &without(&["avx512f", "pku", "svm", "shstk"]),
-        40,
-        832,
-    );
+    let oldest = host(INTEL, &without(&["avx512f", "pku", "svm"]), 40, 832);
     for level in ["x86-64", "x86-64-v2", "x86-64-v2-AES", "x86-64-v3", "kvm64"] {
         let seen = [&newest, &oldest].map(|host| resolve(&spec(level), host, 1 << 30).unwrap());
         assert_eq!(table(&seen[0].cpuid), table(&seen[1].cpuid), "{level}");
@@ -490,6 +485,37 @@ fn nested_virtualization_is_not_given_where_it_cannot_be_saved() {
     };
     assert_eq!(seen(true), ([vmx, svm, 1], true));
     assert_eq!(seen(false), ([0, 0, 0], false));
+}
+
+/// Part 11 of the XSAVE area is also that of indirect branch tracking, whose MSRs are saved.
+#[test]
+fn features_whose_state_is_not_saved_are_not_given() {
+    let bits = |all: &[u32]| all.iter().fold(0, |mask, bit| mask | 1 << bit);
+    let [xsave, lm, shstk, ibt, tiles] = [26, 29, 7, 20, 24];
+    let part = |index, place| indexed(0xd, index, 64, place, 0, 0);
+    let listed = [
+        indexed(0x1, 0, 0, 0, bits(&[24, 25, 26, xsave]), bits(&[0, 6, 24])),
+        indexed(0x7, 0, 0, 0, bits(&[shstk]), bits(&[ibt, 22, tiles, 25])),
+        indexed(0xd, 0, bits(&[0, 1, 17, 18]), 576, 11008, 0),
+        indexed(0xd, 1, 0b1010, 0, bits(&[11, 12]), 0),
+        part(11, 0),
+        part(12, 0),
+        part(17, 2752),
+        part(18, 2816),
+        indexed(0x8000_0001, 0, 0, 0, 0, bits(&[lm])),
+    ];
+    let host = HostCpu::new(&listed, HostExtras::default());
+    let cpu = resolve(&CpuSpec::default(), &host, 1 << 30).unwrap();
+    let of = |leaf, index, register| value(&cpu.cpuid, leaf, index, register);
+    assert_eq!([of(0x7, 0, ECX), of(0x7, 0, EDX)], [0, bits(&[ibt])]);
+    let [user, supervisor] = [of(0xd, 0, EAX), of(0xd, 1, ECX)];
+    assert_eq!([user, supervisor], [bits(&[0, 1]), bits(&[11])]);
+    for part in [12, 17, 18] {
+        assert_eq!(of(0xd, part, EAX), 0, "part {part}");
+    }
+    for more in ["host,+shstk", "host,+amx-int8"] {
+        resolve(&spec(more), &host, 1 << 30).unwrap_err();
+    }
 }
 
 /// KVM lists neither on hardware; a Linux that sees no hypervisor looks for no clock of KVM's, and waits for ticks of a
