@@ -153,6 +153,45 @@ fn board_is_a_pc(host: &Host, guest: &str) {
     assert_eq!(u16::from_le_bytes([device[12], device[13]]), 512);
 }
 
+/// A disk and a card that come while a guest runs, on a bus that its firmware has given its addresses to, and go again.
+fn functions_come_and_go(host: &Host, guest: &str) {
+    on_host(host, "truncate -s 64M more.raw", 30);
+    let disk = "add-disk --disk id=late,path=/var/t/more.raw,format=raw,serial=late";
+    control(host, guest, disk);
+    let write = "for i in {1..120}; do [ -b /dev/vdb ] && break; sleep 0.5; done; cat /sys/block/vdb/serial; echo; \
+        dd if=/dev/urandom of=/dev/vdb bs=1M count=2 oflag=direct status=none && \
+        dd if=/dev/vdb bs=1M count=2 iflag=direct status=none | cksum";
+    let said = in_guest(host, guest, write, 120);
+    let sum = on_host(host, "head -c 2M more.raw | cksum", 30);
+    assert_eq!(said, format!("late\n{sum}"));
+
+    control(
+        host,
+        guest,
+        "add-net --net id=card,tap=tap1,mac=52:54:00:aa:00:09",
+    );
+    let address = "ip address replace 10.78.0.1/24 dev tap1; ip link set tap1 up";
+    on_host(host, address, 30);
+    let ping = "modprobe virtio_net; for i in {1..120}; do [ -e /sys/class/net/eth0 ] && break; sleep 0.5; done; \
+        cat /sys/class/net/eth0/address; ip address add 10.78.0.2/24 dev eth0; ip link set eth0 up; \
+        ping -c 3 -W 10 10.78.0.1 >/dev/null";
+    assert_eq!(in_guest(host, guest, ping, 120), "52:54:00:aa:00:09");
+
+    for id in ["late", "card"] {
+        let remove = format!("remove-device --id {id} --timeout-ms 60000");
+        control(host, guest, &remove);
+    }
+    let gone = "for i in {1..60}; do [ -e /dev/vdb ] || [ -e /sys/class/net/eth0 ] || break; sleep 0.5; done; \
+        [ ! -e /dev/vdb ] && [ ! -e /sys/class/net/eth0 ]";
+    in_guest(host, guest, gone, 60);
+}
+
+/// Has the guest keep a variable of its own.
+fn keep_variable(host: &Host, guest: &str) {
+    let keep = format!("printf '\\007\\0\\0\\0kept' > /sys/firmware/efi/efivars/AtollTest-{OWN}");
+    in_guest(host, guest, &keep, 60);
+}
+
 #[test]
 fn a_raw_disk_boots_to_a_login_and_the_firmware_keeps_its_variables() {
     let (host, _guard) = start_host();
@@ -164,8 +203,7 @@ fn a_raw_disk_boots_to_a_login_and_the_firmware_keeps_its_variables() {
     board_is_a_pc(&host, "a");
     let order = variable(&host, "a", "BootOrder", GLOBAL);
     assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "00");
-    let keep = format!("printf '\\007\\0\\0\\0kept' > /sys/firmware/efi/efivars/AtollTest-{OWN}");
-    in_guest(&host, "a", &keep, 60);
+    keep_variable(&host, "a");
     control(&host, "a", "power-button");
     on_host(&host, "ended a 180", 180);
 
@@ -216,6 +254,12 @@ fn boot_order_and_secure_boot_decide_what_starts() {
     assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "01");
     let said = in_guest(&host, "a", "dmesg | grep -i 'secure boot'", 60);
     assert!(said.contains("Secure boot enabled"), "{said}");
+    board_is_a_pc(&host, "a");
+    functions_come_and_go(&host, "a");
+    keep_variable(&host, "a");
     in_guest(&host, "a", "(sleep 2; systemctl poweroff) & echo going", 60);
     on_host(&host, "ended a 180", 180);
+    // The names of variables are UCS-2.
+    let kept = "tr -d '\\0' < a.vars | grep -aq AtollTestkept";
+    on_host(&host, kept, 30);
 }
