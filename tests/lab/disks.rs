@@ -64,6 +64,18 @@ fn have_names(host: &Host) {
     assert_eq!(in_guest(host, mounted, 60), "plain-0815 0 1");
 }
 
+/// What each CPU asks of the disk with two queues goes by a queue of its own.
+fn both_queues_serve(host: &Host) {
+    let read = "d=$(disk plain-0815); v=$(basename $(readlink /sys/block/$d/device)); \
+        count() { awk -v q=$v-req.$1 '$NF == q {print $2 + $3}' /proc/interrupts; }; \
+        for c in 0 1; do n=$(count $c); taskset -c $c dd if=/dev/$d of=/dev/null bs=64k count=64 iflag=direct status=none; \
+        echo $(($(count $c) - n)); done";
+    let interrupts = in_guest(host, read, 60);
+    println!("interrupts of the queues: {interrupts:?}");
+    let many = |count: &str| count.parse::<u32>().unwrap() > 30;
+    assert_eq!(interrupts.lines().filter(|count| many(count)).count(), 2);
+}
+
 /// What is written is read back past the page cache, and trimmed: the image has its space back.
 fn a_file_system_is_filled_and_trimmed(host: &Host) {
     let write = "mkdir /tmp/m; mkfs.ext4 -q /dev/$(disk data-4711) && mount /dev/$(disk data-4711) /tmp/m && \
@@ -334,6 +346,7 @@ fn linux_uses_every_ability_of_disks() {
     on_host(host, &format!("{}{START}", shell::PREPARE), 120);
     in_guest(host, "true", shell::BOOT_SECONDS);
     have_names(host);
+    both_queues_serve(host);
     a_file_system_is_filled_and_trimmed(host);
     ranges_are_freed_and_zeroed(host, "data-4711", "data.qcow2");
     ranges_are_freed_and_zeroed(host, "plain-0815", "plain.raw");
