@@ -10,6 +10,7 @@ mod image;
 mod lab;
 mod together;
 
+use std::cell::Cell;
 use std::fs;
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -143,7 +144,7 @@ pub fn rows(bench: &Bench) -> Vec<Row> {
     };
     rows().unwrap_or_else(|error| {
         let mut figures = vec![start_figure(), memory_figure()];
-        figures.extend(together::figures());
+        figures.extend(together::figures(bench.guests));
         figures.extend(DISK_WORKS.iter().map(|work| work.figure(PREFIXES[0])));
         for prefix in &PREFIXES[1..] {
             figures.extend(NET_WORKS.iter().map(|work| work.figure(prefix)));
@@ -175,7 +176,7 @@ fn here(bench: &Bench, image: &Image) -> anyhow::Result<Vec<Row>> {
     let (programs, folder) = (&programs, folder.path());
     tap::in_namespace(|| {
         let mut rows = starts(bench, programs, folder)?;
-        rows.extend(together::rows(programs));
+        rows.extend(together::rows(programs, bench.guests));
         let mut number = 0;
         let mut live = |monitor: &'static Monitor, vhost| {
             number += 1;
@@ -238,26 +239,72 @@ impl Work {
     }
 }
 
-/// From before the VMM's process is made until the guest's first process speaks.
+/// From before the VMM's process is made until the guest's first process speaks. A row's note has what tells the VMM's
+/// part from the guest's: the guest's own clock by then, and what KVM counted.
 fn starts(bench: &Bench, programs: &Programs, folder: &Path) -> anyhow::Result<Vec<Row>> {
     let image = disk_image(folder, 0)?;
-    let contestant = |monitor: &'static Monitor| Contestant {
-        name: monitor.name,
-        turns_max: monitor.turns_max().min(START_TURNS_MAX),
-        take: Box::new({
-            let image = image.clone();
-            move || {
-                let tap = Tap::new(0)?;
-                let start = Instant::now();
-                let mut running = Running::start(programs, monitor, &guest(&tap, &image, false))?;
-                running.wait_within(b"guest: init", BOOT)?;
-                Ok(start.elapsed().as_secs_f64() * 1000.0)
-            }
-        }),
+    let starts = |monitor| Starts {
+        programs,
+        image: &image,
+        monitor,
+        clock_ms: Cell::default(),
+        counts: Counts::default(),
     };
-    let peers = PEERS.iter().map(contestant).collect();
+    let (ours, peers) = (starts(&OURS), PEERS.iter().map(starts).collect::<Vec<_>>());
+    let contestants = peers.iter().map(Starts::contestant).collect();
     let turns = bench.runs.min(START_TURNS_MAX);
-    Ok(compare(&start_figure(), turns, contestant(&OURS), peers))
+    let mut rows = compare(&start_figure(), turns, ours.contestant(), contestants);
+    let our_part = ours.seen();
+    for (row, peer) in rows.iter_mut().zip(&peers) {
+        row.add_note(&format!("ours: {our_part}; peer: {}", peer.seen()));
+    }
+    Ok(rows)
+}
+
+/// Starts of one VMM.
+struct Starts<'a> {
+    programs: &'a Programs,
+    image: &'a Path,
+    monitor: &'static Monitor,
+    /// Of the last guest, when it spoke.
+    clock_ms: Cell<f64>,
+    counts: Counts,
+}
+
+impl Starts<'_> {
+    fn contestant(&self) -> Contestant<'_> {
+        Contestant {
+            name: self.monitor.name,
+            turns_max: self.monitor.turns_max().min(START_TURNS_MAX),
+            take: Box::new(|| self.take()),
+        }
+    }
+
+    fn take(&self) -> anyhow::Result<f64> {
+        let tap = Tap::new(0)?;
+        let guest = guest(&tap, self.image, false);
+        let start = Instant::now();
+        let mut running = Running::start(self.programs, self.monitor, &guest)?;
+        running.wait_within(b"guest: init after ", BOOT)?;
+        let time_ms = start.elapsed().as_secs_f64() * 1000.0;
+        self.counts.add_whole(running.id());
+        let said = running.wait_within(b" s", BOOT)?;
+        let clock: f64 = said.trim_end_matches(" s").parse().context("its clock")?;
+        self.clock_ms.set(clock * 1000.0);
+        Ok(time_ms)
+    }
+
+    /// What was seen beside the time.
+    fn seen(&self) -> String {
+        let clock_ms = self.clock_ms.get();
+        let counts = self.counts.take().map(|[exits, interrupts]| {
+            format!(", {exits:.0} exits, {interrupts:.0} interrupts a start")
+        });
+        format!(
+            "last guest's clock {clock_ms:.0} ms{}",
+            counts.unwrap_or_default()
+        )
+    }
 }
 
 /// Once all that the guests do has been done.

@@ -44,6 +44,9 @@ struct Arguments {
     /// The table
     #[arg(long, value_name = "FILE", default_value = "target/bench/summary.tsv")]
     output: PathBuf,
+    /// Linux guests that live at once, with a lab host that has the memory for them
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=100))]
+    guests: u32,
     /// Internal: runs suites in what was made for them (containers: a mount namespace; Linux: a lab host), prints rows
     #[arg(long, hide = true)]
     prepared: bool,
@@ -56,6 +59,7 @@ struct Arguments {
 #[derive(Debug)]
 struct Bench {
     runs: usize,
+    guests: u32,
     bin_dir: PathBuf,
     peers: Option<PathBuf>,
     /// On a disk, unlike the folder for temporary files perhaps.
@@ -110,6 +114,7 @@ fn main() -> anyhow::Result<()> {
         .with_context(|| format!("create {}", output_folder.display()))?;
     let bench = Bench {
         runs: arguments.runs.max(1),
+        guests: arguments.guests,
         // Some programs are run in folders of their own.
         bin_dir: std::path::absolute(arguments.bin_dir.as_deref().unwrap_or(beside))?,
         peers: arguments.peers.map(std::path::absolute).transpose()?,

@@ -36,6 +36,7 @@ pub fn start_on(
     let work = Scratch::new_in(&std::env::temp_dir()).unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count,
+        memory_mib: lab::MEMORY_MIB,
         kernel,
         payload: Some(&payload),
         directory: work.path().to_owned(),

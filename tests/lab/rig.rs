@@ -12,6 +12,7 @@ fn host_resumes_with_kvm_and_payload() {
     std::fs::write(payload.path().join("hello"), "from the outside").unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count: 1,
+        memory_mib: lab::MEMORY_MIB,
         kernel: lab::HostKernel::Suite,
         payload: Some(payload.path()),
         directory: work.path().to_owned(),

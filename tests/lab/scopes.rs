@@ -159,6 +159,7 @@ fn a_container_is_a_scope_that_keeps_its_limits_and_goes() {
     let work = lab::Scratch::new_in(&std::env::temp_dir()).unwrap();
     let hosts = lab::start(&lab::Settings {
         host_count: 1,
+        memory_mib: lab::MEMORY_MIB,
         kernel: lab::HostKernel::Suite,
         payload: Some(payload.path()),
         directory: work.path().to_owned(),

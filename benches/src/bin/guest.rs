@@ -28,7 +28,7 @@ const CARD: Duration = Duration::from_secs(10);
 const DISK: &str = "/dev/vda";
 
 fn main() {
-    say("guest: init");
+    say(&format!("guest: init after {} s", uptime()));
     match prepare() {
         Ok(listener) => loop {
             if let Err(error) = traffic::serve(&listener, Path::new(DISK)) {
@@ -48,17 +48,21 @@ fn say(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
 }
 
+/// Seconds since the kernel began to keep time, in hundredths.
+fn uptime() -> String {
+    // Without a /proc nothing is ready later, which is told then.
+    let _ = mount_one("proc", "/proc");
+    let both = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    both.split_whitespace().next().unwrap_or("?").to_owned()
+}
+
+fn mount_one(kind: &str, place: &'static str) -> anyhow::Result<()> {
+    let flags = MsFlags::empty();
+    mount(Some(kind), place, Some(kind), flags, None::<&str>).context(place)
+}
+
 fn prepare() -> anyhow::Result<TcpListener> {
-    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc")] {
-        mount(
-            Some(kind),
-            place,
-            Some(kind),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .context(place)?;
-    }
+    mount_one("devtmpfs", "/dev")?;
     let modules = Path::new("/modules");
     for name in fs::read_to_string(modules.join("order"))?.lines() {
         load(&modules.join(name)).context(name.to_owned())?;

@@ -30,12 +30,23 @@ impl Counts {
         let done = work()?;
         let after = now(process);
         if let (Some(before), Some(after)) = (before, after) {
-            let add = |sum: &Cell<f64>, more: f64| sum.set(sum.get() + more);
-            add(&self.units, units(&done));
-            add(&self.exits, after[0] - before[0]);
-            add(&self.interrupts, after[1] - before[1]);
+            self.add(units(&done), [after[0] - before[0], after[1] - before[1]]);
         }
         Ok(done)
+    }
+
+    fn add(&self, units: f64, [exits, interrupts]: [f64; 2]) {
+        let add = |sum: &Cell<f64>, more: f64| sum.set(sum.get() + more);
+        add(&self.units, units);
+        add(&self.exits, exits);
+        add(&self.interrupts, interrupts);
+    }
+
+    /// Adds all that was counted since the VM of the VMM `process` was made, as one unit.
+    pub fn add_whole(&self, process: u32) {
+        if let Some(counted) = now(process) {
+            self.add(1.0, counted);
+        }
     }
 
     /// Exits and interrupts a unit since the last call.

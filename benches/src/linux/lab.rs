@@ -15,7 +15,10 @@ use crate::Bench;
 use crate::table::Row;
 
 /// Longest time of the whole suite there.
-const DEADLINE: Duration = Duration::from_secs(1800);
+const DEADLINE: Duration = Duration::from_secs(3600);
+/// What a guest takes at most with its VMM's process, and what a host has besides.
+const GUEST_MIB: u32 = 160;
+const HOST_MIB: u32 = 1500;
 
 /// The rows, measured on an emulated host.
 pub fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
@@ -26,15 +29,16 @@ pub fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     let work = Scratch::new_in(&std::env::temp_dir())?;
     let hosts = lab::start(&Settings {
         host_count: 1,
+        memory_mib: memory_mib(bench.guests),
         kernel: HostKernel::Suite,
         payload: Some(&payload),
         directory: work.path().to_owned(),
         api: None,
     })?;
     let script = format!(
-        "PATH=/payload/peers:$PATH exec /payload/bin/atoll-benches linux --prepared --runs {} --bin-dir /payload/bin \
-         --peers /payload/peers --guest /payload/guest --output /var/tmp/bench/summary.tsv",
-        bench.runs
+        "PATH=/payload/peers:$PATH exec /payload/bin/atoll-benches linux --prepared --runs {} --guests {} \
+         --bin-dir /payload/bin --peers /payload/peers --guest /payload/guest --output /var/tmp/bench/summary.tsv",
+        bench.runs, bench.guests
     );
     let said = hosts[0].follow(&script, DEADLINE, |line| {
         // For who waits; the rows themselves come at the end.
@@ -44,6 +48,11 @@ pub fn rows(bench: &Bench) -> anyhow::Result<Vec<Row>> {
     })?;
     anyhow::ensure!(said.code == 0, "on the emulated host: {}", said.text);
     Ok(said.text.lines().filter_map(Row::parse).collect())
+}
+
+/// RAM of a host for so many guests at once: that of the tests' hosts, which have a template, where it is enough.
+fn memory_mib(guests: u32) -> u32 {
+    lab::MEMORY_MIB.max(HOST_MIB + guests * GUEST_MIB)
 }
 
 fn fill(bench: &Bench, stock: &Path, payload: &Path) -> anyhow::Result<()> {

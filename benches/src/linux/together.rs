@@ -12,25 +12,21 @@ use crate::monitor::{
 use crate::table::{Figure, Row};
 
 const PEERS: &[Monitor] = &[CLOUD_HYPERVISOR, FIRECRACKER, OURS];
-/// As many as an emulated host of 2 GiB holds.
-const COUNT: usize = 8;
 /// The guests' program says so when it has loaded its drivers and has nothing to do.
 const IDLE: &[u8] = b"no bench= on the command line";
 
 /// What is compared, in the order of what [`measure`] returns.
-pub(super) fn figures() -> [Figure; 2] {
-    [
-        Figure::cost("linux_start_to_init_8_at_once", "ms"),
-        Figure::cost("linux_memory_with_guests_8_at_once", "KiB"),
-    ]
+pub(super) fn figures(count: u32) -> [Figure; 2] {
+    [("start_to_init", "ms"), ("memory_with_guests", "KiB")]
+        .map(|(name, unit)| Figure::cost(&format!("linux_{name}_{count}_at_once"), unit))
 }
 
 /// Each VMM once: a turn is eight boots.
-pub(super) fn rows(programs: &Programs) -> Vec<Row> {
-    let ours = twice(programs, &OURS_SHARING);
+pub(super) fn rows(programs: &Programs, count: u32) -> Vec<Row> {
+    let ours = twice(programs, &OURS_SHARING, count);
     let row = |peer: &Monitor| {
-        let theirs = twice(programs, peer);
-        let figures = figures().into_iter().enumerate();
+        let theirs = twice(programs, peer, count);
+        let figures = figures(count).into_iter().enumerate();
         let row = |(index, figure): (usize, Figure)| match (&ours, &theirs) {
             (Ok(ours), Ok(theirs)) => {
                 Row::pairs(&figure, peer.name, &[(ours[index], theirs[index])])
@@ -43,32 +39,33 @@ pub(super) fn rows(programs: &Programs) -> Vec<Row> {
 }
 
 /// Once more when it fails: emulated hosts lose one guest in about thirty.
-fn twice(programs: &Programs, monitor: &Monitor) -> anyhow::Result<[f64; 2]> {
-    measure(programs, monitor).or_else(|error| {
+fn twice(programs: &Programs, monitor: &Monitor, count: u32) -> anyhow::Result<[f64; 2]> {
+    measure(programs, monitor, count).or_else(|error| {
         let name = monitor.name;
         let _ = writeln!(
             std::io::stderr(),
-            "{COUNT} of {name} did not come up: {error:#}; once again"
+            "{count} of {name} did not come up: {error:#}; once again"
         );
-        measure(programs, monitor)
+        measure(programs, monitor, count)
     })
 }
 
-fn measure(programs: &Programs, monitor: &Monitor) -> anyhow::Result<[f64; 2]> {
+fn measure(programs: &Programs, monitor: &Monitor, count: u32) -> anyhow::Result<[f64; 2]> {
     let guest = Guest {
         cmdline: "console=ttyS0 quiet panic=-1".into(),
         ..Guest::default()
     };
+    let longest = BOOT * count.div_ceil(8);
     let start = Instant::now();
-    let mut all = (0..COUNT)
+    let mut all = (0..count)
         .map(|_| Running::start(programs, monitor, &guest))
         .collect::<anyhow::Result<Vec<_>>>()?;
     for running in &mut all {
-        running.wait_within(b"guest: init", BOOT)?;
+        running.wait_within(b"guest: init", longest)?;
     }
     let time_ms = start.elapsed().as_secs_f64() * 1000.0;
     for running in &mut all {
-        running.wait_within(IDLE, BOOT)?;
+        running.wait_within(IDLE, longest)?;
     }
     let memory_kib = all.iter().map(pss_kib).sum::<anyhow::Result<f64>>()?;
     Ok([time_ms, memory_kib])

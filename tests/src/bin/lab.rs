@@ -117,6 +117,7 @@ fn run(arguments: &Arguments) -> Result<i32> {
             };
             let hosts = lab::start(&lab::Settings {
                 host_count: *nodes,
+                memory_mib: lab::MEMORY_MIB,
                 kernel: match backports {
                     true => lab::HostKernel::Backports,
                     false => lab::HostKernel::Suite,

@@ -31,6 +31,7 @@ pub struct Forward {
 pub(super) struct Place {
     pub(super) directory: PathBuf,
     pub(super) number: u8,
+    pub(super) memory_mib: u32,
     pub(super) payload: Option<PathBuf>,
     pub(super) api: Option<Forward>,
     pub(super) group: u16,
@@ -169,6 +170,7 @@ pub(super) fn resume(qemu: &Path, image: &Path, template: &Path, place: &Place) 
     let child = template::spawn(&Machine {
         qemu,
         image,
+        memory_mib: place.memory_mib,
         ram: &template.join("ram"),
         ram_shared: false,
         disk: &disk,

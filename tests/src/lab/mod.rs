@@ -30,6 +30,7 @@ use crate::tree;
 pub use agent::Output;
 pub use host::{Forward, Host};
 pub use image::{guest_image, host_image, next_image, qemu_image, uefi_image, virtiofsd};
+pub use qemu::MEMORY_MIB;
 pub use scratch::Scratch;
 
 /// Which kernel the hosts of a lab run.
@@ -45,6 +46,8 @@ pub enum HostKernel {
 pub struct Settings<'a> {
     /// Hosts, 1 to 9.
     pub host_count: u8,
+    /// RAM of each. Other sizes than [`MEMORY_MIB`] have a template of their own, which takes half a minute once.
+    pub memory_mib: u32,
     /// Their kernel.
     pub kernel: HostKernel,
     /// Files that every host sees read-only at /payload.
@@ -64,7 +67,7 @@ pub fn start(settings: &Settings) -> Result<Vec<Host>> {
         HostKernel::Suite => host_image()?,
         HostKernel::Backports => next_image()?,
     };
-    let template = template::ensure(&qemu, &image)?;
+    let template = template::ensure(&qemu, &image, settings.memory_mib)?;
     std::fs::create_dir_all(&settings.directory)?;
     let payload = match settings.payload {
         Some(directory) => {
@@ -79,6 +82,7 @@ pub fn start(settings: &Settings) -> Result<Vec<Host>> {
     let places = (1..=settings.host_count).map(|number| host::Place {
         directory: settings.directory.join(format!("node{number}")),
         number,
+        memory_mib: settings.memory_mib,
         payload: payload.clone(),
         api: settings.api.as_ref().map(|(address, port)| Forward {
             address: address.clone(),

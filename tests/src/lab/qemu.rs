@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// RAM of a host. Part of the template, so one size for all; too little for a guest in a 1 GiB page. QEMU's board puts it
-/// below 4 GiB as long as it is less than 2816 MiB.
-pub(super) const MEMORY_MIB: u32 = 2800;
-/// vCPUs of a host, likewise.
+/// RAM of a host of the tests; too little for a guest in a 1 GiB page. QEMU's board puts it below 4 GiB as long as it is
+/// less than 2816 MiB.
+pub const MEMORY_MIB: u32 = 2800;
+/// vCPUs of a host. Part of the template, as RAM is.
 pub(super) const VCPU_COUNT: u32 = 2;
 
 /// What differs between QEMUs of the lab.
 pub(super) struct Machine<'a> {
     pub(super) qemu: &'a Path,
     pub(super) image: &'a Path,
+    pub(super) memory_mib: u32,
     /// File that holds the RAM, and whether writes go to it (template) or stay private (host).
     pub(super) ram: &'a Path,
     pub(super) ram_shared: bool,
@@ -58,6 +59,7 @@ pub(super) fn command(machine: &Machine) -> Command {
         directory,
         forwards,
         group,
+        memory_mib,
         ..
     } = machine;
     let (ram, disk, payload) = (path(machine.ram), path(machine.disk), path(machine.payload));
@@ -66,10 +68,10 @@ pub(super) fn command(machine: &Machine) -> Command {
         ("-L", path(&usr.join("share/qemu"))),
         ("-L", path(&usr.join("share/seabios"))),
         ("-smp", VCPU_COUNT.to_string()),
-        ("-m", MEMORY_MIB.to_string()),
+        ("-m", memory_mib.to_string()),
         (
             "-object",
-            format!("memory-backend-file,id=ram,size={MEMORY_MIB}M,mem-path={ram},share={share}"),
+            format!("memory-backend-file,id=ram,size={memory_mib}M,mem-path={ram},share={share}"),
         ),
         ("-kernel", path(&image.join("vmlinux"))),
         ("-initrd", path(&image.join("initrd.img"))),

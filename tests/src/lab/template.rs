@@ -25,10 +25,10 @@ systemctl is-system-running --wait || systemctl --failed
 sync; echo 3 > /proc/sys/vm/drop_caches";
 
 /// Directory with `ram`, `state` and `disk.qcow2`; boots and freezes a host where it is missing.
-pub(super) fn ensure(qemu: &Path, image: &Path) -> Result<PathBuf> {
+pub(super) fn ensure(qemu: &Path, image: &Path, memory_mib: u32) -> Result<PathBuf> {
     // Frozen by one QEMU, resumed by the same, with as much memory and as many vCPUs.
     let name = qemu.file_name().context("QEMU's directory")?;
-    let size = format!("{}x{}", qemu::VCPU_COUNT, qemu::MEMORY_MIB);
+    let size = format!("{}x{memory_mib}", qemu::VCPU_COUNT);
     let template = image.join(format!("template-{}-{size}", name.display()));
     let lock = File::create(image.join("template.lock"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
@@ -39,7 +39,7 @@ pub(super) fn ensure(qemu: &Path, image: &Path) -> Result<PathBuf> {
     let work = image.join("template.part");
     let _ = fs::remove_dir_all(&work);
     fs::create_dir(&work)?;
-    build(qemu, image, &work).context("build the lab's template")?;
+    build(qemu, image, &work, memory_mib).context("build the lab's template")?;
     // The state goes in last and under its final name: a template without it is not one.
     fs::rename(&work, &template)?;
     Ok(template)
@@ -75,7 +75,7 @@ pub(super) fn free_port(address: &str) -> Result<u16> {
         .port())
 }
 
-fn build(qemu: &Path, image: &Path, work: &Path) -> Result<()> {
+fn build(qemu: &Path, image: &Path, work: &Path, memory_mib: u32) -> Result<()> {
     let deadline = Instant::now() + BOOT_DEADLINE;
     overlay(&image.join("root.ext4"), "raw", &work.join("disk.qcow2"))?;
     let payload = work.join("payload.img");
@@ -84,6 +84,7 @@ fn build(qemu: &Path, image: &Path, work: &Path) -> Result<()> {
     let mut child = spawn(&qemu::Machine {
         qemu,
         image,
+        memory_mib,
         ram: &work.join("ram"),
         ram_shared: true,
         disk: &work.join("disk.qcow2"),
