@@ -70,7 +70,7 @@ soak: ## the slow forms, and the lab's tests that are too slow for each run: 20 
 	ATOLL_JUDGES=whole cargo nextest run --locked --profile soak -p atoll-container-rt --test judges
 
 bench: build ## side by side with the peers; the table goes to target/bench/summary.tsv
-	@run/deps.sh run test
+	@run/deps.sh run test bench
 	cargo build --release --locked -p atoll-benches
 	target/release/atoll-benches
 

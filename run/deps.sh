@@ -1,7 +1,7 @@
 #!/bin/bash
 # Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 #
-# Installs the Debian packages that a purpose needs and are missing: deps.sh build|run|test …
+# Installs the Debian packages that a purpose needs and are missing: deps.sh build|run|test|bench …
 # Does nothing, and asks no mirror, when all are there.
 set -euo pipefail
 
@@ -9,6 +9,7 @@ declare -A packages=(
     [build]="build-essential pkg-config libseccomp-dev libpam0g-dev clang libclang-dev libelf-dev zlib1g-dev"
     [run]="busybox-static jq mmdebstrap zstd xz-utils dnsmasq-base nftables iproute2 e2fsprogs procps iputils-ping ca-certificates libseccomp2 ovmf gpgv"
     [test]="qemu-system-x86 qemu-utils podman crun runc chromium python3-venv busybox-static docker-registry skopeo cpio strace socat bats gawk libnbd-bin lxcfs containerd dosfstools mtools xorriso fdisk acpica-tools libcap-ng-dev dpdk-dev lz4 gpg gpg-agent"
+    [bench]="iperf3"
 )
 
 # The packages of these purposes that are not installed, one a line.

@@ -19,6 +19,7 @@ mod start;
 mod still;
 mod table;
 mod tap;
+mod throughput;
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +31,7 @@ use table::Row;
 /// Runs the benchmarks and writes the table.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Only these suites: start, exits, restore, disk, net, migration, still, linux, container, api
+    /// Only these suites: start, exits, restore, disk, net, migration, throughput, still, linux, container, api
     suites: Vec<String>,
     /// Pairs of runs a row of starts and of containers
     #[arg(long, default_value_t = 30)]
@@ -93,6 +94,7 @@ const SUITES: &[Suite] = &[
     ("disk", disk::rows),
     ("net", net::rows),
     ("migration", migration::rows),
+    ("throughput", throughput::rows),
     ("still", still::rows),
     ("linux", linux::rows),
     ("container", container::rows),

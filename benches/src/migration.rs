@@ -62,7 +62,7 @@ static MOVERS: [Mover; 3] = [
         waits: "in",
         carry: |programs, source, target| {
             let to = target.join("in").display().to_string();
-            ctl(programs, source, &["migrate", "--to", &to])
+            ctl(programs, source, &["migrate", "--to", &to]).map(drop)
         },
     },
     Mover {
@@ -381,14 +381,14 @@ fn write_us(programs: &Programs, backup: Option<&[&str]>) -> anyhow::Result<f64>
     Ok(us)
 }
 
-/// `atoll-vmm ctl` for the machine in that folder.
-pub fn ctl(programs: &Programs, folder: &Path, arguments: &[&str]) -> anyhow::Result<()> {
+/// `atoll-vmm ctl` for the machine in that folder; what it answers.
+pub fn ctl(programs: &Programs, folder: &Path, arguments: &[&str]) -> anyhow::Result<Vec<u8>> {
     let mut command = Command::new(programs.vmm());
     command.args(["ctl", "--api-socket", "api"]).args(arguments);
     let output = command.current_dir(folder).output()?;
     let said = String::from_utf8_lossy(&output.stderr);
     anyhow::ensure!(output.status.success(), "{said}");
-    Ok(())
+    Ok(output.stdout)
 }
 
 fn wait_for(path: &Path) -> anyhow::Result<()> {
