@@ -210,7 +210,8 @@ pub(super) fn restore(
     Ok(())
 }
 
-/// Whether a time stamp counter goes on at the guest's speed, in kHz; 0 is a KVM that does not say.
+/// Whether a time stamp counter goes on at the guest's speed, in kHz; 0 is a KVM that does not say. Another speed is
+/// refused also where KVM could scale the counter (`KVM_SET_TSC_KHZ`): no host at hand can, so it could not be tried.
 fn same_speed(guest: u32, host: u32) -> Result<(), Unlike> {
     match guest != 0 && host != 0 && guest.abs_diff(host) > host / TSC_TOLERANCE {
         true => Err(Unlike::TscSpeed { guest, host }),
