@@ -1,43 +1,17 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The web page in a real browser: the scripts of `api/web/e2e` against nodes of the tests' own. Its pictures are kept in
-//! `target/test/web`.
+//! The web page in a real browser: the scripts of `api/web/e2e` against nodes of the tests' own.
 
-use std::ffi::OsStr;
 use std::process::Command;
 
 use atoll_tests::registry::Registry;
-use atoll_tests::{daemon, lab, skip, tree};
+use atoll_tests::{daemon, lab, page, skip, tree};
 use serde_json::json;
-
-const CHROMIUM: &str = "/usr/bin/chromium";
 
 /// A node for the page, or why there cannot be one here.
 fn node() -> Result<daemon::Daemon, String> {
     daemon::isolation()?;
-    let chromium = Command::new(CHROMIUM).arg("--version").output();
-    chromium.map_err(|error| format!("{CHROMIUM}: {error}"))?;
-    let page = tree::root().join("api/web");
-    assert!(
-        page.join("node_modules").exists() && page.join("dist/index.html").exists(),
-        "the page is not built: run npm ci && npm run build in api/web"
-    );
+    page::browser()?;
     Ok(daemon::Daemon::launch().unwrap())
-}
-
-/// Runs one of the page's scripts against a node.
-fn browse(node: &daemon::Daemon, script: &str, given: &[(&str, &OsStr)]) {
-    let status = node
-        .command("node")
-        .envs(given.iter().copied())
-        .arg(tree::root().join("api/web/e2e").join(script))
-        .env("ATOLL_URL", &node.login().url)
-        .env("ATOLL_USER", &node.login().username)
-        .env("ATOLL_PASSWORD", &node.login().password)
-        .env("ATOLL_E2E_OUTPUT", tree::bin_dir().join("../test/web"))
-        .env("CHROMIUM", CHROMIUM)
-        .status()
-        .unwrap();
-    assert!(status.success(), "a step failed, see above");
 }
 
 #[test]
@@ -54,11 +28,11 @@ fn container_from_the_wizard_to_its_deletion() {
         skip!("{reason}");
     }
     let template = lab::guest_image().unwrap().join("template.tar.zst");
-    let given = [
-        ("ATOLL_TEMPLATE", template.as_os_str()),
-        ("ATOLL_IMAGE", image.as_ref()),
-    ];
-    browse(&node, "run.mjs", &given);
+    let mut script = node.command("node");
+    script
+        .env("ATOLL_TEMPLATE", template)
+        .env("ATOLL_IMAGE", image);
+    page::browse(script, node.login(), "run.mjs", "container");
 }
 
 /// Brings an image of busybox to a registry in the node's network; why not, where this machine lacks a program.
@@ -118,5 +92,5 @@ fn machine_from_the_wizard_to_its_deletion() {
         .arg(snippets.join("probe"))
         .status();
     assert!(extracted.unwrap().success());
-    browse(&node, "machine.mjs", &[]);
+    page::browse(node.command("node"), node.login(), "machine.mjs", "machine");
 }

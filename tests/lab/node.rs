@@ -1,9 +1,13 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A whole node: what `make lab` starts, and that guests outlive `atolld`; a VM from a disk image that boots by UEFI.
+//! A whole node: what `make lab` starts, its page, and that guests outlive `atolld`; a VM from a disk image that boots by
+//! UEFI.
 
+use std::process::Command;
 use std::time::Duration;
 
+use atoll_tests::daemon::Login;
 use atoll_tests::lab::{self, Host};
+use atoll_tests::page;
 
 use crate::payload;
 
@@ -18,7 +22,7 @@ atoll-ct --root /var/lib/atoll/run/ct exec ct-100 ping -c 1 -W 5 10.64.0.1"#;
 
 #[test]
 fn guests_start_by_one_command_and_outlive_the_daemon() {
-    let (hosts, _guard) = payload::start(1);
+    let (hosts, _guard) = payload::start_with(1, payload::add_page);
     let host = &hosts[0];
     let summary = host.check(UP, SECOND * 600).unwrap();
     assert!(
@@ -30,6 +34,7 @@ fn guests_start_by_one_command_and_outlive_the_daemon() {
         "{summary}"
     );
     host.check(BOTH_ANSWER, SECOND * 300).unwrap();
+    a_container_is_made_by_the_page(host);
 
     // Again: quick, and changes nothing.
     let pids = "cat /var/lib/atoll/run/vm-101/pid; STATE=/var/lib/atoll /payload/bin/atoll-ct \
@@ -53,6 +58,23 @@ fn guests_start_by_one_command_and_outlive_the_daemon() {
     host.check(down, SECOND * 240).unwrap();
     let left = "pgrep -a 'atoll|dnsmasq'; ip -o link show type bridge; grep /var/lib/atoll/ /proc/self/mounts; true";
     assert_eq!(host.check(left, SECOND * 30).unwrap(), "");
+}
+
+/// A container of Debian with systemd, by a browser on this machine: from the wizard to its console and its deletion.
+fn a_container_is_made_by_the_page(host: &Host) {
+    if let Err(reason) = page::browser() {
+        println!("ATOLL-SKIP: {reason}");
+        return;
+    }
+    let login = host.check("cat /var/lib/atoll/initial-login.json", SECOND * 30);
+    let login: Login = serde_json::from_str(&login.unwrap()).unwrap();
+    let place = page::built();
+    let place = place.display();
+    let lay = format!("mkdir -p {place} && mount --bind /payload/page {place}");
+    host.check(&lay, SECOND * 30).unwrap();
+    let url = format!("https://{}:{}", host.api().address, host.api().port);
+    let login = Login { url, ..login };
+    page::browse(Command::new("node"), &login, "run.mjs", "lab");
 }
 
 /// What the two scripts below have in common: only what is written to descriptor 3 is printed, or, on failure, the rest.

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use atoll_tests::lab::{self, HostKernel, Scratch};
+use atoll_tests::page;
 
 /// Hosts with the payload, in temporary directories that go with the returned guards.
 pub fn start(host_count: u8) -> (Vec<lab::Host>, [Scratch; 2]) {
@@ -56,6 +57,20 @@ pub fn add_full_kernel(payload: &Path) -> anyhow::Result<()> {
 pub fn add_next_kernel(payload: &Path) -> anyhow::Result<()> {
     let files = ["vmlinux", "guest.img"];
     copy_files(&lab::next_image()?, &files, &payload.join("next"))
+}
+
+/// `page/`: the web page, where it is built.
+pub fn add_page(payload: &Path) -> anyhow::Result<()> {
+    let built = page::built();
+    if built.exists() {
+        let copied = Command::new("cp")
+            .arg("-r")
+            .arg(built)
+            .arg(payload.join("page"))
+            .status()?;
+        anyhow::ensure!(copied.success(), "cp: {copied}");
+    }
+    Ok(())
 }
 
 fn copy_files(from: &Path, files: &[&str], to: &Path) -> anyhow::Result<()> {
