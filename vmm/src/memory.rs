@@ -16,6 +16,7 @@ use std::io;
 use atoll_devices::memory::Ram;
 use atoll_vmm_protocol::services::MemoryBacking;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, memfd_create};
+use rustix::io::retry_on_intr;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -239,7 +240,8 @@ fn huge_pages(bytes: u64, page: HugePage) -> Result<File, MemoryError> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | size;
         let file = File::from(memfd_create("guest-memory", flags)?);
         file.set_len(bytes)?;
-        fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        // A signal ends it early; what it has taken it keeps.
+        retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes))?;
         seal(&file)?;
         Ok(file)
     };

@@ -128,11 +128,18 @@ impl RawFile {
         let (start, count) = (fits(range.start)?, fits(length)?);
         match way.fallocate_mode() {
             Some(mode) => {
-                // SAFETY: no memory is involved; the descriptor is open.
-                let result = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, start, count) };
-                match result {
-                    0 => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
+                loop {
+                    // SAFETY: no memory is involved; the descriptor is open.
+                    let result =
+                        unsafe { libc::fallocate(self.file.as_raw_fd(), mode, start, count) };
+                    if result == 0 {
+                        return Ok(());
+                    }
+                    // tmpfs ends it for a signal, also for one without effect.
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
                 }
             }
             None if way == Way::Nothing => Ok(()),
