@@ -498,12 +498,8 @@ impl Running {
         while !heard.ends_with(text) {
             let mut event = [PollFd::new(output.as_fd(), PollFlags::POLLIN)];
             let left = deadline.saturating_duration_since(Instant::now());
-            poll(&mut event, PollTimeout::try_from(left)?)?;
-            anyhow::ensure!(
-                !left.is_zero(),
-                "it says nothing more: {}",
-                last_line(&heard)
-            );
+            let came = poll(&mut event, PollTimeout::try_from(left)?)?;
+            anyhow::ensure!(came > 0, "it says nothing more: {}", last_line(&heard));
             let mut byte = [0];
             if output.read(&mut byte)? == 0 {
                 let mut complaint = Vec::new();

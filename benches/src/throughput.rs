@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! How fast a machine's memory goes to another process by TCP over loopback, by number of connections, beside what iperf3
-//! moves over as many. The guest is held, so that all there is to do is to read its memory, send it and put it in place;
+//! moves over as many. The guest is idle, so that all there is to do is to read its memory, send it and put it in place;
 //! both sides share this machine's CPUs, as iperf3's do. Without TLS, which iperf3 has not.
 
 use std::net::TcpListener;
@@ -14,15 +14,17 @@ use serde_json::Value;
 
 use crate::Bench;
 use crate::migration::{ctl, folder};
-use crate::monitor::{Programs, Running};
+use crate::monitor::{Prepared, Programs, Running};
 use crate::table::{Aim, Contestant, Figure, Row, compare};
 
 /// Turns: each is some seconds.
 const TURNS: usize = 7;
 const CONNECTIONS: [u32; 4] = [1, 2, 8, 64];
-/// Memory of the machine, and how much of it the guest has written to: no page is zero, and no two are alike.
-const MEMORY_MIB: u64 = 2048;
-const FILLED_MIB: u64 = 1900;
+/// Memory of the machine, and how much of it the guest has written to, from where: within one GiB, as the probe wants it. No
+/// page of that is zero, and no two are alike.
+const MEMORY_MIB: u64 = 1024;
+const FILLED_FROM_MIB: u64 = 64;
+const FILLED_MIB: u64 = 900;
 /// How long iperf3 sends.
 const IPERF_SECONDS: &str = "2";
 /// Longest time that the guest takes to fill its memory, and that a process takes to listen.
@@ -72,11 +74,15 @@ fn ours_mib_s(programs: &Programs, connections: u32) -> anyhow::Result<f64> {
     ]);
     command.arg(programs.kernel()).current_dir(from.path());
     command.args(["--memory", &MEMORY_MIB.to_string()]);
-    command.args(["--cmdline", &format!("stay load=16,{FILLED_MIB}")]);
-    let mut source = Running::of(command)?;
+    command.args([
+        "--cmdline",
+        &format!("stay load={FILLED_FROM_MIB},{FILLED_MIB}"),
+    ]);
+    let mut source = Prepared::from(command).start_to_type()?;
     let filled = format!("load {}\r\n", FILLED_MIB * 256);
     source.wait_within(filled.as_bytes(), PATIENCE)?;
-    ctl(programs, from.path(), &["pause"])?;
+    source.type_in(b"q")?;
+    source.wait_within(b"load ended", PATIENCE)?;
     let mut command = Command::new(programs.vmm());
     command.args(["receive", "--listen", "tcp:127.0.0.1:0", "--insecure"]);
     command.args(["--log-file", "log"]).current_dir(to.path());
@@ -88,6 +94,7 @@ fn ours_mib_s(programs: &Programs, connections: u32) -> anyhow::Result<f64> {
         "--to",
         &place,
         "--insecure",
+        "true",
         "--connections",
         &connections,
     ];
@@ -106,6 +113,7 @@ fn iperf_mib_s(connections: u32) -> anyhow::Result<f64> {
     server.args([
         "--server",
         "--one-off",
+        "--forceflush",
         "--bind",
         "127.0.0.1",
         "--port",
