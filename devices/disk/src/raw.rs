@@ -10,6 +10,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::retry_on_intr;
+
 use crate::alignment::{AlignedBuffer, Alignment};
 use crate::backend::{
     Abilities, BlockBackend, BlockQueue, Geometry, Operation, Request, ResizeError, SharedGeometry,
@@ -124,23 +127,12 @@ impl RawFile {
     fn zero_by(&self, request: &Request, way: Way) -> io::Result<()> {
         let range = request.range();
         let length = range.end - range.start;
-        let fits = |value: u64| i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
-        let (start, count) = (fits(range.start)?, fits(length)?);
         match way.fallocate_mode() {
             Some(mode) => {
-                loop {
-                    // SAFETY: no memory is involved; the descriptor is open.
-                    let result =
-                        unsafe { libc::fallocate(self.file.as_raw_fd(), mode, start, count) };
-                    if result == 0 {
-                        return Ok(());
-                    }
-                    // tmpfs ends it for a signal, also for one without effect.
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
+                let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+                // tmpfs ends it for a signal, also for one without effect.
+                let done = retry_on_intr(|| fallocate(&self.file, mode, range.start, length));
+                Ok(done?)
             }
             None if way == Way::Nothing => Ok(()),
             None => {
