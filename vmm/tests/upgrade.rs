@@ -70,15 +70,21 @@ fn upgrade(guest: &Guest) -> MigrationInfo {
     info
 }
 
+/// A machine with that memory whose guest is at work, its console, and how far it is.
+fn at_work(memory: &str) -> (Upgraded, Serial, u64) {
+    let mut guest = Upgraded(Place::new().start(&shell(memory, "2")));
+    let mut serial = guest.0.serial();
+    serial.start_load("");
+    let done = serial.load_beyond(0);
+    (guest, serial, done)
+}
+
 #[test]
 fn a_guest_at_work_goes_on_in_a_new_process_and_in_the_next() {
     if !kvm() {
         return;
     }
-    let mut guest = Upgraded(Place::new().start(&shell("64M,shared", "2")));
-    let mut serial = guest.0.serial();
-    serial.start_load("");
-    let mut done = serial.load_beyond(0);
+    let (mut guest, mut serial, mut done) = at_work("64M,shared");
     for _ in 0..2 {
         upgrade(&guest.0);
         serial = guest.0.serial();
@@ -111,10 +117,7 @@ fn a_guest_in_huge_pages_stays_in_them() {
     let Some(_pages) = HugePages::lend(32) else {
         return;
     };
-    let mut guest = Upgraded(Place::new().start(&shell("32M,hugepages=2M", "2")));
-    let mut serial = guest.0.serial();
-    serial.start_load("");
-    let mut done = serial.load_beyond(0);
+    let (mut guest, mut serial, mut done) = at_work("32M,hugepages=2M");
     for _ in 0..2 {
         upgrade(&guest.0);
         serial = guest.0.serial();
