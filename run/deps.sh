@@ -8,7 +8,7 @@ set -euo pipefail
 declare -A packages=(
     [build]="build-essential pkg-config libseccomp-dev libpam0g-dev clang libclang-dev libelf-dev zlib1g-dev"
     [run]="busybox-static jq mmdebstrap zstd xz-utils dnsmasq-base nftables iproute2 e2fsprogs procps iputils-ping ca-certificates libseccomp2 ovmf gpgv"
-    [test]="qemu-system-x86 qemu-utils podman crun runc chromium python3-venv busybox-static docker-registry skopeo cpio strace socat bats gawk libnbd-bin lxcfs containerd dosfstools mtools xorriso fdisk acpica-tools libcap-ng-dev dpdk-dev lz4 gpg gpg-agent"
+    [test]="qemu-system-x86 qemu-utils podman crun runc chromium python3-venv busybox-static docker-registry skopeo cpio strace socat bats gawk libnbd-bin lxcfs containerd dosfstools mtools xorriso fdisk acpica-tools libcap-ng-dev dpdk-dev lz4 gpg gpg-agent fio"
     [bench]="iperf3"
 )
 

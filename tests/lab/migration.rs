@@ -21,7 +21,7 @@ fn a_working_guest_moves_back_and_forth_between_hosts() {
     let (hosts, _guards) = start_hosts();
     let (mut from, mut to) = (&hosts[0], &hosts[1]);
     let cpu_count = if asked_for().is_some() { 4 } else { 2 };
-    let mut report = start_work(from, cpu_count);
+    start_work(from, cpu_count);
     let mut number = 0;
     let began = Instant::now();
     let goes_on = |number: u32| match asked_for() {
@@ -31,7 +31,7 @@ fn a_working_guest_moves_back_and_forth_between_hosts() {
     while goes_on(number) {
         number += 1;
         let info = moves_to(from, to);
-        report = works_on(to, &report);
+        let report = works_on(to);
         println!("move {number}: {info}, {report:?}");
         (from, to) = (to, from);
     }

@@ -113,6 +113,20 @@ fn add_with_libraries(mut files: Vec<String>, place: &Path) -> anyhow::Result<()
     Ok(())
 }
 
+/// A disk with programs of this machine and their libraries.
+pub fn add_disk_with(programs: Vec<String>, disk: &Path) -> anyhow::Result<()> {
+    let content = tempfile::tempdir()?;
+    add_with_libraries(programs, &content.path().join("disk"))?;
+    let made = Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
+        .args([&content.path().join("disk"), disk])
+        .arg("160M")
+        .output()
+        .context("run mke2fs")?;
+    ensure!(made.status.success(), "mke2fs: {made:?}");
+    Ok(())
+}
+
 /// Two discs, `discs/1.iso` and `discs/2.iso`, each with a file `words` that names it.
 pub fn add_discs(payload: &Path) -> anyhow::Result<()> {
     let discs = payload.join("discs");

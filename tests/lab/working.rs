@@ -6,6 +6,7 @@
 //!   disk.sock ◄─ serve-disk ◄── socat ══ TCP ══ socat ─► disk.sock
 //!   atoll-strain peer, 10.77.0.1 on br0 ═══ vxlan ═══ br0
 //!                          tap0 ┘          tap0 ┘       the machine: on one of them
+//!   local.raw ═══════ moves along with it ════════════► local.raw
 //! ```
 //! The bridges learn where the guest is, as switches do. (The lab's own network between hosts is no place for that: a
 //! host hears there what it has sent itself.)
@@ -34,8 +35,9 @@ ip link set vx0 master br0 up
 ip tuntap add tap0 mode tap vnet_hdr; ip link set tap0 master br0 up
 "#;
 
-/// The disk, for both hosts.
+/// The disks: that for both hosts, and one of each host.
 const HOME: &str = r#"
+truncate -s 2M local.raw
 ip address add 10.77.0.1/24 dev br0
 back() { setsid "$@" </dev/null & }
 back $vmm serve-disk --socket disk.sock --disk $root >>serve.log 2>&1
@@ -44,6 +46,7 @@ back socat TCP-LISTEN:10809,fork,reuseaddr UNIX-CONNECT:/var/t/disk.sock >>serve
 "#;
 const AWAY: &str = r#"
 mkdir -p /var/t; cd /var/t
+truncate -s 2M local.raw
 setsid socat UNIX-LISTEN:/var/t/disk.sock,fork TCP:10.99.0.1:10809 </dev/null >>serve.log 2>&1 &
 "#;
 
@@ -52,7 +55,8 @@ const START: &str = r#"
 [ ! -e peer.pid ] || kill $(cat peer.pid) || true
 setsid /payload/bin/atoll-strain peer 10.77.0.1:9000 </dev/null >peer.log 2>&1 & echo $! >peer.pid
 start $kernel --cmdline "$cmdline init_on_free=1" --cpus CPUS --memory 256 \
-  --disk id=root,path=/var/t/disk.sock,format=nbd --disk id=tool,path=/payload/bin/atoll-strain,format=raw,readonly \
+  --disk id=root,path=/var/t/disk.sock,format=nbd --disk id=tools,path=/payload/tools.img,format=raw,readonly \
+  --disk id=local,path=/var/t/local.raw,format=raw \
   --net tap=tap0,mac=52:54:00:aa:00:01,vhost=on
 "#;
 
@@ -60,8 +64,9 @@ start $kernel --cmdline "$cmdline init_on_free=1" --cpus CPUS --memory 256 \
 const WORK: &str = "mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs none /tmp; modprobe virtio_net; \
     for i in {1..100}; do [ -e /sys/class/net/eth0 ] && break; sleep 0.1; done; \
     ip link set eth0 mtu 1400 up; ip address add 10.77.0.2/24 dev eth0; ping -c 3 -W 10 10.77.0.1 >/dev/null; \
-    cp /dev/vdb /tmp/strain; chmod +x /tmp/strain; echo 3 > /proc/sys/vm/drop_caches; \
-    (/tmp/strain work 10.77.0.1:9000 /strained /tmp >/tmp/said 2>&1; echo $? >/tmp/end) </dev/null & disown; sleep 0.1";
+    mount -r /dev/vdb /mnt; echo 3 > /proc/sys/vm/drop_caches; \
+    (export PATH=/mnt:$PATH LD_LIBRARY_PATH=/mnt; atoll-strain work 10.77.0.1:9000 /tmp /dev/vdc /strained >/tmp/said 2>&1; \
+    echo $? >/tmp/end) </dev/null & disown; sleep 0.1";
 
 /// Certificates of one authority, `tls/ca`, and what it has signed for each host: `tls/1`, `tls/1.key`.
 fn add_certificates(payload: &Path) -> anyhow::Result<()> {
@@ -81,15 +86,12 @@ fn add_certificates(payload: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The program that the guest runs: on a disk of its own, which is whole sectors.
-fn add_strain(payload: &Path) -> anyhow::Result<()> {
-    let mut program = std::fs::read(atoll_tests::tree::binary("atoll-strain"))?;
-    program.resize(program.len().next_multiple_of(4096), 0);
-    let path = payload.join("bin/atoll-strain");
-    std::fs::write(&path, program)?;
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(path, executable)?;
-    Ok(())
+/// What the guest runs, on a disk of its own, and the program of the other end.
+fn add_tools(payload: &Path) -> anyhow::Result<()> {
+    let strain = atoll_tests::tree::binary("atoll-strain");
+    std::fs::copy(&strain, payload.join("bin/atoll-strain"))?;
+    let files = vec!["/usr/bin/fio".to_owned(), strain.display().to_string()];
+    payload::add_disk_with(files, &payload.join("tools.img"))
 }
 
 /// The options that tell a host's files.
@@ -108,26 +110,32 @@ fn parse(said: &str) -> Report {
     serde_json::from_str(report).expect(said)
 }
 
-/// The guest's report, once everything in it has gone on since the last one.
+/// The guest's report, once everything in it has gone on since this was called.
 #[track_caller]
-pub fn works_on(host: &Host, before: &Report) -> Report {
-    let ask = "cat /tmp/report; ! cat /tmp/end 2>/dev/null || cat /tmp/said";
+pub fn works_on(host: &Host) -> Report {
+    let before = report(host);
     let began = Instant::now();
     loop {
-        let said = in_guest(host, ask, 120);
-        assert!(!said.contains("atoll-strain: "), "{said}");
-        let report = parse(&said);
-        let goes_on = |(name, count): (&String, &u64)| report.counts[name] > *count;
+        let now = report(host);
+        let goes_on = |(name, count): (&String, &u64)| now.counts[name] > *count;
         if before.counts.iter().all(goes_on) {
-            return report;
+            return now;
         }
         let waited = began.elapsed();
         assert!(
             waited < Duration::from_secs(WORK_SECONDS.into()),
-            "{report:?} after {before:?}"
+            "{now:?} after {before:?}"
         );
         std::thread::sleep(Duration::from_millis(500));
     }
+}
+
+/// What the guest tells; nothing may have gone wrong yet.
+#[track_caller]
+fn report(host: &Host) -> Report {
+    let said = in_guest(host, "cat /tmp/report; cat /tmp/said", 120);
+    assert!(!said.contains("atoll-strain: "), "{said}");
+    parse(&said)
 }
 
 /// A process that waits for the machine; where it does. At a port of its own each time: one that has lost its source keeps
@@ -151,7 +159,7 @@ cat vmm.log; exit 1"#,
 /// The command that moves the machine to where one waits for it.
 pub fn ask_to_move(from: &Host, to: &str, options: &str) -> String {
     format!(
-        "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock migrate --to {to} {} --downtime-limit-ms 1000 {options}",
+        "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock migrate --to {to} {} --disks local --downtime-limit-ms 1000 {options}",
         tls(from)
     )
 }
@@ -178,7 +186,7 @@ pub fn moves_to(from: &Host, to: &Host) -> Value {
 pub fn start_hosts() -> (Vec<Host>, [Scratch; 2]) {
     let (hosts, guards) = payload::start_with(2, |payload| {
         add_certificates(payload)?;
-        add_strain(payload)
+        add_tools(payload)
     });
     let [home, away] = &hosts[..] else {
         panic!("two hosts")
@@ -196,16 +204,16 @@ pub fn start_hosts() -> (Vec<Host>, [Scratch; 2]) {
 
 /// The guest starts at home, also once more, and is at work.
 #[track_caller]
-pub fn start_work(home: &Host, cpu_count: u8) -> Report {
+pub fn start_work(home: &Host, cpu_count: u8) {
     let start = START.replace("CPUS", &cpu_count.to_string());
     on_host(home, &format!("{}{start}", shell::PREPARE), 120);
     in_guest(home, "true", shell::BOOT_SECONDS);
     in_guest(home, WORK, 180);
-    let report = "for i in {1..60}; do [ -e /tmp/report ] && break; sleep 1; done; cat /tmp/report || cat /tmp/said";
-    let report = in_guest(home, report, 120);
+    let wait = "for i in {1..60}; do [ -e /tmp/report ] && break; sleep 1; done; cat /tmp/report || cat /tmp/said";
+    in_guest(home, wait, 120);
     let clock = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
     println!("clock source {}", in_guest(home, clock, 60));
-    works_on(home, &parse(&report))
+    println!("at work {:?}", works_on(home));
 }
 
 /// The guest's work ends, and every check of it was right.
@@ -219,5 +227,6 @@ pub fn end_work(host: &Host, home: &Host) {
     wait_for(home, "[ -s peer.log ]", 60);
     let echoed = on_host(home, "cat peer.log", 30);
     assert_eq!(echoed, format!("{} messages", report.counts["stream"]));
+    assert!(report.verified_bytes > 0, "{report:?}");
     println!("in the end {report:?}");
 }

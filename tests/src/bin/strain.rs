@@ -6,7 +6,7 @@
 //! guest  atoll-strain work   arithmetic ┐
 //!                            memory     │ counters ──► report (JSON, twice a second), until there is a file `stop`
 //!                            clocks     │
-//!                            disk       ┘
+//!                            disks      ┘  (by fio)
 //!                            stream ══ TCP ══ atoll-strain peer   on a machine that stays
 //! ```
 //! The parts are modest: several emulated machines share two cores, and memory has to be copied faster than it is
@@ -50,10 +50,10 @@ enum Role {
     Work {
         /// Where the peer listens
         peer: SocketAddr,
-        /// File on the disk under test; it is made
-        file: PathBuf,
         /// Directory with the files `report` and `stop`
         directory: PathBuf,
+        /// Files on the disks under test, which are made, or the disks themselves
+        files: Vec<PathBuf>,
     },
 }
 
@@ -62,9 +62,9 @@ fn main() -> ExitCode {
         Role::Peer { listen } => peer(listen).map(|count| println!("{count} messages")),
         Role::Work {
             peer,
-            file,
             directory,
-        } => work(Shared::new(peer, file), &directory),
+            files,
+        } => work(Shared::new(peer, files), &directory),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

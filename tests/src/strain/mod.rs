@@ -2,6 +2,7 @@
 //! The parts of the program `atoll-strain` (`src/bin/strain.rs`), which a guest runs while it moves.
 
 mod clocks;
+mod disks;
 mod memory;
 mod stream;
 
@@ -33,11 +34,11 @@ pub const PARTS: [Part; 6] = [
     },
     Part {
         name: "memory",
-        body: memory::in_ram,
+        body: memory::write,
     },
     Part {
-        name: "disk",
-        body: memory::on_disk,
+        name: "disks",
+        body: disks::verify,
     },
     Part {
         name: "stream",
@@ -58,8 +59,9 @@ pub struct Shared {
     /// Ends them.
     pub stop: AtomicBool,
     peer: SocketAddr,
-    file: PathBuf,
+    files: Vec<PathBuf>,
     counts: [AtomicU64; PARTS.len()],
+    verified_bytes: AtomicU64,
     latest: clocks::Latest,
 }
 
@@ -68,19 +70,22 @@ pub struct Shared {
 pub struct Report {
     /// What each part has done so far, by its name.
     pub counts: BTreeMap<String, u64>,
+    /// What was read back from disks and compared.
+    pub verified_bytes: u64,
     /// The longest time between two looks at a clock, in milliseconds.
     pub longest_gap_ms: u64,
 }
 
 impl Shared {
-    /// For a connection to `peer`, and a disk with `file` on it.
+    /// For a connection to `peer`, and disks: each a file on one, or its device.
     #[must_use]
-    pub fn new(peer: SocketAddr, file: PathBuf) -> Self {
+    pub fn new(peer: SocketAddr, files: Vec<PathBuf>) -> Self {
         Self {
             stop: AtomicBool::new(false),
             peer,
-            file,
+            files,
             counts: Default::default(),
+            verified_bytes: AtomicU64::new(0),
             latest: clocks::Latest::default(),
         }
     }
@@ -93,15 +98,23 @@ impl Shared {
             counts: counts
                 .map(|(part, count)| (part.name.to_owned(), count.load(Ordering::Relaxed)))
                 .collect(),
+            verified_bytes: self.verified_bytes.load(Ordering::Relaxed),
             longest_gap_ms: self.latest.longest_gap_ms(),
         };
         serde_json::to_string(&report).expect("names and numbers")
     }
 
     fn count(&self, name: &str) {
+        self.counter(name).fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_to(&self, name: &str, count: u64) {
+        self.counter(name).store(count, Ordering::Relaxed);
+    }
+
+    fn counter(&self, name: &str) -> &AtomicU64 {
         let index = PARTS.iter().position(|part| part.name == name);
-        let index = index.expect("a part counts under its own name");
-        self.counts[index].fetch_add(1, Ordering::Relaxed);
+        &self.counts[index.expect("a part counts under its own name")]
     }
 
     fn is_over(&self) -> bool {
@@ -165,12 +178,13 @@ fn rest(shared: &Shared, milliseconds: u64) -> bool {
 mod tests {
     use super::*;
 
-    /// On this machine, which does not move.
+    /// On this machine, which does not move, and on a disk of it that knows direct access.
     #[test]
     fn every_part_works_and_stops() {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir_in("/var/tmp").unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let shared = Shared::new(listener.local_addr().unwrap(), folder.path().join("file"));
+        let files = ["one", "other"].map(|name| folder.path().join(name));
+        let shared = Shared::new(listener.local_addr().unwrap(), files.to_vec());
         std::thread::scope(|scope| {
             let peer = scope.spawn(|| stream::echo(&listener));
             let parts = PARTS.map(|part| {
@@ -179,7 +193,7 @@ mod tests {
             });
             let all_count = || {
                 let report: Report = serde_json::from_str(&shared.report()).unwrap();
-                report.counts.values().all(|count| *count > 1)
+                report.counts.values().all(|count| *count > 0)
             };
             while !all_count() && !parts.iter().any(|part| part.is_finished()) {
                 sleep(Duration::from_millis(1));
@@ -191,6 +205,7 @@ mod tests {
             let echoed = peer.join().unwrap().unwrap();
             let report: Report = serde_json::from_str(&shared.report()).unwrap();
             assert_eq!(echoed, report.counts["stream"]);
+            assert!(report.verified_bytes > 0);
         });
     }
 }
