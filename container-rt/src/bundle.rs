@@ -11,7 +11,7 @@ use libcontainer::{utils, validator::Validator};
 use oci_spec::runtime::{
     Capabilities, Capability, Hook, Hooks, LinuxCapabilities, LinuxDeviceCgroup,
     LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceType, LinuxResources,
-    LinuxSeccompAction, Process, Spec,
+    LinuxSeccompAction, Mount, Process, Spec,
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -258,9 +258,7 @@ fn settle(spec: &mut Spec, request: &Request, folder: &Path) -> Result<()> {
         if mount.source().is_none() {
             mount.set_source(mount.typ().clone().map(PathBuf::from));
         }
-        let binds = |o: &String| o == "bind" || o == "rbind";
-        let bind =
-            mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(binds);
+        let bind = binds(mount);
         // The runtime-spec: "Config", mounts: relative to the bundle, not to where the caller happens to be.
         let source = mount.source().as_ref().filter(|_| bind);
         if let Some(relative) = source.filter(|source| source.is_relative()) {
@@ -303,6 +301,12 @@ fn settle(spec: &mut Spec, request: &Request, folder: &Path) -> Result<()> {
     linux.set_resources(Some(resources));
     spec.set_linux(Some(linux));
     Ok(())
+}
+
+/// Whether a mount of config.json shows a directory or file of the host.
+pub(crate) fn binds(mount: &Mount) -> bool {
+    let bind = |option: &String| option == "bind" || option == "rbind";
+    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(bind)
 }
 
 /// One kind of hooks.

@@ -8,12 +8,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Component, Path};
+use std::path::Path;
 use std::time::Duration;
 
-use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use oci_spec::runtime::Mount;
 use serde::Deserialize;
@@ -160,27 +158,7 @@ pub(crate) fn open_target(
     owner: Option<Owner>,
 ) -> io::Result<OwnedFd> {
     act_as(owner);
-    let tree = Tree::below(Path::new("/"))?;
-    let names = path.components().filter_map(|part| match part {
-        Component::Normal(name) => Some(name),
-        _ => None,
-    });
-    let names: Vec<_> = names.collect();
-    let mut made = std::path::PathBuf::from("/");
-    for (index, name) in names.iter().enumerate() {
-        let parent = tree.directory(&made)?;
-        made.push(name);
-        let is_last = index + 1 == names.len();
-        if tree.open(&made, OFlag::O_PATH).is_ok() {
-            continue;
-        }
-        if is_last && !is_folder {
-            tree.open(&made, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY)?;
-        } else {
-            mkdirat(&parent, *name, Mode::from_bits_truncate(0o755))?;
-        }
-    }
-    Ok(tree.open(&made, OFlag::O_PATH)?)
+    Ok(Tree::below(Path::new("/"))?.make(path, is_folder)?)
 }
 
 /// Does something in the container's mount namespace. It cannot be left again, so a child enters it; its exit code

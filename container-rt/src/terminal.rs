@@ -40,25 +40,28 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
 /// Receives the descriptor that comes over `socket`: the pty of the container's init or of an exec'd process, or a
 /// filter's listener.
 pub fn receive_fd(socket: &UnixStream) -> Result<OwnedFd> {
-    let mut bytes = [0_u8; 64];
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
-    let mut receive = || -> nix::Result<Option<OwnedFd>> {
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message =
-            recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control
-                && let Some(raw) = fds.first()
-            {
-                return Ok(Some(take(*raw)));
-            }
-        }
-        Ok(None)
-    };
     let none = || io::Error::new(io::ErrorKind::UnexpectedEof, "no descriptor came");
     let what = || "receive a descriptor of the container's".to_owned();
-    receive().context(what)?.ok_or_else(none).context(what)
+    let (_, fd) = receive(socket.as_fd(), &mut [0; 64]).context(what)?;
+    fd.ok_or_else(none).context(what)
+}
+
+/// Receives bytes, and the descriptor that comes with them.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+) -> nix::Result<(usize, Option<OwnedFd>)> {
+    let mut slices = [IoSliceMut::new(bytes)];
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let mut found = None;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            found = fds.first().copied();
+        }
+    }
+    Ok((message.bytes, found.map(take)))
 }
 
 #[expect(

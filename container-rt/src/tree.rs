@@ -3,10 +3,10 @@
 //! nowhere outside, whatever links were planted there (openat2(2): `RESOLVE_IN_ROOT`, and no magic links).
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, mkdirat};
 
 /// Mode of files that are made in it, less the umask.
 const MADE: Mode = Mode::from_bits_truncate(0o644);
@@ -39,5 +39,29 @@ impl Tree {
     /// The directory at a path.
     pub(crate) fn directory(&self, path: &Path) -> nix::Result<OwnedFd> {
         self.open(path, OFlag::O_PATH | OFlag::O_DIRECTORY)
+    }
+
+    /// What is at a path. What is missing is made, the last part as a folder or as an empty file.
+    pub(crate) fn make(&self, path: &Path, is_folder: bool) -> nix::Result<OwnedFd> {
+        let names = path.components().filter_map(|part| match part {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        });
+        let names: Vec<_> = names.collect();
+        let mut made = PathBuf::from("/");
+        for (index, name) in names.iter().enumerate() {
+            let parent = self.directory(&made)?;
+            made.push(name);
+            let is_last = index + 1 == names.len();
+            if self.open(&made, OFlag::O_PATH).is_ok() {
+                continue;
+            }
+            if is_last && !is_folder {
+                self.open(&made, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY)?;
+            } else {
+                mkdirat(&parent, *name, Mode::from_bits_truncate(0o755))?;
+            }
+        }
+        self.open(&made, OFlag::O_PATH)
     }
 }
