@@ -46,9 +46,9 @@ pub(crate) struct Global {
     /// The same as --cgroup-manager systemd
     #[arg(long, global = true)]
     pub(crate) systemd_cgroup: bool,
-    /// Accepted for runc's callers; checkpoint and restore are refused
-    #[arg(long, global = true, hide = true)]
-    criu: Option<PathBuf>,
+    /// The program for checkpoint and restore
+    #[arg(long, global = true, default_value = "criu", value_name = "PROGRAM")]
+    pub(crate) criu: String,
     /// Accepted for runc's callers; there is nothing more to log
     #[arg(long, global = true, hide = true)]
     debug: bool,
@@ -115,12 +115,10 @@ pub(crate) enum Command {
     Devices(Devices),
     /// Print statistics at intervals, and out-of-memory kills
     Events(Events),
-    /// Refused, with the reason
-    #[command(hide = true)]
-    Checkpoint(Refused),
-    /// Refused, with the reason
-    #[command(hide = true)]
-    Restore(Refused),
+    /// Save a running container's processes as files, by CRIU, and delete the container
+    Checkpoint(Box<Checkpoint>),
+    /// Make a container of such files, whose processes go on
+    Restore(Box<Restore>),
     /// Print what this runtime can do, as JSON
     Features,
     /// Write a config.json to start from
@@ -251,11 +249,107 @@ pub(crate) enum Devices {
     Remove { id: String, file: PathBuf },
 }
 
-/// Whatever is asked of a command that is refused.
+/// Options of checkpoint and restore alike; a restore needs those that the checkpoint had.
 #[derive(Debug, Args)]
-pub(crate) struct Refused {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    _arguments: Vec<String>,
+pub(crate) struct Images {
+    /// Directory of the files
+    #[arg(long, default_value = "checkpoint", value_name = "DIR")]
+    pub(crate) image_path: PathBuf,
+    /// Directory of CRIU's log, if not the same
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work_path: Option<PathBuf>,
+    /// Keep TCP connections
+    #[arg(long)]
+    pub(crate) tcp_established: bool,
+    /// Keep Unix sockets whose other end is outside
+    #[arg(long)]
+    pub(crate) ext_unix_sk: bool,
+    /// Keep a terminal and session of the caller's
+    #[arg(long)]
+    pub(crate) shell_job: bool,
+    /// Keep file locks
+    #[arg(long)]
+    pub(crate) file_locks: bool,
+    /// What CRIU does about cgroups
+    #[arg(long, value_enum, default_value = "soft", value_name = "MODE")]
+    pub(crate) manage_cgroups_mode: CgroupsMode,
+    /// Accepted for runc's callers: interfaces of a network namespace are never restored
+    #[arg(long, value_parser = ["network"], hide = true)]
+    empty_ns: Vec<String>,
+    /// Drop pages from earlier files once they are in later ones
+    #[arg(long)]
+    pub(crate) auto_dedup: bool,
+    /// Refused
+    #[arg(long, hide = true)]
+    pub(crate) lazy_pages: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum CgroupsMode {
+    Soft,
+    Full,
+    Strict,
+    Ignore,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Checkpoint {
+    pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) images: Images,
+    /// Files of an earlier --pre-dump, relative to --image-path
+    #[arg(long, value_name = "DIR")]
+    pub(crate) parent_path: Option<PathBuf>,
+    /// Let the container go on
+    #[arg(long)]
+    pub(crate) leave_running: bool,
+    /// Save memory only, and let the container go on
+    #[arg(long)]
+    pub(crate) pre_dump: bool,
+    /// Give deleted files that are open a name again
+    #[arg(long)]
+    pub(crate) link_remap: bool,
+    /// Leave out TCP connections that are about to be made
+    #[arg(long)]
+    pub(crate) tcp_skip_in_flight: bool,
+    /// Refused
+    #[arg(long, hide = true)]
+    pub(crate) page_server: Option<String>,
+    /// Refused
+    #[arg(long, hide = true)]
+    pub(crate) status_fd: Option<i32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// The new container's name
+    pub(crate) id: String,
+    /// Directory with config.json
+    #[arg(long, short, default_value = ".", value_name = "DIR")]
+    pub(crate) bundle: PathBuf,
+    #[command(flatten)]
+    pub(crate) images: Images,
+    /// Do not wait
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Stay behind as a monitor: hold the console, record the exit
+    #[arg(long)]
+    pub(crate) monitor: bool,
+    /// Write the init's process id here
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+    /// Send the terminal to this Unix socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) console_socket: Option<PathBuf>,
+    /// Another AppArmor profile than before, as in apparmor:NAME
+    #[arg(long, value_name = "PROFILE")]
+    pub(crate) lsm_profile: Option<String>,
+    /// Accepted for runc's callers
+    #[arg(long, hide = true)]
+    no_subreaper: bool,
+    /// Accepted for runc's callers: CRIU decides
+    #[arg(long, hide = true)]
+    no_pivot: bool,
 }
 
 /// Reads a time as Go's programs take it.

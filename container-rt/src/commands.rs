@@ -13,15 +13,15 @@ use atoll_container_rt::process::parse_signal;
 use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
-    bundle, cgroup, console, device_plug, events, exec, furnish, mknod, monitor, mounts, own_file,
-    terminal,
+    bundle, cgroup, checkpoint, console, criu, device_plug, events, exec, furnish, mknod, monitor,
+    mounts, own_file, restore, terminal,
 };
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
 
 use crate::cli::{
-    CgroupManager, Command, Create, Delete, Devices, Events, Exec, Format, Global, Kill, List,
-    Mounts, Ps, Run, Spec, Update,
+    CgroupManager, CgroupsMode, Checkpoint, Command, Create, Delete, Devices, Events, Exec, Format,
+    Global, Images, Kill, List, Mounts, Ps, Restore, Run, Spec, Update,
 };
 use crate::features;
 
@@ -51,7 +51,8 @@ pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
         Command::Mounts(change) => mounts(root, &change)?,
         Command::Devices(change) => devices(root, &change)?,
         Command::Events(arguments) => events(root, &arguments)?,
-        Command::Checkpoint(_) | Command::Restore(_) => return Err(no_checkpoints()),
+        Command::Checkpoint(arguments) => checkpoint(root, global, *arguments)?,
+        Command::Restore(arguments) => return restore(root, global, *arguments),
         Command::Features => print(&pretty(&features::features())?)?,
         Command::Spec(arguments) => spec(&arguments)?,
         Command::Console { id, tty } => attach(root, &id, line(tty))?,
@@ -104,12 +105,20 @@ fn pretty(value: &impl serde::Serialize) -> Result<String> {
     })
 }
 
-fn request(global: &Global, arguments: Create) -> Result<Request> {
+/// What the options before the command say about a new container.
+fn request_of(global: &Global) -> Result<Request> {
     if global.cgroup_manager == CgroupManager::Disabled {
         return Err(Error::Argument(
             "--cgroup-manager disabled is not supported: use cgroupfs or systemd".to_owned(),
         ));
     }
+    Ok(Request {
+        systemd_cgroup: global.systemd_cgroup || global.cgroup_manager == CgroupManager::Systemd,
+        ..Request::default()
+    })
+}
+
+fn request(global: &Global, arguments: Create) -> Result<Request> {
     Ok(Request {
         id: arguments.id,
         bundle: arguments.bundle,
@@ -119,7 +128,7 @@ fn request(global: &Global, arguments: Create) -> Result<Request> {
         preserve_fds: arguments.preserve_fds,
         no_pivot: arguments.no_pivot,
         no_new_keyring: arguments.no_new_keyring,
-        systemd_cgroup: global.systemd_cgroup || global.cgroup_manager == CgroupManager::Systemd,
+        ..request_of(global)?
     })
 }
 
@@ -139,7 +148,7 @@ fn run(root: &Path, global: &Global, arguments: Run) -> Result<u8> {
     let request = request(global, arguments.create)?;
     if monitored {
         monitor::create(root, &request)?;
-        run::start_or_delete(root, &request.id)?;
+        run::start_or_delete(root, &request)?;
         return Ok(0);
     }
     if arguments.detach {
@@ -180,11 +189,77 @@ fn kill(root: &Path, arguments: &Kill) -> Result<()> {
     Ok(())
 }
 
-fn no_checkpoints() -> Error {
-    Error::Argument(
-        "checkpoint and restore are not supported: stop the container and start it again"
-            .to_owned(),
-    )
+/// The options of checkpoint and restore alike.
+fn images(global: &Global, arguments: Images) -> Result<criu::Options> {
+    if arguments.lazy_pages {
+        return Err(no_page_server("--lazy-pages"));
+    }
+    Ok(criu::Options {
+        program: global.criu.clone(),
+        images: arguments.image_path,
+        work: arguments.work_path,
+        tcp_established: arguments.tcp_established,
+        external_unix_sockets: arguments.ext_unix_sk,
+        shell_job: arguments.shell_job,
+        file_locks: arguments.file_locks,
+        auto_dedup: arguments.auto_dedup,
+        cgroups: match arguments.manage_cgroups_mode {
+            CgroupsMode::Soft => criu::Cgroups::Soft,
+            CgroupsMode::Full => criu::Cgroups::Full,
+            CgroupsMode::Strict => criu::Cgroups::Strict,
+            CgroupsMode::Ignore => criu::Cgroups::Ignore,
+        },
+    })
+}
+
+fn no_page_server(option: &str) -> Error {
+    Error::Argument(format!(
+        "{option} is not supported: pages come from files only, so copy --image-path to the other host"
+    ))
+}
+
+fn checkpoint(root: &Path, global: &Global, arguments: Checkpoint) -> Result<()> {
+    for (given, option) in [
+        (arguments.page_server.is_some(), "--page-server"),
+        (arguments.status_fd.is_some(), "--status-fd"),
+    ] {
+        if given {
+            return Err(no_page_server(option));
+        }
+    }
+    let request = checkpoint::Request {
+        options: images(global, arguments.images)?,
+        parent: arguments.parent_path,
+        leave_running: arguments.leave_running,
+        pre_dump: arguments.pre_dump,
+        link_remap: arguments.link_remap,
+        tcp_skip_in_flight: arguments.tcp_skip_in_flight,
+    };
+    let container = Container::load(root, &arguments.id)?;
+    warn(&checkpoint::checkpoint(&container, &request)?);
+    Ok(())
+}
+
+fn restore(root: &Path, global: &Global, arguments: Restore) -> Result<u8> {
+    let request = Request {
+        id: arguments.id,
+        bundle: arguments.bundle,
+        console_socket: arguments.console_socket,
+        pid_file: arguments.pid_file,
+        restore: Some(restore::Request {
+            options: images(global, arguments.images)?,
+            lsm_profile: arguments.lsm_profile,
+        }),
+        ..request_of(global)?
+    };
+    if arguments.monitor {
+        monitor::create(root, &request)?;
+    } else if arguments.detach {
+        run::detached(root, &request)?;
+    } else {
+        return run::foreground(root, &request, After::Delete).map(exit_code);
+    }
+    Ok(0)
 }
 
 fn events(root: &Path, arguments: &Events) -> Result<()> {
@@ -209,11 +284,16 @@ fn delete(root: &Path, arguments: &Delete) -> Result<()> {
         Force::No
     };
     for id in ids(root, &arguments.id, arguments.regex)? {
-        for warning in lifecycle::delete(root, &id, force)? {
-            writeln!(std::io::stderr(), "atoll-ct: warning: {warning}").ok();
-        }
+        warn(&lifecycle::delete(root, &id, force)?);
     }
     Ok(())
+}
+
+/// Tells what did not keep the command from being done.
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        writeln!(std::io::stderr(), "atoll-ct: warning: {warning}").ok();
+    }
 }
 
 fn exec(root: &Path, arguments: Exec) -> Result<u8> {

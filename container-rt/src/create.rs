@@ -6,6 +6,8 @@
 //!  capabilities, seccomp; init waits on start.sock -> device filter (v2), state.json -> transient mounts go
 //! ```
 //!
+//! A container that is restored from a checkpoint is made in the same way, with CRIU (`restore`) in libcontainer's place.
+//!
 //! libcontainer is called at its inner seam, [`container_main_process`], with the configuration in memory. Its
 //! builder would read config.json by itself (we change it), keep state of its own, and leave this process
 //! undumpable. It forks without exec and goes on running Rust code in the children: **never call this from a
@@ -35,8 +37,8 @@ use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, Status, now, write_atomically};
 use crate::{
-    copy_up, devices, furnish, hooks, idmap, inherit, own_dev, program, starting, sys, terminal,
-    workdir,
+    copy_up, devices, furnish, hooks, idmap, inherit, own_dev, program, restore, starting, sys,
+    terminal, workdir,
 };
 
 /// What to create, as `atoll-ct create` and `run` take it.
@@ -60,6 +62,8 @@ pub struct Request {
     pub no_new_keyring: bool,
     /// `linux.cgroupsPath` is `slice:prefix:name`, and systemd makes the cgroup.
     pub systemd_cgroup: bool,
+    /// Processes come from a checkpoint, and run at once; else there is one that waits for `start`.
+    pub restore: Option<restore::Request>,
 }
 
 /// Where the container's terminal or output goes when a caller in this process takes it.
@@ -149,18 +153,24 @@ fn create_in(
 fn build(plan: &mut Plan<'_>, mut spec: Spec, cgroup: &Prepared, saved: &mut Saved) -> Result<()> {
     let (rootfs, mut mounts) = idmap::prepare(&mut spec, &saved.rootfs)?;
     devices::prepare(&mut spec, &mut mounts)?;
-    copy_up::prepare(&mut spec, &rootfs, &mut mounts)?;
+    if let Some(request) = &plan.request.restore {
+        plan.rootfs = restore::prepare(request, &spec, &rootfs, &mut mounts)?;
+    } else {
+        copy_up::prepare(&mut spec, &rootfs, &mut mounts)?;
+        own_dev::cover(&mut spec);
+        furnish::place_hooks(&mut spec, &rootfs)?;
+        furnish::prepare(&mut spec, &rootfs, plan.request.no_pivot)?;
+        workdir::make(&spec, &rootfs);
+        plan.rootfs = rootfs;
+    }
     saved.mounts = mounts.paths().to_vec();
-    own_dev::cover(&mut spec);
-    furnish::place_hooks(&mut spec, &rootfs)?;
-    furnish::prepare(&mut spec, &rootfs, plan.request.no_pivot)?;
-    workdir::make(&spec, &rootfs);
-    plan.rootfs = rootfs;
     // From here on a creator that is killed leaves what `delete --force` can find.
     plan.directory.save(saved)?;
-    let namespace = several_ranges(&mut spec)?;
-    let result = enter_and_launch(plan, &spec, cgroup, saved);
-    drop(namespace);
+    let result = match &plan.request.restore {
+        Some(request) => restore_processes(plan, request, &spec, cgroup, saved),
+        None => several_ranges(&mut spec)
+            .and_then(|_namespace| enter_and_launch(plan, &spec, cgroup, saved)),
+    };
     drop(mounts);
     let pid = result.inspect_err(|_| {
         hooks::after_delete(&spec, saved);
@@ -233,11 +243,7 @@ fn enter_and_launch(
             other => other.context(|| "join a new session keyring".to_owned())?,
         }
     }
-    if cgroup.unified
-        && let Some(directory) = cgroup.directories.first()
-    {
-        cgroup::devices::enforce(directory, device_list(spec))?;
-    }
+    filter_devices(spec, cgroup)?;
     cgroup.enter()?;
     // The children inherit it, so that nobody in the container can trace them before they have entered it.
     sys::set_dumpable(false).context(|| "become undumpable".to_owned())?;
@@ -245,6 +251,34 @@ fn enter_and_launch(
     sys::set_dumpable(true).context(|| "become dumpable".to_owned())?;
     cgroup.leave()?;
     result
+}
+
+/// Has CRIU restore the container from its images, in a cgroup that filters devices already.
+fn restore_processes(
+    plan: &Plan<'_>,
+    request: &restore::Request,
+    spec: &Spec,
+    cgroup: &Prepared,
+    saved: &Saved,
+) -> Result<sys::Pid> {
+    filter_devices(spec, cgroup)?;
+    restore::restore(&restore::Scene {
+        request,
+        spec,
+        saved,
+        cgroup,
+        root: &plan.rootfs,
+        terminal: plan.terminal.as_ref(),
+        stdio: plan.console.stdio.as_ref(),
+    })
+}
+
+/// On v2 the device list is a filter of ours; on v1 libcgroups writes it.
+fn filter_devices(spec: &Spec, cgroup: &Prepared) -> Result<()> {
+    match cgroup.directories.first() {
+        Some(directory) if cgroup.unified => cgroup::devices::enforce(directory, device_list(spec)),
+        _ => Ok(()),
+    }
 }
 
 fn device_list(spec: &Spec) -> &[LinuxDeviceCgroup] {
@@ -394,19 +428,23 @@ fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Re
             scope::tell_limits(unit, &saved.cgroup_path)?;
         }
     }
-    let score = spec
-        .process()
-        .as_ref()
-        .and_then(oci_spec::runtime::Process::oom_score_adj);
-    if let Some(score) = score {
-        let file = PathBuf::from(format!("/proc/{init}/oom_score_adj"));
-        fs::write(&file, score.to_string()).at("write", &file)?;
+    if plan.request.restore.is_none() {
+        settle(spec, init)?;
     }
-    own_terminal(spec, init)?;
-    furnish::seal(spec, init)?;
     plan.directory.save(saved)?;
     if let Some(file) = &plan.request.pid_file {
         write_atomically(file, init.to_string().as_bytes())?;
     }
     Ok(())
+}
+
+/// What libcontainer leaves out of a container that is there. A checkpoint has it all.
+fn settle(spec: &Spec, init: sys::Pid) -> Result<()> {
+    let process = spec.process().as_ref();
+    if let Some(score) = process.and_then(oci_spec::runtime::Process::oom_score_adj) {
+        let file = PathBuf::from(format!("/proc/{init}/oom_score_adj"));
+        fs::write(&file, score.to_string()).at("write", &file)?;
+    }
+    own_terminal(spec, init)?;
+    furnish::seal(spec, init)
 }

@@ -102,7 +102,7 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
     let (offered, offer) = pair.context(|| "create a socket pair".to_owned())?.unzip();
     let (mut errors, report) = std::io::pipe().context(|| "create a pipe".to_owned())?;
     let init = init_of(container)?;
-    let flags = namespaces(&spec);
+    let flags = namespaces(&spec) | restored_clock(container);
     if flags & libc::CLONE_NEWPID != 0 {
         // For our children only; we stay where we are.
         sys::setns(init.as_fd(), libc::CLONE_NEWPID)
@@ -229,6 +229,17 @@ fn terminal_sockets(
             Ok((Some(ours), Some(theirs.into())))
         }
         None => Ok((None, None)),
+    }
+}
+
+/// A restored container has a time namespace, unasked: its clocks go on from where they were.
+fn restored_clock(container: &Container) -> i32 {
+    let init = container.saved.init.map_or(0, |init| init.pid);
+    let theirs = fs::read_link(format!("/proc/{init}/ns/time"));
+    let ours = fs::read_link("/proc/self/ns/time");
+    match (theirs, ours) {
+        (Ok(theirs), Ok(ours)) if theirs != ours => libc::CLONE_NEWTIME,
+        _ => 0,
     }
 }
 

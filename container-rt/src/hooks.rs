@@ -103,6 +103,18 @@ fn own_environment() -> Vec<String> {
         .collect()
 }
 
+/// Runs the prestart and createRuntime hooks of a container that libcontainer does not create.
+pub(crate) fn before_mounts(spec: &Spec, saved: &Saved, init: i32) -> Result<()> {
+    let Some(hooks) = spec.hooks() else {
+        return Ok(());
+    };
+    let lists = [hooks.prestart(), hooks.create_runtime()];
+    let mut hooks = lists.into_iter().flatten().flatten();
+    let state = state(saved, Status::Creating, Some(init));
+    let own = own_environment();
+    hooks.try_for_each(|hook| in_bundle(&saved.bundle, || run(hook, &state, &own)))
+}
+
 /// Runs the poststart hooks. The runtime-spec: a failure stops the container and is the operation's error.
 pub fn after_start(spec: &Spec, saved: &Saved) -> Result<()> {
     let hooks = spec

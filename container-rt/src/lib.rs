@@ -17,6 +17,7 @@
 //! | [`mounts`], [`device_plug`] | what comes and goes while a container runs | absent there |
 //! | [`mknod`] | harmless device nodes made from inside | absent there |
 //! | [`terminals`] | `/dev/tty1` and so on | not in the runtime-spec |
+//! | [`checkpoint`], [`restore`], [`criu`] | a container's processes as files, and back | no restore there; fewer options |
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
 //! | [`own_file`] | the program itself cannot be written to from a container | only `youki`'s, by a copy in memory |
@@ -24,14 +25,16 @@
 //! | `apparmor` | whether the profile is loaded | found out in the middle, without its name |
 //! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
 //!
-//! Not here: rootless containers, checkpoint and restore, SELinux, Intel RDT; asking for them is a one-line error.
+//! Not here: rootless containers, SELinux, Intel RDT; asking for them is a one-line error.
 
 mod apparmor;
 pub mod bundle;
 pub mod cgroup;
+pub mod checkpoint;
 pub mod console;
 mod copy_up;
 pub mod create;
+pub mod criu;
 pub mod device_plug;
 mod devices;
 pub mod error;
@@ -52,6 +55,7 @@ mod own_dev;
 pub mod own_file;
 pub mod process;
 mod program;
+pub mod restore;
 pub mod run;
 mod starting;
 pub mod state;

@@ -1,5 +1,5 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! `run`: create, start, and in the foreground wait and delete. Signals are blocked before the container exists
+//! `run`: create, start, and in the foreground wait and delete; `restore` likewise, without the start. Signals are blocked before the container exists
 //! and its end is seen through a pidfd, so a program that ends at once is not missed.
 
 use std::os::unix::net::UnixStream;
@@ -36,12 +36,8 @@ pub fn foreground(root: &Path, request: &Request, after: After) -> Result<ExitSt
     let saved = create::create(root, request, bundle, &console)?;
     drop(console);
     let container = Container::load(root, &request.id)?;
-    let result = serve(
-        &container,
-        saved.init.map_or(0, |init| init.pid),
-        ours,
-        signals,
-    );
+    let init = saved.init.map_or(0, |init| init.pid);
+    let result = serve(&container, request, init, ours, signals);
     if after == After::Delete || result.is_err() {
         container.delete(Force::Yes)?;
     }
@@ -50,6 +46,7 @@ pub fn foreground(root: &Path, request: &Request, after: After) -> Result<ExitSt
 
 fn serve(
     container: &Container,
+    request: &Request,
     init: sys::Pid,
     socket: Option<UnixStream>,
     signals: Signals,
@@ -58,7 +55,7 @@ fn serve(
     let pty = socket
         .map(|socket| terminal::receive_fd(&socket))
         .transpose()?;
-    container.start()?;
+    start(container, request)?;
     terminal::foreground(&child, pty, signals)
 }
 
@@ -67,13 +64,21 @@ pub fn detached(root: &Path, request: &Request) -> Result<()> {
     let bundle = bundle::load(request)?;
     mknod::needs_monitor(&bundle.spec)?;
     create::create(root, request, bundle, &Console::default())?;
-    start_or_delete(root, &request.id)
+    start_or_delete(root, request)
 }
 
 /// Starts a container that was just created; one that does not start is not left behind.
-pub fn start_or_delete(root: &Path, id: &str) -> Result<()> {
-    let container = Container::load(root, id)?;
-    container.start().inspect_err(|_| {
+pub fn start_or_delete(root: &Path, request: &Request) -> Result<()> {
+    let container = Container::load(root, &request.id)?;
+    start(&container, request).inspect_err(|_| {
         container.delete(Force::Yes).ok();
     })
+}
+
+/// A restored container runs already, or has run.
+fn start(container: &Container, request: &Request) -> Result<()> {
+    match request.restore {
+        Some(_) => Ok(()),
+        None => container.start(),
+    }
 }

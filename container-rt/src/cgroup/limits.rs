@@ -6,20 +6,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
+use libcontainer::container::Container;
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{Context, Error, Result};
+use crate::sys::Pid;
 
 /// Writes the given limits into the cgroup at `path` (absolute, relative to every hierarchy). Limits that
 /// `resources` does not name stay as they are, the device list included.
 pub fn apply(id: &str, path: &Path, resources: &LinuxResources) -> Result<()> {
     let failed = |reason: String| Error::Argument(format!("update the limits of {id}: {reason}"));
-    let config = CgroupConfig {
-        cgroup_path: PathBuf::from(path),
-        systemd_cgroup: false,
-        container_name: id.to_owned(),
-    };
-    let manager = create_cgroup_manager(config).map_err(|e| failed(e.to_string()))?;
+    let manager = create_cgroup_manager(place(id, path)).map_err(|e| failed(e.to_string()))?;
     let options = ControllerOpt {
         resources,
         disable_oom_killer: false,
@@ -27,6 +24,24 @@ pub fn apply(id: &str, path: &Path, resources: &LinuxResources) -> Result<()> {
         freezer_state: None,
     };
     manager.apply(&options).map_err(|e| failed(e.to_string()))
+}
+
+/// Moves a process into the cgroup at `path`, which is made where it is missing.
+pub(super) fn join(id: &str, path: &Path, pid: Pid) -> Result<()> {
+    let failed = |reason: String| Error::Argument(format!("join the cgroup of {id}: {reason}"));
+    let manager = create_cgroup_manager(place(id, path)).map_err(|e| failed(e.to_string()))?;
+    // libcgroups names processes by a type of an older nix than ours.
+    let process = Container::default().set_pid(pid).pid();
+    let process = process.expect("it was just set");
+    manager.add_task(process).map_err(|e| failed(e.to_string()))
+}
+
+fn place(id: &str, path: &Path) -> CgroupConfig {
+    CgroupConfig {
+        cgroup_path: PathBuf::from(path),
+        systemd_cgroup: false,
+        container_name: id.to_owned(),
+    }
 }
 
 /// Writes the limits that libcgroups does not know: the weights of single block devices under the BFQ scheduler, and that

@@ -26,6 +26,8 @@ use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use oci_spec::runtime::LinuxResources;
+
 use crate::error::{Context, Error, Result};
 use crate::sys::{self, Pid};
 
@@ -271,6 +273,27 @@ impl Prepared {
         Ok(())
     }
 
+    /// The container's directories, each with the name that its hierarchy is mounted under.
+    pub(crate) fn by_mount(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
+        let hierarchies = hierarchies()?;
+        let named = |directory: &PathBuf| {
+            let hierarchy = hierarchies
+                .iter()
+                .find(|h| directory.starts_with(&h.mount))?;
+            Some((hierarchy.mount.file_name()?.into(), directory.clone()))
+        };
+        Ok(self.directories.iter().filter_map(named).collect())
+    }
+
+    /// Moves a process into all of it, and sets the limits: what libcontainer does for an init.
+    pub fn take(&self, id: &str, pid: Pid, resources: &LinuxResources) -> Result<()> {
+        limits::join(id, &self.path, pid)?;
+        for (directory, _) in &self.joined {
+            add_process(directory, pid)?;
+        }
+        limits::apply(id, &self.path, resources)
+    }
+
     /// Moves this process back to where it was before [`Self::enter`].
     pub fn leave(&self) -> Result<()> {
         for (_, before) in &self.joined {
@@ -294,6 +317,21 @@ fn own_path<'a>(text: &'a str, kind: &Kind) -> Option<&'a str> {
         };
         matches.then_some(path)
     })
+}
+
+/// Where a process is in every hierarchy, by controller or by `name=NAME`; by nothing on v2. cgroups(7).
+pub(crate) fn paths_of(pid: Pid) -> Result<Vec<(String, String)>> {
+    let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+    let text = fs::read_to_string(&path).at("read", &path)?;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        if let (Some(controllers), Some(path)) = (fields.next(), fields.next()) {
+            let each = controllers.split(',');
+            found.extend(each.map(|one| (one.to_owned(), path.to_owned())));
+        }
+    }
+    Ok(found)
 }
 
 /// A cgroup that has processes belongs to somebody else; a frozen one would stop the container before it begins.
@@ -530,6 +568,12 @@ fn freezer(directories: &[PathBuf]) -> Option<Freezer> {
             version2: true,
         })
     })
+}
+
+/// The container's directory in the hierarchy that freezes.
+pub(crate) fn freezer_directory(directories: &[PathBuf]) -> Option<PathBuf> {
+    let file = freezer(directories)?.file;
+    file.parent().map(Path::to_owned)
 }
 
 /// Whether a container is frozen, or about to be.
