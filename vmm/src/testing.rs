@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::error::Error;
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -617,7 +617,7 @@ pub fn migration(input: &[u8]) {
         }
     }
     let ram = memory::allocate(&MICRO, 1, 40, Backing::Anonymous).expect("1 MiB");
-    if let Err(error) = pages::receive(&ram, &mut &*input) {
+    if let Err(error) = pages::receive(&ram, &mut BufReader::new(input)) {
         assert_one_line(&error);
     }
 }

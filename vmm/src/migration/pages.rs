@@ -5,13 +5,18 @@
 //! RAM is dealt out to the connections in stripes. A page always takes the same one, so that two versions of it
 //! cannot overtake each other. What is zero travels as a header.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use atoll_devices::memory::{DirtyLog, PAGE_BYTES, Ram, WORD_PAGES};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, ReadVolatile, VolatileMemory, VolatileMemoryError, VolatileSlice,
+    WriteVolatile,
+};
 
 use crate::memory::filling::arrivals::Take;
 use crate::saved::image::{Touched, is_zero};
@@ -25,6 +30,13 @@ const ZERO: u32 = 1;
 const END: u32 = 2;
 /// Words of a stripe: 2 MiB.
 const STRIPE_WORDS: usize = 8;
+/// Bytes of the pages that one header is about, at most.
+const RUN_BYTES_MAX: usize = WORD_PAGES * PAGE_BYTES;
+/// From this size on, bytes go between a socket and guest memory without a copy in between; smaller ones are gathered,
+/// so that a page here and a page there are not a system call each.
+const DIRECT_BYTES: usize = 4 * PAGE_BYTES;
+/// What is gathered before it goes into a socket, and what is read ahead of a header.
+pub const BUFFER_BYTES: usize = 2 * DIRECT_BYTES;
 
 /// Pages to send: a bit a page, of each region.
 pub type Dirty = Vec<Vec<u64>>;
@@ -172,8 +184,11 @@ impl Pace {
 }
 
 /// Sends the stripe's part of a round.
-pub fn send(round: &Round<'_>, stripe: Stripe, out: &mut impl Write) -> io::Result<()> {
-    let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
+pub fn send(
+    round: &Round<'_>,
+    stripe: Stripe,
+    out: &mut BufWriter<impl Write + WriteVolatile>,
+) -> io::Result<()> {
     let step = if round.eager { 1 } else { STRIPE_WORDS };
     for (number, (region, words)) in round.ram.iter().zip(round.left).enumerate() {
         let stripes = words.chunks(STRIPE_WORDS).enumerate();
@@ -187,7 +202,7 @@ pub fn send(round: &Round<'_>, stripe: Stripe, out: &mut impl Write) -> io::Resu
                 let words: Vec<u64> = words.iter().map(take).collect();
                 (round.forget)(number, first_word, &words)?;
                 for (index, word) in (first_word..).zip(words).filter(|(_, word)| *word != 0) {
-                    send_pages(round, region, (index, word), &mut buffer, out)?;
+                    send_word(round, region, (index, word), out)?;
                 }
                 if round.eager {
                     out.flush()?;
@@ -198,67 +213,86 @@ pub fn send(round: &Round<'_>, stripe: Stripe, out: &mut impl Write) -> io::Resu
     out.flush()
 }
 
-/// Sends the pages of a region that a word of its bitmap names, unless none of them was ever touched.
-fn send_pages(
+/// Sends the pages of a region that a word of its bitmap names, unless none of them was ever touched: runs of zeroes and
+/// of others. The guest may write to them meanwhile; what of that goes is one of many true answers, since a later round
+/// sends them again.
+fn send_word(
     round: &Round<'_>,
     region: &GuestRegionMmap<DirtyLog>,
     (index, word): (usize, u64),
-    buffer: &mut [u8],
-    out: &mut impl Write,
+    out: &mut BufWriter<impl Write + WriteVolatile>,
 ) -> io::Result<()> {
     let offset = index * WORD_PAGES * PAGE_BYTES;
     let left = usize::try_from(region.len()).expect("64-bit host") - offset;
-    let part = &mut buffer[..left.min(WORD_PAGES * PAGE_BYTES)];
+    let size = left.min(WORD_PAGES * PAGE_BYTES);
     if let Some(Some(touched)) = round.first
-        && !touched.any(region.as_ptr() as usize + offset, part.len())
+        && !touched.any(region.as_ptr() as usize + offset, size)
     {
         return Ok(());
     }
-    let start = region.start_addr().0 + offset as u64;
-    let read = round.ram.read_slice(part, GuestAddress(start));
-    read.map_err(io::Error::other)?;
-    send_word(round, word, start, part, out)
-}
-
-/// Sends the pages of one word of the bitmap, which begin at `start`: runs of zeroes and of others.
-fn send_word(
-    round: &Round<'_>,
-    word: u64,
-    start: u64,
-    pages: &[u8],
-    out: &mut impl Write,
-) -> io::Result<()> {
-    let kind = |page: usize| {
-        let bytes = &pages[page * PAGE_BYTES..(page + 1) * PAGE_BYTES];
-        let wanted = word & 1 << page != 0;
-        wanted.then(|| if is_zero(bytes) { ZERO } else { DATA })
-    };
-    let count = pages.len() / PAGE_BYTES;
-    let mut page = 0;
-    while page < count {
-        let Some(kind_here) = kind(page) else {
-            page += 1;
+    let memory = region.get_slice(MemoryRegionAddress(offset as u64), size);
+    let memory = memory.map_err(io::Error::other)?;
+    let mut kinds = [None; WORD_PAGES];
+    let kinds = &mut kinds[..size / PAGE_BYTES];
+    for (page, kind) in kinds.iter_mut().enumerate() {
+        if word & 1 << page != 0 {
+            *kind = Some(kind_of(&memory, page * PAGE_BYTES)?);
+        }
+    }
+    let mut next = 0;
+    for run in kinds.chunk_by(|one, other| one == other) {
+        let (from, bytes) = (next, run.len() * PAGE_BYTES);
+        next += bytes;
+        let Some(kind) = run[0] else {
             continue;
         };
-        let end = (page + 1..count)
-            .find(|next| kind(*next) != Some(kind_here))
-            .unwrap_or(count);
-        let bytes = &pages[page * PAGE_BYTES..end * PAGE_BYTES];
-        let at = start + (page * PAGE_BYTES) as u64;
-        page = end;
-        if kind_here == ZERO && round.first.is_some() {
+        if kind == ZERO && round.first.is_some() {
             continue;
         }
-        out.write_all(&header(at, bytes.len(), kind_here))?;
+        let at = region.start_addr().0 + (offset + from) as u64;
+        out.write_all(&header(at, bytes, kind))?;
         let mut sent = HEADER_BYTES;
-        if kind_here == DATA {
-            out.write_all(bytes)?;
-            sent += bytes.len();
+        if kind == DATA {
+            write(&memory.subslice(from, bytes).map_err(to_io)?, out)?;
+            sent += bytes;
         }
         round.pace.wait(sent);
         round.sent.fetch_add(sent as u64, Ordering::Relaxed);
     }
     Ok(())
+}
+
+/// Whether the page at `offset` is zero. Most that are not show it in their first word.
+fn kind_of(memory: &VolatileSlice<'_, impl BitmapSlice>, offset: usize) -> io::Result<u32> {
+    let word = memory.get_ref::<u64>(offset).map_err(to_io)?;
+    if word.load() != 0 {
+        return Ok(DATA);
+    }
+    let mut page = [0_u8; PAGE_BYTES];
+    let from = memory.subslice(offset, PAGE_BYTES).map_err(to_io)?;
+    from.copy_to(&mut page);
+    Ok(if is_zero(&page) { ZERO } else { DATA })
+}
+
+/// Sends what is in guest memory now.
+fn write(
+    memory: &VolatileSlice<'_, impl BitmapSlice>,
+    out: &mut BufWriter<impl Write + WriteVolatile>,
+) -> io::Result<()> {
+    if memory.len() >= DIRECT_BYTES {
+        out.flush()?;
+        return out.get_mut().write_all_volatile(memory).map_err(to_io);
+    }
+    let mut copy = [0_u8; DIRECT_BYTES];
+    let copied = memory.copy_to(&mut copy[..memory.len()]);
+    out.write_all(&copy[..copied])
+}
+
+fn to_io(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        error => io::Error::other(error),
+    }
 }
 
 /// Tells the target that this connection brings no more.
@@ -292,46 +326,80 @@ pub fn send_page(ram: &Ram, address: GuestAddress, out: &mut impl Write) -> io::
 }
 
 /// Receives pages into `ram` until the end that the source tells.
-pub fn receive(ram: &Ram, from: &mut impl Read) -> io::Result<()> {
-    let zeroes = [0; WORD_PAGES * PAGE_BYTES];
-    receive_each(from, &mut |address, size, bytes| {
-        let written = ram.write_slice(bytes.unwrap_or(&zeroes[..size]), GuestAddress(address));
-        written.map_err(io::Error::other)
-    })
+pub fn receive(ram: &Ram, from: &mut BufReader<impl Read + ReadVolatile>) -> io::Result<()> {
+    while let Some((address, size, kind)) = receive_header(from)? {
+        let memory = ram.get_slice(GuestAddress(address), size);
+        let mut memory = memory.map_err(io::Error::other)?;
+        match kind {
+            DATA => read(&mut memory, from)?,
+            _ => drop(memory.write(&ZEROES[..size], 0).map_err(to_io)?),
+        }
+    }
+    Ok(())
+}
+
+/// Zeroes for the longest run.
+static ZEROES: [u8; RUN_BYTES_MAX] = [0; RUN_BYTES_MAX];
+
+/// Fills guest memory.
+fn read(
+    memory: &mut VolatileSlice<'_, impl BitmapSlice>,
+    from: &mut BufReader<impl Read + ReadVolatile>,
+) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < memory.len() {
+        // What has come with the header, or is too little for a call of its own.
+        if from.buffer().is_empty() && memory.len() - filled >= DIRECT_BYTES {
+            let mut rest = memory.offset(filled).map_err(to_io)?;
+            return from.get_mut().read_exact_volatile(&mut rest).map_err(to_io);
+        }
+        let came = from.fill_buf()?;
+        if came.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let taken = memory.write(came, filled).map_err(to_io)?;
+        from.consume(taken);
+        filled += taken;
+    }
+    Ok(())
 }
 
 /// Receives pages until the end that the source tells. `take` has the address of some, their size, which is 256 KiB at
 /// most, and their content unless that is zeroes. The addresses are unchecked.
 pub fn receive_each(from: &mut impl Read, take: &mut Take<'_>) -> io::Result<()> {
-    let mut buffer = vec![0; WORD_PAGES * PAGE_BYTES];
-    loop {
-        let mut bytes = [0; HEADER_BYTES];
-        from.read_exact(&mut bytes)?;
-        let [low, high] = [[0, 1, 2, 3], [4, 5, 6, 7]].map(|at| at.map(|at| bytes[at]));
-        let address =
-            u64::from(u32::from_le_bytes(low)) | u64::from(u32::from_le_bytes(high)) << 32;
-        let size = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
-        let kind = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
-        if kind == END {
-            return Ok(());
-        }
-        let size = usize::try_from(size).expect("64-bit host");
-        let Some(part) = buffer.get_mut(..size).filter(|_| kind <= ZERO) else {
-            return Err(io::Error::other("a header of pages that makes no sense"));
-        };
+    let mut buffer = vec![0; RUN_BYTES_MAX];
+    while let Some((address, size, kind)) = receive_header(from)? {
         match kind {
             DATA => {
+                let part = &mut buffer[..size];
                 from.read_exact(part)?;
                 take(address, size, Some(part))?;
             }
             _ => take(address, size, None)?,
         }
     }
+    Ok(())
+}
+
+/// Address, size of at most [`RUN_BYTES_MAX`] and kind of what comes next, [`DATA`] or [`ZERO`]; `None` at the end.
+fn receive_header(from: &mut impl Read) -> io::Result<Option<(u64, usize, u32)>> {
+    let mut bytes = [0; HEADER_BYTES];
+    from.read_exact(&mut bytes)?;
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+    let address = u64::from(word(0)) | u64::from(word(4)) << 32;
+    let (size, kind) = (word(8), word(12));
+    let size = usize::try_from(size).expect("64-bit host");
+    match kind {
+        END => Ok(None),
+        DATA | ZERO if size <= RUN_BYTES_MAX => Ok(Some((address, size, kind))),
+        _ => Err(io::Error::other("a header of pages that makes no sense")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::board::MICRO;
@@ -366,10 +434,12 @@ mod tests {
                     pace: &Pace::new(None),
                     forget: &forget,
                 };
-                let mut bytes = Vec::new();
-                send(&round, stripe, &mut bytes).unwrap();
-                send_end(&mut bytes).unwrap();
-                receive(&copy, &mut &bytes[..]).unwrap();
+                let mut out = BufWriter::with_capacity(BUFFER_BYTES, Vec::new());
+                send(&round, stripe, &mut out).unwrap();
+                send_end(&mut out).unwrap();
+                let bytes = out.into_inner().unwrap();
+                let mut from = BufReader::with_capacity(BUFFER_BYTES, &bytes[..]);
+                receive(&copy, &mut from).unwrap();
             }
         };
         let touched = Touched::open();
@@ -391,6 +461,45 @@ mod tests {
         ram.read_slice(&mut left, GuestAddress(0)).unwrap();
         copy.read_slice(&mut right, GuestAddress(0)).unwrap();
         assert!(left == right);
+    }
+
+    /// Runs that are as long as they can be, runs of a page, and zeroes, through a socket that takes what it likes.
+    #[test]
+    fn runs_of_any_length_go_through_a_socket() {
+        let [ram, copy] = [(); 2].map(|()| allocate(&MICRO, 4, 40, Backing::Anonymous).unwrap());
+        let mut content = vec![0; 4 << 20];
+        let lasts = (1..=u8::MAX).cycle();
+        for (page, (bytes, last)) in content.chunks_mut(PAGE_BYTES).zip(lasts).enumerate() {
+            if page < 700 || page.is_multiple_of(3) {
+                bytes[PAGE_BYTES - 1] = last;
+            }
+        }
+        ram.write_slice(&content, GuestAddress(0)).unwrap();
+        copy.write_slice(&vec![9; 4 << 20], GuestAddress(0))
+            .unwrap();
+        let (near, far) = UnixStream::pair().unwrap();
+        let (sent, pages, pace) = (AtomicU64::new(0), left(all(&ram)), Pace::new(None));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let round = Round {
+                    ram: &ram,
+                    left: &pages,
+                    stop: None,
+                    eager: false,
+                    first: None,
+                    sent: &sent,
+                    pace: &pace,
+                    forget: &|_, _, _| Ok(()),
+                };
+                let mut out = BufWriter::with_capacity(BUFFER_BYTES, near);
+                send(&round, Stripe { index: 0, count: 1 }, &mut out).unwrap();
+                send_end(&mut out).unwrap();
+            });
+            receive(&copy, &mut BufReader::with_capacity(BUFFER_BYTES, far)).unwrap();
+        });
+        let mut came = vec![0; 4 << 20];
+        copy.read_slice(&mut came, GuestAddress(0)).unwrap();
+        assert!(came == content);
     }
 
     #[test]
@@ -419,7 +528,7 @@ mod tests {
             &header(1 << 20, 4096, ZERO),
             &header(0, 4096, DATA),
         ] {
-            receive(&ram, &mut &*bytes).unwrap_err();
+            receive(&ram, &mut BufReader::new(bytes)).unwrap_err();
         }
     }
 }
