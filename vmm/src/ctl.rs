@@ -158,16 +158,17 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
         (1..=CONNECTIONS_MAX).contains(&count),
         "{count} connections: 1 to {CONNECTIONS_MAX}"
     );
-    let count = count + body.disks.len() * DISK_CONNECTIONS;
+    let of_disks = body.disks.len() * DISK_CONNECTIONS;
     anyhow::ensure!(
-        count <= CONNECTIONS_MAX,
-        "{count} connections, {DISK_CONNECTIONS} of them a disk: at most {CONNECTIONS_MAX}"
+        count + of_disks <= CONNECTIONS_MAX,
+        "{} connections, {DISK_CONNECTIONS} of them a disk: at most {CONNECTIONS_MAX}",
+        count + of_disks
     );
     let lines = match body.when_late {
         Some(WhenLate::PostCopy) => FAULT_CONNECTIONS,
         _ => 0,
     };
-    let (mut relay, sockets) = connect(body, count + lines)?;
+    let (mut relay, sockets) = connect(body, [count, lines + of_disks])?;
     let info = ask_and_wait(client, body, sockets, relay.is_some())?;
     if info.stage == MigrationStage::Completed {
         // A process that has ended already needs not be told.
@@ -220,10 +221,10 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
 fn ask_and_wait(
     client: &Client,
     body: &Migrate,
-    sockets: Vec<UnixStream>,
+    sockets: Vec<OwnedFd>,
     through_relay: bool,
 ) -> anyhow::Result<MigrationInfo> {
-    let descriptors: Vec<_> = sockets.iter().map(UnixStream::as_fd).collect();
+    let descriptors: Vec<_> = sockets.iter().map(OwnedFd::as_fd).collect();
     // What is for the network stays here.
     let asked = Migrate {
         to: body.to.clone(),
@@ -249,26 +250,28 @@ fn ask_and_wait(
     Ok(info)
 }
 
-/// The machine's ends of all connections, that for messages first, and what carries their bytes if they go over a
-/// network.
-fn connect(body: &Migrate, count: usize) -> anyhow::Result<(Option<Relay>, Vec<UnixStream>)> {
+/// The machine's ends of all connections, that for messages first, then so many for pages and so many others; and what
+/// carries their bytes if they go over a network.
+fn connect(body: &Migrate, counts: [usize; 2]) -> anyhow::Result<(Option<Relay>, Vec<OwnedFd>)> {
+    let count: usize = counts.iter().sum();
     if body.to.starts_with(relay::SCHEME) {
-        let (relay, _) = Relay::start(&for_relay(body, count))?;
+        let (relay, _) = Relay::start(&for_relay(body, counts))?;
         let ends = (0..=count).map(|_| relay.next());
         let ends = ends.collect::<io::Result<Vec<_>>>();
         let ends = ends.context("take the connections of atoll-relay")?;
         return Ok((Some(relay), ends));
     }
-    let connect = |_| UnixStream::connect(&body.to);
+    let connect = |_| UnixStream::connect(&body.to).map(OwnedFd::from);
     let sockets = (0..=count).map(connect).collect::<io::Result<Vec<_>>>();
     let sockets = sockets.with_context(|| format!("connect to {}", body.to))?;
     Ok((None, sockets))
 }
 
 /// What `atoll-relay` is to do.
-fn for_relay(body: &Migrate, count: usize) -> Vec<OsString> {
+fn for_relay(body: &Migrate, [pages, others]: [usize; 2]) -> Vec<OsString> {
     let mut all: Vec<OsString> = vec!["connect".into(), "--to".into(), (&body.to).into()];
-    all.extend(["--connections".into(), count.to_string().into()]);
+    all.extend(["--pages".into(), pages.to_string().into()]);
+    all.extend(["--others".into(), others.to_string().into()]);
     if let Some(name) = &body.tls_name {
         all.extend(["--tls-name".into(), name.into()]);
     }

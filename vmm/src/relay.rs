@@ -7,7 +7,7 @@
 //! ```text
 //! relay ─► caller    "+" PLACE "\n"     it is at work (`receive`: it listens at PLACE)
 //!                    anything else      why it is not; then it ends
-//!                    "." + descriptor   a local connection for the machine, the first one for messages
+//!                    "." + descriptor   a connection for the machine, the first one for messages
 //! caller ─► relay    "f" "t" "w"        a question of `ctl migrate` (`Question`)
 //! relay ─► caller    TEXT "\n"          the answer
 //! ```
@@ -138,13 +138,12 @@ impl Relay {
         }))
     }
 
-    /// The next local connection.
-    pub fn next(&self) -> io::Result<UnixStream> {
+    /// The next connection for the machine.
+    pub fn next(&self) -> io::Result<OwnedFd> {
         let mut receiving = Receiving::new(&self.0);
         receiving.read_exact(&mut [0])?;
         let file = receiving.into_files().pop();
-        let file = file.ok_or_else(|| io::Error::other("atoll-relay sent no connection"))?;
-        Ok(file.into())
+        file.ok_or_else(|| io::Error::other("atoll-relay sent no connection"))
     }
 
     fn ask(&mut self, question: Question) -> io::Result<String> {
@@ -212,8 +211,8 @@ impl Caller {
         self.0.write_all(reason.as_bytes())
     }
 
-    /// Gives one local connection.
-    pub fn give(&self, connection: &UnixStream) -> io::Result<()> {
+    /// Gives one connection.
+    pub fn give(&self, connection: impl AsFd) -> io::Result<()> {
         Sending::new(&self.0, &[connection.as_fd()]).write_all(&[CONNECTION])
     }
 
@@ -275,7 +274,9 @@ mod tests {
         assert_eq!(place, "tcp:[::1]:7");
         for (index, (_, outer)) in ends.iter().enumerate() {
             let byte = [u8::try_from(index).unwrap()];
-            relay.next().unwrap().write_all(&byte).unwrap();
+            UnixStream::from(relay.next().unwrap())
+                .write_all(&byte)
+                .unwrap();
             let mut read = [9];
             (&*outer).read_exact(&mut read).unwrap();
             assert_eq!(read, byte);

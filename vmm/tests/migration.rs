@@ -252,12 +252,8 @@ fn a_move_at_a_tiny_rate_is_called_off_at_once() {
     let asker = asker.args(["migrate", "--max-bytes-per-second", "8", "--to", &to]);
     let mut asker = asker.stderr(Stdio::piped()).spawn().unwrap();
     eventually("a sender", || {
-        let tasks = format!("/proc/{}/task", source.process.id());
-        let names = std::fs::read_dir(tasks).unwrap().flatten();
-        let mut names = names.map(|task| std::fs::read_to_string(task.path().join("comm")));
-        names
-            .any(|name| name.is_ok_and(|name| name == "migrate-0\n"))
-            .then_some(())
+        let threads = source.threads();
+        threads.contains(&"migrate-0".to_owned()).then_some(())
     });
     source.ctl(&["cancel-migration"]).unwrap();
     eventually("the end of the move", || asker.try_wait().unwrap());

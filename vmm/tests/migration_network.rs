@@ -608,6 +608,38 @@ fn exactly_one_runs_when_the_network_is_cut() {
     }
 }
 
+/// Pages that go from machine to machine, without TLS, have nobody on their way who would end with the one who asked.
+#[test]
+fn a_move_ends_with_whoever_asked_for_it() {
+    if !relay_and_kvm() {
+        return;
+    }
+    let authority = Authority::new();
+    let tls = ["target", "source"].map(|side| authority.options(side));
+    let insecure = [&["--insecure"][..], &["--insecure", "true"]].map(|word| with(&[], word));
+    let mut source = Place::new().start(&shell("64", "1"));
+    source.serial().start_load("");
+    for [there, here] in [tls, insecure] {
+        let (mut target, address) = target_for(&source, &there);
+        // It would take years.
+        let here = with(&here, &["--max-bytes-per-second", "8"]);
+        let mut asker = begin(&source, &address, &here);
+        eventually("a sender", || {
+            source
+                .threads()
+                .contains(&"migrate-0".to_owned())
+                .then_some(())
+        });
+        asker.kill().unwrap();
+        asker.wait().unwrap();
+        eventually("the end of the move", || {
+            let info = source.ctl(&["migration"]).unwrap();
+            (info["stage"] == "failed").then_some(())
+        });
+        assert!(works(&mut source) && !works(&mut target));
+    }
+}
+
 #[test]
 fn a_silent_network_ends_both_sides_in_time() {
     if !relay_and_kvm() {

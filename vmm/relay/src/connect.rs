@@ -4,7 +4,9 @@
 //! the target without all of its memory, as long as its connections.
 
 use std::io;
+use std::iter::repeat_n;
 use std::net::TcpStream;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -41,15 +43,16 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Connects for messages and `data` times for pages. `name` is what the target's certificate is for, unless that
-    /// is the host of the address. Returns the machine's ends, that for messages first.
+    /// Connects for messages, `pages` times for pages and then `others` times for whatever else there is. `name` is what
+    /// the target's certificate is for, unless that is the host of the address. Returns the machine's ends, that for
+    /// messages first.
     pub fn open(
         address: Address,
         protection: &Protection,
         name: Option<&str>,
         silence: Duration,
-        data: usize,
-    ) -> Result<(Self, Vec<UnixStream>), RelayError> {
+        [pages, others]: [usize; 2],
+    ) -> Result<(Self, Vec<OwnedFd>), RelayError> {
         let client = Client::new(protection, name.unwrap_or(&address.host))?;
         let mut relay = Self {
             address,
@@ -59,26 +62,36 @@ impl Relay {
             threads: Vec::new(),
             trouble: Arc::default(),
         };
-        let mut ends = vec![relay.extend(Role::Control)?];
-        for _ in 0..data {
-            ends.push(relay.extend(Role::Data)?);
-        }
+        let role = match protection {
+            Protection::Tls(_) => Role::Data,
+            Protection::Insecure => Role::Pages,
+        };
+        let roles = std::iter::once(Role::Control)
+            .chain(repeat_n(role, pages))
+            .chain(repeat_n(Role::Data, others));
+        let ends = roles.map(|role| relay.extend(role));
+        let ends = ends.collect::<Result<_, _>>()?;
         Ok((relay, ends))
     }
 
     /// One more connection, and the machine's end of it.
-    fn extend(&mut self, role: Role) -> Result<UnixStream, RelayError> {
+    fn extend(&mut self, role: Role) -> Result<OwnedFd, RelayError> {
         let (socket, session, verdict) = self.greet(role)?;
         let Verdict::Welcome(silence_ms) = verdict else {
             return Err(self.refused("another machine is on its way there"));
         };
+        let host = |what| move |source| RelayError::Host { what, source };
+        if role == Role::Pages {
+            let blocks = socket.set_nonblocking(false);
+            blocks.map_err(host("have a connection block"))?;
+            return Ok(socket.into());
+        }
         let connection = Connection {
             socket,
             session,
             silence: self.silence,
             silence_there: Duration::from_millis(silence_ms.into()),
         };
-        let host = |what| move |source| RelayError::Host { what, source };
         let (inner, outer) = UnixStream::pair().map_err(host("make a pair of sockets"))?;
         let trouble = self.trouble.clone();
         let body = move || {
@@ -94,7 +107,7 @@ impl Relay {
         };
         let thread = atoll_thread::spawn(Kind::Relay, "relay", body);
         self.threads.push(thread.map_err(host("start a thread"))?);
-        Ok(outer)
+        Ok(outer.into())
     }
 
     /// Connects, agrees on TLS, says what it is for, and is answered.
@@ -153,7 +166,7 @@ impl Relay {
     pub fn answer(
         self,
         caller: &mut Caller,
-        ends: Vec<UnixStream>,
+        ends: Vec<OwnedFd>,
         to_the_end: bool,
     ) -> Result<(), RelayError> {
         let host = |source| RelayError::Host {

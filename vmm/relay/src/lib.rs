@@ -17,6 +17,8 @@
 //! **On the network** (inside TLS) a connection begins with a preface, which is answered by a verdict; then
 //! frames go both ways (`wire`): what the local connection carries, and a beat when there is nothing, so that a side
 //! that hears nothing for its silence limit knows that the other one, or the network, is gone.
+//! **Without TLS** there is nothing to be done to pages. Their connections are given to the machines after the greeting:
+//! no byte passes a relay. Nobody watches these; the one for messages tells both machines of the network's end.
 //!
 //! **Exactly one runs**, also when the network is cut. A target that waits for Commit ends when its connection does.
 //! A source whose connection ends between Commit and Taken is in doubt and stays paused; `ctl migrate` then has the
@@ -64,10 +66,12 @@ type Journey = [u8; 16];
 enum Role {
     /// Messages. The first one of a journey.
     Control,
-    /// Pages.
+    /// Pages, pages that somebody waits for, or a disk.
     Data,
     /// The question what became of the machine.
     Inquiry,
+    /// Pages, without TLS: after the greeting the connection is the machines' own, without frames.
+    Pages,
 }
 
 /// What the source says first.
@@ -105,6 +109,7 @@ impl Preface {
             Role::Control => 0,
             Role::Data => 1,
             Role::Inquiry => 2,
+            Role::Pages => 3,
         };
         bytes[9..25].copy_from_slice(&self.journey);
         bytes[25..].copy_from_slice(&self.silence_ms.to_le_bytes());
@@ -117,6 +122,7 @@ impl Preface {
             0 => Role::Control,
             1 => Role::Data,
             2 => Role::Inquiry,
+            3 => Role::Pages,
             _ => return None,
         };
         let journey = bytes[9..25].try_into().expect("16 bytes");
@@ -304,7 +310,7 @@ mod tests {
 
     #[test]
     fn greetings_are_read_as_they_were_written() {
-        for role in [Role::Control, Role::Data, Role::Inquiry] {
+        for role in [Role::Control, Role::Data, Role::Inquiry, Role::Pages] {
             let preface = Preface {
                 role,
                 journey: [7; 16],

@@ -44,9 +44,12 @@ struct ConnectArguments {
     /// Where the target listens: tcp:HOST:PORT
     #[arg(long, value_name = "ADDRESS")]
     to: String,
-    /// Connections beside that for messages
+    /// Connections for pages
     #[arg(long, value_name = "N")]
-    connections: usize,
+    pages: usize,
+    /// Connections beside those and that for messages
+    #[arg(long, value_name = "N")]
+    others: usize,
     /// Whom the target's certificate is for, if not the host of its address
     #[arg(long, value_name = "NAME")]
     tls_name: Option<String>,
@@ -99,7 +102,7 @@ fn connect_for(caller: &mut Caller, arguments: &ConnectArguments) -> Result<(), 
     let protection = Protection::of(&arguments.network, &address)?;
     let silence = silence_limit(arguments.network.silence_limit_ms)?;
     let name = arguments.tls_name.as_deref();
-    let count = arguments.connections;
-    let (relay, ends) = Relay::open(address, &protection, name, silence, count)?;
+    let counts = [arguments.pages, arguments.others];
+    let (relay, ends) = Relay::open(address, &protection, name, silence, counts)?;
     relay.answer(caller, ends, arguments.to_the_end)
 }

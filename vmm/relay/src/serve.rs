@@ -21,6 +21,7 @@ use atoll_vmm::migration::{Message, send};
 use atoll_vmm::relay::Caller;
 use atoll_vmm::sandbox::{self, Confinement};
 
+use crate::session::Session;
 use crate::tls::Server;
 use crate::wire::{Connection, END, GONE, Plainly, Side, carry};
 use crate::{
@@ -144,6 +145,9 @@ impl Relay {
         session.hear(&socket, &mut preface, deadline)?;
         let preface =
             Preface::of_bytes(preface).ok_or_else(|| io::Error::other("this is no ctl migrate"))?;
+        if preface.role == Role::Pages {
+            return self.admit_pages(&preface, &socket, deadline);
+        }
         let (verdict, local) = self.admit(&preface)?;
         let said = session.say(&socket, &verdict.to_bytes(), deadline);
         if said.is_err() && local.is_some() {
@@ -174,6 +178,31 @@ impl Relay {
                 carried
             }
         }
+    }
+
+    /// Gives the machine-to-be a connection that needs nobody in between. That is told first, as the machine may write to
+    /// it at once, and before the source makes the next one: they come to the machine in the order of their making.
+    fn admit_pages(
+        &self,
+        preface: &Preface,
+        socket: &TcpStream,
+        deadline: Instant,
+    ) -> io::Result<()> {
+        let shared = self.shared();
+        let is_ours = shared.journey == Some(preface.journey);
+        let is_bare = matches!(self.server, Server::Insecure);
+        let admitted = is_ours && is_bare && shared.verdict == Verdict::Undecided;
+        let verdict = match admitted {
+            true => Verdict::Welcome(milliseconds(self.silence)),
+            false => Verdict::Busy,
+        };
+        // A few bytes in a socket that has none.
+        Session::plain().say(socket, &verdict.to_bytes(), deadline)?;
+        if admitted {
+            socket.set_nonblocking(false)?;
+            shared.machine.give(socket)?;
+        }
+        Ok(())
     }
 
     /// What a connection is told; if it is to go on, the machine-to-be has been given its end.

@@ -11,6 +11,7 @@
 //! ```
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
@@ -34,6 +35,7 @@ use crate::kvm::dirty::WriteLog;
 use crate::migration::converge::Convergence;
 use crate::migration::disks::{Following, Moving, MovingDisk, Target};
 use crate::migration::postcopy::{self, PostCopy};
+use crate::migration::socket::Socket;
 use crate::migration::source::{self, Plan, Progress};
 use crate::migration::{Hello, MigrationError};
 use crate::saved::MachineState as Saved;
@@ -234,7 +236,7 @@ impl Machine {
         // Its clients would read to the end of this process, and no further.
         self.refuse_while_exporting()?;
         let control = asked.file("the control connection")?;
-        let mut data: Vec<UnixStream> = asked.files.into_iter().map(UnixStream::from).collect();
+        let mut data = Vec::from(asked.files);
         let body: Migrate = api::body(asked.body)?;
         let disks = self.moving_disks(&body.disks, &mut data)?;
         let lines = self.fault_lines(&body, &mut data)?;
@@ -249,8 +251,8 @@ impl Machine {
         let cpu = self.parts.first_cpu();
         let hello = Hello::new(self.spec.clone(), &cpu, data.len(), told, post_copy);
         let plan = Plan {
-            control: UnixStream::from(std::os::fd::OwnedFd::from(control)),
-            data,
+            control: OwnedFd::from(control).into(),
+            data: data.into_iter().map(Socket::from).collect(),
             lines,
             disks,
             convergence: Convergence {
@@ -311,7 +313,7 @@ impl Machine {
     fn fault_lines(
         &self,
         body: &Migrate,
-        connections: &mut Vec<UnixStream>,
+        connections: &mut Vec<OwnedFd>,
     ) -> Result<Vec<UnixStream>, Answer> {
         if body.when_late != Some(WhenLate::PostCopy) {
             return Ok(Vec::new());
@@ -324,7 +326,8 @@ impl Machine {
             let text = format!("post-copy needs {FAULT_CONNECTIONS} connections more");
             api::refusal(400, text)
         })?;
-        Ok(connections.split_off(first))
+        let lines = connections.split_off(first).into_iter();
+        Ok(lines.map(UnixStream::from).collect())
     }
 
     /// Has the guest run at the target as soon as that is possible.
@@ -395,14 +398,17 @@ impl Machine {
     fn moving_disks(
         &self,
         ids: &[String],
-        connections: &mut Vec<UnixStream>,
+        connections: &mut Vec<OwnedFd>,
     ) -> Result<Vec<Moving>, Answer> {
         let count = ids.len() * DISK_CONNECTIONS;
         let first = connections.len().checked_sub(count).ok_or_else(|| {
             let text = format!("{} disks need {count} connections", ids.len());
             api::refusal(400, text)
         })?;
-        let mut rest = connections.split_off(first).into_iter();
+        let mut rest = connections
+            .split_off(first)
+            .into_iter()
+            .map(UnixStream::from);
         let moving = ids.iter().enumerate().map(|(index, id)| {
             if ids[..index].contains(id) {
                 return Err(api::refusal(400, format!("{id} is named twice")));

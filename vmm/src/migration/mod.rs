@@ -19,6 +19,9 @@
 //! source stays paused, says "in doubt", and whoever knows what became of the target says `resume` or `shutdown`. Over
 //! a network that is [`crate::relay`], which asks the other side.
 //!
+//! The connection for messages is watched while pages go: its end is the end of the move. So the others need no end of
+//! their own, and may be a network's that nobody watches ([`socket`]).
+//!
 //! Messages are JSON behind a length, pages are binary ([`pages`]). Both sides know the version of the other before
 //! anything else; unknown fields are ignored, so that the protocol only grows.
 //!
@@ -32,12 +35,15 @@ pub mod disks;
 pub mod local;
 pub mod pages;
 pub mod postcopy;
+pub mod socket;
 pub mod source;
 pub mod target;
 
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 
 use atoll_vmm_protocol::spec::MachineSpec;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -278,6 +284,13 @@ fn receive_frame<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     serde_json::from_slice(&body).map_err(io::Error::other)
+}
+
+/// Whether one of these has happened to a connection. Never blocks.
+fn has(stream: &UnixStream, happened: PollFlags) -> bool {
+    let mut event = [PollFd::new(stream, happened)];
+    // Errors and hang-ups are told whatever is asked for.
+    poll(&mut event, Some(&Timespec::default())).is_ok_and(|count| count > 0)
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::pages::{self, Dirty, Left};
+use super::socket::Socket;
 use super::{Handover, MigrationError};
 use crate::memory::UserFault;
 use crate::memory::filling::arrivals::{Elsewhere, Failed, Feed, Lines};
@@ -180,7 +181,7 @@ pub struct Late {
     /// Opened before the sandbox.
     pub faults: UserFault,
     missing: Vec<u64>,
-    data: Vec<BufReader<UnixStream>>,
+    data: Vec<BufReader<Socket>>,
     lines: Vec<UnixStream>,
     taken: Arc<AtomicBool>,
 }
@@ -191,7 +192,7 @@ impl Late {
         faults: UserFault,
         ram: &Ram,
         missing: Vec<u64>,
-        data: Vec<BufReader<UnixStream>>,
+        data: Vec<BufReader<Socket>>,
         lines: Vec<UnixStream>,
         handover: &Handover,
     ) -> io::Result<Self> {
@@ -216,10 +217,12 @@ impl Late {
 
     /// Its parts as the memory takes them.
     pub fn into_elsewhere(self) -> io::Result<(UserFault, Elsewhere)> {
-        let streams = self.data.iter().map(BufReader::get_ref).chain(&self.lines);
-        let all = streams
-            .map(UnixStream::try_clone)
-            .collect::<io::Result<_>>()?;
+        let data = self.data.iter().map(|data| data.get_ref().try_clone());
+        let lines = self
+            .lines
+            .iter()
+            .map(|line| line.try_clone().map(Socket::from));
+        let all = data.chain(lines).collect::<io::Result<_>>()?;
         let asking = self.lines.iter().map(UnixStream::try_clone);
         let lines = Requests {
             asking: asking
@@ -231,7 +234,7 @@ impl Late {
         let answers = self
             .lines
             .into_iter()
-            .map(|line| feed(BufReader::new(line)));
+            .map(|line| feed(BufReader::new(line.into())));
         let elsewhere = Elsewhere {
             missing: self.missing,
             feeds: data.chain(answers).collect(),
@@ -242,7 +245,7 @@ impl Late {
     }
 }
 
-fn feed(mut stream: BufReader<UnixStream>) -> Feed {
+fn feed(mut stream: BufReader<Socket>) -> Feed {
     Box::new(move |take| pages::receive_each(&mut stream, take))
 }
 
@@ -262,7 +265,7 @@ fn runs(words: &[u64]) -> Vec<(usize, usize)> {
 struct Requests {
     /// Leaf locks, held while a request is written.
     asking: Vec<Mutex<UnixStream>>,
-    all: Vec<UnixStream>,
+    all: Vec<Socket>,
 }
 
 impl Requests {
@@ -284,9 +287,7 @@ impl Lines for Requests {
             // A source that is gone needs not know.
             let _ = self.say(line, DONE);
         }
-        for stream in &self.all {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.all.iter().for_each(Socket::end);
     }
 }
 

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
-use rustix::net::{Shutdown, shutdown};
 use senders::{Pass, Senders};
 
 use super::converge::{Convergence, Next, Round, Rounds};
 use super::disks::{self, Course, Following, Moving, Target};
 use super::pages::{self, Dirty, Left, Pace};
 use super::postcopy::{self, Service};
+use super::socket::Socket;
 use super::{Hello, Message, MigrationError, receive, send};
 use crate::kvm::KvmError;
 use crate::kvm::dirty::WriteLog;
@@ -43,7 +43,7 @@ pub struct Plan {
     /// The connection for messages.
     pub control: UnixStream,
     /// Connections for pages, which are shared out among them.
-    pub data: Vec<UnixStream>,
+    pub data: Vec<Socket>,
     /// Connections for pages that the guest waits for; if there are any, the move may end with post-copy.
     pub lines: Vec<UnixStream>,
     /// Disks whose content moves along.
@@ -73,13 +73,15 @@ pub struct Progress {
     switch: Arc<AtomicBool>,
     may_switch: bool,
     /// Ended by a cancellation, so that nobody goes on waiting for them.
-    sockets: Vec<UnixStream>,
+    sockets: Vec<Socket>,
 }
 
 impl Progress {
     /// The progress of a migration that begins now: no round, no byte, not cancelled.
     pub fn new(plan: &Plan) -> io::Result<Self> {
-        let control = std::iter::once(&plan.control);
+        let others = std::iter::once(&plan.control).chain(&plan.lines);
+        let others = others.map(|stream| stream.try_clone().map(Socket::from));
+        let data = plan.data.iter().map(Socket::try_clone);
         Ok(Self {
             started: Instant::now(),
             decision: AtomicU8::new(OPEN),
@@ -92,11 +94,7 @@ impl Progress {
             stage: Mutex::new((MigrationStage::Copying, None)),
             switch: Arc::default(),
             may_switch: !plan.lines.is_empty(),
-            sockets: control
-                .chain(&plan.data)
-                .chain(&plan.lines)
-                .map(UnixStream::try_clone)
-                .collect::<io::Result<_>>()?,
+            sockets: others.chain(data).collect::<io::Result<_>>()?,
             disks: Course::new(&plan.disks)?,
         })
     }
@@ -113,10 +111,7 @@ impl Progress {
 
     /// Ends the connections, for the other side, too.
     pub(super) fn cut(&self) {
-        for socket in &self.sockets {
-            // Fails when the other side has ended it.
-            let _ = shutdown(socket, Shutdown::Both);
-        }
+        self.sockets.iter().for_each(Socket::end);
         // Whoever holds pages back finds that out at once.
         self.pace.end();
     }
@@ -241,13 +236,15 @@ fn attempt(
     let limited = control.set_read_timeout(Some(PATIENCE));
     limited.map_err(broken("limit the wait for the target"))?;
     send(&mut control, &Message::Hello(Box::new(hello))).map_err(broken("greet the target"))?;
-    match ask(&mut control)? {
+    match ask(&control)? {
         Message::Welcome => {}
         _ => return Err(MigrationError::Unexpected("a welcome")),
     }
     disks::follow(moving, progress, owner)?;
     let log = Arc::new(owner.log()?);
-    let senders = Senders::start(data, &log, touched, progress)?;
+    let again = control.try_clone();
+    let again = again.map_err(broken("keep the connection"))?;
+    let senders = Senders::start(data, again, &log, touched, progress)?;
     let brake = Brake::start(progress.clone(), owner.clone())?;
     let (last, end) = copy_while_running(&senders, &log, progress, convergence, owner)?;
     drop(brake);
@@ -466,8 +463,8 @@ pub(super) fn has_ended(error: &io::Error) -> bool {
 }
 
 /// The target's next message; its refusal is an error.
-pub(super) fn ask(control: &mut UnixStream) -> Result<Message, MigrationError> {
-    match receive(control) {
+pub(super) fn ask(mut control: &UnixStream) -> Result<Message, MigrationError> {
+    match receive(&mut control) {
         Ok(Message::Failed { reason }) => Err(MigrationError::Other(reason)),
         Ok(message) => Ok(message),
         Err(source) => Err(MigrationError::Connection {

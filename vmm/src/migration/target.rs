@@ -7,19 +7,24 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, BufReader};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use atoll_devices::memory::Ram;
 use atoll_disk::chain;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::spec::{DiskBus, MachineSpec, Profile};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::disks::Images;
 use super::postcopy::{self, LINES_MAX, Late, PostCopy};
-use super::{Hello, Message, MigrationError, pages, receive, send};
+use super::socket::Socket;
+use super::source::LOOK;
+use super::{Hello, Message, MigrationError, has, pages, receive, send};
 use crate::board::Board;
 use crate::check;
 use crate::kvm::cpu::compare;
@@ -36,8 +41,6 @@ const PATIENCE: Duration = Duration::from_secs(7 * 24 * 3600);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
 /// Most data connections.
 const CONNECTIONS_MAX: usize = 64;
-/// Bytes that are read at once.
-const BUFFER_BYTES: usize = 1 << 20;
 
 /// A machine that has come, and is still the source's.
 pub struct Arrived {
@@ -108,9 +111,9 @@ pub enum Door {
 }
 
 impl Door {
-    fn next(&self) -> io::Result<UnixStream> {
+    fn next(&self) -> io::Result<OwnedFd> {
         match self {
-            Self::Here(listener) => listener.accept().map(|(stream, _)| stream),
+            Self::Here(listener) => listener.accept().map(|(stream, _)| stream.into()),
             Self::Network(relay) => relay.next(),
         }
     }
@@ -132,7 +135,7 @@ pub fn accept(door: &Door, own_spec: Option<MachineSpec>) -> Result<Arrived, Mig
     sandbox::keep_one_heap();
     let control = door.next().map_err(broken("wait for a source"))?;
     let mut control = Handover {
-        control,
+        control: control.into(),
         taken: Arc::default(),
     };
     let arrived = take(door, &mut control, own_spec);
@@ -169,21 +172,11 @@ fn take(
     let faults = faults.transpose()?;
     let images = Images::open(&hello.disks, &spec)?;
     send(control, &Message::Welcome).map_err(broken("welcome the source"))?;
-    let receivers = (0..hello.data_connections).map(|index| {
-        let stream = next(door)?;
-        let memory = base.memory.clone();
-        let body = move || {
-            let mut stream = BufReader::with_capacity(BUFFER_BYTES, stream);
-            pages::receive(&memory, &mut stream).map(|()| stream)
-        };
-        let thread = atoll_thread::spawn(Kind::Migration, &format!("receive-{index}"), body);
-        thread.map_err(broken("start a receiver's thread"))
-    });
-    let receivers: Vec<_> = receivers.collect::<Result<_, _>>()?;
+    let receivers = Receivers::start(door, hello.data_connections, &base.memory)?;
     let line_count = hello.post_copy.map_or(0, |asked| asked.fault_connections);
-    let lines = (0..line_count).map(|_| next(door));
+    let lines = (0..line_count).map(|_| next(door).map(UnixStream::from));
     let lines: Vec<_> = lines.collect::<Result<_, _>>()?;
-    let images = images.serve(|| next(door))?;
+    let images = images.serve(|| next(door).map(UnixStream::from))?;
     let mut message = receive(control).map_err(broken("receive the machine"))?;
     let mut missing = None;
     if matches!(message, Message::Remaining) && faults.is_some() {
@@ -196,17 +189,58 @@ fn take(
         Message::Failed { reason } => return Err(MigrationError::Other(reason)),
         _ => return Err(MigrationError::Unexpected("the machine's state")),
     };
-    let receivers = receivers.into_iter().map(|receiver| {
-        let received = receiver.join().expect("a receiver does not panic");
-        received.map_err(broken("receive memory"))
-    });
-    let data = receivers.collect::<Result<Vec<_>, _>>()?;
+    let data = receivers.wait(control)?;
     images.close()?;
     if let (Some(missing), Some(faults)) = (missing, faults) {
         let late = Late::new(faults, &base.memory, missing, data, lines, &handover);
         base.late = Some(late.map_err(broken("empty the memory that comes later"))?);
     }
     Ok((spec, state, base))
+}
+
+/// One thread a data connection, until it has brought what it brings before the machine runs.
+struct Receivers {
+    count: usize,
+    /// Of each, in any order.
+    came: Receiver<io::Result<BufReader<Socket>>>,
+}
+
+impl Receivers {
+    fn start(door: &Door, count: usize, memory: &Arc<Ram>) -> Result<Self, MigrationError> {
+        let (tell, came) = channel();
+        for index in 0..count {
+            let stream = Socket::from(next(door)?);
+            let (memory, tell) = (memory.clone(), tell.clone());
+            let body = move || {
+                let mut stream = BufReader::with_capacity(pages::BUFFER_BYTES, stream);
+                let received = pages::receive(&memory, &mut stream);
+                // Nobody listens when the move has failed.
+                let _ = tell.send(received.map(|()| stream));
+            };
+            let thread = atoll_thread::spawn(Kind::Migration, &format!("receive-{index}"), body);
+            let started = thread.map_err(MigrationError::connection("start a receiver's thread"));
+            drop(started?);
+        }
+        Ok(Self { count, came })
+    }
+
+    /// The connections, once all that they bring first is here. The end of `control` is the end of the source, which the
+    /// others may not tell.
+    fn wait(self, control: &UnixStream) -> Result<Vec<BufReader<Socket>>, MigrationError> {
+        let broken = MigrationError::connection("receive memory");
+        let mut data = Vec::new();
+        while data.len() < self.count {
+            match self.came.recv_timeout(LOOK) {
+                Ok(Ok(stream)) => data.push(stream),
+                Ok(Err(error)) => return Err(broken(error)),
+                Err(_) if has(control, PollFlags::RDHUP) => {
+                    return Err(broken(io::ErrorKind::UnexpectedEof.into()));
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(data)
+    }
 }
 
 /// What a machine needs that runs before all of its memory is here, or why it cannot.
@@ -226,8 +260,7 @@ fn open_faults(asked: PostCopy, spec: &MachineSpec) -> Result<UserFault, Migrati
 }
 
 /// The next data connection.
-fn next(door: &Door) -> Result<UnixStream, MigrationError> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+fn next(door: &Door) -> Result<OwnedFd, MigrationError> {
     let broken = MigrationError::connection;
     let patience = Timespec::try_from(CONNECT_PATIENCE).expect("a minute");
     let mut event = [PollFd::new(door, PollFlags::IN)];
@@ -348,4 +381,26 @@ fn devices(spec: &MachineSpec) -> BTreeSet<String> {
         .chain(filesystems)
         .chain(others)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::board::MICRO;
+    use crate::memory::Backing;
+
+    /// Its pages may come through a connection that outlives it.
+    #[test]
+    fn the_end_of_the_source_is_the_end_of_its_pages() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("in");
+        let door = Door::Here(UnixListener::bind(&path).unwrap());
+        let _outlives = UnixStream::connect(&path).unwrap();
+        let ram = Arc::new(allocate(&MICRO, 1, 40, Backing::Anonymous).unwrap());
+        let receivers = Receivers::start(&door, 1, &ram).unwrap();
+        let (control, source) = UnixStream::pair().unwrap();
+        drop(source);
+        let error = receivers.wait(&control).unwrap_err();
+        assert_eq!(error.to_string(), "receive memory");
+    }
 }

@@ -75,7 +75,7 @@ pub(super) fn tables(kind: Kind) -> &'static [&'static [Call]] {
         Kind::Queue => &[COMMON, WAIT],
         Kind::Console => &[COMMON, WAIT, CHANNELS],
         Kind::Vsock => &[COMMON, WAIT, CHANNELS, VSOCK],
-        Kind::Migration => &[COMMON, FILES, CHANNELS, MIGRATION],
+        Kind::Migration => &[COMMON, WAIT, FILES, CHANNELS, MIGRATION],
         Kind::Export => &[COMMON, WAIT, FILES, CHANNELS, DISK],
         Kind::Mirror => &[COMMON, WAIT, FILES, DISK],
         Kind::Backend => &[COMMON, WAIT, CHANNELS, VSOCK, BACKEND],

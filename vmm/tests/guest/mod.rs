@@ -177,6 +177,18 @@ impl Guest {
         std::fs::read_to_string(self.path("stderr")).unwrap()
     }
 
+    /// The names of its process's threads.
+    pub fn threads(&self) -> Vec<String> {
+        let tasks = format!("/proc/{}/task", self.process.id());
+        let tasks = std::fs::read_dir(tasks).unwrap().flatten();
+        let names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")));
+        // One that has ended meanwhile has none.
+        names
+            .flatten()
+            .map(|name| name.trim_end().to_owned())
+            .collect()
+    }
+
     /// `atoll-vmm ctl` for this machine; what it printed, or what it said when it failed.
     pub fn ctl(&self, arguments: &[&str]) -> Result<serde_json::Value, String> {
         let output = self

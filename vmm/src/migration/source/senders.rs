@@ -8,14 +8,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use atoll_thread::Kind;
+use rustix::event::PollFlags;
 
-use super::{MigrationError, Progress};
+use super::{LOOK, MigrationError, Progress, ask};
 use crate::kvm::dirty::WriteLog;
-use crate::migration::pages::{self, Dirty, Left, Stripe};
+use crate::migration::has;
+use crate::migration::pages::{self, BUFFER_BYTES, Dirty, Left, Stripe};
+use crate::migration::socket::Socket;
 use crate::saved::image::Touched;
-
-/// Bytes that are gathered before they go into a socket.
-const BUFFER_BYTES: usize = 1 << 20;
 
 enum Job {
     Round(Arc<Left>, Pass),
@@ -37,6 +37,9 @@ pub(super) enum Pass {
 
 /// One thread a data connection. They end when this is dropped, with their connections.
 pub(super) struct Senders {
+    /// The connection for messages.
+    target: UnixStream,
+    progress: Arc<Progress>,
     jobs: Vec<Sender<Job>>,
     results: Receiver<io::Result<()>>,
     threads: Vec<JoinHandle<()>>,
@@ -44,14 +47,17 @@ pub(super) struct Senders {
 
 impl Senders {
     pub(super) fn start(
-        data: Vec<UnixStream>,
+        data: Vec<Socket>,
+        target: UnixStream,
         log: &Arc<WriteLog>,
         touched: Option<Arc<Touched>>,
-        progress: &Progress,
+        progress: &Arc<Progress>,
     ) -> Result<Self, MigrationError> {
         let count = data.len();
         let (result, results) = channel();
         let mut senders = Self {
+            target,
+            progress: progress.clone(),
             jobs: Vec::new(),
             results,
             threads: Vec::new(),
@@ -119,6 +125,16 @@ impl Senders {
         self.wait()
     }
 
+    /// An error, and the end of all connections, if `happened` has to the one for messages.
+    fn listen(&self, happened: PollFlags) -> Result<(), MigrationError> {
+        if !has(&self.target, happened) {
+            return Ok(());
+        }
+        let said = ask(&self.target);
+        self.progress.cut();
+        said.and(Err(MigrationError::Unexpected("that the target goes on")))
+    }
+
     fn give(&self, job: impl Fn() -> Job) {
         for sender in &self.jobs {
             // A thread lives as long as its channel.
@@ -126,15 +142,30 @@ impl Senders {
         }
     }
 
+    /// Waits for the job that was given, as long as there is a target.
     fn wait(&self) -> Result<(), MigrationError> {
-        let results: Vec<_> = self.results.iter().take(self.jobs.len()).collect();
-        let failed = results.into_iter().find_map(Result::err);
-        failed.map_or(Ok(()), |source| {
-            Err(MigrationError::Connection {
-                what: "send memory",
-                source,
-            })
-        })
+        let mut failed = None;
+        let mut count = 0;
+        while count < self.jobs.len() {
+            match self.results.recv_timeout(LOOK) {
+                Ok(result) => {
+                    count += 1;
+                    failed = failed.or(result.err());
+                }
+                Err(_) => self.listen(PollFlags::RDHUP)?,
+            }
+        }
+        match failed {
+            None => Ok(()),
+            Some(source) => {
+                // Why the target ended it, if it has said so.
+                self.listen(PollFlags::IN)?;
+                Err(MigrationError::Connection {
+                    what: "send memory",
+                    source,
+                })
+            }
+        }
     }
 }
 
