@@ -37,8 +37,8 @@ use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, Status, now, write_atomically};
 use crate::{
-    copy_up, devices, furnish, hooks, idmap, inherit, own_dev, program, restore, starting, sys,
-    terminal, workdir,
+    copy_up, devices, filter, furnish, hooks, idmap, inherit, own_dev, program, restore, starting,
+    sys, terminal, workdir,
 };
 
 /// What to create, as `atoll-ct create` and `run` take it.
@@ -363,6 +363,7 @@ fn program(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<(program::Init
     }
     // startContainer hooks run in the container, where its init is the first process, mostly.
     let init = program::Init {
+        filter: filter::take(&mut spec),
         report: Rc::new(starting::listen(&plan.directory.report_socket())?),
         state: hooks::state(saved, Status::Created, Some(1)),
         hooks,

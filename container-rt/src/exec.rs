@@ -30,7 +30,7 @@ use crate::process::{ExitStatus, ProcessFd};
 use crate::state::{Status, write_atomically};
 use crate::sys::{self, Fork};
 use crate::terminal::{self, Signals};
-use crate::{bundle, cgroup, inherit, notify, program};
+use crate::{bundle, cgroup, filter, inherit, notify, program};
 
 /// What to execute and how, as `atoll-ct exec` takes it.
 #[derive(Debug, Default)]
@@ -429,13 +429,14 @@ fn enter(entry: &Entry<'_>, terminal: Option<OwnedFd>) -> Result<std::convert::I
         })?;
     }
     become_user(process)?;
+    // Before the filter, which need not allow it.
+    sys::close_on_exec_from(3 + entry.request.preserve_fds)
+        .context(|| "close descriptors".to_owned())?;
     restrict(entry, system.as_ref())?;
     let mut environment = process.env().clone().unwrap_or_default();
     program::add_home(&mut environment, process.user().uid());
     let arguments = process.args().clone().unwrap_or_default();
     let path = program::find(&arguments[0], &environment)?;
-    sys::close_on_exec_from(3 + entry.request.preserve_fds)
-        .context(|| "close descriptors".to_owned())?;
     program::become_program(&path, &arguments, &environment)
 }
 
@@ -518,6 +519,9 @@ fn restrict(entry: &Entry<'_>, system: System<'_>) -> Result<()> {
         let Some(filter) = entry.seccomp else {
             return Ok(());
         };
+        if !seccomp::is_notify(filter) {
+            return filter::load(filter);
+        }
         let loaded = seccomp::initialize_seccomp(filter)
             .map_err(|e| Error::Argument(format!("seccomp: {}", one_line(&e))))?;
         match (loaded, entry.offer) {
@@ -525,15 +529,16 @@ fn restrict(entry: &Entry<'_>, system: System<'_>) -> Result<()> {
             _ => Ok(()),
         }
     };
+    let failed =
+        |e: &dyn std::error::Error| Error::Argument(format!("capabilities: {}", one_line(e)));
+    // A user other than root has none in effect.
+    capabilities::reset_effective(system).map_err(|e| failed(&e))?;
     if !no_new_privileges {
         // Without the bit, loading a filter takes CAP_SYS_ADMIN, which is about to go.
         filter()?;
     }
-    let failed =
-        |e: &dyn std::error::Error| Error::Argument(format!("capabilities: {}", one_line(e)));
     // Kept to the end: this process becomes the program.
     std::mem::forget(inherit::raise(process)?);
-    capabilities::reset_effective(system).map_err(|e| failed(&e))?;
     if let Some(sets) = process.capabilities() {
         capabilities::drop_privileges(sets, system).map_err(|e| failed(&e))?;
     }

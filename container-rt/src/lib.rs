@@ -12,6 +12,7 @@
 //! | `copy_up` | a tmpfs that begins with what the image has | refused there |
 //! | [`cgroup`] | named hierarchies, use check, recursive removal, freezer, v2 device filter | absent there |
 //! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
+//! | [`filter`] | seccomp: ENOSYS for newer calls | EPERM there; masks mixed up |
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
 //! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
 //! | [`mounts`], [`device_plug`] | what comes and goes while a container runs | absent there |
@@ -40,6 +41,7 @@ mod devices;
 pub mod error;
 pub mod events;
 pub mod exec;
+pub mod filter;
 pub mod furnish;
 mod hooks;
 pub mod idmap;

@@ -22,6 +22,7 @@ use oci_spec::runtime::{Hook, Spec};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::filter::Filter;
 use crate::{hooks, starting, sys};
 
 /// Where programs are looked for when the environment has no PATH; as login(1) sets it for root.
@@ -127,6 +128,8 @@ pub struct Init {
     pub report: Rc<UnixListener>,
     /// What the hooks get to read.
     pub state: Value,
+    /// Loaded when everything else is done to the process.
+    pub filter: Option<Filter>,
     /// Runs in the container right before its program.
     pub hooks: Vec<Hook>,
     /// Set by `validate`.
@@ -163,7 +166,8 @@ impl Executor for Init {
     fn validate(&self, spec: &Spec) -> std::result::Result<(), ExecutorValidationError> {
         let (arguments, environment) = parts(spec);
         let name = arguments.first().map_or("", String::as_str);
-        match find(name, &environment) {
+        let filtered = self.filter.as_ref().map_or(Ok(()), Filter::load);
+        match filtered.and_then(|()| find(name, &environment)) {
             Ok(path) => {
                 self.path.replace(path);
                 self.environment.replace(environment);

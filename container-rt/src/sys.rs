@@ -550,3 +550,22 @@ pub fn bpf_attach_device_filter(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>)
     };
     check(result).map(drop)
 }
+
+/// Puts a seccomp filter before all system calls of this process to come. seccomp(2).
+pub fn load_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        filter: program.as_ptr().cast_mut(),
+    };
+    let pointer = &raw const program;
+    // SAFETY: the program lives through the call, which only reads it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            pointer,
+        )
+    };
+    check(result).map(drop)
+}

@@ -60,7 +60,6 @@ NOT_JUDGED = [
 
 # What we fail and runc passes, with what is missing.
 KNOWN = {
-    "runc seccomp.bats: runc run [seccomp -ENOSYS handling]": "calls newer than a filter get its default errno, not ENOSYS",
 }
 
 
