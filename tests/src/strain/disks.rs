@@ -13,8 +13,9 @@ use serde_json::Value;
 
 use super::Shared;
 
-/// Bytes that it writes on each disk before it reads them back.
-const BYTES: u64 = 256 << 10;
+/// Bytes that it writes on each disk before it reads them back, a block at a time.
+const BYTES: u64 = 128 << 10;
+const BLOCK_BYTES: u64 = 4096;
 /// Writes in a second, of each: several emulated machines share two cores.
 const WRITES_PER_SECOND: u64 = 25;
 /// What it calls the end by SIGINT.
@@ -37,10 +38,11 @@ fn command(shared: &Shared) -> Command {
     let mut fio = Command::new("fio");
     fio.args(["--output-format=json", "--status-interval=1"])
         .args(["--thread", "--ioengine=libaio", "--iodepth=4", "--direct=1"])
-        .args(["--rw=randwrite", "--bs=4k", "--fsync=16"])
+        .args(["--rw=randwrite", "--fsync=16"])
         .args(["--verify=crc32c", "--verify_fatal=1", "--exitall_on_error"])
         .args(["--verify_state_save=0", "--loops=1000000000"])
         .arg(format!("--size={BYTES}"))
+        .arg(format!("--bs={BLOCK_BYTES}"))
         .arg(format!("--rate_iops={WRITES_PER_SECOND}"))
         .stdout(Stdio::piped());
     for file in &shared.files {
@@ -65,7 +67,7 @@ fn hear(shared: &Shared, fio: &mut Child) -> Result<()> {
             .iter()
             .filter_map(|job| job["read"]["io_bytes"].as_u64());
         let least = verified.clone().min().unwrap_or(0);
-        shared.count_to("disks", least / BYTES);
+        shared.count_to("disks", least / BLOCK_BYTES);
         shared
             .verified_bytes
             .store(verified.sum(), Ordering::Relaxed);
