@@ -5,6 +5,8 @@
 //! RAM is dealt out to the connections in stripes. A page always takes the same one, so that two versions of it
 //! cannot overtake each other. What is zero travels as a header.
 
+#![expect(unsafe_code, reason = "madvise(2) about guest memory")]
+
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -351,6 +353,7 @@ fn read(
         // What has come with the header, or is too little for a call of its own.
         if from.buffer().is_empty() && memory.len() - filled >= DIRECT_BYTES {
             let mut rest = memory.offset(filled).map_err(to_io)?;
+            prefault(&rest);
             return from.get_mut().read_exact_volatile(&mut rest).map_err(to_io);
         }
         let came = from.fill_buf()?;
@@ -362,6 +365,18 @@ fn read(
         filled += taken;
     }
     Ok(())
+}
+
+/// Has the kernel make the pages that are about to be filled, all at once instead of one by one in between.
+fn prefault(memory: &VolatileSlice<'_, impl BitmapSlice>) {
+    let guard = memory.ptr_guard_mut();
+    let skip = guard.as_ptr().align_offset(PAGE_BYTES);
+    if let Some(bytes) = memory.len().checked_sub(skip) {
+        let start = guard.as_ptr().wrapping_add(skip);
+        // Fails where the kernel is older than Linux 5.14, and where memory is short: then they come one by one.
+        // SAFETY: guest RAM, which the slice keeps mapped; its content stays as it is.
+        unsafe { libc::madvise(start.cast(), bytes, libc::MADV_POPULATE_WRITE) };
+    }
 }
 
 /// Receives pages until the end that the source tells. `take` has the address of some, their size, which is 256 KiB at
