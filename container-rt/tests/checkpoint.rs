@@ -11,37 +11,13 @@ mod scene;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
-use scene::{Scene, can_run, wait_for};
+use scene::{Scene, can_run, criu, wait_for};
 use serde_json::json;
 
 /// Counts in its memory, and says how far it is in a file and on its standard output.
 const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /tmp/now; mv /tmp/now /tmp/count; echo $i; sleep 0.1; done";
-
-/// CRIU, when it can work here. The reason is printed when not.
-fn criu() -> Option<PathBuf> {
-    if !can_run() {
-        return None;
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/criu.sh");
-    let made = Command::new(script).output().unwrap();
-    if !made.status.success() {
-        let reason = String::from_utf8_lossy(&made.stderr).into_owned();
-        println!("ATOLL-SKIP: CRIU cannot be fetched: {}", reason.trim());
-        return None;
-    }
-    let directory = String::from_utf8(made.stdout).unwrap();
-    let program = Path::new(directory.trim()).join("criu");
-    let check = Command::new(&program).arg("check").output().unwrap();
-    if !check.status.success() {
-        let said = String::from_utf8_lossy(&check.stderr).into_owned();
-        let reason = said.lines().find(|line| line.contains("Error"));
-        println!("ATOLL-SKIP: criu check: {}", reason.unwrap_or(&said));
-        return None;
-    }
-    Some(program)
-}
 
 /// A scene whose files of a checkpoint are in `images`.
 struct Frozen {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use registry::Registry;
-use scene::{Scene, can_run, wait_for};
+use scene::{Scene, can_run, criu, wait_for};
 
 struct Podman {
     scene: Scene,
@@ -305,4 +305,41 @@ fn an_image_of_a_registry_runs() {
     let (code, text, log) = with(&none, "echo pulled");
     assert_eq!((code, text.as_str()), (Some(125), ""), "{log}");
     assert!(log.contains("manifest unknown"), "{log}");
+}
+
+#[test]
+fn a_checkpoint_is_restored() {
+    let Some(criu) = criu() else { return };
+    let Some(podman) = Podman::new() else { return };
+    // podman asks CRIU for its version by itself.
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", criu.parent().unwrap().display());
+    let ok = |arguments: &[&str]| {
+        let output = podman.command(arguments).env("PATH", &path).output();
+        let output = output.unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {errors}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let count = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
+    let last = || ok(&["logs", "counter"]).lines().last().map(str::to_owned);
+    let number = || {
+        last()
+            .and_then(|line| line.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    ok(&[
+        "run", "--detach", "--name", "counter", "scene:1", "sh", "-c", count,
+    ]);
+    wait_for("a number", || number() > 3);
+    ok(&["container", "checkpoint", "counter"]);
+    let status = ok(&["ps", "--all", "--format", "{{.Status}}"]);
+    assert!(status.starts_with("Exited"), "{status}");
+    let before = number();
+    ok(&["container", "restore", "counter"]);
+    wait_for("the next number", || number() > before);
+    let lines = ok(&["logs", "counter"]);
+    let ones = lines.lines().filter(|line| *line == "1").count();
+    assert_eq!(ones, 1, "it did not begin again: {lines}");
+    ok(&["rm", "--force", "--time", "0", "counter"]);
 }

@@ -61,6 +61,30 @@ pub fn can_run() -> bool {
     false
 }
 
+/// CRIU, when it can work here. The reason is printed when not.
+pub fn criu() -> Option<PathBuf> {
+    if !can_run() {
+        return None;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/criu.sh");
+    let made = Command::new(script).output().unwrap();
+    if !made.status.success() {
+        let reason = String::from_utf8_lossy(&made.stderr).into_owned();
+        println!("ATOLL-SKIP: CRIU cannot be fetched: {}", reason.trim());
+        return None;
+    }
+    let directory = String::from_utf8(made.stdout).unwrap();
+    let program = Path::new(directory.trim()).join("criu");
+    let check = Command::new(&program).arg("check").output().unwrap();
+    if !check.status.success() {
+        let said = String::from_utf8_lossy(&check.stderr).into_owned();
+        let reason = said.lines().find(|line| line.contains("Error"));
+        println!("ATOLL-SKIP: criu check: {}", reason.unwrap_or(&said));
+        return None;
+    }
+    Some(program)
+}
+
 impl Scene {
     /// A container that executes `arguments`, with every namespace but the user's.
     pub fn new(arguments: &[&str]) -> Self {
