@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
-    GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Address, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
 
@@ -153,6 +153,24 @@ pub fn mark(ram: &Ram, address: u64, size: u64) {
     }
 }
 
+/// Words of a bitmap that has a bit a page of the guest's addresses, from 0 to the last of `ram`: how vhost tells which
+/// pages it has written.
+pub(crate) fn word_count(ram: &Ram) -> usize {
+    let last = usize::try_from(ram.last_addr().raw_value()).expect("64-bit host");
+    last / PAGE_BYTES / WORD_PAGES + 1
+}
+
+/// Puts the pages of such a bitmap, which others write to at the same time, into the log of `ram`, and forgets them.
+pub(crate) fn drain<'a>(words: impl Iterator<Item = &'a AtomicU64>, ram: &Ram) {
+    let words = words.map(|word| match word.load(Ordering::Relaxed) {
+        0 => 0,
+        _ => word.swap(0, Ordering::SeqCst),
+    });
+    for page in pages_of(words) {
+        mark(ram, (page * PAGE_BYTES) as u64, PAGE_BYTES as u64);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,6 +198,28 @@ mod tests {
         logs[1].take(&mut words);
         assert_eq!(words, [1, 0]);
         assert!(!logs[1].dirty_at(0));
+    }
+
+    #[test]
+    fn pages_that_others_have_noted_are_in_the_log() {
+        let high = GuestAddress(4 << 30);
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 1 << 20), (high, 1 << 20)]).unwrap();
+        ram.iter().for_each(|region| log(region).switch(true));
+        let noted: Vec<AtomicU64> = (0..word_count(&ram)).map(|_| AtomicU64::new(0)).collect();
+        assert_eq!(noted.len(), ((4 << 30) + (1 << 20)) / 4096 / 64);
+        // Pages 1 and 64, the first above 4 GiB, and one that is none.
+        noted[0].store(1 << 1, Ordering::Relaxed);
+        noted[1].store(1 << 0, Ordering::Relaxed);
+        noted[(4 << 30) / 4096 / 64].store(1, Ordering::Relaxed);
+        noted[1000].store(!0, Ordering::Relaxed);
+        for expected in [[0b10, 1, 1], [0, 0, 0]] {
+            drain(noted.iter(), &ram);
+            let mut words = [[0; 4]; 2];
+            for (region, words) in ram.iter().zip(&mut words) {
+                log(region).take(words);
+            }
+            assert_eq!([words[0][0], words[0][1], words[1][0]], expected);
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ use vm_memory::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::QueueStart;
-use crate::memory::{self, Memory, PAGE_BYTES, Ram, WORD_PAGES};
+use crate::memory::{self, Memory, Ram};
 
 /// `VHOST_F_LOG_ALL` of `linux/vhost.h`: the kernel notes which pages it writes. A feature between it and us, not one
 /// of the guest's.
@@ -91,32 +91,17 @@ impl Rings {
     }
 }
 
-/// Pages that the kernel has written: a bit a page of the guest's addresses, from 0, lowest bit first.
+/// Pages that the kernel has written, for [`memory::drain`].
 struct KernelLog(Vec<AtomicU64>);
 
 impl KernelLog {
     fn of(ram: &Ram) -> Self {
-        let pages = ram.last_addr().raw_value() / PAGE_BYTES as u64 + 1;
-        let words = (0..pages.div_ceil(WORD_PAGES as u64)).map(|_| AtomicU64::new(0));
+        let words = (0..memory::word_count(ram)).map(|_| AtomicU64::new(0));
         Self(words.collect())
     }
 
     fn address(&self) -> u64 {
         self.0.as_ptr() as u64
-    }
-
-    /// Puts the pages into the log of `ram`, and forgets them.
-    fn drain(&self, ram: &Ram) {
-        let words = self
-            .0
-            .iter()
-            .map(|word| match word.load(Ordering::Relaxed) {
-                0 => 0,
-                _ => word.swap(0, Ordering::SeqCst),
-            });
-        for page in memory::pages_of(words) {
-            memory::mark(ram, (page * PAGE_BYTES) as u64, PAGE_BYTES as u64);
-        }
     }
 }
 
@@ -192,7 +177,7 @@ impl KernelRings {
 
     fn note(&self, rings: &Rings) {
         if let Some(log) = &rings.log {
-            log.drain(&self.mem().memory());
+            memory::drain(log.0.iter(), &self.mem().memory());
         }
     }
 
@@ -272,32 +257,4 @@ fn regions(memory: &Memory) -> Vec<VhostUserMemoryRegionInfo> {
         }
     };
     memory.memory().iter().map(region).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_the_kernel_has_noted_is_in_the_log_of_guest_memory() {
-        let high = GuestAddress(4 << 30);
-        let ram = Ram::from_ranges(&[(GuestAddress(0), 1 << 20), (high, 1 << 20)]).unwrap();
-        ram.iter()
-            .for_each(|region| memory::log(region).switch(true));
-        let kernel = KernelLog::of(&ram);
-        assert_eq!(kernel.0.len(), ((4 << 30) + (1 << 20)) / 4096 / 64);
-        // Pages 1 and 64, the first above 4 GiB, and one that is none.
-        kernel.0[0].store(1 << 1, Ordering::Relaxed);
-        kernel.0[1].store(1 << 0, Ordering::Relaxed);
-        kernel.0[(4 << 30) / 4096 / 64].store(1, Ordering::Relaxed);
-        kernel.0[1000].store(!0, Ordering::Relaxed);
-        for expected in [[0b10, 1, 1], [0, 0, 0]] {
-            kernel.drain(&ram);
-            let mut words = [[0; 4]; 2];
-            for (region, words) in ram.iter().zip(&mut words) {
-                memory::log(region).take(words);
-            }
-            assert_eq!([words[0][0], words[0][1], words[1][0]], expected);
-        }
-    }
 }
