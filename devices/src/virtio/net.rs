@@ -436,7 +436,7 @@ impl VirtioDevice for Net {
 
     fn obstacle(&self, act: Act) -> Option<String> {
         match (&self.shared.wire, act) {
-            (Wire::Backend { .. }, _) => vhost_user::obstacle(act, "unplug it"),
+            (Wire::Backend { backend, .. }, _) => vhost_user::obstacle(backend, act, "unplug it"),
             (Wire::Taps(_), Act::Migration) if !self.kernel_rings().all(KernelRings::can_log) => {
                 let text = "this host's vhost-net does not log what it writes into memory: start the card with vhost=off to migrate";
                 Some(text.to_owned())
@@ -446,11 +446,17 @@ impl VirtioDevice for Net {
     }
 
     fn log_writes(&self, on: bool) -> io::Result<()> {
+        if let Wire::Backend { backend, .. } = &self.shared.wire {
+            return backend.log_writes(on);
+        }
         self.kernel_rings()
             .try_for_each(|rings| rings.log_writes(on))
     }
 
     fn note_writes(&self) {
+        if let Wire::Backend { backend, .. } = &self.shared.wire {
+            backend.note_writes();
+        }
         self.kernel_rings().for_each(KernelRings::note_writes);
     }
 

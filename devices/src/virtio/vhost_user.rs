@@ -18,12 +18,16 @@
 //! stand; other devices go on when their driver has reset them. Nobody waits for it for longer than
 //! [`BackendOptions::patience`].
 //!
-//! **Not here:** the log of what it writes (`VHOST_USER_SET_LOG_BASE`), so that a machine with such a device cannot be
-//! migrated: that would be said to the backend in [`VirtioDevice::log_writes`](super::VirtioDevice::log_writes).
+//! **The log.** What it writes goes past this process. While somebody wants to know
+//! ([`VirtioDevice::log_writes`](super::VirtioDevice::log_writes)), it notes each page in a bitmap that it shares with us
+//! (vhost-user.rst, "Migration"); what is in there goes into guest memory's own log whenever that is asked for, and when a
+//! ring ends. Of one that ends without a word the used rings count as written: it marks the pages of a request before
+//! those, but may not have come to these.
 
 mod backend;
 mod conversation;
 mod device;
+mod log;
 mod messages;
 
 use virtio_bindings::virtio_blk::{
@@ -139,21 +143,25 @@ impl DeviceKind {
             ring_count: queue_count.into(),
             queue_number: queue_count.into(),
             survives: false,
+            completes: self.id == device_id::BLOCK,
             mtu: None,
         }
     }
 }
 
-/// Why this cannot be done with a machine that has any of these devices: what another process writes goes past us.
-/// `remedy` is how the machine comes to be without the device.
-pub(super) fn obstacle(act: Act, remedy: &str) -> Option<String> {
+/// Why this cannot be done with a machine that has a device of this backend. `remedy` is how the machine comes to be
+/// without the device.
+pub(super) fn obstacle(backend: &Backend, act: Act, remedy: &str) -> Option<String> {
     let what = "what its vhost-user backend writes into memory";
     match act {
-        Act::Migration => Some(format!("{what} is not logged: {remedy} to migrate")),
+        Act::Migration if !backend.can_log() => Some(format!(
+            "{what} is not logged, since {}: {remedy}",
+            backend::NO_LOG
+        )),
         Act::LiveSnapshot => Some(format!(
             "{what} does not wait: leave out --live, or {remedy}"
         )),
-        Act::Snapshot => None,
+        Act::Migration | Act::Snapshot => None,
     }
 }
 

@@ -8,7 +8,7 @@ use atoll_devices::state::DeviceState;
 use atoll_devices::testing::start_testpmd;
 use atoll_devices::virtio::vhost_user::PATIENCE;
 
-use crate::vhost_user::{MAC, Rig, Server, rig_with};
+use crate::vhost_user::{MAC, Rig, Server, echo_is_logged, log_writes, rig_with};
 
 fn start(directory: &Path) -> Option<Server> {
     match start_testpmd(directory, &["s"], 2) {
@@ -52,6 +52,24 @@ fn testpmd_carries_packets_of_two_pairs() {
     rig.driver.device.pause();
     rig.driver.reset();
     rig.driver.device.restore(&saved).unwrap();
+}
+
+#[test]
+fn testpmd_notes_what_it_writes() {
+    let Some(mut rig) = rig(true) else { return };
+    rig.echo(0, "first");
+    log_writes(&rig.driver, true);
+    echo_is_logged(&mut rig, "second", true);
+    rig.driver.device.pause();
+    rig.driver.device.resume().unwrap();
+    echo_is_logged(&mut rig, "third", true);
+    log_writes(&rig.driver, false);
+    echo_is_logged(&mut rig, "fourth", false);
+    log_writes(&rig.driver, true);
+    echo_is_logged(&mut rig, "fifth", true);
+    rig.driver.reset();
+    rig.driver.start(u64::MAX);
+    echo_is_logged(&mut rig, "sixth", true);
 }
 
 #[test]

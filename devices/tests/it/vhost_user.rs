@@ -1,8 +1,9 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Devices that another process serves, with real processes: a network card that sends everything back, made of crate
-//! `vhost-user-backend`, and QEMU's storage daemon. They are killed, stopped and started again. (`testpmd`: the same card
-//! with a process that others wrote.)
+//! `vhost-user-backend`, and QEMU's storage daemon. They are killed, stopped and started again, and note which pages they
+//! write. (`testpmd`: the same card with a process that others wrote.)
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use atoll_devices::memory::{self, PAGE_BYTES, WORD_PAGES};
 use atoll_devices::state::DeviceState;
 use atoll_devices::testing::{Driver, Segment};
 use atoll_devices::virtio::net::{HostEnd, Net, NetOptions};
@@ -17,14 +19,19 @@ use atoll_devices::virtio::vhost_user::{
     BackendOptions, DeviceKind, Layout, PATIENCE, VhostUser, VhostUserError,
 };
 use atoll_devices::virtio::{Act, VirtioDevice, device_id};
+use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 use vmm_sys_util::epoll::EventSet;
 
 const DATA: u64 = 0x10_0000;
 /// Where the card's process finds its socket; without it, it is a test that does nothing.
 const SOCKET: &str = "ATOLL_TEST_ECHO_SOCKET";
+/// Whether it does not know how to note which pages it writes.
+const FORGETFUL: &str = "ATOLL_TEST_ECHO_FORGETFUL";
 pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// Another process, ended with its test.
@@ -71,14 +78,44 @@ pub fn options(stream: UnixStream, reconnect: Option<PathBuf>) -> BackendOptions
     }
 }
 
+/// Whether writes to memory, of whoever makes them, are logged from now on.
+pub fn log_writes(driver: &Driver, on: bool) {
+    let ram = driver.memory.memory();
+    ram.iter().for_each(|region| memory::log(region).switch(on));
+    driver.device.log_writes(on).unwrap();
+}
+
+/// Addresses of the pages that were written since the last call.
+pub fn written(driver: &Driver) -> BTreeSet<u64> {
+    driver.device.note_writes();
+    let mut pages = BTreeSet::new();
+    for region in driver.memory.memory().iter() {
+        let count = usize::try_from(region.len()).unwrap() / PAGE_BYTES;
+        let mut words = vec![0; count.div_ceil(WORD_PAGES)];
+        memory::log(region).take(&mut words);
+        let start = region.start_addr().0;
+        pages.extend(memory::pages_of(words).map(|page| start + (page * PAGE_BYTES) as u64));
+    }
+    pages
+}
+
+/// The page of a queue's used ring, which is written by nobody but the device.
+pub fn used_ring(queue: u64) -> u64 {
+    0x1_3000 + 0x4000 * queue
+}
+
+type EchoMemory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
+type EchoRing = VringRwLock<EchoMemory>;
+
 /// A card of two pairs: what is sent on one comes back on the same.
 struct Echo {
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: EchoMemory,
+    is_forgetful: bool,
 }
 
 impl VhostUserBackendMut for Echo {
-    type Bitmap = ();
-    type Vring = VringRwLock;
+    type Bitmap = BitmapMmapRegion;
+    type Vring = EchoRing;
 
     fn num_queues(&self) -> usize {
         4
@@ -90,17 +127,18 @@ impl VhostUserBackendMut for Echo {
 
     fn features(&self) -> u64 {
         // Version 1, both ring features, protocol features; checksums, TSO, merged buffers.
-        1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 | 1 << 11 | 1 << 15
+        let features = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 | 1 << 11 | 1 << 15;
+        features | u64::from(!self.is_forgetful) << 26
     }
 
     fn protocol_features(&self) -> vhost::vhost_user::VhostUserProtocolFeatures {
         use vhost::vhost_user::VhostUserProtocolFeatures as Features;
-        Features::MQ | Features::REPLY_ACK
+        Features::MQ | Features::REPLY_ACK | Features::LOG_SHMFD
     }
 
     fn set_event_idx(&mut self, _enabled: bool) {}
 
-    fn update_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> std::io::Result<()> {
+    fn update_memory(&mut self, memory: EchoMemory) -> std::io::Result<()> {
         self.memory = memory;
         Ok(())
     }
@@ -109,14 +147,14 @@ impl VhostUserBackendMut for Echo {
         &mut self,
         _event: u16,
         _events: EventSet,
-        vrings: &[VringRwLock],
+        vrings: &[EchoRing],
         _thread: usize,
     ) -> std::io::Result<()> {
         let memory = self.memory.memory();
-        let used = |pair: &&[VringRwLock]| pair.iter().all(|ring| ring.get_ref().is_enabled());
+        let used = |pair: &&[EchoRing]| pair.iter().all(|ring| ring.get_ref().is_enabled());
         for pair in vrings.chunks(2).filter(used) {
             loop {
-                let next = |vring: &VringRwLock| {
+                let next = |vring: &EchoRing| {
                     let mut vring = vring.get_mut();
                     vring.get_queue_mut().pop_descriptor_chain(memory.clone())
                 };
@@ -149,21 +187,29 @@ fn echo_process() {
     let Some(socket) = std::env::var_os(SOCKET) else {
         return;
     };
-    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let memory = EchoMemory::new(GuestMemoryMmap::new());
     let echo = Echo {
         memory: memory.clone(),
+        is_forgetful: std::env::var_os(FORGETFUL).is_some(),
     };
     let echo = Arc::new(std::sync::RwLock::new(echo));
     let mut daemon = VhostUserDaemon::new("echo".to_owned(), echo, memory).unwrap();
     let mut listener = vhost::vhost_user::Listener::new(socket, true).unwrap();
     daemon.start(&mut listener).unwrap();
     let _ = daemon.wait();
+    // Dropping it would wait for its threads, which nobody ends.
+    std::process::exit(0);
 }
 
 fn start_echo(socket: &Path) -> Server {
+    start_echo_with(socket, &[])
+}
+
+fn start_echo_with(socket: &Path, variables: &[(&str, &str)]) -> Server {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "vhost_user::echo_process", "--nocapture"]);
-    Server::start(command.env(SOCKET, socket)).unwrap()
+    let command = command.env(SOCKET, socket).envs(variables.iter().copied());
+    Server::start(command).unwrap()
 }
 
 /// A card of two pairs and its process, which sends everything back.
@@ -348,15 +394,90 @@ fn nobody_waits_for_a_process_that_hangs() {
     rig.server.as_ref().unwrap().signal("-CONT");
 }
 
+/// Has a card's pair 0 send and receive, and looks for what its process writes: a buffer, and two used rings.
+#[track_caller]
+pub fn echo_is_logged(rig: &mut Rig, text: &str, expected: bool) {
+    written(&rig.driver);
+    rig.echo(0, text);
+    let pages = written(&rig.driver);
+    for page in [Rig::place(0) + 0x8000, used_ring(0), used_ring(1)] {
+        assert_eq!(pages.contains(&page), expected, "{page:#x} of {pages:x?}");
+    }
+}
+
+#[test]
+fn a_cards_process_notes_what_it_writes() {
+    let mut rig = rig(true, PATIENCE);
+    // Before it has been given anything.
+    log_writes(&rig.driver, true);
+    echo_is_logged(&mut rig, "first", true);
+    assert_eq!(written(&rig.driver), BTreeSet::new(), "once");
+    rig.driver.device.pause();
+    rig.driver.device.resume().unwrap();
+    echo_is_logged(&mut rig, "second", true);
+    rig.driver.reset();
+    rig.driver.start(u64::MAX);
+    echo_is_logged(&mut rig, "third", true);
+
+    // What it had done when it ended may be noted but for the end of it; its successor notes, too.
+    written(&rig.driver);
+    drop(rig.server.take());
+    rig.wait_link(false);
+    let pages = written(&rig.driver);
+    assert!(pages.is_superset(&BTreeSet::from([used_ring(0), used_ring(1)])));
+    rig.server = Some(start_echo(&rig.socket));
+    rig.wait_link(true);
+    echo_is_logged(&mut rig, "fourth", true);
+
+    // While it works, off and on.
+    log_writes(&rig.driver, false);
+    rig.echo(0, "fifth");
+    log_writes(&rig.driver, true);
+    echo_is_logged(&mut rig, "sixth", true);
+}
+
+#[test]
+fn a_process_that_notes_nothing_has_no_place_where_that_is_wanted() {
+    let forgetful = |rig: &Rig| start_echo_with(&rig.socket, &[(FORGETFUL, "")]);
+    let mut rig = rig(true, PATIENCE);
+    rig.echo(0, "first");
+    assert_eq!(rig.net.obstacle(Act::Migration), None);
+    drop(rig.server.take());
+    rig.wait_link(false);
+    rig.server = Some(forgetful(&rig));
+    rig.wait_link(true);
+    rig.echo(0, "second");
+    let text = rig.net.obstacle(Act::Migration).unwrap();
+    assert_eq!(
+        text,
+        "what its vhost-user backend writes into memory is not logged, since it lacks VHOST_F_LOG_ALL or \
+         VHOST_USER_PROTOCOL_F_LOG_SHMFD: unplug it"
+    );
+    let refused = rig.driver.device.log_writes(true).unwrap_err();
+    assert!(refused.to_string().contains("does not log"), "{refused}");
+    rig.driver.device.log_writes(false).unwrap();
+    rig.echo(0, "it goes on");
+
+    drop(rig.server.take());
+    rig.wait_link(false);
+    log_writes(&rig.driver, true);
+    rig.server = Some(forgetful(&rig));
+    // It ends with its connection, when it has been greeted and refused.
+    rig.server.as_mut().unwrap().0.wait().unwrap();
+    assert_eq!(rig.link() & 1, 0);
+    log_writes(&rig.driver, false);
+    rig.server = Some(forgetful(&rig));
+    rig.wait_link(true);
+    rig.echo(0, "third");
+}
+
 #[test]
 fn what_a_card_of_another_process_can_take_part_in() {
     let rig = rig(false, PATIENCE);
     assert_eq!(rig.net.obstacle(Act::Snapshot), None);
-    let text = rig.net.obstacle(Act::Migration).unwrap();
-    assert!(
-        text.ends_with("is not logged: unplug it to migrate"),
-        "{text}"
-    );
+    assert_eq!(rig.net.obstacle(Act::Migration), None);
+    let text = rig.net.obstacle(Act::LiveSnapshot).unwrap();
+    assert!(text.contains("leave out --live, or unplug it"), "{text}");
     assert!(rig.net.limit_refusal().is_some());
     rig.driver.device.pause();
     let saved = rig.driver.device.save();
@@ -471,13 +592,23 @@ fn a_disk_of_qemus_storage_daemon() {
         write_and_read(&mut driver, 0, 0x30 | writeback);
     }
     driver.device.pause();
-    assert_eq!(disk.obstacle(Act::Snapshot), None);
-    for act in [Act::Migration, Act::LiveSnapshot] {
-        let text = disk.obstacle(act).unwrap();
-        assert!(text.contains("start the machine without it"), "{text}");
+    for act in [Act::Snapshot, Act::Migration] {
+        assert_eq!(disk.obstacle(act), None);
     }
+    let text = disk.obstacle(Act::LiveSnapshot).unwrap();
+    assert!(text.contains("start the machine without it"), "{text}");
     driver.device.resume().unwrap();
     write_and_read(&mut driver, 0, 0x33);
+
+    for on in [true, false] {
+        log_writes(&driver, on);
+        write_and_read(&mut driver, 1, 0x33);
+        let pages = written(&driver);
+        // What is read, and that it has been: not the status, whose page is the driver's, too.
+        for page in [DATA + 0x2000, used_ring(1)] {
+            assert_eq!(pages.contains(&page), on, "{page:#x} of {pages:x?}");
+        }
+    }
 
     drop(server);
     driver.wait_broken();
@@ -499,6 +630,65 @@ fn a_disk_of_qemus_storage_daemon() {
     let data = Segment::writable(DATA + 0x2000, 512);
     assert_eq!(request(&mut driver, 0, 0, data), 0);
     assert_eq!(driver.get(DATA + 0x2000, 512), [0x33; 512]);
+}
+
+/// A disk of one queue.
+fn start_driver(directory: &Path) -> Driver {
+    let options = options(connect(&directory.join("s")), None);
+    let kind = DeviceKind::of(device_id::BLOCK);
+    let disk = VhostUser::new(kind, Layout::default(), options).unwrap();
+    let mut driver = Driver::with_shared_memory(Arc::new(disk));
+    driver.start(u64::MAX);
+    driver
+}
+
+/// QEMU hangs up when it comes to the end of a request whose ring it has let go of.
+#[test]
+fn requests_in_flight_are_done_when_a_disk_is_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(_server) = start_disk(directory.path()) else {
+        return;
+    };
+    let mut driver = start_driver(directory.path());
+    for _ in 0..50 {
+        let data = Segment::readable(DATA + 0x1000, 0x8000);
+        assert_eq!(request(&mut driver, 0, 1, data), 0);
+        // A flush of that, which takes its time.
+        driver.put(DATA, &[4, 0, 0, 0]);
+        let status = Segment::writable(DATA + 0x100, 1);
+        driver.add(0, &[Segment::readable(DATA, 16), status]);
+        driver.kick(0);
+        driver.device.pause();
+        assert!(driver.used(0).is_some());
+        driver.device.resume().unwrap();
+    }
+    assert_eq!(driver.status() & 0x40, 0);
+}
+
+/// The log comes and goes while requests are in flight.
+#[test]
+fn a_disk_works_on_while_its_log_comes_and_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(_server) = start_disk(directory.path()) else {
+        return;
+    };
+    let mut driver = start_driver(directory.path());
+    let device = driver.device.clone();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                for on in [true, false] {
+                    device.log_writes(on).unwrap();
+                    device.note_writes();
+                }
+            }
+        });
+        for round in 0..2000_u16 {
+            write_and_read(&mut driver, 0, round.to_le_bytes()[0]);
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
 }
 
 #[test]

@@ -264,11 +264,15 @@ const VSOCK: &[Call] = &[
     call(libc::SYS_connect),
 ];
 
-/// The backend's own way to speak first.
-const BACKEND: &[Call] = &[call(libc::SYS_socketpair)];
+/// The backend's own way to speak first, and the file in which it notes what it writes.
+const BACKEND: &[Call] = &[
+    call(libc::SYS_socketpair),
+    call(libc::SYS_memfd_create),
+    call(libc::SYS_ftruncate),
+];
 
-/// A local connection for each one of the network. (Nothing but a name: `BACKEND` has the same.)
-const RELAY: &[Call] = BACKEND;
+/// A local connection for each one of the network.
+const RELAY: &[Call] = &[call(libc::SYS_socketpair)];
 
 /// Its socket is removed where it can be reached.
 const SERVER: &[Call] = &[call(libc::SYS_unlink)];

@@ -82,6 +82,7 @@ impl Wire {
             ring_count: 2 * usize::from(pair_count),
             queue_number: pair_count.into(),
             survives: true,
+            completes: false,
             mtu,
         };
         let backend = Backend::new(options, terms).map_err(io::Error::other)?;

@@ -22,12 +22,16 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::conversation::Conversation;
-use crate::memory::Memory;
+use super::log::PageLog;
+use crate::memory::{self, Memory};
 use crate::virtio::{QueueStart, StartError, StartedQueue};
 
 /// What the transport offers to every driver, and the backend must know: indirect descriptors, event index, and
 /// version 1.
 pub(super) const NEEDED: u64 = 1 << 28 | 1 << 29 | 1 << 32;
+
+/// What a backend lacks whose writes cannot be logged.
+pub(super) const NO_LOG: &str = "it lacks VHOST_F_LOG_ALL or VHOST_USER_PROTOCOL_F_LOG_SHMFD";
 
 /// Why the other process does not serve the device.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +58,9 @@ pub enum VhostUserError {
         /// What the device is to have.
         wanted: u64,
     },
+    /// What it writes would be in no log, and somebody goes by that now.
+    #[error("the backend does not log what it writes: {NO_LOG}")]
+    NoLog,
     /// It does not keep the configuration of such a device.
     #[error("the backend has no configuration space (VHOST_USER_PROTOCOL_F_CONFIG)")]
     NoConfiguration,
@@ -90,6 +97,9 @@ pub(in crate::virtio) struct Terms {
     pub(in crate::virtio) queue_number: u64,
     /// Another process can go on with the rings, since nothing is known but their positions, and what is lost is lost.
     pub(in crate::virtio) survives: bool,
+    /// It uses every buffer that it is offered, soon. A ring is taken back when it has: QEMU's storage daemon hangs up when
+    /// it comes to the end of a request of a ring that it has let go of.
+    pub(in crate::virtio) completes: bool,
     /// For a network card.
     pub(in crate::virtio) mtu: Option<u16>,
 }
@@ -117,6 +127,10 @@ pub(super) struct Shared {
     pub(super) features: AtomicU64,
     /// Whether somebody is at the other end.
     pub(super) alive: AtomicBool,
+    /// Whether that one, or the last one, can note which pages it writes.
+    pub(super) can_log: AtomicBool,
+    /// Where that is noted: there once it has been wanted and guest memory is known. Leaf lock, for a copy.
+    pub(super) log: Mutex<Option<Arc<PageLog>>>,
     /// Copy of the configuration space. Leaf lock, for a copy.
     pub(super) config: Mutex<Vec<u8>>,
     /// The connection, to be cut. Leaf lock, over one system call that does not wait.
@@ -139,6 +153,18 @@ impl Shared {
 
     pub(super) fn lock_stream(&self) -> MutexGuard<'_, Option<UnixStream>> {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lock_log(&self) -> MutexGuard<'_, Option<Arc<PageLog>>> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts what backends have noted into the log of guest memory.
+    pub(super) fn note_writes(&self) {
+        let log = self.lock_log().clone();
+        if let Some(log) = log {
+            log.drain();
+        }
     }
 
     fn wake(&self) {
@@ -179,6 +205,8 @@ impl Backend {
             reconnect: options.reconnect,
             features: AtomicU64::new(0),
             alive: AtomicBool::new(false),
+            can_log: AtomicBool::new(false),
+            log: Mutex::default(),
             config: Mutex::default(),
             stream: Mutex::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -213,6 +241,22 @@ impl Backend {
     /// Whether it is there.
     pub(in crate::virtio) fn is_alive(&self) -> bool {
         self.shared.alive.load(Ordering::Acquire)
+    }
+
+    /// Whether it can tell which pages it writes.
+    pub(in crate::virtio) fn can_log(&self) -> bool {
+        self.shared.can_log.load(Ordering::Acquire)
+    }
+
+    /// Whether it notes from now on which pages it writes, for [`Backend::note_writes`].
+    pub(in crate::virtio) fn log_writes(&self, on: bool) -> io::Result<()> {
+        self.ask(move |conversation| conversation.log_writes(on))
+            .map_err(io::Error::other)
+    }
+
+    /// Puts what it has written since the last call into the log of guest memory. Does not wait for it.
+    pub(in crate::virtio) fn note_writes(&self) {
+        self.shared.note_writes();
     }
 
     /// From now on (once) somebody is told what happens.
@@ -358,6 +402,20 @@ pub(super) fn used_index(memory: &Memory, state: &QueueState) -> u16 {
     let index = GuestAddress(state.used_ring.wrapping_add(2));
     let used: Result<u16, _> = memory.memory().load(index, Ordering::Acquire);
     used.map_or(state.next_used, u16::from_le)
+}
+
+/// What its driver says of how much it has offered.
+pub(super) fn offered_index(memory: &Memory, state: &QueueState) -> u16 {
+    let index = GuestAddress(state.avail_ring.wrapping_add(2));
+    let offered: Result<u16, _> = memory.memory().load(index, Ordering::Acquire);
+    offered.map_or(state.next_avail, u16::from_le)
+}
+
+/// Logs the used ring as written, which its server may not have come to when it ended.
+pub(super) fn mark_used(memory: &Memory, state: &QueueState) {
+    // Flags, index, an entry of 8 bytes each, and the driver's event index, VIRTIO 1.2 §2.7.8.
+    let size = 2 + 2 + 8 * u64::from(state.size) + 2;
+    memory::mark(&memory.memory(), state.used_ring, size);
 }
 
 /// A queue in the other process's hands.

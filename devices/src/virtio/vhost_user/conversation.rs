@@ -16,23 +16,35 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserVringAddrFlags,
+};
 use vhost::vhost_user::{
-    Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    Error as ProtocolError, Frontend, VhostUserFrontend, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
-use super::backend::{Event, Job, NEEDED, Ring, Shared, VhostUserError, used_index};
+use super::backend::{
+    Event, Job, NEEDED, Ring, Shared, VhostUserError, mark_used, offered_index, used_index,
+};
+use super::log::PageLog;
 use super::messages;
 use crate::virtio::unix;
 
 /// How often a new backend is looked for.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long a backend may take to finish what it was given before a ring is taken back, and how often it is looked.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+/// See [`SETTLE_MAX`].
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
 /// Why configuration is written (`VHOST_USER_SET_CONFIG`, flags): the driver did. The protocol has numbers here, 0 for
 /// this and 1 for a migration; the crate has them as bits, and takes 1 for this, which QEMU's backends refuse.
 const BY_DRIVER: VhostUserConfigFlags = VhostUserConfigFlags::empty();
 const PROTOCOL: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// The backend notes which pages it writes. A feature between it and us, not one of the guest's.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// A connection that has been greeted.
 struct Link {
@@ -45,11 +57,20 @@ struct Link {
     protocol: VhostUserProtocolFeatures,
 }
 
+impl Link {
+    fn can_log(&self) -> bool {
+        let shares = self.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD);
+        shares && self.features & LOG_ALL != 0
+    }
+}
+
 /// State of the thread.
 pub(super) struct Conversation {
     shared: Arc<Shared>,
     link: Option<Link>,
     rings: Vec<Option<Ring>>,
+    /// Somebody wants to know which pages backends write.
+    is_logged: bool,
     /// There has been a first backend, so that others may follow.
     met: bool,
     /// When a new one was last looked for.
@@ -75,6 +96,7 @@ impl Conversation {
             rings: (0..shared.terms.ring_count).map(|_| None).collect(),
             shared,
             link: None,
+            is_logged: false,
             met: false,
             looked: None,
             last_refusal: String::new(),
@@ -135,6 +157,7 @@ impl Conversation {
             self.shared.features.store(features, Ordering::Release);
             self.met = true;
         }
+        self.shared.can_log.store(link.can_log(), Ordering::Release);
         self.link = Some(link);
         self.shared.alive.store(true, Ordering::Release);
         Ok(())
@@ -170,6 +193,9 @@ impl Conversation {
             features,
             protocol,
         };
+        if self.is_logged && !link.can_log() {
+            return Err(VhostUserError::NoLog);
+        }
         self.agree(&mut link)?;
         Ok(link)
     }
@@ -177,7 +203,9 @@ impl Conversation {
     /// Protocol features that are of use for this device.
     fn wanted(&self) -> VhostUserProtocolFeatures {
         let terms = &self.shared.terms;
-        let mut wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        let mut wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::LOG_SHMFD;
         if terms.config_bytes > 0 {
             wanted |= VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::BACKEND_REQ;
         }
@@ -243,11 +271,15 @@ impl Conversation {
         };
         // Features and memory are said once: saying it again while rings are served makes some backends map memory
         // anew under their own feet.
+        let logged = self.is_logged;
         let told = match alone {
-            true => tell_device(link, ring),
+            true => tell_device(link, ring, logged).and_then(|()| match logged {
+                true => tell_log(link, &self.shared, ring),
+                false => Ok(()),
+            }),
             false => Ok(()),
         };
-        match told.and_then(|()| tell_ring(link, index, ring)) {
+        match told.and_then(|()| tell_ring(link, index, ring, logged)) {
             Ok(()) => ring.served = true,
             Err(error) => self.lose(&format!("ring {index}: {error}")),
         }
@@ -257,13 +289,19 @@ impl Conversation {
     pub(super) fn take_back(&mut self, index: usize) -> Option<u16> {
         let ring = self.rings[index].take()?;
         let link = self.link.as_mut().filter(|_| ring.served)?;
-        let mut taken = Ok(());
+        let mut taken = match self.shared.terms.completes {
+            true => settle(link, &ring).map_err(vhost::Error::IOError),
+            false => Ok(()),
+        };
         if link.features & PROTOCOL != 0 {
-            taken = link.frontend.set_vring_enable(index, false);
+            taken = taken.and_then(|()| link.frontend.set_vring_enable(index, false));
         }
-        match taken.and_then(|()| link.frontend.get_vring_base(index)) {
+        let base = taken.and_then(|()| link.frontend.get_vring_base(index));
+        self.shared.note_writes();
+        match base {
             Ok(base) => Some(u16::try_from(base & 0xffff).expect("masked")),
             Err(error) => {
+                mark_used(&ring.memory, &ring.state);
                 self.lose(&format!("take ring {index} back: {error}"));
                 None
             }
@@ -284,6 +322,43 @@ impl Conversation {
             && let Err(error) = link.frontend.set_vring_enable(index, enabled)
         {
             self.lose(&format!("enable ring {index}: {error}"));
+        }
+    }
+
+    /// Whether the backend notes from now on which pages it writes, and its successors. Fails when it says no; without
+    /// one nothing is written.
+    pub(super) fn log_writes(&mut self, on: bool) -> Result<(), VhostUserError> {
+        self.is_logged = on;
+        let served: Vec<_> = (0..self.rings.len())
+            .filter(|index| self.rings[*index].as_ref().is_some_and(|ring| ring.served))
+            .collect();
+        // Otherwise it is said with the first ring.
+        let (Some(link), Some(first)) = (&mut self.link, served.first()) else {
+            return Ok(());
+        };
+        if on && !link.can_log() {
+            return Err(VhostUserError::NoLog);
+        }
+        let ring = |index: usize| self.rings[index].as_ref().expect("it is served");
+        let mut told = match on {
+            true => tell_log(link, &self.shared, ring(*first)),
+            false => Ok(()),
+        };
+        told = told.and_then(|()| tell_features(link, ring(*first), on));
+        for index in &served {
+            let place = || place(ring(*index), on);
+            told = told.and_then(|()| link.frontend.set_vring_addr(*index, &place()?));
+        }
+        match told {
+            Err(source @ vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError)) => {
+                let what = "change whether it logs what it writes";
+                Err(VhostUserError::Refused { what, source })
+            }
+            Err(error) => {
+                self.lose(&format!("log what it writes: {error}"));
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 
@@ -352,8 +427,11 @@ impl Conversation {
         *self.shared.lock_stream() = None;
         self.shared.alive.store(false, Ordering::Release);
         for ring in self.rings.iter_mut().flatten() {
-            ring.served = false;
+            if std::mem::take(&mut ring.served) {
+                mark_used(&ring.memory, &ring.state);
+            }
         }
+        self.shared.note_writes();
         let reconnects = self.shared.reconnect.is_some();
         let device = &self.shared.name;
         tracing::error!(device, why, reconnects, "vhost-user: the backend is gone");
@@ -405,20 +483,60 @@ fn source(error: &dyn std::error::Error) -> String {
     source.unwrap_or_default()
 }
 
+/// Waits until the backend has used all that the driver has offered on a ring, but not for long: the driver may have
+/// offered nonsense, or go on offering. An error says that the connection has ended.
+fn settle(link: &Link, ring: &Ring) -> io::Result<()> {
+    let deadline = Instant::now() + SETTLE_MAX;
+    // The driver may have been held just before it rang.
+    ring.doorbell.write(1)?;
+    loop {
+        let offered = offered_index(&ring.memory, &ring.state);
+        let left = offered.wrapping_sub(used_index(&ring.memory, &ring.state));
+        if left == 0 || left > ring.state.size || Instant::now() > deadline {
+            return Ok(());
+        }
+        let mut end = [PollFd::new(&link.stream, PollFlags::RDHUP)];
+        let look = SETTLE_LOOK.try_into().expect("a millisecond");
+        if matches!(poll(&mut end, Some(&look)), Ok(count) if count > 0) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
 /// What the driver accepted, and guest memory.
-fn tell_device(link: &mut Link, ring: &Ring) -> Result<(), vhost::Error> {
+fn tell_device(link: &mut Link, ring: &Ring, logged: bool) -> Result<(), vhost::Error> {
     let memory = ring.memory.memory();
     let regions = memory.iter();
     let regions: Result<Vec<_>, _> = regions
         .map(VhostUserMemoryRegionInfo::from_guest_region)
         .collect();
-    let features = (ring.features | PROTOCOL) & link.features;
-    link.frontend.set_features(features)?;
+    tell_features(link, ring, logged)?;
     link.frontend.set_mem_table(&regions?)?;
     Ok(())
 }
 
-fn tell_ring(link: &mut Link, index: usize, ring: &Ring) -> Result<(), vhost::Error> {
+fn tell_features(link: &mut Link, ring: &Ring, logged: bool) -> Result<(), vhost::Error> {
+    let log = if logged { LOG_ALL } else { 0 };
+    let features = (ring.features | PROTOCOL) & link.features;
+    link.frontend.set_features(features | log)
+}
+
+/// Where to note pages, after memory: some backends keep it with that.
+fn tell_log(link: &mut Link, shared: &Shared, ring: &Ring) -> Result<(), vhost::Error> {
+    let mut log = shared.lock_log();
+    let log = match &*log {
+        Some(log) => log.clone(),
+        None => {
+            let new = PageLog::new(ring.memory.clone()).map_err(vhost::Error::IOError)?;
+            log.insert(Arc::new(new)).clone()
+        }
+    };
+    let told = messages::set_log(&link.stream, log.file(), log.size());
+    told.map_err(vhost::Error::IOError)
+}
+
+/// Where a ring is; its used part's address is for the log, too, by which writes to that are noted.
+fn place(ring: &Ring, logged: bool) -> Result<VringConfigData, vhost::Error> {
     let state = &ring.state;
     let memory = ring.memory.memory();
     let host = |address: u64| {
@@ -426,15 +544,24 @@ fn tell_ring(link: &mut Link, index: usize, ring: &Ring) -> Result<(), vhost::Er
         let pointer = pointer.map_err(|error| vhost::Error::IOError(io::Error::other(error)));
         pointer.map(|pointer| pointer as u64)
     };
-    let place = VringConfigData {
+    let flags = match logged {
+        true => VhostUserVringAddrFlags::VHOST_VRING_F_LOG,
+        false => VhostUserVringAddrFlags::empty(),
+    };
+    Ok(VringConfigData {
         queue_max_size: state.max_size,
         queue_size: state.size,
-        flags: 0,
+        flags: flags.bits(),
         desc_table_addr: host(state.desc_table)?,
         used_ring_addr: host(state.used_ring)?,
         avail_ring_addr: host(state.avail_ring)?,
-        log_addr: None,
-    };
+        log_addr: logged.then_some(state.used_ring),
+    })
+}
+
+fn tell_ring(link: &mut Link, index: usize, ring: &Ring, logged: bool) -> Result<(), vhost::Error> {
+    let state = &ring.state;
+    let place = place(ring, logged)?;
     let frontend = &mut link.frontend;
     frontend.set_vring_num(index, state.size)?;
     frontend.set_vring_base(index, state.next_avail)?;

@@ -166,13 +166,21 @@ impl VirtioDevice for VhostUser {
 
     fn obstacle(&self, act: Act) -> Option<String> {
         match act {
-            Act::Snapshot if !self.kind.keeps_nothing => {
+            Act::Snapshot | Act::Migration if !self.kind.keeps_nothing => {
                 let text = "its vhost-user backend knows what is in no saved state, as of open files: start the machine without it";
                 Some(text.to_owned())
             }
             // The machine has it from start to end.
-            _ => super::obstacle(act, "start the machine without it"),
+            _ => super::obstacle(&self.backend, act, "start the machine without it"),
         }
+    }
+
+    fn log_writes(&self, on: bool) -> std::io::Result<()> {
+        self.backend.log_writes(on)
+    }
+
+    fn note_writes(&self) {
+        self.backend.note_writes();
     }
 
     fn counters(&self) -> CounterList {

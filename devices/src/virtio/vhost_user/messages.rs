@@ -1,11 +1,15 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The few messages that crate `vhost` has not, or not as they are needed here. All of them are a header (request,
-//! flags, size of what follows; 32 bits each) and at most one 64-bit number.
+//! flags, size of what follows; 32 bits each) and at most two 64-bit numbers.
 
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
 /// Requests to the backend, "Front-end message types".
+const SET_LOG_BASE: u32 = 6;
 pub(super) const GET_QUEUE_NUM: u32 = 17;
 pub(super) const SEND_RARP: u32 = 19;
 pub(super) const NET_SET_MTU: u32 = 20;
@@ -54,6 +58,25 @@ pub(super) fn ask(mut stream: &UnixStream, request: u32) -> io::Result<u64> {
     Ok(u64::from_ne_bytes(value))
 }
 
+/// Has the backend note in this file, from its begin on, which pages it writes. Its answer has two numbers by the
+/// protocol, one from QEMU's programs, and none from DPDK, so that crate `vhost` takes only some for one.
+pub(super) fn set_log(mut stream: &UnixStream, file: impl AsFd, size: u64) -> io::Result<()> {
+    let mut message = header(SET_LOG_BASE, 0, 16).to_vec();
+    message.extend([size.to_ne_bytes(), [0; 8]].as_flattened());
+    let file = file.as_fd().as_raw_fd();
+    let sent = stream.send_with_fd(message.as_slice(), file)?;
+    // The descriptor has gone with the first byte.
+    stream.write_all(&message[sent..])?;
+    let mut answer = [0; HEADER_BYTES];
+    stream.read_exact(&mut answer)?;
+    let [answered, flags, size] = words(answer);
+    if answered != SET_LOG_BASE || flags & REPLY == 0 || !matches!(size, 0 | 8 | 16) {
+        return Err(io::Error::other("an answer to something else"));
+    }
+    let mut rest = [0; 16];
+    stream.read_exact(&mut rest[..size as usize])
+}
+
 /// Takes one message of the backend's own from `channel`, which does not block. Returns whether its configuration
 /// changed; what it may want besides is not for us, and answered so. An error ends the channel.
 pub(super) fn take_notice(mut channel: &UnixStream) -> io::Result<bool> {
@@ -95,6 +118,22 @@ mod tests {
         assert_eq!(ask(&here, GET_QUEUE_NUM).unwrap(), 7);
         there.write_all(&header(GET_QUEUE_NUM, REPLY, 4)).unwrap();
         ask(&here, GET_QUEUE_NUM).unwrap_err();
+    }
+
+    #[test]
+    fn any_known_answer_to_a_log_is_taken() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for (size, is_taken) in [(0, true), (8, true), (16, true), (4, false)] {
+            there.write_all(&header(SET_LOG_BASE, REPLY, size)).unwrap();
+            there.write_all(&vec![1; size as usize]).unwrap();
+            assert_eq!(set_log(&here, &file, 0x0102).is_ok(), is_taken);
+            let mut seen = [0; 28];
+            let (count, files) = there.recv_with_fd(&mut seen).unwrap();
+            assert_eq!((count, files.is_some()), (28, true));
+            assert_eq!(words(seen[..12].try_into().unwrap()), [6, 1, 16]);
+            assert_eq!(seen[12..20], 0x0102_u64.to_ne_bytes());
+        }
     }
 
     #[test]
