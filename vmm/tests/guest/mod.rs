@@ -9,6 +9,7 @@
 
 pub mod firmware;
 pub mod huge_pages;
+pub mod images;
 
 use std::fs::File;
 use std::io::{Read, Write};
