@@ -169,8 +169,7 @@ fn a_guest_runs_before_its_memory_has_come_over_tls() {
     if !relay_and_kvm() {
         return;
     }
-    if let Err(error) = UserFault::open() {
-        println!("ATOLL-SKIP: {error}");
+    if !faults() {
         return;
     }
     let authority = Authority::new();
@@ -356,6 +355,8 @@ fn a_missing_relay_is_named() {
 enum Cut {
     /// Nothing is carried any more, and nobody is told.
     Silence,
+    /// The same, but only for what the target says.
+    Deaf,
     /// Every connection is closed.
     Close,
 }
@@ -447,15 +448,18 @@ impl Wires {
             .lock()
             .unwrap()
             .extend([clone(&near), clone(&far)]);
-        let ways = [(clone(&near), clone(&far), false), (far, near, is_first)];
-        for (from, to, counts) in ways {
+        let ways = [(clone(&near), clone(&far), false), (far, near, true)];
+        for (from, to, is_answer) in ways {
             let wires = self.clone();
-            let carry = move || wires.carry(from, to, counts, is_late);
+            let counts = is_answer && is_first;
+            let stays = is_late || !is_answer && matches!(self.how, Cut::Deaf);
+            let carry = move || wires.carry(from, to, counts, stays);
             drop(Builder::new().spawn(carry).unwrap());
         }
     }
 
-    fn carry(&self, mut from: TcpStream, mut to: TcpStream, counts: bool, is_late: bool) {
+    /// One way, which `stays` when the network is cut.
+    fn carry(&self, mut from: TcpStream, mut to: TcpStream, counts: bool, stays: bool) {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(count @ 1..) = from.read(&mut bytes) {
             let mut count = count;
@@ -468,7 +472,7 @@ impl Wires {
                     self.cut_now();
                 }
             }
-            if self.cut.load(Ordering::SeqCst) && !is_late {
+            if self.cut.load(Ordering::SeqCst) && !stays {
                 // Read on and forgotten, as by a network that loses everything.
                 continue;
             }
@@ -476,7 +480,7 @@ impl Wires {
                 break;
             }
         }
-        if !self.cut.load(Ordering::SeqCst) || is_late || matches!(self.how, Cut::Close) {
+        if !self.cut.load(Ordering::SeqCst) || stays || matches!(self.how, Cut::Close) {
             let _ = to.shutdown(Shutdown::Write);
         }
     }
@@ -638,6 +642,137 @@ fn a_move_ends_with_whoever_asked_for_it() {
         });
         assert!(works(&mut source) && !works(&mut target));
     }
+}
+
+/// One that has to end with post-copy, over a network that is cut.
+fn cut_late(seed: u64, authority: &Authority) {
+    let mut scenario = Scenario::of(seed);
+    let moment = Duration::from_micros(Random::of(seed).below(1_000_000));
+    scenario.when = When::Moment(moment);
+    println!("seed {seed}: {scenario:?}");
+    let [there, here] = scenario.options(authority);
+    let mut source = Place::new().start(&shell("64", "1"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    serial.load_beyond(0);
+    let (mut target, address) = target_for(&source, &there);
+    let network = Network::to(&address, scenario.how, scenario.when, scenario.heals);
+    let asker = begin(&source, &network.address, &with(&here, &LATE));
+    eventually("the move's begin", || {
+        source.ctl(&["switch-migration"]).ok()
+    });
+    sleep(moment);
+    network.cut();
+    let output = asker.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    println!("seed {seed}: {}", said.trim_end());
+    let all = |source: &Guest, target: &Guest| {
+        format!(
+            "seed {seed}: {said}\nsource: {}\ntarget: {}",
+            source.said(),
+            target.said()
+        )
+    };
+    let runs_there = works(&mut target);
+    let is_lost = target.said().contains(LOST);
+    if said.contains("and nobody answers at") {
+        // The test can reach both. What the target had is not gone back to.
+        let request = match runs_there || is_lost {
+            true => "shutdown",
+            false => "resume",
+        };
+        source.ctl(&[request]).unwrap();
+        let runs_here = works(&mut source);
+        assert_eq!(runs_here, request == "resume", "{}", all(&source, &target));
+        return;
+    }
+    let runs_here = works(&mut source);
+    let expected = match () {
+        () if output.status.success() => [false, true, false],
+        () if said.contains("the machine stays: ") => [true, false, false],
+        () if said.contains(LOST) => [false, false, true],
+        // It has sent all, and not heard that all came.
+        () => {
+            assert!(said.contains(UNHEARD), "{}", all(&source, &target));
+            [false, runs_there, !runs_there]
+        }
+    };
+    let found = [runs_here, runs_there, is_lost];
+    assert_eq!(found, expected, "{}", all(&source, &target));
+    if !output.status.success() && !runs_here {
+        let (status, told) = source.ended();
+        assert!(!status.success(), "{}", all(&source, &target));
+        assert!(told.contains(LOST) || told.contains(UNHEARD), "{told}");
+    }
+}
+
+/// What a move is asked for that ends with post-copy, some of it after a while.
+const LATE: [&str; 6] = [
+    "--when-late",
+    "post-copy",
+    "--connections",
+    "2",
+    "--max-bytes-per-second",
+    "4000000",
+];
+const LOST: &str = "the guest is lost: ";
+const UNHEARD: &str = "the two sides lost each other before it said that all had come";
+
+/// Whether this host has what post-copy needs; says so when not.
+fn faults() -> bool {
+    let faults = UserFault::open();
+    if let Err(error) = &faults {
+        println!("ATOLL-SKIP: {error}");
+    }
+    faults.is_ok()
+}
+
+#[test]
+fn one_runs_or_both_tell_the_loss_when_the_network_is_cut_late() {
+    if !relay_and_kvm() || !faults() {
+        return;
+    }
+    let authority = Authority::new();
+    let first = number("ATOLL_SEED", u64::from(std::process::id()));
+    for seed in first..first + number("ATOLL_MIGRATION_SEEDS", 5) {
+        cut_late(seed, &authority);
+    }
+}
+
+/// The target has all and runs, and its source has not heard so: it must not say that the guest is lost.
+#[test]
+fn a_target_that_is_not_heard_any_more_may_run() {
+    if !relay_and_kvm() || !faults() {
+        return;
+    }
+    let mut source = Place::new().start(&shell("64", "1"));
+    let mut serial = source.serial();
+    serial.start_load("");
+    let done = serial.load_beyond(0);
+    let limit = ["--silence-limit-ms", "10000"];
+    let (mut target, address) = target_for(&source, &with(&with(&[], &["--insecure"]), &limit));
+    let never = When::Moment(Duration::MAX);
+    let network = Network::to(&address, Cut::Deaf, never, false);
+    let here = with(&with(&[], &["--insecure", "true"]), &limit);
+    let asker = begin(&source, &network.address, &with(&here, &LATE));
+    eventually("the move's begin", || {
+        source.ctl(&["switch-migration"]).ok()
+    });
+    eventually("post-copy", || {
+        let info: MigrationInfo = source.client().ask(Request::Migration).ok()?;
+        assert_ne!(info.stage, MigrationStage::Completed, "it was too fast");
+        (info.stage == MigrationStage::PostCopy).then_some(())
+    });
+    network.cut();
+    let output = asker.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains(UNHEARD), "{said} {}", target.said());
+    let (status, told) = source.ended();
+    assert!(!status.success() && told.contains(UNHEARD), "{told}");
+    assert!(target.client().info().unwrap().filling.unwrap().complete);
+    let mut serial = target.serial();
+    serial.load_beyond(done);
+    serial.end_load();
 }
 
 #[test]

@@ -641,7 +641,8 @@ pub enum MigrationStage {
     Failed,
     /// The guest runs here: somebody wanted it so.
     Cancelled,
-    /// The guest ran there without all of its memory when the two sides lost each other: it runs nowhere.
+    /// The guest ran there without all of its memory when the two sides lost each other: it runs nowhere. Or there, if
+    /// `error` says that all was sent, and only the target knows whether it came.
     Lost,
     /// The guest is paused here, and may run there: say `resume` if it does not, `shutdown` if it does.
     InDoubt,

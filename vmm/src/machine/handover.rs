@@ -480,7 +480,7 @@ impl Machine {
             }
             Err(error) => {
                 let text = chain(&error);
-                if let MigrationError::Lost { .. } = error {
+                if let MigrationError::Lost { .. } | MigrationError::Unheard(_) = error {
                     self.lose(text);
                     return Ok(());
                 }

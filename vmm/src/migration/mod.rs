@@ -166,8 +166,8 @@ impl Hello {
     }
 }
 
-/// Why a migration did not happen: the machine is the source's, but for [`MigrationError::Doubt`] and
-/// [`MigrationError::Lost`].
+/// Why a migration did not happen: the machine is the source's, but for [`MigrationError::Doubt`],
+/// [`MigrationError::Lost`] and [`MigrationError::Unheard`].
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// The connection broke.
@@ -233,6 +233,12 @@ pub enum MigrationError {
         /// How the connection broke.
         source: io::Error,
     },
+    /// The same, but all of it was sent, and through a tunnel the end of the connections does not tell of the target.
+    #[error(
+        "the target has the machine and was sent all of its memory, but the two sides lost each other before it said that \
+         all had come: the guest runs there, or is lost if that process has ended"
+    )]
+    Unheard(#[source] io::Error),
     /// Nobody knows which side has the machine.
     #[error("in doubt: the connection broke after the machine was handed over")]
     Doubt,

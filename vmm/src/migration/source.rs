@@ -270,7 +270,7 @@ fn attempt(
         }
     }
     let done = match service {
-        Some((service, left)) => finish(done, service, &left, progress, owner)?,
+        Some((service, left)) => finish(done, service, &left, relayed, progress, owner)?,
         None => {
             progress.remaining.store(0, Ordering::Relaxed);
             done
@@ -415,6 +415,7 @@ fn finish(
     done: Result<(), Switch>,
     service: Service,
     left: &Left,
+    relayed: bool,
     progress: &Progress,
     owner: &impl Owner,
 ) -> Result<Result<(), Switch>, MigrationError> {
@@ -440,9 +441,12 @@ fn finish(
     progress.cut();
     service.end();
     let missing = pages::size_bytes(&pages::rest(left));
-    served.map_err(|source| MigrationError::Lost {
-        missing_kib: missing >> 10,
-        source,
+    served.map_err(|source| match missing {
+        0 if relayed => MigrationError::Unheard(source),
+        _ => MigrationError::Lost {
+            missing_kib: missing >> 10,
+            source,
+        },
     })?;
     if done.is_ok() {
         progress.remaining.store(0, Ordering::Relaxed);
