@@ -264,6 +264,10 @@ async fn is_saved_while_it_runs(node: &Node, state: &tempfile::TempDir, id: Gues
     let rounds = load.rounds();
     assert!(rounds >= first && rounds < later.unwrap(), "{rounds}");
 
+    suspends_with_its_progress(node, id).await;
+    let mut load = Load::of(node, id);
+    assert!(load.rounds() > rounds);
+
     // One that nobody finishes: so slow that it is not complete before the next daemon gives it up.
     let file = || tempfile::tempfile().unwrap();
     let files = [file(), file(), file(), device];
@@ -291,6 +295,15 @@ async fn is_saved_while_it_runs(node: &Node, state: &tempfile::TempDir, id: Gues
     assert!(!said.contains("FAILED"), "{said}");
     let deleted = node.guests().delete_snapshot(KIND, id, "live", USER);
     assert_eq!(done(node, deleted).await, "OK");
+}
+
+/// It is held and written as a live snapshot is, so that the task tells how far it is.
+async fn suspends_with_its_progress(node: &Node, id: GuestId) {
+    let suspended = node.guests().suspend_to_disk(id, None, USER);
+    let told = log_of(node, suspended).await;
+    assert!(told.contains("wrote memory: "), "{told}");
+    let resumed = node.guests().act(KIND, id, Action::Resume, USER);
+    assert_eq!(done(node, resumed).await, "OK");
 }
 
 /// A disc goes in and out of its drive while the machine runs; everything else of a drive waits.

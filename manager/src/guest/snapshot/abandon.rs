@@ -60,7 +60,7 @@ async fn remove(abandon: &mut Abandon, task: &TaskContext) -> Result<(), Error> 
         saved::give_up(&abandon.seat, saved::of(values).as_ref()).await?;
     }
     let suspended = saved::of(&stored.config.current.values);
-    saved::free(&abandon.seat, suspended.as_ref()).await
+    saved::give_up(&abandon.seat, suspended.as_ref()).await
 }
 
 async fn write_config(abandon: &mut Abandon, _: &TaskContext) -> Result<(), Error> {

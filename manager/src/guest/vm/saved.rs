@@ -217,14 +217,7 @@ fn failed(volume: &str) -> impl Fn(io::Error) -> Error {
     move |error| Error::failed(format!("write {volume}"), error)
 }
 
-/// Writes a held machine into a new volume; it is on the disk when this returns.
-pub async fn write(vm: &Vm, volume: &VolumeId, task: &TaskContext) -> Result<(), Error> {
-    let writing = Writing::new(vm, volume, task).await?;
-    writing.write_held(vm, task).await?;
-    writing.seal().await
-}
-
-/// Begins the same. What goes into the volume is what the machine is now, and its guest may go on when this returns.
+/// Begins to write a held machine into a new volume: what it is now, so that its guest may go on when this returns.
 pub async fn begin(vm: &Vm, volume: &VolumeId, task: &TaskContext) -> Result<Writing, Error> {
     let mut writing = Writing::new(vm, volume, task).await?;
     if let Err(why) = writing.begin_live(vm).await? {

@@ -98,14 +98,17 @@ async fn release(suspend: &mut Suspend, _: &TaskContext) -> Result<(), Error> {
 }
 
 async fn write(suspend: &mut Suspend, task: &TaskContext) -> Result<(), Error> {
-    match &suspend.volume {
-        Some(volume) => saved::write(&Vm::new(suspend.seat.clone()), volume, task).await,
-        None => Ok(()),
-    }
+    let Some(volume) = &suspend.volume else {
+        return Ok(());
+    };
+    let vm = Vm::new(suspend.seat.clone());
+    // As if the guest were to go on: so the machine tells how far it is, and can be told to stop. It stays held.
+    let writing = saved::begin(&vm, volume, task).await?;
+    saved::finish(&vm, writing, task).await
 }
 
 async fn remove(suspend: &mut Suspend, _: &TaskContext) -> Result<(), Error> {
-    saved::free(&suspend.seat, suspend.volume.as_ref()).await
+    saved::give_up(&suspend.seat, suspend.volume.as_ref()).await
 }
 
 async fn write_config(suspend: &mut Suspend, _: &TaskContext) -> Result<(), Error> {
