@@ -194,7 +194,8 @@ pub fn migrate(client: &Client, body: &Migrate) -> anyhow::Result<MigrationInfo>
             client.act(Request::Shutdown)?;
             anyhow::ensure!(
                 lines == 0 || info.remaining_bytes == 0,
-                "the guest is lost: the target had taken it, and {} KiB of its memory were still to be sent",
+                "the target had taken the guest, and did not say that the last of its memory had come ({} KiB or more \
+                 may be missing): it runs there, or is lost if that process has ended",
                 info.remaining_bytes >> 10
             );
             Ok(MigrationInfo {

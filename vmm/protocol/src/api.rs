@@ -657,7 +657,7 @@ pub struct MigrationInfo {
     pub rounds: u32,
     /// Bytes sent.
     pub sent_bytes: u64,
-    /// Bytes of memory that are still to be sent in this pass.
+    /// Bytes of memory that are still to be sent in this pass; in doubt, a page at least unless all is known to have come.
     pub remaining_bytes: u64,
     /// Time since it began, in milliseconds.
     pub elapsed_ms: u64,

@@ -11,6 +11,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use atoll_devices::memory::PAGE_BYTES;
 use atoll_thread::Kind;
 use atoll_vmm_protocol::api::{MigrationInfo, MigrationStage};
 use senders::{Pass, Senders};
@@ -430,11 +431,13 @@ fn finish(
             progress.set_stage(MigrationStage::PostCopy, None);
             served = service.wait(look);
         }
-        // It may run there: whoever knows more is told how much is missing.
+        // It may run there: whoever knows more is told how much is missing. What was sent last may not have come.
         Err(Switch::Broke(_) | Switch::Failed(MigrationError::Doubt)) => {
-            if service.wait(look).is_ok() {
-                progress.remaining.store(0, Ordering::Relaxed);
-            }
+            let missing = match service.wait(look) {
+                Ok(()) => 0,
+                Err(_) => pages::size_bytes(&pages::rest(left)).max(PAGE_BYTES as u64),
+            };
+            progress.remaining.store(missing, Ordering::Relaxed);
         }
         Err(Switch::Failed(_)) => {}
     }
