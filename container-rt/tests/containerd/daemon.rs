@@ -54,11 +54,18 @@ pub struct Containerd {
     /// nsenter, waiting for containerd.
     daemon: Option<Child>,
     version: Cgroups,
+    /// Where programs are looked for before all other directories.
+    programs: Option<PathBuf>,
 }
 
 impl Containerd {
     /// Nothing when containerd or these cgroups cannot be had here; the reason is printed.
     pub fn new(cgroups: Cgroups) -> Option<Self> {
+        Self::with_programs(cgroups, None)
+    }
+
+    /// The same with a directory of programs of its own.
+    pub fn with_programs(cgroups: Cgroups, programs: Option<PathBuf>) -> Option<Self> {
         if !can_run() {
             return None;
         }
@@ -98,6 +105,7 @@ impl Containerd {
             keeper,
             daemon: None,
             version: cgroups,
+            programs,
         };
         if line != "ready\n" {
             assert_eq!(containerd.keeper.wait().unwrap().code(), Some(77));
@@ -148,6 +156,10 @@ impl Containerd {
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
+        if let Some(programs) = &self.programs {
+            let others = std::env::var("PATH").unwrap();
+            command.env("PATH", format!("{}:{others}", programs.display()));
+        }
         self.daemon = Some(command.spawn().unwrap());
         wait_for("containerd", || self.run(&["version"]).0 == Some(0));
     }
