@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use crate::error::Error;
 use crate::exec::Program;
+use crate::network::shown::{self, Awareness, Link};
 
 /// One interface of the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,46 +44,6 @@ pub struct Inner {
 }
 
 #[derive(Debug, Deserialize)]
-struct Link {
-    ifname: String,
-    #[serde(default)]
-    flags: Vec<String>,
-    #[serde(default)]
-    mtu: u32,
-    #[serde(default)]
-    address: String,
-    #[serde(default)]
-    link_type: String,
-    master: Option<String>,
-    linkinfo: Option<LinkKind>,
-    #[serde(default)]
-    addr_info: Vec<Address>,
-}
-
-#[derive(Debug, Deserialize)]
-struct LinkKind {
-    info_kind: Option<String>,
-    #[serde(default)]
-    info_data: LinkData,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct LinkData {
-    /// Of a bridge: 0 or 1.
-    #[serde(default)]
-    vlan_filtering: u8,
-}
-
-#[derive(Debug, Deserialize)]
-struct Address {
-    family: String,
-    local: String,
-    prefixlen: u8,
-    #[serde(default)]
-    scope: String,
-}
-
-#[derive(Debug, Deserialize)]
 struct Route {
     gateway: Option<String>,
     dev: Option<String>,
@@ -90,15 +51,13 @@ struct Route {
 
 /// Reads them from the kernel.
 pub async fn list() -> Result<Vec<Interface>, Error> {
-    let links = Program::new("ip")
-        .args(["-json", "-details", "address", "show"])
-        .run()
-        .await?;
+    let links = shown::all().await?;
     let routes = Program::new("ip")
         .args(["-json", "-4", "route", "show", "default"])
         .run()
         .await?;
-    parse(&links, &routes).map_err(|error| Error::failed("read what ip printed", error))
+    let interfaces = interfaces(&links, &routes);
+    interfaces.map_err(|error| Error::failed("read what ip printed", error))
 }
 
 /// Reads those in the network namespace of a process.
@@ -112,7 +71,7 @@ pub async fn of_process(pid: u32) -> Result<Vec<Inner>, Error> {
 }
 
 fn parse_inner(text: &str) -> Result<Vec<Inner>, serde_json::Error> {
-    let links: Vec<Link> = serde_json::from_str(text)?;
+    let links = shown::parse(text)?;
     let inner = links.iter().map(|link| {
         let of = |family: &str| -> Vec<String> {
             let addresses = link.addr_info.iter().filter(|a| a.family == family);
@@ -121,7 +80,7 @@ fn parse_inner(text: &str) -> Result<Vec<Inner>, serde_json::Error> {
                 .collect()
         };
         Inner {
-            name: link.ifname.clone(),
+            name: link.name.clone(),
             mac: link.address.clone(),
             ipv4: of("inet"),
             ipv6: of("inet6"),
@@ -130,8 +89,7 @@ fn parse_inner(text: &str) -> Result<Vec<Inner>, serde_json::Error> {
     Ok(inner.collect())
 }
 
-fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error> {
-    let links: Vec<Link> = serde_json::from_str(links)?;
+fn interfaces(links: &[Link], routes: &str) -> Result<Vec<Interface>, serde_json::Error> {
     let routes: Vec<Route> = serde_json::from_str(if routes.trim().is_empty() {
         "[]"
     } else {
@@ -149,7 +107,7 @@ fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error>
                 .map(|address| format!("{}/{}", address.local, address.prefixlen))
         };
         Interface {
-            name: link.ifname.clone(),
+            name: link.name.clone(),
             kind: kind.clone(),
             active: link.flags.iter().any(|flag| flag == "UP"),
             mac: link.address.clone(),
@@ -157,17 +115,14 @@ fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error>
             addresses: global("inet").chain(global("inet6")).collect(),
             gateway: routes
                 .iter()
-                .find(|route| route.dev.as_ref() == Some(&link.ifname))
+                .find(|route| route.dev.as_ref() == Some(&link.name))
                 .and_then(|route| route.gateway.clone()),
             ports: own
                 .iter()
-                .filter(|(port, _)| port.master.as_ref() == Some(&link.ifname))
-                .map(|(port, _)| port.ifname.clone())
+                .filter(|(port, _)| port.master.as_ref() == Some(&link.name))
+                .map(|(port, _)| port.name.clone())
                 .collect(),
-            vlan_aware: link
-                .linkinfo
-                .as_ref()
-                .is_some_and(|info| info.info_data.vlan_filtering == 1),
+            vlan_aware: link.awareness() == Some(Awareness::Aware),
         }
     });
     Ok(interfaces.collect())
@@ -175,11 +130,7 @@ fn parse(links: &str, routes: &str) -> Result<Vec<Interface>, serde_json::Error>
 
 /// PVE's word for a link's kind; none for what is not the node's own.
 fn kind(link: &Link) -> Option<String> {
-    let info = link
-        .linkinfo
-        .as_ref()
-        .and_then(|info| info.info_kind.as_deref());
-    match info {
+    match link.kind() {
         None if link.link_type == "ether" => Some("eth".to_owned()),
         None | Some("veth" | "tun" | "ifb") => None,
         Some(kind) => Some(kind.to_owned()),
@@ -202,7 +153,7 @@ mod tests {
           {"ifname":"vmbr2","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge",
            "info_data":{"vlan_filtering":0}}}]"#;
         let routes = r#"[{"dst":"default","gateway":"172.16.0.1","dev":"eth0"}]"#;
-        let found = parse(links, routes).unwrap();
+        let found = interfaces(&shown::parse(links).unwrap(), routes).unwrap();
         let aware = found.iter().map(|found| found.vlan_aware);
         assert_eq!(aware.collect::<Vec<_>>(), [false, true, false]);
         assert_eq!((found[0].kind.as_str(), found[0].active), ("eth", true));
@@ -210,7 +161,7 @@ mod tests {
         assert_eq!(found[0].gateway.as_deref(), Some("172.16.0.1"));
         assert_eq!((found[1].kind.as_str(), found[1].active), ("bridge", false));
         assert_eq!(found[1].ports, ["eth0"]);
-        assert_eq!(parse("[]", "").unwrap(), []);
+        assert_eq!(interfaces(&[], "").unwrap(), []);
         let inner = parse_inner(links).unwrap();
         assert_eq!(
             (inner[1].ipv4.len(), inner[1].ipv6[0].as_str()),

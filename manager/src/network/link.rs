@@ -6,7 +6,8 @@ use crate::error::Error;
 use crate::exec::Program;
 use crate::id::GuestId;
 use crate::network::rate;
-use crate::network::vlan::{self, Awareness, Vlans};
+use crate::network::shown::{self, Awareness};
+use crate::network::vlan::Vlans;
 
 /// Name of a VM's tap for its network card of that number.
 pub fn tap_name(guest: GuestId, index: u16) -> String {
@@ -121,7 +122,7 @@ fn owner(link: &str) -> Option<GuestId> {
 
 /// Makes the bridge unless it exists; says whether it did.
 pub async fn ensure_bridge(name: &str) -> Result<bool, Error> {
-    if vlan::awareness(name).await.is_some() {
+    if awareness(name).await.is_some() {
         return Ok(false);
     }
     if exists(name) {
@@ -307,12 +308,17 @@ async fn check(attachment: &Attachment) -> Result<Option<Awareness>, Error> {
     let Some(bridge) = &attachment.bridge else {
         return Ok(None);
     };
-    let awareness = vlan::awareness(bridge)
+    let awareness = awareness(bridge)
         .await
         .ok_or_else(|| Error::Refused(format!("bridge '{bridge}' does not exist")))?;
     let vlans = &attachment.vlans;
     vlans.check(&attachment.card, bridge, awareness)?;
     Ok(Some(awareness))
+}
+
+/// What the bridge of that name does with tags; none when there is no such bridge.
+async fn awareness(bridge: &str) -> Option<Awareness> {
+    shown::one(bridge).await?.awareness()
 }
 
 /// Connects an end that is connected to nothing. On a VLAN-aware bridge it is off until it has its own VLANs, so that

@@ -14,6 +14,7 @@ pub mod dhcp;
 pub mod interfaces;
 pub mod link;
 pub mod rate;
+mod shown;
 pub mod vlan;
 
 use std::path::PathBuf;

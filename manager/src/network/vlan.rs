@@ -7,10 +7,9 @@
 
 use std::ops::RangeInclusive;
 
-use serde_json::Value;
-
 use crate::error::Error;
 use crate::exec::Program;
+use crate::network::shown::Awareness;
 
 /// Numbers of VLANs; 0 and 4095 are reserved (IEEE 802.1Q, table 9-2).
 const IDS: RangeInclusive<u16> = 1..=4094;
@@ -28,17 +27,6 @@ pub struct Vlans {
     pub tag: Option<u16>,
     /// VLANs whose frames it sends and receives with their tags; in order, without overlaps.
     pub trunks: Vec<RangeInclusive<u16>>,
-}
-
-/// What a bridge does with the tags of frames.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Awareness {
-    /// It keeps VLANs apart, each port has some of them.
-    Aware,
-    /// It forwards frames whatever their tags are.
-    Unaware,
-    /// The same, and the kernel was built without the other.
-    Impossible,
 }
 
 /// The VLANs of a list such as `2;5;10-20`: in order, what overlaps or adjoins as one. PVE's property `trunks`.
@@ -151,33 +139,6 @@ impl Vlans {
     }
 }
 
-/// What the bridge of that name does with tags; none when there is no such bridge.
-pub async fn awareness(bridge: &str) -> Option<Awareness> {
-    let shown = Program::new("ip")
-        .args(["-json", "-details", "link", "show", "dev", bridge])
-        .args(["type", "bridge"])
-        .run()
-        .await;
-    parse_awareness(&shown.ok()?)
-}
-
-fn parse_awareness(shown: &str) -> Option<Awareness> {
-    let shown: Value = serde_json::from_str(shown).ok()?;
-    let link = shown.pointer("/0/linkinfo")?;
-    if link["info_kind"] != "bridge" {
-        return None;
-    }
-    let data = &link["info_data"];
-    Some(if data["vlan_filtering"] == 1 {
-        Awareness::Aware
-    } else if data["vlan_default_pvid"].is_null() {
-        // A kernel without the filter shows it as off, and has none of its settings (net/bridge/br_netlink.c).
-        Awareness::Impossible
-    } else {
-        Awareness::Unaware
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,26 +195,6 @@ mod tests {
         for (tag, trunks) in [(Some("0"), None), (Some("5"), Some("x")), (Some(""), None)] {
             let refused = Vlans::new("net2", tag, trunks).unwrap_err().to_string();
             assert!(refused.starts_with("net2: invalid VLAN '"), "{refused}");
-        }
-    }
-
-    #[test]
-    fn a_bridge_tells_what_it_does_with_tags() {
-        let link = |data: &str| {
-            format!(r#"[{{"linkinfo":{{"info_kind":"bridge","info_data":{{{data}}}}}}}]"#)
-        };
-        let told = |data| parse_awareness(&link(data)).unwrap();
-        assert_eq!(
-            told(r#""vlan_filtering":1,"vlan_default_pvid":1"#),
-            Awareness::Aware
-        );
-        assert_eq!(
-            told(r#""vlan_filtering":0,"vlan_default_pvid":1"#),
-            Awareness::Unaware
-        );
-        assert_eq!(told(r#""vlan_filtering":0"#), Awareness::Impossible);
-        for other in ["", "[]", "[{}]", r#"[{"linkinfo":{"info_kind":"veth"}}]"#] {
-            assert_eq!(parse_awareness(other), None, "{other}");
         }
     }
 
