@@ -207,15 +207,14 @@ fn count_cpus(info: &str) -> (usize, usize) {
     (cpus.max(1), sockets.len().max(1))
 }
 
-/// Bytes through the host's own cards: loopback, bridges and guests' interfaces would count them again.
+/// Bytes through the host's own cards: loopback, bridges, VLANs and guests' interfaces would count them again.
 fn network(text: &str) -> (u64, u64) {
     let virtual_ones = ["lo", "tap", "veth", "vmbr", "fw", "docker", "br-"];
     let card = |line: &str| {
         let (name, counters) = line.split_once(':')?;
-        if virtual_ones
-            .iter()
-            .any(|stem| name.trim().starts_with(stem))
-        {
+        let name = name.trim();
+        let is_vlan = name.contains('.');
+        if is_vlan || virtual_ones.iter().any(|stem| name.starts_with(stem)) {
             return None;
         }
         let counters: Vec<u64> = counters
@@ -271,7 +270,7 @@ mod tests {
         let info = "processor\t: 0\nmodel name\t: X: Y\nphysical id\t: 0\n\nprocessor\t: 1\nphysical id\t: 0\n";
         assert_eq!(count_cpus(info), (2, 1));
         assert_eq!(cpuinfo(info, "model name"), Some("X: Y"));
-        let net = "head\n  eth0: 5 0 0 0 0 0 0 0 7 0\n    lo: 9 0 0 0 0 0 0 0 9 0\n";
+        let net = "head\n  eth0: 5 0 0 0 0 0 0 0 7 0\n    lo: 9 0 0 0 0 0 0 0 9 0\neth0.5: 3 0 0 0 0 0 0 0 3 0\n";
         assert_eq!(network(net), (5, 7));
     }
 

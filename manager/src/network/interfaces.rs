@@ -1,5 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! The node's interfaces as they are now, for listings. Links of guests are left out.
+//! The node's interfaces as they are now, for listings. Links of guests are left out, and so are the devices that are
+//! there for their VLANs: as in PVE, the list is what an administrator configures.
 
 use serde::Deserialize;
 
@@ -131,6 +132,7 @@ fn interfaces(links: &[Link], routes: &str) -> Result<Vec<Interface>, serde_json
 /// PVE's word for a link's kind; none for what is not the node's own.
 fn kind(link: &Link) -> Option<String> {
     match link.kind() {
+        _ if link.is_ours() => None,
         None if link.link_type == "ether" => Some("eth".to_owned()),
         None | Some("veth" | "tun" | "ifb") => None,
         Some(kind) => Some(kind.to_owned()),
@@ -151,7 +153,8 @@ mod tests {
           {"ifname":"vmbr1","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge",
            "info_data":{"forward_delay":1500,"vlan_filtering":1,"bridge_id":"8000.2:fc:0:0:0:1"}}},
           {"ifname":"vmbr2","link_type":"ether","flags":[],"mtu":1500,"linkinfo":{"info_kind":"bridge",
-           "info_data":{"vlan_filtering":0}}}]"#;
+           "info_data":{"vlan_filtering":0}}},
+          {"ifname":"vmbr2v5","link_type":"ether","group":"8021","linkinfo":{"info_kind":"bridge"}}]"#;
         let routes = r#"[{"dst":"default","gateway":"172.16.0.1","dev":"eth0"}]"#;
         let found = interfaces(&shown::parse(links).unwrap(), routes).unwrap();
         let aware = found.iter().map(|found| found.vlan_aware);

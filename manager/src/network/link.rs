@@ -6,8 +6,9 @@ use crate::error::Error;
 use crate::exec::Program;
 use crate::id::GuestId;
 use crate::network::rate;
-use crate::network::shown::{self, Awareness};
-use crate::network::vlan::Vlans;
+use crate::network::shown;
+use crate::network::vlan::{Need, Vlans};
+use crate::network::vlan_bridge;
 
 /// Name of a VM's tap for its network card of that number.
 pub fn tap_name(guest: GuestId, index: u16) -> String {
@@ -111,7 +112,7 @@ pub fn guest_traffic(guest: GuestId) -> Traffic {
 }
 
 /// The guest that a link belongs to, by its name.
-fn owner(link: &str) -> Option<GuestId> {
+pub(super) fn owner(link: &str) -> Option<GuestId> {
     let rest = link
         .strip_prefix("tap")
         .or_else(|| link.strip_prefix("veth"))?;
@@ -122,7 +123,10 @@ fn owner(link: &str) -> Option<GuestId> {
 
 /// Makes the bridge unless it exists; says whether it did.
 pub async fn ensure_bridge(name: &str) -> Result<bool, Error> {
-    if awareness(name).await.is_some() {
+    if shown::one(name)
+        .await
+        .is_some_and(|it| it.awareness().is_some())
+    {
         return Ok(false);
     }
     if exists(name) {
@@ -151,8 +155,26 @@ pub async fn up(name: &str) -> Result<(), Error> {
     ip(&["link", "set", "dev", name, "up"]).await
 }
 
-/// Removes a link; removing what is not there is no error.
+/// Removes a guest's link, and what was there for its VLAN alone; removing what is not there is no error.
 pub async fn delete(name: &str) -> Result<(), Error> {
+    let removed = remove(name).await;
+    vlan_bridge::sweep().await;
+    removed
+}
+
+/// Removes all links of a guest, and what was there for their VLANs alone.
+pub async fn delete_all(guest: GuestId) -> Result<(), Error> {
+    for (name, owner) in guest_links() {
+        if owner == guest {
+            remove(&name).await?;
+        }
+    }
+    vlan_bridge::sweep().await;
+    Ok(())
+}
+
+/// Removes a link; removing what is not there is no error.
+pub(super) async fn remove(name: &str) -> Result<(), Error> {
     match ip(&["link", "delete", "dev", name]).await {
         // The kernel removes a veth's host end together with its container's namespace: gone is gone.
         Err(_) if !exists(name) => Ok(()),
@@ -280,59 +302,74 @@ async fn exchange(name: &str, former: &Attachment, new: &Attachment) -> Result<(
         rate::clear(name).await?;
         limit(name, new).await?;
     }
-    let place = |attachment: &Attachment| {
-        let Attachment {
-            bridge,
-            mtu,
-            link_down,
-            ..
-        } = attachment;
-        (bridge.clone(), *mtu, *link_down)
-    };
-    if place(former) == place(new) {
+    let place = check(new).await?;
+    let is_there = shown::one(name).await.and_then(|link| link.master)
+        == place.as_ref().map(|place| place.bridge.clone());
+    if is_there && (former.mtu, former.link_down) == (new.mtu, new.link_down) {
         // Where it stays, its guest does not notice that it is in other VLANs.
-        return match (former.vlans == new.vlans, check(new).await?) {
-            (false, Some(Awareness::Aware)) => new.vlans.set(name).await,
+        return match (former.vlans == new.vlans, place.map(|place| place.need)) {
+            (false, Some(Need::Filter)) => new.vlans.set(name).await,
             _ => Ok(()),
         };
     }
     ip(&["link", "set", "dev", name, "nomaster"]).await?;
-    if new.link_down || check(new).await? == Some(Awareness::Aware) {
+    let is_filtered = place.is_some_and(|place| place.need == Need::Filter);
+    if new.link_down || is_filtered {
         ip(&["link", "set", "dev", name, "down"]).await?;
     }
-    connect(name, new).await
+    let connected = connect(name, new).await;
+    vlan_bridge::sweep().await;
+    connected
 }
 
-/// Whether a card can be connected like that; what its bridge, if any, does with VLANs.
-async fn check(attachment: &Attachment) -> Result<Option<Awareness>, Error> {
+/// Where a card's end goes.
+struct Place {
+    /// The bridge that it becomes a port of.
+    bridge: String,
+    need: Need,
+}
+
+/// Whether a card can be connected like that, and where.
+async fn check(attachment: &Attachment) -> Result<Option<Place>, Error> {
     let Some(bridge) = &attachment.bridge else {
         return Ok(None);
     };
-    let awareness = awareness(bridge)
-        .await
-        .ok_or_else(|| Error::Refused(format!("bridge '{bridge}' does not exist")))?;
-    let vlans = &attachment.vlans;
-    vlans.check(&attachment.card, bridge, awareness)?;
-    Ok(Some(awareness))
-}
-
-/// What the bridge of that name does with tags; none when there is no such bridge.
-async fn awareness(bridge: &str) -> Option<Awareness> {
-    shown::one(bridge).await?.awareness()
+    let card = &attachment.card;
+    let link = shown::one(bridge).await;
+    let (link, awareness) = link
+        .and_then(|link| link.awareness().map(|awareness| (link, awareness)))
+        .ok_or_else(|| Error::refused(format!("bridge '{bridge}' does not exist")))?;
+    let need = attachment.vlans.need(card, bridge, awareness)?;
+    let bridge = match &need {
+        Need::Bridge { tag, remedy } => {
+            let plan = vlan_bridge::plan(&shown::all().await?, &link, *tag);
+            let refuse = |reason| format!("{card}: tag={tag}: {reason}; {remedy}");
+            plan.map_err(|reason| Error::refused(refuse(reason)))?
+                .bridge
+        }
+        Need::Nothing | Need::Filter => bridge.clone(),
+    };
+    Ok(Some(Place { bridge, need }))
 }
 
 /// Connects an end that is connected to nothing. On a VLAN-aware bridge it is off until it has its own VLANs, so that
 /// nothing crosses in that which the bridge gives to every new port.
 async fn connect(name: &str, attachment: &Attachment) -> Result<(), Error> {
-    let awareness = check(attachment).await?;
-    if let Some(bridge) = &attachment.bridge {
+    if let (Some(place), Some(bridge)) = (check(attachment).await?, &attachment.bridge) {
         if let Some(mtu) = attachment.mtu {
             ip(&["link", "set", "dev", name, "mtu", &mtu.to_string()]).await?;
         }
-        ip(&["link", "set", "dev", name, "master", bridge]).await?;
-    }
-    if awareness == Some(Awareness::Aware) {
-        attachment.vlans.set(name).await?;
+        match place.need {
+            Need::Bridge { tag, .. } => {
+                vlan_bridge::plug(name, &attachment.card, bridge, tag).await?;
+            }
+            Need::Nothing | Need::Filter => {
+                ip(&["link", "set", "dev", name, "master", &place.bridge]).await?;
+            }
+        }
+        if place.need == Need::Filter {
+            attachment.vlans.set(name).await?;
+        }
     }
     if attachment.link_down {
         return Ok(());
@@ -349,7 +386,7 @@ async fn limit(name: &str, attachment: &Attachment) -> Result<(), Error> {
 
 async fn delete_leftover(name: &str) -> Result<(), Error> {
     if exists(name) {
-        delete(name).await?;
+        remove(name).await?;
     }
     Ok(())
 }

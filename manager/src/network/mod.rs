@@ -16,6 +16,7 @@ pub mod link;
 pub mod rate;
 mod shown;
 pub mod vlan;
+mod vlan_bridge;
 
 use std::path::PathBuf;
 
@@ -54,6 +55,7 @@ impl Network {
             .run()
             .await?;
         link::up(&self.bridge).await?;
+        vlan_bridge::sweep().await;
         self.ensure_nat().await?;
         dhcp::ensure(self, created).await
     }
@@ -66,7 +68,7 @@ impl Network {
             .stdin(format!("add table {TABLE}\ndelete table {TABLE}\n"))
             .run()
             .await?;
-        link::delete(&self.bridge).await
+        link::remove(&self.bridge).await
     }
 
     async fn ensure_nat(&self) -> Result<(), Error> {

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::error::Error;
 use crate::exec::Program;
+use crate::network::{link, vlan_bridge};
 
 /// One link, of `ip -json -details address show`.
 #[derive(Debug, Clone, Deserialize)]
@@ -22,6 +23,10 @@ pub(super) struct Link {
     pub(super) link_type: String,
     /// The bridge, or the bond, that it is a port of.
     pub(super) master: Option<String>,
+    /// The link that it is a VLAN of.
+    link: Option<String>,
+    #[serde(default)]
+    group: String,
     #[serde(default)]
     linkinfo: Details,
     #[serde(default)]
@@ -63,15 +68,35 @@ impl Link {
         self.linkinfo.info_kind.as_deref()
     }
 
+    /// Whether it is a link that `vlan_bridge` has made.
+    pub(super) fn is_ours(&self) -> bool {
+        self.group == vlan_bridge::GROUP
+    }
+
+    /// Whether it is a tap, or the host's end of a container's pair.
+    pub(super) fn is_of_guest(&self) -> bool {
+        self.kind() == Some("tun") || link::owner(&self.name).is_some()
+    }
+
+    /// The link that it is a VLAN of, and which.
+    pub(super) fn vlan(&self) -> Option<(&str, u16)> {
+        let id = self.setting("id").filter(|_| self.kind() == Some("vlan"))?;
+        Some((self.link.as_deref()?, id.try_into().ok()?))
+    }
+
+    /// A setting of its kind, if it has one of that name.
+    pub(super) fn setting(&self, name: &str) -> Option<u64> {
+        self.linkinfo.info_data[name].as_u64()
+    }
+
     /// What it does with tags; none when it is no bridge.
     pub(super) fn awareness(&self) -> Option<Awareness> {
         if self.kind() != Some("bridge") {
             return None;
         }
-        let data = &self.linkinfo.info_data;
-        Some(if data["vlan_filtering"] == 1 {
+        Some(if self.setting("vlan_filtering") == Some(1) {
             Awareness::Aware
-        } else if data["vlan_default_pvid"].is_null() {
+        } else if self.setting("vlan_default_pvid").is_none() {
             // A kernel without the filter shows it as off, and has none of its settings (net/bridge/br_netlink.c).
             Awareness::Impossible
         } else {
@@ -123,10 +148,7 @@ mod tests {
         let impossible = awareness("bridge", r#""vlan_filtering":0"#);
         assert_eq!(impossible, Some(Awareness::Impossible));
         assert_eq!(awareness("vlan", r#""vlan_filtering":1"#), None);
-        assert_eq!(
-            parse(r#"[{"ifname":"lo"}]"#).unwrap()[0].awareness(),
-            None
-        );
+        assert_eq!(parse(r#"[{"ifname":"lo"}]"#).unwrap()[0].awareness(), None);
         assert!(parse("").is_err());
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! As in PVE: frames of the card's `tag` cross it without a tag, those of its `trunks` with theirs. A card that has
 //! neither is in VLAN 1 and carries all others with their tags. On a bridge that is not VLAN-aware, such a card is
-//! connected as ever, and one with a tag or trunks is refused. Called by `link`, which connects cards.
+//! connected as ever, one with a tag is on a bridge of its VLAN (`vlan_bridge`), and one with trunks is refused. Called
+//! by `link`, which connects cards.
 
 use std::ops::RangeInclusive;
 
@@ -16,9 +17,6 @@ const IDS: RangeInclusive<u16> = 1..=4094;
 
 /// The VLAN of frames without a tag, on cards and bridges for which nobody said another.
 const DEFAULT_ID: u16 = 1;
-
-/// How the manager's users make a bridge VLAN-aware: now, and for its next start.
-const REMEDY: &str = "(in /etc/network/interfaces: bridge-vlan-aware yes)";
 
 /// What a config says about the VLANs of a card.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -53,6 +51,31 @@ pub fn parse_trunks(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
     Ok(merged)
 }
 
+/// What a card needs beyond being a port of its bridge.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Need {
+    /// Nothing.
+    Nothing,
+    /// Its VLANs as a port of a VLAN-aware bridge.
+    Filter,
+    /// The bridge of its VLAN, `vlan_bridge`; and what helps where that cannot be.
+    Bridge { tag: u16, remedy: String },
+}
+
+/// How a bridge is made VLAN-aware: now, and for its next start.
+fn remedy(bridge: &str, awareness: Awareness) -> String {
+    match awareness {
+        Awareness::Impossible => format!(
+            "'{bridge}' cannot be VLAN-aware, this host's kernel has no VLAN filtering \
+             (CONFIG_BRIDGE_VLAN_FILTERING)"
+        ),
+        _ => format!(
+            "make it VLAN-aware: ip link set dev {bridge} type bridge vlan_filtering 1 \
+             (in /etc/network/interfaces: bridge-vlan-aware yes)"
+        ),
+    }
+}
+
 fn id(text: &str) -> Result<u16, String> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     let id = text.parse().ok().filter(|id| digits && IDS.contains(id));
@@ -76,28 +99,21 @@ impl Vlans {
         *self == Self::default()
     }
 
-    /// What is wrong with them on a bridge, for a card (`net0`).
-    pub(super) fn check(
+    /// What a card (`net0`) with these on a bridge needs, beyond being its port.
+    pub(super) fn need(
         &self,
         card: &str,
         bridge: &str,
         awareness: Awareness,
-    ) -> Result<(), Error> {
-        let property = match self.tag {
-            Some(tag) => format!("tag={tag}"),
-            None => "trunks".to_owned(),
-        };
-        match awareness {
-            _ if self.is_default() => Ok(()),
-            Awareness::Aware => Ok(()),
-            Awareness::Unaware => Err(Error::refused(format!(
-                "{card}: {property} needs a VLAN-aware bridge, and '{bridge}' is none: \
-                 ip link set dev {bridge} type bridge vlan_filtering 1 {REMEDY}"
+    ) -> Result<Need, Error> {
+        let remedy = remedy(bridge, awareness);
+        match (awareness, self.tag) {
+            (Awareness::Aware, _) => Ok(Need::Filter),
+            _ if !self.trunks.is_empty() => Err(Error::refused(format!(
+                "{card}: trunks needs a VLAN-aware bridge, and '{bridge}' is none: {remedy}"
             ))),
-            Awareness::Impossible => Err(Error::refused(format!(
-                "{card}: {property} needs a VLAN-aware bridge, which '{bridge}' cannot be: this host's kernel has no \
-                 VLAN filtering (CONFIG_BRIDGE_VLAN_FILTERING)"
-            ))),
+            (_, None) => Ok(Need::Nothing),
+            (_, Some(tag)) => Ok(Need::Bridge { tag, remedy }),
         }
     }
 
@@ -199,23 +215,29 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_that_cannot_keep_vlans_apart_is_named() {
-        let refusal = |tag, trunks, awareness| {
-            let vlans = Vlans { tag, trunks };
-            let checked = vlans.check("net3", "vmbr7", awareness);
-            checked.map_err(|e| e.to_string()).err().unwrap_or_default()
+    fn a_tag_needs_a_filter_or_a_bridge_and_trunks_a_filter() {
+        let need = |tag, trunks: &[RangeInclusive<u16>], awareness| {
+            let trunks = trunks.to_vec();
+            let need = Vlans { tag, trunks }.need("net3", "vmbr7", awareness);
+            need.map_err(|error| error.to_string())
         };
-        let unaware = refusal(Some(5), vec![], Awareness::Unaware);
+        assert_eq!(need(Some(5), &[2..=9], Awareness::Aware), Ok(Need::Filter));
+        assert_eq!(need(None, &[], Awareness::Aware), Ok(Need::Filter));
+        for awareness in [Awareness::Unaware, Awareness::Impossible] {
+            assert_eq!(need(None, &[], awareness), Ok(Need::Nothing));
+            let tagged = need(Some(5), &[], awareness).unwrap();
+            assert!(matches!(tagged, Need::Bridge { tag: 5, .. }), "{tagged:?}");
+        }
+        let unaware = need(Some(5), &[2..=9], Awareness::Unaware).unwrap_err();
         assert!(
-            unaware.starts_with("net3: tag=5 ") && unaware.contains("vmbr7 type bridge vlan"),
+            unaware.starts_with("net3: trunks needs ")
+                && unaware.contains("vmbr7 type bridge vlan"),
             "{unaware}"
         );
-        let impossible = refusal(None, vec![2..=9], Awareness::Impossible);
+        let impossible = need(None, &[2..=9], Awareness::Impossible).unwrap_err();
         assert!(
             impossible.starts_with("net3: trunks ") && impossible.contains("kernel"),
             "{impossible}"
         );
-        assert_eq!(refusal(Some(5), vec![], Awareness::Aware), "");
-        assert_eq!(refusal(None, vec![], Awareness::Impossible), "");
     }
 }

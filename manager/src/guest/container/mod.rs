@@ -245,11 +245,7 @@ impl Guest for Container {
         if self.state_folder().exists() {
             self.command(&["delete", "--force"], &[]).await?;
         }
-        for (name, guest) in link::guest_links() {
-            if guest == self.seat.id {
-                link::delete(&name).await?;
-            }
-        }
+        link::delete_all(self.seat.id).await?;
         if self.seat.run_folder().exists() {
             hook::run_quietly(&self.seat, hook::POST_STOP).await;
         }

@@ -124,7 +124,7 @@ pub const fn absent(name: &'static str, format: Format) -> Param {
 pub const LINK_TAG: Param = Param::new(
     "tag",
     Kind::Integer { min: 1, max: 4094 },
-    "VLAN that the card is in, without knowing it; the bridge must be VLAN-aware.",
+    "VLAN that the card is in, without knowing it: of the bridge if that is VLAN-aware, else of its physical interfaces.",
 );
 
 pub const LINK_TRUNKS: Param = Param::new(

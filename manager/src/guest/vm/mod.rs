@@ -314,11 +314,7 @@ impl Guest for Vm {
 
     /// Taps, control group, run folder.
     async fn clean_up(&self) -> Result<(), Error> {
-        for (name, guest) in link::guest_links() {
-            if guest == self.seat.id {
-                link::delete(&name).await?;
-            }
-        }
+        link::delete_all(self.seat.id).await?;
         self.group().remove().await;
         self.seat.remove_run_folder().await
     }
