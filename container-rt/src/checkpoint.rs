@@ -54,6 +54,7 @@ pub struct Request {
 pub fn checkpoint(container: &Container, request: &Request) -> Result<Vec<String>> {
     let running = [Status::Running, Status::Paused];
     container.require(&running, "only a running container can be checkpointed")?;
+    container.cgroups()?;
     let Some(init) = container.saved.init else {
         return Err(Error::NotFound {
             id: container.saved.id.clone(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Runs containers from OCI bundles.
+/// Runs containers from OCI bundles, as root or as root of an ordinary user's namespace (rootless podman).
 #[derive(Debug, Parser)]
 #[command(
     name = "atoll-ct",
@@ -25,14 +25,9 @@ pub(crate) struct Cli {
 /// Options of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// Where containers' states are kept
-    #[arg(
-        long,
-        global = true,
-        default_value = "/run/atoll-ct",
-        value_name = "DIR"
-    )]
-    pub(crate) root: PathBuf,
+    /// Where containers' states are kept [default: /run/atoll-ct; rootless: $XDG_RUNTIME_DIR/atoll-ct]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
     /// Append errors to this file, too
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
@@ -55,8 +50,8 @@ pub(crate) struct Global {
     /// Accepted for callers of runc and crun; errors are logged always
     #[arg(long, global = true, hide = true)]
     log_level: Option<String>,
-    /// Accepted for runc's callers, before the command, since `spec` has an option of that name; only `false` and
-    /// `auto` mean anything here
+    /// Accepted for runc's callers, before the command, since `spec` has an option of that name; it is found out
+    /// here
     #[arg(long, hide = true)]
     rootless: Option<String>,
 }

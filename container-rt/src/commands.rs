@@ -14,7 +14,7 @@ use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
     bundle, cgroup, checkpoint, console, criu, device_plug, events, exec, furnish, mknod, monitor,
-    mounts, own_file, restore, terminal,
+    mounts, own_file, restore, state, terminal,
 };
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
@@ -84,8 +84,9 @@ fn enters(command: &Command) -> bool {
 }
 
 fn root(global: &Global) -> Result<std::path::PathBuf> {
-    std::path::absolute(&global.root).map_err(|source| Error::Io {
-        what: format!("--root {}", global.root.display()),
+    let root = global.root.clone().unwrap_or_else(state::default_root);
+    std::path::absolute(&root).map_err(|source| Error::Io {
+        what: format!("--root {}", root.display()),
         source,
     })
 }
@@ -371,7 +372,7 @@ fn list(root: &Path, arguments: &List) -> Result<()> {
 
 fn ps(root: &Path, arguments: &Ps) -> Result<()> {
     let container = Container::load(root, &arguments.id)?;
-    let processes = cgroup::all_processes(&container.saved.cgroups)?;
+    let processes = cgroup::all_processes(container.cgroups()?)?;
     if arguments.format == Format::Json {
         return print(&json!(processes).to_string());
     }

@@ -37,8 +37,8 @@ use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, Status, now, write_atomically};
 use crate::{
-    copy_up, devices, filter, furnish, hooks, idmap, inherit, own_dev, program, restore, starting,
-    sys, terminal, workdir,
+    copy_up, devices, filter, furnish, hooks, idmap, inherit, own_dev, program, restore, rootless,
+    starting, sys, terminal, workdir,
 };
 
 /// What to create, as `atoll-ct create` and `run` take it.
@@ -78,11 +78,7 @@ pub struct Console {
 /// Creates a container below `root` from a bundle that was loaded for the same request. On failure nothing of
 /// it remains.
 pub fn create(root: &Path, request: &Request, bundle: Bundle, console: &Console) -> Result<Saved> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err(Error::Argument(
-            "rootless containers are not supported: run as root".to_owned(),
-        ));
-    }
+    rootless::require_root()?;
     let directory = Directory::reserve(root, &request.id)?;
     let result = create_in(&directory, bundle, request, console);
     if result.is_err() {
@@ -94,7 +90,7 @@ pub fn create(root: &Path, request: &Request, bundle: Bundle, console: &Console)
 
 fn create_in(
     directory: &Directory,
-    bundle: Bundle,
+    mut bundle: Bundle,
     request: &Request,
     console: &Console,
 ) -> Result<Saved> {
@@ -109,7 +105,8 @@ fn create_in(
         let scope = scope::start(&place, &request.id)?;
         (Prepared::of_scope(scope, owner)?, Some(place.unit))
     } else {
-        (cgroup::prepare(&bundle::cgroup_path(&asked)?, owner)?, None)
+        let path = bundle::cgroup_path(&asked)?;
+        (own_cgroup(&mut bundle.spec, &path, owner, request)?, None)
     };
     let mut saved = Saved {
         id: request.id.clone(),
@@ -147,6 +144,25 @@ fn create_in(
         cgroup::dissolve(&saved.cgroups, saved.unit.as_deref()).ok();
     }
     result.map(|()| saved)
+}
+
+/// The container's cgroup, or none where this user may make none.
+fn own_cgroup(
+    spec: &mut Spec,
+    path: &Path,
+    owner: Option<cgroup::Owner>,
+    request: &Request,
+) -> Result<Prepared> {
+    match cgroup::prepare_somewhere(path, owner) {
+        Err(error)
+            if rootless::in_user_namespace()
+                && rootless::is_refusal(&error)
+                && request.restore.is_none() =>
+        {
+            cgroup::absent::prepare(spec, &error)
+        }
+        other => other,
+    }
 }
 
 /// Everything from the mounts on; what fails is taken back by the caller.
@@ -273,10 +289,13 @@ fn restore_processes(
     })
 }
 
-/// On v2 the device list is a filter of ours; on v1 libcgroups writes it.
+/// On v2 the device list is a filter of ours; on v1 libcgroups writes it. In a user namespace the kernel takes no such
+/// program, and lets nobody make a node: a container gets to no device that its user cannot open.
 fn filter_devices(spec: &Spec, cgroup: &Prepared) -> Result<()> {
     match cgroup.directories.first() {
-        Some(directory) if cgroup.unified => cgroup::devices::enforce(directory, device_list(spec)),
+        Some(directory) if cgroup.unified && !rootless::in_user_namespace() => {
+            cgroup::devices::enforce(directory, device_list(spec))
+        }
         _ => Ok(()),
     }
 }
@@ -388,7 +407,9 @@ fn several_ranges(spec: &mut Spec) -> Result<Option<OwnedFd>> {
         return Ok(None);
     };
     let several = |list: &Option<Vec<_>>| list.as_ref().is_some_and(|list| list.len() > 1);
-    if !several(linux.uid_mappings()) && !several(linux.gid_mappings()) {
+    // From a user namespace it would forbid setgroups(2) as well.
+    let single = !several(linux.uid_mappings()) && !several(linux.gid_mappings());
+    if single && !rootless::in_user_namespace() {
         return Ok(None);
     }
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
@@ -444,7 +465,7 @@ fn settle(spec: &Spec, init: sys::Pid) -> Result<()> {
     let process = spec.process().as_ref();
     if let Some(score) = process.and_then(oci_spec::runtime::Process::oom_score_adj) {
         let file = PathBuf::from(format!("/proc/{init}/oom_score_adj"));
-        fs::write(&file, score.to_string()).at("write", &file)?;
+        rootless::forgive(fs::write(&file, score.to_string())).at("write", &file)?;
     }
     own_terminal(spec, init)?;
     furnish::seal(spec, init)

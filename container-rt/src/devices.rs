@@ -2,9 +2,11 @@
 //! Device nodes of config.json that libcontainer cannot make: in a user namespace, where it would bind the host's
 //! node of the same path, if there is one, with the host's owner; and outside `/dev`. They are made in a transient
 //! file system of the host and become bind mounts of the container. Called by `create`.
+//!
+//! A rootless runtime can make none either: there the host's node is bound, if it is the same device.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -16,6 +18,7 @@ use crate::cgroup::Owner;
 use crate::error::{Context, Result};
 use crate::idmap::Transient;
 use crate::own_dev;
+use crate::rootless;
 
 /// Where config.json lists them.
 const FIELD: &str = "linux.devices";
@@ -27,20 +30,30 @@ pub(crate) fn prepare(spec: &mut Spec, transient: &mut Transient) -> Result<()> 
     };
     let owner = bundle::owner(spec);
     let bound = own_dev::is_bound(spec);
+    let rootless = rootless::in_user_namespace();
     let in_dev = |device: &LinuxDevice| device.path().starts_with("/dev");
     let mut devices = linux.devices().clone().unwrap_or_default();
     // In a directory of somebody else's nothing is made.
     devices.retain(|device| !(bound && in_dev(device)));
     let (ours, theirs): (Vec<_>, Vec<_>) = devices
         .into_iter()
-        .partition(|device| owner.is_some() || !in_dev(device));
+        .partition(|device| owner.is_some() || rootless || !in_dev(device));
     linux.set_devices(Some(theirs));
     if !ours.is_empty() {
-        let directory = file_system(owner, transient)?;
+        let directory = match rootless {
+            true => None,
+            false => Some(file_system(owner, transient)?),
+        };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for (number, device) in ours.iter().enumerate() {
-            let node = directory.join(number.to_string());
-            make_owned(device, &node, spec)?;
+            let node = match &directory {
+                Some(directory) => {
+                    let node = directory.join(number.to_string());
+                    make_owned(device, &node, spec)?;
+                    node
+                }
+                None => of_host(device)?,
+            };
             let mount = MountBuilder::default()
                 .destination(device.path())
                 .typ("bind")
@@ -85,7 +98,24 @@ pub(crate) fn make_owned(device: &LinuxDevice, node: &Path, spec: &Spec) -> Resu
     chown(node, Some(uid), Some(gid)).at("chown", node)
 }
 
-fn make(device: &LinuxDevice, node: &Path) -> Result<()> {
+/// The host's node at the path of a device, which must be that device. Its owner and mode stay the host's.
+fn of_host(device: &LinuxDevice) -> Result<PathBuf> {
+    let path = device.path();
+    let found = fs::metadata(path).at("look for the host's own", path)?;
+    let (kind, rdev) = number_of(device)?;
+    if found.mode() & SFlag::S_IFMT.bits() != kind.bits()
+        || (kind != SFlag::S_IFIFO && found.rdev() != rdev)
+    {
+        let path = path.display();
+        let reason =
+            format!("a rootless container gets the host's devices, and its {path} is another one");
+        return Err(wrong(FIELD, reason));
+    }
+    Ok(path.clone())
+}
+
+/// What mknod(2) calls a device.
+fn number_of(device: &LinuxDevice) -> Result<(SFlag, u64)> {
     let kind = match device.typ() {
         LinuxDeviceType::B => SFlag::S_IFBLK,
         LinuxDeviceType::C | LinuxDeviceType::U => SFlag::S_IFCHR,
@@ -95,15 +125,18 @@ fn make(device: &LinuxDevice, node: &Path) -> Result<()> {
     let number = |number: i64| {
         u64::try_from(number).map_err(|_| wrong(FIELD, format!("device number {number}")))
     };
-    let mode = device.file_mode().unwrap_or(0o666) & 0o777;
-    mknod(
-        node,
+    Ok((
         kind,
-        Mode::empty(),
         makedev(number(device.major())?, number(device.minor())?),
-    )
-    .map_err(std::io::Error::from)
-    .at("make the device", device.path())?;
+    ))
+}
+
+fn make(device: &LinuxDevice, node: &Path) -> Result<()> {
+    let (kind, rdev) = number_of(device)?;
+    let mode = device.file_mode().unwrap_or(0o666) & 0o777;
+    mknod(node, kind, Mode::empty(), rdev)
+        .map_err(std::io::Error::from)
+        .at("make the device", device.path())?;
     // Not by mknod, which subtracts the umask.
     fs::set_permissions(node, std::os::unix::fs::PermissionsExt::from_mode(mode)).at("chmod", node)
 }

@@ -36,6 +36,7 @@ pub fn statistics(container: &Container) -> Result<Event<'_>> {
     let there = [Status::Created, Status::Running, Status::Paused];
     container.require(&there, "only a container with processes has statistics")?;
     let saved = &container.saved;
+    container.cgroups()?;
     let failed = |reason: String| Error::Argument(format!("statistics of {}: {reason}", saved.id));
     let unified = cgroup::is_unified_host()?;
     let data = match saved.cgroups.first().filter(|_| unified) {
@@ -70,7 +71,7 @@ pub fn follow(
     let Some(init) = init else {
         return container.require(&[Status::Running], "it has ended");
     };
-    let memory = OutOfMemory::watch(&container.saved.cgroups)?;
+    let memory = OutOfMemory::watch(container.cgroups()?)?;
     let mut killed = memory.as_ref().map_or(0, OutOfMemory::count);
     let mut next = Instant::now() + interval;
     loop {

@@ -30,7 +30,7 @@ use crate::process::{ExitStatus, ProcessFd};
 use crate::state::{Status, write_atomically};
 use crate::sys::{self, Fork};
 use crate::terminal::{self, Signals};
-use crate::{bundle, cgroup, filter, inherit, notify, program};
+use crate::{bundle, cgroup, filter, inherit, notify, program, rootless};
 
 /// What to execute and how, as `atoll-ct exec` takes it.
 #[derive(Debug, Default)]
@@ -416,7 +416,7 @@ fn enter(entry: &Entry<'_>, terminal: Option<OwnedFd>) -> Result<std::convert::I
             .map_err(|e| Error::Argument(format!("rlimit {:?}: {}", limit.typ(), one_line(&e))))?;
     }
     if let Some(score) = process.oom_score_adj() {
-        fs::write("/proc/self/oom_score_adj", score.to_string())
+        rootless::forgive(fs::write("/proc/self/oom_score_adj", score.to_string()))
             .context(|| format!("set the OOM score to {score}"))?;
     }
     if let Some(profile) = process
@@ -449,6 +449,7 @@ fn join_cgroups(entry: &Entry<'_>) -> Result<()> {
     let init = saved.init.map_or(0, |init| init.pid);
     let mut directories = saved.cgroups.clone();
     for below in &entry.request.cgroups {
+        cgroup::required(&saved.id, &saved.cgroups)?;
         let (controllers, path) = below.split_once(':').unwrap_or(("", below));
         let path = Path::new(path.trim_start_matches('/'));
         if path

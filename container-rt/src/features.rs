@@ -100,6 +100,8 @@ pub(crate) fn features() -> Value {
         },
         "annotations": {
             "dev.atoll.version": env!("CARGO_PKG_VERSION"),
+            // By whoever is root of a user namespace.
+            "dev.atoll.rootless": "true",
             // runc's name for it, which engines look for.
             "org.opencontainers.runc.checkpoint.enabled": "true",
         },

@@ -21,13 +21,14 @@ use crate::bundle;
 use crate::cgroup::Owner;
 use crate::error::{Context, Error, Result};
 use crate::overlay;
+use crate::rootless;
 use crate::sys::{self, Fork};
 
 /// Set to `container`, it maps the root file system by the container's own id mappings.
 pub const ROOTFS_ANNOTATION: &str = "dev.atoll.rootfs.idmap";
 
 /// Where the mounts are while a container is created: one directory each, which only the container's root may
-/// enter.
+/// enter. Those of rootless containers are in their user's own `$XDG_RUNTIME_DIR`.
 pub const MOUNT_ROOT: &str = "/run/atoll-ct-mounts";
 
 /// The mounts that exist while a container is being created; dropping detaches them.
@@ -66,9 +67,12 @@ impl Transient {
         if let Some(directory) = &self.directory {
             return Ok(directory.clone());
         }
-        let root = Path::new(MOUNT_ROOT);
-        fs::create_dir_all(root).at("create", root)?;
-        fs::set_permissions(root, Permissions::from_mode(0o711)).at("chmod", root)?;
+        let root = match rootless::runtime_directory() {
+            Some(own) => own.join("atoll-ct-mounts"),
+            None => MOUNT_ROOT.into(),
+        };
+        fs::create_dir_all(&root).at("create", &root)?;
+        fs::set_permissions(&root, Permissions::from_mode(0o711)).at("chmod", &root)?;
         // One creator makes the mounts of one container: its process id is unique meanwhile.
         let directory = root.join(std::process::id().to_string());
         fs::create_dir_all(&directory).at("create", &directory)?;

@@ -111,6 +111,11 @@ impl Container {
         bundle::parse(&fs::read(&path).at("read", &path)?, &path)
     }
 
+    /// Its directories in every hierarchy of cgroups, or an error when it has none.
+    pub fn cgroups(&self) -> Result<&[PathBuf]> {
+        cgroup::required(&self.saved.id, &self.saved.cgroups)
+    }
+
     /// Lets the created program run.
     pub fn start(&self) -> Result<()> {
         self.require(
@@ -164,7 +169,13 @@ impl Container {
     /// Sends a signal to every process in the container, whatever its state. A frozen one that is killed is thawed:
     /// in a v1 freezer it would not die.
     pub fn kill_all(&self, signal: i32) -> Result<()> {
-        cgroup::signal_all(&self.saved.cgroups, signal)?;
+        if self.saved.cgroups.is_empty() && signal == libc::SIGKILL {
+            // All end with the first of their pid namespace, which may have ended.
+            let init = self.saved.init.and_then(crate::process::ProcessId::open);
+            init.map(|init| init.signal(signal).ok());
+            return Ok(());
+        }
+        cgroup::signal_all(self.cgroups()?, signal)?;
         if signal == libc::SIGKILL {
             cgroup::thaw_for_kill(&self.saved.cgroups);
         }
@@ -177,7 +188,7 @@ impl Container {
             &[Status::Running, Status::Created],
             "only a running container can be paused",
         )?;
-        cgroup::freeze(&self.saved.cgroups)
+        cgroup::freeze(self.cgroups()?)
     }
 
     /// Undoes [`Self::pause`].
@@ -193,8 +204,9 @@ impl Container {
             &there,
             "only a container with processes has limits to change",
         )?;
+        let directories = self.cgroups()?;
         cgroup::limits::apply(&self.saved.id, &self.saved.cgroup_path, resources)?;
-        cgroup::limits::apply_unknown(&self.saved.cgroups, resources)?;
+        cgroup::limits::apply_unknown(directories, resources)?;
         let unit = self.saved.unit.as_deref();
         unit.map_or(Ok(()), |unit| {
             cgroup::scope::tell_limits(unit, &self.saved.cgroup_path)

@@ -9,13 +9,16 @@
 
 use std::convert::Infallible;
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd};
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::sys;
 
 const OWN: &str = "/proc/self/exe";
@@ -38,9 +41,30 @@ pub fn run_read_only() -> Result<()> {
     Ok(())
 }
 
+/// The mount in a namespace of our own: root of a user namespace has nothing to say in one that was there before. The
+/// link leads to the mount that we have left, its text to the new one.
+fn elsewhere(own: &Path) -> Result<OwnedFd> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(std::io::Error::from)
+        .context(|| "make a mount namespace".to_owned())?;
+    let path = fs::read_link(own).at("read", own)?;
+    let [ours, found] = [own, &path].map(|path| fs::metadata(path).at("look at", path));
+    let (ours, found) = (ours?, found?);
+    if (ours.dev(), ours.ino()) != (found.dev(), found.ino()) {
+        let path = path.display();
+        return Err(Error::Argument(format!(
+            "{path} is not this program any more"
+        )));
+    }
+    sys::open_tree(&path, false).at("open the mount of", &path)
+}
+
 fn execute_read_only() -> Result<Infallible> {
     let own = Path::new(OWN);
-    let mount = sys::open_tree(own, false).at("open the mount of", own)?;
+    let mount = match sys::open_tree(own, false) {
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => elsewhere(own)?,
+        other => other.at("open the mount of", own)?,
+    };
     sys::change_tree(mount.as_fd(), sys::MountChange::READONLY).at("make read-only", own)?;
     let words = |texts: Vec<std::ffi::OsString>| -> Vec<CString> {
         let convert = |text: std::ffi::OsString| {

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup;
 use crate::error::{Context, Error, Result};
 use crate::process::ProcessId;
+use crate::rootless;
 
 /// The saved form of a container. Fields are only ever added, as options.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -52,6 +53,14 @@ pub struct Saved {
     pub mounts: Vec<PathBuf>,
     /// Whether config.json has hooks to run at start or delete.
     pub has_hooks: bool,
+}
+
+/// Where containers are kept unless the caller says otherwise.
+pub fn default_root() -> PathBuf {
+    match rootless::runtime_directory() {
+        Some(own) => own.join("atoll-ct"),
+        None => "/run/atoll-ct".into(),
+    }
 }
 
 /// Status of the runtime-spec, "Runtime and Lifecycle", plus `paused` as all runtimes have it.

@@ -9,10 +9,12 @@
 //! - remove directories that the container made below its own ([`remove`]);
 //! - filter devices on v2 without a C library ([`devices`]);
 //! - read the statistics of v2 where a controller is missing ([`statistics`]);
+//! - leave a container without a cgroup to a user who may make none ([`absent`]);
 //! - wait for systemd, where it makes the cgroup, or end its unit ([`scope`]).
 //!
 //! A container is known here by its list of directories, one per hierarchy, which `state.json` keeps.
 
+pub mod absent;
 mod bus;
 pub mod devices;
 pub mod limits;
@@ -29,7 +31,8 @@ use std::time::{Duration, Instant};
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{Context, Error, Result};
-use crate::sys::{self, Pid};
+use crate::rootless;
+use crate::sys::{self, Fork, Pid};
 
 /// Where all hierarchies are mounted, by every distribution's convention.
 const MOUNT_ROOT: &str = "/sys/fs/cgroup";
@@ -195,6 +198,7 @@ pub fn prepare(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
     };
     let own =
         fs::read_to_string("/proc/self/cgroup").context(|| "read /proc/self/cgroup".to_owned())?;
+    let rootless = rootless::in_user_namespace();
     for hierarchy in &hierarchies {
         let directory = hierarchy.mount.join(relative);
         check_free(&directory, path)?;
@@ -204,8 +208,11 @@ pub fn prepare(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
             // The device filter is attached before libcgroups gets there, and libcgroups passes controllers on
             // only where it creates the directory itself.
             create_with_controllers(&hierarchy.mount, relative)?;
-        } else if ours || delegated.is_some() {
-            fs::create_dir_all(&directory).at("create", &directory)?;
+        } else if (ours || delegated.is_some() || rootless)
+            && let Err(error) = fs::create_dir_all(&directory)
+        {
+            prepared.give_up();
+            return Err(error).at("create", &directory);
         }
         if let Some(owner) = delegated {
             delegate(&directory, owner)?;
@@ -217,7 +224,50 @@ pub fn prepare(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
         }
         prepared.directories.push(directory);
     }
+    if rootless && unified {
+        try_to_enter(&prepared.directories).inspect_err(|_| prepared.give_up())?;
+    }
     Ok(prepared)
+}
+
+/// The same for whoever may perhaps make none at `path`: then below his own, which may be delegated to him.
+pub fn prepare_somewhere(path: &Path, owner: Option<Owner>) -> Result<Prepared> {
+    let refused = match prepare(path, owner) {
+        Err(error) if rootless::in_user_namespace() && rootless::is_refusal(&error) => error,
+        other => return other,
+    };
+    if !is_unified_host()? {
+        return Err(refused);
+    }
+    let text =
+        fs::read_to_string("/proc/self/cgroup").context(|| "read /proc/self/cgroup".to_owned())?;
+    let own = Path::new(own_path(&text, &Kind::Unified).unwrap_or("/"));
+    let below = own.join(path.strip_prefix("/").unwrap_or(path));
+    match prepare(&below, owner) {
+        Err(error) if rootless::is_refusal(&error) => Err(refused),
+        other => other,
+    }
+}
+
+/// Whether this process may move into a cgroup: making one takes less, and libcgroups passes over the refusal. A child
+/// tries, since there may be no way back. Kernel, `Documentation/admin-guide/cgroup-v2.rst`, "Delegation Containment".
+fn try_to_enter(directories: &[PathBuf]) -> Result<()> {
+    let child = match sys::fork().context(|| "fork".to_owned())? {
+        Fork::Parent(pid) => crate::process::ProcessFd::of_child(pid)?,
+        Fork::Child => {
+            let mut files = directories.iter().map(|d| d.join("cgroup.procs"));
+            let number = files
+                .try_for_each(|file| fs::write(file, "0"))
+                .err()
+                .map(|e| e.raw_os_error().unwrap_or(libc::EIO));
+            sys::exit_now(number.unwrap_or(0));
+        }
+    };
+    match crate::process::wait_child(&child)?.code {
+        0 => Ok(()),
+        number => Err(io::Error::from_raw_os_error(number))
+            .context(|| "move a process into a new cgroup".to_owned()),
+    }
 }
 
 /// Creates a v2 directory that has every controller of the host: each level above it passes them on.
@@ -246,6 +296,13 @@ fn create_with_controllers(mount: &Path, relative: &Path) -> Result<()> {
 }
 
 impl Prepared {
+    /// Takes back what was made so far; processes there are none.
+    fn give_up(&self) {
+        for directory in &self.directories {
+            fs::remove_dir(directory).ok();
+        }
+    }
+
     /// The cgroup of a scope that was just started.
     pub fn of_scope(scope: scope::Scope, owner: Option<Owner>) -> Result<Self> {
         let mount = Path::new(MOUNT_ROOT);
@@ -473,6 +530,16 @@ pub fn all_processes(directories: &[PathBuf]) -> Result<BTreeSet<Pid>> {
         found.append(&mut processes(directory).at("read", directory)?);
     }
     Ok(found)
+}
+
+/// The container's directories, for what cannot be done without: a rootless container may have none.
+pub fn required<'a>(id: &str, directories: &'a [PathBuf]) -> Result<&'a [PathBuf]> {
+    if directories.is_empty() {
+        return Err(Error::Argument(format!(
+            "container {id} has no cgroup: the user who created it may make none"
+        )));
+    }
+    Ok(directories)
 }
 
 /// Sends a signal to every process of a container.
