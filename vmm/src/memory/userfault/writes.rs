@@ -12,11 +12,13 @@
 use std::fs::File;
 use std::io;
 
+use atoll_devices::memory::PAGE_BYTES;
 use rustix::io::Errno;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
 use super::{Range, RegisterRequest, UFFDIO, UFFDIO_REGISTER, UserFault, done_or_error, range};
+use crate::memory::HUGE_PAGE_BYTES;
 
 /// `linux/userfaultfd.h`.
 const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
@@ -131,7 +133,24 @@ impl Writes {
         self.set(address, length, 0)
     }
 
+    /// In parts where the range is several mappings, of which one call takes one before Linux 6.3: advice about a part of
+    /// RAM (`crate::loader`) makes several of it.
     fn set(&self, address: usize, length: usize, mode: u64) -> io::Result<()> {
+        let unit = match length {
+            0..=HUGE_PAGE_BYTES => PAGE_BYTES,
+            _ => HUGE_PAGE_BYTES,
+        };
+        let half = (length / 2).next_multiple_of(unit);
+        match self.set_mapping(address, length, mode) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && half < length => {
+                self.set(address, half, mode)?;
+                self.set(address + half, length - half, mode)
+            }
+            done => done,
+        }
+    }
+
+    fn set_mapping(&self, address: usize, length: usize, mode: u64) -> io::Result<()> {
         loop {
             let mut request = ProtectRequest {
                 range: range(address, length),
