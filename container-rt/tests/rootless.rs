@@ -14,6 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use scene::unified::on_unified;
 use scene::{Ended, Scene, can_run, wait_for};
 use serde_json::json;
 
@@ -63,7 +64,7 @@ impl Rootless {
         namespaces.retain(|namespace| namespace["type"] != "network");
         chown(scene.directory.path());
         // After that, for the file stays whose it is: reachable for the user, where the build's may not be.
-        let program = scene.path("atoll-ct");
+        let program = scene.path("program");
         let built = env!("CARGO_BIN_EXE_atoll-ct");
         if std::fs::hard_link(built, &program).is_err() {
             std::fs::copy(built, &program).unwrap();
@@ -380,6 +381,145 @@ fn nobody_gets_more_than_the_user() {
     assert_eq!(std::fs::read_to_string(&secret).unwrap(), "secret");
     let built = std::fs::metadata(&own.program).unwrap();
     assert_eq!(built.permissions().mode() & 0o022, 0);
+}
+
+/// Where a part of the v2 tree is the user's, containers have their cgroups below their caller's.
+#[test]
+fn a_delegated_cgroup_is_used() {
+    if !on_unified("a_delegated_cgroup_is_used") {
+        return;
+    }
+    let Some(own) = Rootless::new(&["sleep", "1000"], Ids::One) else {
+        return;
+    };
+    let delegated = Path::new("/sys/fs/cgroup/atoll-test-user").join(&own.scene.id);
+    std::fs::create_dir_all(&delegated).unwrap();
+    chown(&delegated);
+    let script = "echo $$ >\"$0/cgroup.procs\" && exec \"$@\"";
+    let ct = |arguments: &[&str]| {
+        let inner = own.command(arguments);
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(&delegated);
+        command.arg(inner.get_program()).args(inner.get_args());
+        let file = |name: &str| std::fs::File::create(own.scene.path(name)).unwrap();
+        command.stdout(file("stdout")).stderr(file("stderr"));
+        let code = command.stdin(Stdio::null()).status().unwrap().code();
+        let text = |name: &str| std::fs::read_to_string(own.scene.path(name)).unwrap();
+        (code, text("stdout"), text("stderr"))
+    };
+    let ok = |arguments: &[&str]| {
+        let (code, said, error) = ct(arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {error}");
+        said
+    };
+    ok(&["create", "ID"]);
+    ok(&["start", "ID"]);
+    let directory = delegated.join("atoll-test").join(&own.scene.id);
+    let processes = || std::fs::read_to_string(directory.join("cgroup.procs")).unwrap();
+    assert_eq!(processes().trim(), own.init().to_string());
+    assert_eq!(
+        ok(&["ps", "--format", "json", "ID"]).trim(),
+        format!("[{}]", own.init())
+    );
+    ok(&["pause", "ID"]);
+    assert_eq!(own.status(), "paused");
+    ok(&["resume", "ID"]);
+    assert!(ok(&["events", "--stats", "ID"]).contains("\"stats\""));
+    ok(&["exec", "--detach", "ID", "sleep", "1000"]);
+    assert_eq!(processes().lines().count(), 2);
+    ok(&["delete", "--force", "ID"]);
+    assert!(!directory.exists());
+    // Without a right to the caller's own there is none.
+    let owner = std::os::unix::fs::chown(delegated.join("cgroup.procs"), Some(0), Some(0));
+    owner.unwrap();
+    ok(&["create", "ID"]);
+    assert!(!directory.exists());
+    let (_, _, error) = ct(&["ps", "ID"]);
+    assert!(error.contains("has no cgroup"), "{error}");
+    ok(&["delete", "--force", "ID"]);
+    for directory in [&delegated.join("atoll-test"), &delegated] {
+        std::fs::remove_dir(directory).unwrap();
+    }
+}
+
+/// Podman of the same user, who has no further ids: its own storage, no network.
+#[test]
+fn podman_of_an_ordinary_user() {
+    let Some(own) = Rootless::new(&["true"], Ids::One) else {
+        return;
+    };
+    let conf = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=4096:4096\"]\nnetns=\"none\"\n\
+        [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nlock_type=\"file\"\n";
+    std::fs::write(own.scene.path("containers.conf"), conf).unwrap();
+    let (rootfs, archive) = (own.scene.path("rootfs"), own.scene.path("image.tar"));
+    let mut tar = Command::new("tar");
+    tar.args(["--owner=0", "--group=0", "-C"])
+        .arg(&rootfs)
+        .arg("-cf")
+        .arg(&archive)
+        .arg(".");
+    assert!(tar.status().unwrap().success());
+    let place = |name: &str| format!("--{name}={}", own.scene.path(name).display());
+    let podman = |arguments: &[&str]| {
+        let mut command = as_user();
+        let file = |name: &str| std::fs::File::create(own.scene.path(name)).unwrap();
+        let text = |name: &str| std::fs::read_to_string(own.scene.path(name)).unwrap();
+        command
+            .current_dir(own.scene.directory.path())
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("HOME", own.scene.directory.path())
+            .env("USER", "atoll-test")
+            .env("XDG_RUNTIME_DIR", own.scene.directory.path())
+            .env("CONTAINERS_CONF", own.scene.path("containers.conf"))
+            .args(["podman", "--log-level=error", "--storage-driver=vfs"])
+            .args(["root", "runroot", "tmpdir"].map(place))
+            .arg("--runtime")
+            .arg(&own.program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file("stdout"))
+            .stderr(file("stderr"));
+        let code = command.status().unwrap().code();
+        (code, text("stdout"), text("stderr"))
+    };
+    let (code, _, said) = podman(&["version"]);
+    if code != Some(0) {
+        println!(
+            "ATOLL-SKIP: rootless podman does not work here: {}",
+            said.trim()
+        );
+        return;
+    }
+    // Ends the process that holds podman's own namespace, also after a failure.
+    let _end = End(&|| drop(podman(&["system", "migrate"])));
+    let ok = |arguments: &[&str]| {
+        let (code, said, error) = podman(arguments);
+        assert_eq!(code, Some(0), "{arguments:?}: {error}");
+        said
+    };
+    ok(&["import", archive.to_str().unwrap(), "scene:1"]);
+    let run = ["run", "--rm", "scene:1", "sh", "-c", "id -u; exit 42"];
+    let (code, said, error) = podman(&run);
+    assert_eq!((code, said.as_str()), (Some(42), "0\n"), "{error}");
+    let nested = ["run", "--rm", "--uidmap", "0:0:1", "scene:1", "id", "-u"];
+    assert_eq!(ok(&nested), "0\n");
+    let script = "echo out; exec sleep 1000";
+    ok(&["run", "--detach", "--name=c", "scene:1", "sh", "-c", script]);
+    wait_for("the log", || ok(&["logs", "c"]) == "out\n");
+    assert_eq!(podman(&["exec", "c", "sh", "-c", "exit 3"]).0, Some(3));
+    ok(&["kill", "c"]);
+    assert_eq!(ok(&["wait", "c"]).trim(), "137");
+    ok(&["rm", "c"]);
+}
+
+/// Does what is to be done at the end.
+struct End<'a>(&'a dyn Fn());
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 #[test]

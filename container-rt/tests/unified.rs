@@ -9,48 +9,9 @@
 
 mod scene;
 
-use std::path::Path;
-use std::process::Command;
-
-use scene::{Scene, can_run, wait_for};
+use scene::unified::on_unified;
+use scene::{Scene, wait_for};
 use serde_json::{Value, json};
-
-/// Set in the second run.
-const INSIDE: &str = "ATOLL_TEST_UNIFIED";
-
-/// True in the second run; the first makes it and checks how it ended.
-fn on_unified(test: &str) -> bool {
-    if !can_run() {
-        return false;
-    }
-    let root = "/sys/fs/cgroup";
-    if std::env::var_os(INSIDE).is_some() || Path::new(root).join("cgroup.controllers").exists() {
-        return true;
-    }
-    let script = "mount --make-rprivate / && umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup \
-        || exit 77; exec \"$0\" --exact \"$1\" --nocapture";
-    let mut command = Command::new("unshare");
-    command
-        .args(["-m", "sh", "-c", script])
-        .arg(std::env::current_exe().unwrap())
-        .arg(test);
-    let output = command.env(INSIDE, "1").output().unwrap();
-    if output.status.code() == Some(77) {
-        let why = String::from_utf8_lossy(&output.stderr)
-            .trim()
-            .replace('\n', " ");
-        println!("ATOLL-SKIP: cgroup v2 cannot be mounted alone here: {why}");
-    } else {
-        let (out, err) = (output.stdout, output.stderr);
-        assert!(
-            output.status.success(),
-            "{}{}",
-            String::from_utf8_lossy(&out),
-            String::from_utf8_lossy(&err)
-        );
-    }
-    false
-}
 
 #[test]
 fn device_filter_is_enforced() {

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod devices;
+pub mod unified;
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
