@@ -600,16 +600,21 @@ fn cut(seed: u64, authority: &Authority) {
     assert_eq!(works(&mut source), !moved, "{}", all(&source, &target));
 }
 
+/// See the head of the file.
+fn each_seed(migration: fn(u64, &Authority)) {
+    let authority = Authority::new();
+    let first = number("ATOLL_SEED", u64::from(std::process::id()));
+    for seed in first..first + number("ATOLL_MIGRATION_SEEDS", 5) {
+        migration(seed, &authority);
+    }
+}
+
 #[test]
 fn exactly_one_runs_when_the_network_is_cut() {
     if !relay_and_kvm() {
         return;
     }
-    let authority = Authority::new();
-    let first = number("ATOLL_SEED", u64::from(std::process::id()));
-    for seed in first..first + number("ATOLL_MIGRATION_SEEDS", 5) {
-        cut(seed, &authority);
-    }
+    each_seed(cut);
 }
 
 /// Pages that go from machine to machine, without TLS, have nobody on their way who would end with the one who asked.
@@ -736,11 +741,7 @@ fn one_runs_or_both_tell_the_loss_when_the_network_is_cut_late() {
     if !relay_and_kvm() || !faults() {
         return;
     }
-    let authority = Authority::new();
-    let first = number("ATOLL_SEED", u64::from(std::process::id()));
-    for seed in first..first + number("ATOLL_MIGRATION_SEEDS", 5) {
-        cut_late(seed, &authority);
-    }
+    each_seed(cut_late);
 }
 
 /// The target has all and runs, and its source has not heard so: it must not say that the guest is lost.
