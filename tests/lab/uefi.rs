@@ -19,13 +19,13 @@ const OWN: &str = "4b5f3a52-0c6b-4f0e-9d63-6d8a1f4c2e11";
 /// NAME.vars, and NAME.exit once it has ended.
 const PREPARE: &str = r#"set -e
 mkdir -p /var/t; cd /var/t
-# vm NAME TEMPLATE ARGUMENT...: starts a guest, with variables from TEMPLATE where it has none yet.
+# vm NAME TEMPLATE ARGUMENT...: starts a guest, with variables from TEMPLATE where it has none yet, and $memory.
 cat > vm <<'X'
 #!/bin/bash
 cd /var/t; name=$1 template=$2; shift 2
 [ -e $name.vars ] || cp /payload/uefi/$template $name.vars
 rm -f $name.exit $name.sock
-(setsid /payload/bin/atoll-vmm run --firmware vars=/var/t/$name.vars,code=/payload/uefi/OVMF_CODE_4M.fd --memory 512 \
+(setsid /payload/bin/atoll-vmm run --firmware vars=/var/t/$name.vars,code=/payload/uefi/OVMF_CODE_4M.fd --memory ${memory:-512} \
   --console socket=/var/t/$name.sock --api-socket /var/t/$name.api "$@" >$name.log 2>&1; echo $? >$name.exit) </dev/null >/dev/null 2>&1 &
 for i in $(seq 300); do [ -S $name.sock ] && exit 0; [ -e $name.exit ] && break; sleep 0.1; done
 cat $name.log; exit 1
@@ -48,7 +48,13 @@ cat > ended <<'X'
 for i in $(seq $2); do [ -e /var/t/$1.exit ] && break; sleep 1; done
 [ "$(cat /var/t/$1.exit)" = 0 ] || { cat /var/t/$1.log; exit 1; }
 X
-chmod +x vm listen hear ended"#;
+# gone NAME SECONDS: waits until the process is that the guest went on in.
+cat > gone <<'X'
+#!/bin/bash
+for i in $(seq $2); do [ -d /proc/$(cat /var/t/$1.pid) ] || exit 0; sleep 1; done
+ps ax; exit 1
+X
+chmod +x vm listen hear ended gone"#;
 
 /// A tap with a server that gives addresses and a boot loader, by TFTP. (Under Secure Boot it would be shim, which fetches
 /// GRUB with packets of 512 bytes: that alone takes half a minute here.)
@@ -187,9 +193,21 @@ fn functions_come_and_go(host: &Host, guest: &str) {
 }
 
 /// Has the guest keep a variable of its own.
-fn keep_variable(host: &Host, guest: &str) {
-    let keep = format!("printf '\\007\\0\\0\\0kept' > /sys/firmware/efi/efivars/AtollTest-{OWN}");
-    in_guest(host, guest, &keep, 60);
+fn keep_variable(host: &Host, guest: &str, value: &str) {
+    let file = format!("/sys/firmware/efi/efivars/AtollTest-{OWN}");
+    let write = format!("chattr -i {file} 2>/dev/null; printf '\\007\\0\\0\\0{value}' > {file}");
+    in_guest(host, guest, &write, 60);
+}
+
+/// The machine goes on in a new process of the same program, with what firmware has written before, and writes there. The
+/// first process ends; NAME.pid is of the other one.
+fn goes_on_in_another_process(host: &Host, guest: &str) {
+    keep_variable(host, guest, "old");
+    let to = format!("upgrade --to /payload/bin/atoll-vmm --pid-file /var/t/{guest}.pid");
+    println!("{}", control(host, guest, &to));
+    assert_eq!(variable(host, guest, "AtollTest", OWN), "6f6c64");
+    keep_variable(host, guest, "new");
+    assert_eq!(variable(host, guest, "AtollTest", OWN), "6e6577");
 }
 
 #[test]
@@ -203,7 +221,7 @@ fn a_raw_disk_boots_to_a_login_and_the_firmware_keeps_its_variables() {
     board_is_a_pc(&host, "a");
     let order = variable(&host, "a", "BootOrder", GLOBAL);
     assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "00");
-    keep_variable(&host, "a");
+    keep_variable(&host, "a", "kept");
     control(&host, "a", "power-button");
     on_host(&host, "ended a 180", 180);
 
@@ -249,17 +267,18 @@ fn boot_order_and_secure_boot_decide_what_starts() {
     on_host(&host, "ended shut 60", 60);
 
     // Debian's own is signed, by way of shim, down to the kernel.
-    on_host(&host, &format!("vm a OVMF_VARS_4M.ms.fd {disk}"), 60);
+    let start = format!("memory=512M,shared vm a OVMF_VARS_4M.ms.fd {disk}");
+    on_host(&host, &start, 60);
     in_guest(&host, "a", "true", BOOT_SECONDS);
     assert_eq!(variable(&host, "a", "SecureBoot", GLOBAL), "01");
     let said = in_guest(&host, "a", "dmesg | grep -i 'secure boot'", 60);
     assert!(said.contains("Secure boot enabled"), "{said}");
     board_is_a_pc(&host, "a");
     functions_come_and_go(&host, "a");
-    keep_variable(&host, "a");
+    goes_on_in_another_process(&host, "a");
     in_guest(&host, "a", "(sleep 2; systemctl poweroff) & echo going", 60);
-    on_host(&host, "ended a 180", 180);
+    on_host(&host, "ended a 60; gone a 180", 240);
     // The names of variables are UCS-2.
-    let kept = "tr -d '\\0' < a.vars | grep -aq AtollTestkept";
+    let kept = "tr -d '\\0' < a.vars | grep -aq AtollTestnew";
     on_host(&host, kept, 30);
 }
