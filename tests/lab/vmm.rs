@@ -9,25 +9,28 @@ use atoll_tests::lab::Host;
 use crate::{models, payload};
 
 const SECOND: Duration = Duration::from_secs(1);
+const CONTROL: &str = "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock";
 
 /// Prepares disks and a tap, and defines `vm`, which starts a guest: `vm CPUS VHOST`, with the arguments in the file
-/// `more`.
+/// `more`, and the memory that the file `memory` says.
 const PREPARE: &str = r#"set -e
 mkdir -p /var/t; cd /var/t
 qemu-img create -q -f qcow2 -F raw -b /payload/guest/disk.raw root.qcow2
 truncate -s 1G scratch.raw
+# With the same address of its own for every process that opens it.
+ip tuntap add tap0 mode tap vnet_hdr
+ip address add 10.77.0.1/24 dev tap0; ip link set tap0 up
 cat > vm <<'X'
 #!/bin/bash
 machine=(--kernel /payload/guest/vmlinuz --initrd /payload/guest/initrd.img
   --cmdline 'console=ttyS0 root=/dev/vda rw net.ifnames=0 quiet systemd.default_timeout_start_sec=600'
-  --cpus "$1" --memory 512 $(cat /var/t/more 2>/dev/null)
+  --cpus "$1" --memory $(cat /var/t/memory 2>/dev/null || echo 512) $(cat /var/t/more 2>/dev/null)
   --disk path=/var/t/root.qcow2,format=qcow2,backing=raw:/payload/guest/disk.raw --disk path=/var/t/scratch.raw,format=raw
   --net tap=tap0,mac=52:54:00:aa:00:01,vhost="$2" --console socket=/var/t/console.sock)
 setsid /payload/bin/atoll-vmm run "${machine[@]}" --api-socket /var/t/api.sock </dev/null >/var/t/vmm.log 2>&1 &
 echo $! > /var/t/pid
-for i in $(seq 100); do [ -S /var/t/console.sock ] && break; sleep 0.1; done
+for i in $(seq 600); do [ -S /var/t/console.sock ] && break; sleep 0.1; done
 [ -S /var/t/console.sock ] || { cat /var/t/vmm.log; exit 1; }
-ip address replace 10.77.0.1/24 dev tap0; ip link set tap0 up
 X
 cat > in-guest <<'X'
 #!/bin/bash
@@ -64,9 +67,8 @@ fn in_guest(host: &Host, command: &str, seconds: u32) -> String {
 
 /// Waits until the machine was reset once.
 fn await_reset(host: &Host) {
-    let info = "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock info";
     let reset = format!(
-        "for i in $(seq 120); do {info} | grep -q '\"reset_count\": 1' && exit; sleep 1; done; cat /var/t/vmm.log; exit 1"
+        "for i in $(seq 120); do {CONTROL} info | grep -q '\"reset_count\": 1' && exit; sleep 1; done; cat /var/t/vmm.log; exit 1"
     );
     host.check(&reset, SECOND * 240).unwrap();
 }
@@ -183,11 +185,8 @@ fn one_vcpu_boots_to_a_login_with_net_and_data_survives_the_power_button() {
     sees_its_model(host, base);
     ping_host(host);
     data_survives(host);
-    host.check(
-        "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock power-button",
-        SECOND * 30,
-    )
-    .unwrap();
+    host.check(&format!("{CONTROL} power-button"), SECOND * 30)
+        .unwrap();
     host.check("/var/t/wait-end 120", SECOND * 150).unwrap();
 }
 
@@ -240,18 +239,69 @@ fn streams_both_ways(host: &Host) {
     assert_eq!(expected.trim(), taken.lines().last().unwrap_or_default());
 }
 
+/// Goes on from the snapshot `saved`, with the disk that is there.
+const RESTORE: &str = r#"cd /var/t; setsid /payload/bin/atoll-vmm run --restore saved --api-socket api.sock \
+  </dev/null >vmm.log 2>&1 & echo $! > /var/t/pid
+for i in $(seq 600); do [ -S /var/t/console.sock ] && break; sleep 0.1; done
+[ -S /var/t/console.sock ] || { cat /var/t/vmm.log; exit 1; }"#;
+
+/// The machine in a new process, whose kernel's thread is a new one, too.
+fn goes_on_in_another_process(host: &Host) {
+    let before = host.check("pgrep vhost-", SECOND * 30).unwrap();
+    let to = "upgrade --to /payload/bin/atoll-vmm --pid-file /var/t/pid";
+    let told = host.check(&format!("{CONTROL} {to}"), SECOND * 120);
+    println!("{}", told.unwrap());
+    let one = "for i in $(seq 120); do [ $(pgrep -c vhost-) = 1 ] && pgrep vhost- && exit; sleep 0.5; done; ps ax; exit 1";
+    assert_ne!(host.check(one, SECOND * 90).unwrap(), before);
+}
+
+/// Begins to save the machine as it is now, its disk included, so slowly that what comes next comes meanwhile.
+const SAVE: &str = r#"cd /var/t; CONTROL pause >/dev/null
+(CONTROL snapshot --live true --to saved --max-bytes-per-second 8000000 >saved.log 2>&1; echo $? >saved.exit) \
+  </dev/null >/dev/null 2>&1 &
+for i in $(seq 120); do CONTROL saving >/dev/null 2>&1 && break; [ -e saved.exit ] && break; sleep 0.5; done
+cp root.qcow2 saved.qcow2
+CONTROL resume >/dev/null
+[ ! -e saved.exit ] || { cat saved.log; exit 1; }"#;
+
+/// What was begun is whole, and somebody's writes to memory have waited.
+fn is_saved(host: &Host) {
+    let wait = "for i in $(seq 240); do [ -e /var/t/saved.exit ] && break; sleep 0.5; done; cat /var/t/saved.log";
+    let told = host.check(wait, SECOND * 150).unwrap();
+    let saving = host.check(&format!("{CONTROL} saving"), SECOND * 30);
+    let saving = saving.unwrap();
+    println!("{told} {saving}");
+    let saving: serde_json::Value = serde_json::from_str(&saving).unwrap();
+    assert_eq!(saving["stage"], "completed", "{told}");
+    assert!(saving["fault_count"].as_u64().unwrap() > 0);
+}
+
+/// In one process, in the next, while its memory is saved, and in the machine that goes on from there.
 #[test]
 fn vhost_net_carries_streams_both_ways() {
     let (hosts, _guard) = payload::start(1);
     let host = &hosts[0];
     host.check(PREPARE, SECOND * 120).unwrap();
+    host.check("echo 512M,shared > /var/t/memory", SECOND * 30)
+        .unwrap();
     start(host, 2, "on");
     ping_host(host);
     host.check("pgrep vhost-", SECOND * 30).unwrap();
+    goes_on_in_another_process(host);
+    in_guest(host, "touch /dev/shm/before", 60);
+    let save = SAVE.replace("CONTROL", CONTROL);
+    host.check(&save, SECOND * 180).unwrap();
     streams_both_ways(host);
-    // This kernel protects one mapping a call, and the loader's advice has made several of RAM.
-    let save = "cd /var/t; /payload/bin/atoll-vmm ctl --api-socket api.sock snapshot --live true --to saved";
-    host.check(save, SECOND * 120).unwrap();
+    is_saved(host);
+
+    in_guest(host, "rm /dev/shm/before", 60);
+    host.check(&format!("{CONTROL} shutdown"), SECOND * 60)
+        .unwrap();
+    let again = format!("/var/t/wait-end 60; cd /var/t; cp saved.qcow2 root.qcow2; {RESTORE}");
+    host.check(&again, SECOND * 180).unwrap();
+    in_guest(host, "test -e /dev/shm/before", 120);
+    ping_host(host);
+    host.check("pgrep vhost-", SECOND * 30).unwrap();
     in_guest(host, "(sleep 2; systemctl poweroff) & echo going", 60);
     host.check("/var/t/wait-end 120", SECOND * 150).unwrap();
     // The kernel's thread goes with the guest.
@@ -286,18 +336,14 @@ fn a_guest_that_can_run_guests_goes_on_from_a_snapshot() {
         "grep -qw svm /proc/cpuinfo && touch /dev/shm/before",
         60,
     );
-    let control = "/payload/bin/atoll-vmm ctl --api-socket /var/t/api.sock";
-    let save = format!("{control} snapshot --to /var/t/saved && {control} shutdown");
+    let save = format!("{CONTROL} snapshot --to /var/t/saved && {CONTROL} shutdown");
     host.check(&save, SECOND * 120).unwrap();
     host.check("/var/t/wait-end 60", SECOND * 90).unwrap();
     // No flag but "interrupts are taken", and the form of AMD.
     let nested = r#"grep -o '"nested":"[0-9a-f]\{8\}' /var/t/saved/state.json"#;
     let nested = host.check(nested, SECOND * 30).unwrap();
     assert_eq!(nested.trim(), r#""nested":"00010100"#);
-    let restore = "cd /var/t; setsid /payload/bin/atoll-vmm run --restore saved --api-socket api.sock \
-         </dev/null >vmm.log 2>&1 & echo $! > /var/t/pid; \
-         for i in $(seq 100); do [ -S /var/t/console.sock ] && exit; sleep 0.1; done; cat /var/t/vmm.log; exit 1";
-    host.check(restore, SECOND * 60).unwrap();
+    host.check(RESTORE, SECOND * 60).unwrap();
     in_guest(host, "test -e /dev/shm/before", 120);
     in_guest(host, "(sleep 2; systemctl reboot) & echo going", 120);
     await_reset(host);
