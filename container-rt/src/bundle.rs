@@ -20,7 +20,7 @@ use crate::apparmor;
 use crate::cgroup::Owner;
 use crate::create::Request;
 use crate::error::{Context, Error, Result};
-use crate::mknod;
+use crate::{filter, mknod};
 
 /// Below this every container without a `linux.cgroupsPath` gets its cgroup, under its id.
 const DEFAULT_CGROUP: &str = "/atoll-ct";
@@ -209,17 +209,21 @@ fn check_linux(spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// What libcontainer would find out in the middle, in words that name nothing.
+/// What would be found out in the middle.
 fn check_seccomp(spec: &Spec) -> Result<()> {
     let linux = spec.linux().as_ref();
-    let Some(filter) = linux.and_then(|linux| linux.seccomp().as_ref()) else {
+    let Some(profile) = linux.and_then(|linux| linux.seccomp().as_ref()) else {
         return Ok(());
     };
-    if !libcontainer::seccomp::is_notify(filter) {
+    let field = "linux.seccomp";
+    if profile.default_action() == LinuxSeccompAction::ScmpActNotify {
+        let reason = "SCMP_ACT_NOTIFY cannot be used as default action";
+        return Err(wrong(field, reason));
+    }
+    if !filter::asks(profile) {
         return Ok(());
     }
-    let field = "linux.seccomp";
-    let rules = filter.syscalls().iter().flatten();
+    let rules = profile.syscalls().iter().flatten();
     let mut notified = rules.filter(|r| r.action() == LinuxSeccompAction::ScmpActNotify);
     if notified.any(|rule| rule.names().iter().any(|name| name == "write")) {
         // The runtime itself writes, to tell about the listener.
@@ -228,7 +232,7 @@ fn check_seccomp(spec: &Spec) -> Result<()> {
             "SCMP_ACT_NOTIFY cannot be used for the write syscall",
         ));
     }
-    match filter.listener_path() {
+    match profile.listener_path() {
         Some(path) if path.exists() || mknod::is_wanted(spec) => Ok(()),
         Some(path) => {
             let path = path.display();

@@ -24,7 +24,7 @@ use crate::lifecycle::{Container, Force};
 use crate::state::{Status, to_json};
 use crate::sys::Pid;
 use crate::tree::Tree;
-use crate::{cgroup, mknod, terminals};
+use crate::{cgroup, filter, mknod, terminals};
 
 /// Where standard input and output led, as a list of three; runc's name and form.
 pub(crate) const DESCRIPTORS: &str = "descriptors.json";
@@ -85,8 +85,8 @@ fn refuse(spec: &Spec) -> Result<()> {
         ));
     }
     let linux = spec.linux().as_ref();
-    let filter = linux.and_then(|linux| linux.seccomp().as_ref());
-    if mknod::is_wanted(spec) || filter.is_some_and(libcontainer::seccomp::is_notify) {
+    let profile = linux.and_then(|linux| linux.seccomp().as_ref());
+    if mknod::is_wanted(spec) || profile.is_some_and(filter::asks) {
         return Err(wrong("linux.seccomp, SCMP_ACT_NOTIFY", reason));
     }
     Ok(())

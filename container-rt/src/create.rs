@@ -37,8 +37,8 @@ use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, Status, now, write_atomically};
 use crate::{
-    copy_up, devices, filter, furnish, hooks, idmap, inherit, own_dev, program, restore, rootless,
-    starting, sys, terminal, workdir,
+    copy_up, devices, filter, furnish, hooks, idmap, inherit, notify, own_dev, program, restore,
+    rootless, starting, sys, terminal, workdir,
 };
 
 /// What to create, as `atoll-ct create` and `run` take it.
@@ -324,7 +324,15 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
     );
     state.oci_version.clone_from(&saved.oci_version);
     state.annotations = spec.annotations().clone();
-    let (executor, spec) = program(plan, spec, saved)?;
+    let (mut executor, spec) = program(plan, spec, saved)?;
+    let helper = match &mut executor.filter {
+        Some(filter) if filter::asks(&filter.profile) => {
+            let (helper, offer) = notify::Helper::start(&filter.profile, saved)?;
+            filter.offer = Some(Rc::new(offer));
+            Some(helper)
+        }
+        _ => None,
+    };
     let _inheritable = spec.process().as_ref().map(inherit::raise).transpose()?;
     let raw = |index: usize| {
         plan.console
@@ -359,13 +367,15 @@ fn launch(plan: &Plan<'_>, spec: &Spec, saved: &Saved) -> Result<sys::Pid> {
         as_sibling: false,
         pid_file: None,
     };
-    match container_main_process(&arguments) {
-        Ok(pid) => Ok(pid.as_raw()),
-        Err(error) => Err(match causes.first() {
-            Some(cause) => Error::Init(cause),
-            None => described(&error),
-        }),
-    }
+    let made = container_main_process(&arguments);
+    drop(arguments);
+    let handed_over = helper.map_or(Ok(()), notify::Helper::end);
+    made.map(|pid| pid.as_raw())
+        .map_err(|error| match (handed_over, causes.first()) {
+            (Err(cause), _) => cause,
+            (Ok(()), Some(cause)) => Error::Init(cause),
+            (Ok(()), None) => described(&error),
+        })
 }
 
 /// The last step of the init, and the configuration without what that step does.

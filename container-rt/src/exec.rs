@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! A further process in a running container. libcontainer's own way here joins neither the container's user
 //! namespace nor its seccomp filter, and returns a bare process id; so this is ours, with its pieces for
-//! capabilities, seccomp, AppArmor and the terminal.
+//! capabilities, AppArmor and the terminal.
 //!
 //! ```text
 //!  atoll-ct                        child
@@ -19,7 +19,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libcontainer::syscall::syscall::create_syscall;
-use libcontainer::{apparmor, capabilities, seccomp, tty};
+use libcontainer::{apparmor, capabilities, tty};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chdir, setfsgid, setfsuid, setgroups, setresgid, setresuid, setsid};
 use oci_spec::runtime::{Capabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec, User};
@@ -97,9 +97,8 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
     };
     let (ours, theirs) = terminal_sockets(request, wants_terminal)?;
     let filter = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
-    let asks = filter.filter(|filter| seccomp::is_notify(filter));
-    let pair = asks.map(|_| UnixStream::pair()).transpose();
-    let (offered, offer) = pair.context(|| "create a socket pair".to_owned())?.unzip();
+    let asks = filter.filter(|filter| filter::asks(filter));
+    let (offered, offer) = asks.map(|_| notify::pair()).transpose()?.unzip();
     let (mut errors, report) = std::io::pipe().context(|| "create a pipe".to_owned())?;
     let init = init_of(container)?;
     let flags = namespaces(&spec) | restored_clock(container);
@@ -127,7 +126,8 @@ pub fn exec(container: &Container, request: &Request) -> Result<Option<ExitStatu
     drop((theirs, report, offer));
     let child_fd = ProcessFd::of_child(child)?;
     if let (Some(filter), Some(offered)) = (asks, offered) {
-        notify::pass_on(offered, &child_fd, child, filter, &container.saved)?;
+        let running = (Status::Running, container.saved.init.map(|init| init.pid));
+        notify::pass_on(offered, filter, &container.saved, running)?;
     }
     let pty = ours.map(|socket| terminal::receive_fd(&socket));
     wait_for_program(&mut errors, &child_fd)?;
@@ -520,15 +520,7 @@ fn restrict(entry: &Entry<'_>, system: System<'_>) -> Result<()> {
         let Some(filter) = entry.seccomp else {
             return Ok(());
         };
-        if !seccomp::is_notify(filter) {
-            return filter::load(filter);
-        }
-        let loaded = seccomp::initialize_seccomp(filter)
-            .map_err(|e| Error::Argument(format!("seccomp: {}", one_line(&e))))?;
-        match (loaded, entry.offer) {
-            (Some(listener), Some(parent)) => notify::offer(parent, listener),
-            _ => Ok(()),
-        }
+        filter::load(filter, entry.offer)
     };
     let failed =
         |e: &dyn std::error::Error| Error::Argument(format!("capabilities: {}", one_line(e)));

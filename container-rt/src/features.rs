@@ -58,7 +58,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "rnoexec",
 ];
 
-/// Seccomp actions that libseccomp and libcontainer know.
+/// Seccomp actions that libseccomp knows.
 const SECCOMP_ACTIONS: [&str; 8] = [
     "SCMP_ACT_ALLOW",
     "SCMP_ACT_ERRNO",

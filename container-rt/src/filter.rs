@@ -1,26 +1,25 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A container's seccomp filter. libcontainer builds and loads one, too, but
-//!
-//! - system calls that the kernel has and the profile is too old for get the profile's default, mostly EPERM, which
-//!   programs take for a refusal; for ENOSYS they do it the older way (glibc and clone3, faccessat2). So, as under runc,
-//!   a stub in front of the filter answers ENOSYS for everything above the newest call that the profile names;
-//! - of SCMP_CMP_MASKED_EQ it takes mask and value the wrong way round.
+//! A container's seccomp filter. libcontainer has one, too, but of SCMP_CMP_MASKED_EQ it takes mask and value the wrong
+//! way round, and system calls that the kernel has and the profile is too old for get the profile's default, mostly
+//! EPERM, which programs take for a refusal; for ENOSYS they do it the older way (glibc and clone3, faccessat2). So, as
+//! under runc, a stub in front of the filter answers ENOSYS for everything above the newest call that the profile names:
 //!
 //! ```text
 //!  architecture known? -no-> filter      number > newest of its rules? -no-> filter
 //!          `--------yes------------------------^        `--yes--> ENOSYS
 //! ```
 //!
-//! Not here: filters that ask an agent (SCMP_ACT_NOTIFY), which libcontainer hands over.
+//! Not here: how the listener of a filter that asks (SCMP_ACT_NOTIFY) gets to its agent (`notify`).
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::str::FromStr;
 
 use libc::sock_filter;
 use libcontainer::capabilities;
-use libcontainer::seccomp::is_notify;
 use libcontainer::syscall::syscall::create_syscall;
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
@@ -33,7 +32,7 @@ use oci_spec::runtime::{
 use serde::Serialize;
 
 use crate::error::{Context, Error, Result, one_line};
-use crate::sys;
+use crate::{notify, sys};
 
 /// Instructions of classic BPF: linux/bpf_common.h.
 const LOAD: u16 = 0x20;
@@ -59,25 +58,31 @@ fn failed(reason: impl std::fmt::Display) -> Error {
     Error::Argument(format!("seccomp: {reason}"))
 }
 
+/// Whether an agent decides about some calls.
+pub(crate) fn asks(profile: &LinuxSeccomp) -> bool {
+    let mut rules = profile.syscalls().iter().flatten();
+    rules.any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify)
+}
+
 /// A container's filter that its init loads by itself, as the last but one of its steps.
 #[derive(Debug, Clone)]
 pub struct Filter {
-    profile: LinuxSeccomp,
+    pub(crate) profile: LinuxSeccomp,
+    /// Where the listener of one that asks is offered.
+    pub(crate) offer: Option<Rc<UnixStream>>,
     /// What the init may do once the filter is loaded. Without `noNewPrivileges` loading takes more.
     capabilities: Option<LinuxCapabilities>,
 }
 
-/// Takes the filter out of the configuration that libcontainer sees. `None` when there is none, or one that asks.
+/// Takes the filter out of the configuration that libcontainer sees.
 pub(crate) fn take(spec: &mut Spec) -> Option<Filter> {
     let mut linux = spec.linux().clone()?;
-    let profile = linux
-        .seccomp()
-        .clone()
-        .filter(|profile| !is_notify(profile))?;
+    let profile = linux.seccomp().clone()?;
     linux.set_seccomp(None);
     spec.set_linux(Some(linux));
     let mut filter = Filter {
         profile,
+        offer: None,
         capabilities: None,
     };
     let Some(mut process) = spec.process().clone() else {
@@ -105,7 +110,7 @@ pub(crate) fn take(spec: &mut Spec) -> Option<Filter> {
 impl Filter {
     /// Loads it, and gives up what only that has taken.
     pub(crate) fn load(&self) -> Result<()> {
-        load(&self.profile)?;
+        load(&self.profile, self.offer.as_deref())?;
         let Some(own) = &self.capabilities else {
             return Ok(());
         };
@@ -114,8 +119,23 @@ impl Filter {
     }
 }
 
-/// Loads a filter for this process and all that come of it.
-pub(crate) fn load(config: &LinuxSeccomp) -> Result<()> {
+/// Loads a filter for this process and all that come of it. Of one that asks the listener is `offer`ed, and its agent
+/// has it on return.
+pub(crate) fn load(config: &LinuxSeccomp, offer: Option<&UnixStream>) -> Result<()> {
+    // Nothing is left open that would be closed behind the filter: until there is an agent, who is asked waits.
+    let program = compile(config)?;
+    let loaded = sys::load_filter(&program, flags(config));
+    match (
+        loaded.context(|| "load the seccomp filter".to_owned())?,
+        offer,
+    ) {
+        (Some(listener), Some(parent)) => notify::offer(parent, &listener),
+        _ => Ok(()),
+    }
+}
+
+/// The filter as the kernel takes it.
+fn compile(config: &LinuxSeccomp) -> Result<Vec<sock_filter>> {
     let context = build(config)?;
     let file = memfd_create("seccomp", MFdFlags::MFD_CLOEXEC);
     let mut file = File::from(file.context(|| "create a file in memory".to_owned())?);
@@ -129,7 +149,7 @@ pub(crate) fn load(config: &LinuxSeccomp) -> Result<()> {
         program = stub(&newest(config)?);
     }
     program.extend(bytes.chunks_exact(8).map(instruction));
-    sys::load_filter(&program, flags(config)).context(|| "load the seccomp filter".to_owned())
+    Ok(program)
 }
 
 /// struct sock_filter of linux/filter.h, from its bytes.
@@ -152,16 +172,28 @@ fn refuses(action: LinuxSeccompAction) -> bool {
     )
 }
 
+/// The kernel's flags: those of config.json, and what those of filters that ask bring along. seccomp(2).
 fn flags(config: &LinuxSeccomp) -> libc::c_ulong {
     use LinuxSeccompFilterFlag as Flag;
+    let asks = asks(config);
+    let listener = match asks {
+        true => libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+        false => 0,
+    };
     let all = config.flags().iter().flatten();
-    all.fold(0, |flags, flag| {
+    all.fold(listener, |flags, flag| {
         flags
             | match flag {
                 Flag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+                // Both answer by a number: a thread's, or the listener's.
+                Flag::SeccompFilterFlagTsync if asks => {
+                    libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_TSYNC_ESRCH
+                }
                 Flag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
                 Flag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
-                // Of filters that ask.
+                Flag::SeccompFilterFlagWaitKillableRecv if asks => {
+                    libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+                }
                 Flag::SeccompFilterFlagWaitKillableRecv => 0,
             }
     })

@@ -12,7 +12,7 @@
 //! | `copy_up` | a tmpfs that begins with what the image has | refused there |
 //! | [`cgroup`] | named hierarchies, use check, recursive removal, freezer, v2 device filter | absent there |
 //! | [`exec`] | a further process in a container | joins no user namespace and no seccomp filter there |
-//! | [`filter`] | seccomp: ENOSYS for newer calls | EPERM there; masks mixed up |
+//! | [`filter`], `notify` | seccomp: ENOSYS for newer calls, and the agent of a filter that asks | EPERM there; masks mixed up |
 //! | [`state`], [`lifecycle`] | state.json by rename; start, kill, delete … | status stored and stale there |
 //! | [`monitor`], [`console`] | holds the console, records the exit | absent there |
 //! | [`mounts`], [`device_plug`] | what comes and goes while a container runs | absent there |

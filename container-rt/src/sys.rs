@@ -551,8 +551,12 @@ pub fn bpf_attach_device_filter(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>)
     check(result).map(drop)
 }
 
-/// Puts a seccomp filter before all system calls of this process to come. seccomp(2).
-pub fn load_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<()> {
+/// Puts a seccomp filter before all system calls of this process to come. Answers the listener where the flags ask for
+/// one. seccomp(2).
+pub fn load_filter(
+    program: &[libc::sock_filter],
+    flags: libc::c_ulong,
+) -> io::Result<Option<OwnedFd>> {
     let program = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(io::Error::other)?,
         filter: program.as_ptr().cast_mut(),
@@ -567,5 +571,8 @@ pub fn load_filter(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::R
             pointer,
         )
     };
-    check(result).map(drop)
+    if flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER == 0 {
+        return check(result).map(|_| None);
+    }
+    owned_fd(result).map(Some)
 }
