@@ -20,7 +20,7 @@ use crate::apparmor;
 use crate::cgroup::Owner;
 use crate::create::Request;
 use crate::error::{Context, Error, Result};
-use crate::{filter, mknod};
+use crate::{filter, mknod, rootless};
 
 /// Below this every container without a `linux.cgroupsPath` gets its cgroup, under its id.
 const DEFAULT_CGROUP: &str = "/atoll-ct";
@@ -55,6 +55,7 @@ pub fn load(request: &Request) -> Result<Bundle> {
     };
     let text = fs::read(&file).at("read", &file)?;
     let mut spec = parse(&text, &file)?;
+    rootless::settle_ids(&mut spec)?;
     check(&spec)?;
     let root = spec
         .root()

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Runs containers from OCI bundles, as root or as root of an ordinary user's namespace (rootless podman).
+/// Runs containers from OCI bundles, as root or as an ordinary user (rootless).
 #[derive(Debug, Parser)]
 #[command(
     name = "atoll-ct",

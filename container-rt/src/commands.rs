@@ -14,7 +14,7 @@ use atoll_container_rt::run::{self, After};
 use atoll_container_rt::state::{Line, Status};
 use atoll_container_rt::{
     bundle, cgroup, checkpoint, console, criu, device_plug, events, exec, furnish, mknod, monitor,
-    mounts, own_file, restore, state, terminal,
+    mounts, own_file, restore, rootless, state, terminal,
 };
 use oci_spec::runtime::LinuxResources;
 use serde_json::json;
@@ -30,11 +30,16 @@ const DETACH_KEY: u8 = 0x1d;
 
 /// Runs a command. Answers the exit code.
 pub(crate) fn dispatch(command: Command, global: &Global) -> Result<u8> {
-    if enters(&command) && nix::unistd::geteuid().is_root() {
-        own_file::run_read_only()?;
-    }
     let root = root(global)?;
     let root = root.as_path();
+    if enters(&command) {
+        if !nix::unistd::geteuid().is_root() {
+            become_root(root, &command)?;
+        }
+        if nix::unistd::geteuid().is_root() {
+            own_file::run_read_only()?;
+        }
+    }
     match command {
         Command::Create(arguments) => create(root, global, arguments)?,
         Command::Run(arguments) => return run(root, global, arguments),
@@ -81,6 +86,14 @@ fn enters(command: &Command) -> bool {
         command,
         Command::Create(_) | Command::Run(_) | Command::Exec(_)
     )
+}
+
+/// Makes an ordinary user root of a namespace of his own. What is executed next stays so.
+fn become_root(root: &Path, command: &Command) -> Result<()> {
+    match command {
+        Command::Exec(arguments) => rootless::join_creator(&Container::load(root, &arguments.id)?),
+        _ => rootless::become_root(),
+    }
 }
 
 fn root(global: &Global) -> Result<std::path::PathBuf> {

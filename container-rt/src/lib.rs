@@ -24,7 +24,7 @@
 //! | [`own_file`] | the program itself cannot be written to from a container | only `youki`'s, by a copy in memory |
 //! | `starting` | what `start` is told by the init | its signal goes one way |
 //! | `apparmor` | whether the profile is loaded | found out in the middle, without its name |
-//! | `rootless` | an ordinary user's containers: host's devices, perhaps no cgroup | refusals passed over, on v2 alone |
+//! | [`rootless`] | an ordinary user's containers: host's devices, perhaps no cgroup | refusals passed over, on v2 alone |
 //! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
 //!
 //! Not here: SELinux, Intel RDT; asking for them is a one-line error.
@@ -59,7 +59,7 @@ pub mod own_file;
 pub mod process;
 mod program;
 pub mod restore;
-mod rootless;
+pub mod rootless;
 pub mod run;
 mod starting;
 pub mod state;

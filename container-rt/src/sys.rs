@@ -187,6 +187,13 @@ pub fn setns(pidfd: BorrowedFd<'_>, flags: i32) -> io::Result<()> {
     check(unsafe { libc::setns(pidfd.as_raw_fd(), flags) }.into()).map(drop)
 }
 
+/// The parent of a user or process id namespace. ioctl_ns(2).
+pub fn parent_namespace(namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // SAFETY: NS_GET_PARENT takes no argument.
+    let fd = unsafe { libc::ioctl(namespace.as_raw_fd(), libc::NS_GET_PARENT) };
+    owned_fd(fd.into())
+}
+
 /// Detached copy of the mount at `path`, of it alone or with everything below. open_tree(2).
 pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     let path = c_path(path)?;

@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! Containers of an ordinary user, who is root of a user namespace only: that is how rootless podman calls a runtime.
 //! The user is a number that the host does not know; a process of his holds the namespaces, and each command enters
-//! them.
+//! them. Without one he gets his own.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -135,6 +135,29 @@ impl Rootless {
         let mut command = self.command(arguments);
         command.stdin(Stdio::null());
         command.stdout(file("stdout")).stderr(file("stderr"));
+        Ended {
+            code: command.status().unwrap().code(),
+            stdout: text("stdout"),
+            stderr: text("stderr"),
+        }
+    }
+
+    /// Without the namespace, and with the configuration that is there.
+    fn outside(&self, arguments: &[&str]) -> Ended {
+        let file = |name: &str| std::fs::File::create(self.scene.path(name)).unwrap();
+        let text = |name: &str| std::fs::read_to_string(self.scene.path(name)).unwrap();
+        let mut command = as_user();
+        command
+            .current_dir(self.scene.directory.path())
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("XDG_RUNTIME_DIR", self.scene.directory.path())
+            .arg(&self.program)
+            .args(["--root", "run"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file("stdout"))
+            .stderr(file("stderr"));
         Ended {
             code: command.status().unwrap().code(),
             stdout: text("stdout"),
@@ -522,18 +545,100 @@ impl Drop for End<'_> {
     }
 }
 
+/// Nobody has made a namespace: `spec --rootless`, and every command as the user.
 #[test]
-fn a_user_without_a_namespace_is_told() {
-    let Some(own) = Rootless::new(&["true"], Ids::One) else {
+fn an_ordinary_user_needs_no_namespace() {
+    let Some(own) = Rootless::new(&["sleep", "1000"], Ids::One) else {
         return;
     };
-    let output = as_user()
-        .current_dir(own.scene.directory.path())
-        .arg(&own.program)
-        .args(["--root", "run", "run", "c"])
-        .output()
-        .unwrap();
-    refused(&Ended::of(&output), "root of a user namespace");
+    let ct = |arguments: &[&str]| own.outside(arguments);
+    let directory = own.scene.directory.path();
+    let path = directory.join("config.json");
+    std::fs::remove_file(&path).ok();
+    ct(&["spec", "--rootless"]).ok();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["process"]["terminal"] = json!(false);
+    config["root"]["readonly"] = json!(false);
+    let mut write = |arguments: &[&str]| {
+        config["process"]["args"] = json!(arguments);
+        std::fs::write(&path, config.to_string()).unwrap();
+    };
+    write(&[
+        "sh",
+        "-c",
+        "id -u; cat /proc/self/uid_map; echo more >/made; exit 5",
+    ]);
+    let ended = ct(&["run", "c"]);
+    let words: Vec<_> = ended.stdout.split_whitespace().collect();
+    assert_eq!(words, ["0", "0", "0", "1"], "{}", ended.stderr);
+    assert_eq!(ended.code, Some(5));
+    let made = std::fs::metadata(directory.join("rootfs/made")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&made), USER);
+
+    let script = "sleep 1000 & exec sleep 1000";
+    write(&["sh", "-c", script]);
+    let state =
+        || -> serde_json::Value { serde_json::from_str(&ct(&["state", "c"]).ok()).unwrap() };
+    ct(&["create", "c"]).ok();
+    assert_eq!(state()["status"], "created");
+    // Also before it is started.
+    assert_eq!(ct(&["exec", "c", "id", "-u"]).ok(), "0\n");
+    ct(&["start", "c"]).ok();
+    let init = state()["pid"].to_string();
+    let status = std::fs::read_to_string(format!("/proc/{init}/status")).unwrap();
+    assert!(status.contains(&format!("Uid:\t{USER}\t")), "{status}");
+    let ended = ct(&[
+        "exec",
+        "c",
+        "sh",
+        "-c",
+        "cat /made; echo $$ >/dev/null; exit 7",
+    ]);
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (Some(7), "more\n"),
+        "{}",
+        ended.stderr
+    );
+    refused(
+        &ct(&["exec", "none", "true"]),
+        "container none does not exist",
+    );
+    ct(&["kill", "c", "KILL"]).ok();
+    wait_for("the end", || state()["status"] == "stopped");
+    refused(&ct(&["exec", "c", "true"]), "is stopped");
+    ct(&["delete", "c"]).ok();
+    assert_eq!(ct(&["list", "-q"]).ok(), "");
+}
+
+#[test]
+fn an_ordinary_user_has_no_other_ids() {
+    let Some(mut own) = Rootless::new(&["true"], Ids::One) else {
+        return;
+    };
+    let namespaces = own.scene.config["linux"]["namespaces"].as_array_mut();
+    namespaces.unwrap().push(json!({ "type": "user" }));
+    let id = |id: u32, size: u32| json!([{ "containerID": 0, "hostID": id, "size": size }]);
+    for (uids, gids, why) in [
+        (
+            id(FURTHER, 65536),
+            id(USER, 1),
+            "linux.uidMappings: 65536 ids from 1300000 on",
+        ),
+        (
+            id(USER, 1),
+            id(USER, 2),
+            "linux.gidMappings: 2 ids from 65533 on",
+        ),
+    ] {
+        own.scene.config["linux"]["uidMappings"] = uids;
+        own.scene.config["linux"]["gidMappings"] = gids;
+        // Writes the configuration.
+        own.ct(&["list"]).ok();
+        refused(&own.outside(&["create", "c"]), why);
+        assert_eq!(own.outside(&["list", "-q"]).ok(), "");
+    }
 }
 
 /// A user's namespace without a mount namespace of its own: the runtime makes one.
