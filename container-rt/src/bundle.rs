@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::apparmor;
 use crate::cgroup::Owner;
-use crate::create::Request;
+use crate::create::{CgroupBy, Request};
 use crate::error::{Context, Error, Result};
 use crate::{filter, mknod, rootless};
 
@@ -289,9 +289,9 @@ fn settle(spec: &mut Spec, request: &Request, folder: &Path) -> Result<()> {
         .clone()
         .filter(|p| !p.as_os_str().is_empty());
     let id = &request.id;
-    let path = path.unwrap_or_else(|| match request.systemd_cgroup {
-        true => format!(":atoll-ct:{id}").into(),
-        false => Path::new(DEFAULT_CGROUP).join(id),
+    let path = path.unwrap_or_else(|| match request.cgroup_by {
+        CgroupBy::Systemd => format!(":atoll-ct:{id}").into(),
+        CgroupBy::Us | CgroupBy::Nobody => Path::new(DEFAULT_CGROUP).join(id),
     });
     linux.set_cgroups_path(Some(path));
     // libcontainer always applies it to everything below, and knows only the names without the r for that.

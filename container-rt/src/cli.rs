@@ -66,7 +66,7 @@ pub(crate) enum LogFormat {
 pub(crate) enum CgroupManager {
     Cgroupfs,
     Systemd,
-    /// libcgroups cannot leave cgroups alone, so this is refused
+    /// Nobody: containers stay in their caller's, without limits
     Disabled,
 }
 

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command as Program;
 
-use atoll_container_rt::create::{self, Request};
+use atoll_container_rt::create::{self, CgroupBy, Request};
 use atoll_container_rt::error::{Error, Result};
 use atoll_container_rt::lifecycle::{self, Container, Force};
 use atoll_container_rt::process::parse_signal;
@@ -120,16 +120,17 @@ fn pretty(value: &impl serde::Serialize) -> Result<String> {
 }
 
 /// What the options before the command say about a new container.
-fn request_of(global: &Global) -> Result<Request> {
-    if global.cgroup_manager == CgroupManager::Disabled {
-        return Err(Error::Argument(
-            "--cgroup-manager disabled is not supported: use cgroupfs or systemd".to_owned(),
-        ));
-    }
-    Ok(Request {
-        systemd_cgroup: global.systemd_cgroup || global.cgroup_manager == CgroupManager::Systemd,
+fn request_of(global: &Global) -> Request {
+    let cgroup_by = match global.cgroup_manager {
+        _ if global.systemd_cgroup => CgroupBy::Systemd,
+        CgroupManager::Cgroupfs => CgroupBy::Us,
+        CgroupManager::Systemd => CgroupBy::Systemd,
+        CgroupManager::Disabled => CgroupBy::Nobody,
+    };
+    Request {
+        cgroup_by,
         ..Request::default()
-    })
+    }
 }
 
 fn request(global: &Global, arguments: Create) -> Result<Request> {
@@ -142,7 +143,7 @@ fn request(global: &Global, arguments: Create) -> Result<Request> {
         preserve_fds: arguments.preserve_fds,
         no_pivot: arguments.no_pivot,
         no_new_keyring: arguments.no_new_keyring,
-        ..request_of(global)?
+        ..request_of(global)
     })
 }
 
@@ -264,7 +265,7 @@ fn restore(root: &Path, global: &Global, arguments: Restore) -> Result<u8> {
             options: images(global, arguments.images)?,
             lsm_profile: arguments.lsm_profile,
         }),
-        ..request_of(global)?
+        ..request_of(global)
     };
     if arguments.monitor {
         monitor::create(root, &request)?;

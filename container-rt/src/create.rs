@@ -60,10 +60,22 @@ pub struct Request {
     pub no_pivot: bool,
     /// Share the caller's session keyring.
     pub no_new_keyring: bool,
-    /// `linux.cgroupsPath` is `slice:prefix:name`, and systemd makes the cgroup.
-    pub systemd_cgroup: bool,
+    /// Who makes the cgroup.
+    pub cgroup_by: CgroupBy,
     /// Processes come from a checkpoint, and run at once; else there is one that waits for `start`.
     pub restore: Option<restore::Request>,
+}
+
+/// Who makes a container's cgroup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CgroupBy {
+    /// We do, at `linux.cgroupsPath`.
+    #[default]
+    Us,
+    /// systemd does, and `linux.cgroupsPath` is `slice:prefix:name`.
+    Systemd,
+    /// The container stays in ours.
+    Nobody,
 }
 
 /// Where the container's terminal or output goes when a caller in this process takes it.
@@ -100,7 +112,7 @@ fn create_in(
     let asked = linux.and_then(|linux| linux.cgroups_path().clone());
     let asked = asked.unwrap_or_default();
     let owner = bundle::owner(&bundle.spec);
-    let (cgroup, unit) = if request.systemd_cgroup {
+    let (cgroup, unit) = if request.cgroup_by == CgroupBy::Systemd {
         let place = scope::Place::parse(&asked)?;
         let scope = scope::start(&place, &request.id)?;
         (Prepared::of_scope(scope, owner)?, Some(place.unit))
@@ -126,6 +138,7 @@ fn create_in(
         cgroup_path: cgroup.path.clone(),
         cgroups: cgroup.directories.clone(),
         unit,
+        mount_namespace: None,
         mounts: Vec::new(),
         has_hooks: hooks::any_after_create(&bundle.spec),
     };
@@ -146,20 +159,28 @@ fn create_in(
     result.map(|()| saved)
 }
 
-/// The container's cgroup, or none where this user may make none.
+/// The container's cgroup, or none where this user may make none, or wants none.
 fn own_cgroup(
     spec: &mut Spec,
     path: &Path,
     owner: Option<cgroup::Owner>,
     request: &Request,
 ) -> Result<Prepared> {
+    if request.cgroup_by == CgroupBy::Nobody {
+        if request.restore.is_some() {
+            let reason = "--cgroup-manager disabled: a restored container needs a cgroup";
+            return Err(Error::Argument(reason.to_owned()));
+        }
+        return cgroup::absent::prepare(spec, "--cgroup-manager disabled");
+    }
     match cgroup::prepare_somewhere(path, owner) {
         Err(error)
             if rootless::in_user_namespace()
                 && rootless::is_refusal(&error)
                 && request.restore.is_none() =>
         {
-            cgroup::absent::prepare(spec, &error)
+            let reason = crate::error::one_line(&error);
+            cgroup::absent::prepare(spec, &format!("this user may make no cgroup: {reason}"))
         }
         other => other,
     }
@@ -451,6 +472,9 @@ fn own_terminal(spec: &Spec, init: sys::Pid) -> Result<()> {
 /// What is left to do once there is an init.
 fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Result<()> {
     saved.init = Some(ProcessId::of(init)?);
+    if saved.cgroups.is_empty() && !cgroup::absent::has_own_pids(spec) {
+        saved.mount_namespace = Some(cgroup::absent::Together::of(init)?.number);
+    }
     if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         cgroup::limits::apply_unknown(&saved.cgroups, resources)?;
         if let (Some(unit), pids) = (&saved.unit, *resources.pids()) {

@@ -10,6 +10,7 @@ use libcontainer::notify_socket::NotifySocket;
 use oci_spec::runtime::LinuxResources;
 use serde::Serialize;
 
+use crate::cgroup::absent::Together;
 use crate::error::{Context, Error, Result};
 use crate::state::{Directory, Saved, Status};
 use crate::{bundle, cgroup, hooks, idmap, starting, sys};
@@ -157,6 +158,12 @@ impl Container {
                 needed: "container not running",
             });
         };
+        if signal == libc::SIGKILL
+            && let Some(together) = self.together()
+        {
+            // As the end of a pid namespace would.
+            return together.signal(signal).map(drop);
+        }
         init.signal(signal)
             .context(|| format!("signal the init of {}", self.saved.id))?;
         if signal == libc::SIGKILL && cgroup::is_frozen(&self.saved.cgroups) {
@@ -166,9 +173,22 @@ impl Container {
         Ok(())
     }
 
+    /// What holds the processes of a running container together that has neither a cgroup nor a pid namespace. An init
+    /// that has gone elsewhere, to the host's perhaps, holds nothing.
+    fn together(&self) -> Option<Together> {
+        let number = self.saved.mount_namespace?;
+        let init = self.saved.init?;
+        let _held = init.open()?;
+        let together = Together::of(init.pid).ok()?;
+        (together.number == number).then_some(together)
+    }
+
     /// Sends a signal to every process in the container, whatever its state. A frozen one that is killed is thawed:
     /// in a v1 freezer it would not die.
     pub fn kill_all(&self, signal: i32) -> Result<()> {
+        if let Some(together) = self.together() {
+            return together.signal(signal).map(drop);
+        }
         if self.saved.cgroups.is_empty() && signal == libc::SIGKILL {
             // All end with the first of their pid namespace, which may have ended.
             let init = self.saved.init.and_then(crate::process::ProcessId::open);
@@ -221,6 +241,7 @@ impl Container {
             self.require(&idle, "stop it first, or delete with --force")?;
         }
         let init_pid = self.saved.init.map_or(0, |init| init.pid);
+        let together = self.together();
         if let Some(init) = self.saved.init.and_then(crate::process::ProcessId::open) {
             // It may have ended meanwhile.
             init.signal(libc::SIGKILL).ok();
@@ -238,6 +259,7 @@ impl Container {
             }
         }
         cgroup::dissolve(&self.saved.cgroups, self.saved.unit.as_deref())?;
+        together.map_or(Ok(()), |together| together.end())?;
         for mount in self.saved.mounts.iter().rev() {
             idmap::detach(mount);
         }

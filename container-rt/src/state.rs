@@ -49,6 +49,9 @@ pub struct Saved {
     /// The systemd scope that they belong to, where systemd made them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
+    /// The init's mount namespace, where nothing else holds the processes together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount_namespace: Option<u64>,
     /// Mounts that exist only while the container is created.
     pub mounts: Vec<PathBuf>,
     /// Whether config.json has hooks to run at start or delete.

@@ -32,7 +32,8 @@ impl Podman {
             scene: Scene::new(&["true"]),
         };
         let conf = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=4096:4096\"]\n\
-            netns=\"none\"\n[engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nlock_type=\"file\"\n";
+            netns=\"none\"\n[engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nlock_type=\"file\"\n\
+            runtime_supports_nocgroup=[\"atoll-ct\"]\n";
         std::fs::write(podman.scene.path("containers.conf"), conf).unwrap();
         let archive = podman.scene.path("image.tar");
         let tar = Command::new("tar")
@@ -95,6 +96,34 @@ impl Drop for Podman {
     fn drop(&mut self) {
         self.run(&["rm", "--all", "--force", "--time", "0"]);
     }
+}
+
+/// No cgroup is made, and the container's processes end with it nevertheless.
+#[test]
+fn without_cgroups() {
+    let Some(podman) = Podman::new() else {
+        return;
+    };
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let mut words = vec!["run", "--detach", "--name=c", "--cgroups=disabled"];
+    words.extend(["scene:1", "sh", "-c", "sleep 1000 & exec sleep 1000"]);
+    podman.ok(&words);
+    let init = podman.ok(&["inspect", "--format", "{{.State.Pid}}", "c"]);
+    let init = init.trim();
+    assert_eq!(
+        read(&format!("/proc/{init}/cgroup")),
+        read("/proc/self/cgroup")
+    );
+    assert_eq!(podman.run(&["exec", "c", "sh", "-c", "exit 3"]).0, Some(3));
+    let namespace = std::fs::read_link(format!("/proc/{init}/ns/mnt")).unwrap();
+    podman.ok(&["rm", "--force", "--time", "0", "c"]);
+    wait_for("the end of all", || {
+        let mut processes = std::fs::read_dir("/proc").unwrap().flatten();
+        !processes.any(|process| {
+            let own = std::fs::read_link(process.path().join("ns/mnt"));
+            own.is_ok_and(|own| own == namespace)
+        })
+    });
 }
 
 #[test]

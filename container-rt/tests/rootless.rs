@@ -277,6 +277,43 @@ fn all_processes_end_with_the_container() {
     }
 }
 
+/// The same where neither a cgroup nor a pid namespace holds them together, and nobody else's end.
+#[test]
+fn all_processes_end_in_the_hosts_pid_namespace() {
+    let script = "for i in 1 2 3; do sleep 1000 & done; wait";
+    for words in [
+        &["delete", "--force", "ID"][..],
+        &["kill", "--all", "ID", "KILL"],
+        &["kill", "ID", "KILL"],
+    ] {
+        let Some(mut own) = Rootless::new(&["sh", "-c", script], Ids::One) else {
+            return;
+        };
+        let namespaces = own.scene.config["linux"]["namespaces"].as_array_mut();
+        let namespaces = namespaces.unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "pid");
+        for mount in own.scene.config["mounts"].as_array_mut().unwrap() {
+            if mount["destination"] == "/proc" {
+                *mount = json!({ "destination": "/proc", "type": "bind", "source": "/proc", "options": ["rbind"] });
+            }
+        }
+        own.start();
+        let init = own.init();
+        let namespace = std::fs::read_link(format!("/proc/{init}/ns/mnt")).unwrap();
+        let left = || {
+            let processes = std::fs::read_dir("/proc").unwrap().flatten();
+            let theirs = processes.filter(|p| {
+                std::fs::read_link(p.path().join("ns/mnt")).is_ok_and(|n| n == namespace)
+            });
+            theirs.count()
+        };
+        wait_for("its processes", || left() == 4);
+        own.ct(words).ok();
+        wait_for("their end", || left() == 0);
+        assert!(own.holder.try_wait().unwrap().is_none());
+    }
+}
+
 #[test]
 fn what_takes_a_cgroup_is_refused() {
     let Some(mut own) = Rootless::new(&["sleep", "1000"], Ids::One) else {
@@ -289,8 +326,14 @@ fn what_takes_a_cgroup_is_refused() {
     let namespaces = own.scene.config["linux"]["namespaces"].as_array_mut();
     namespaces
         .unwrap()
-        .retain(|namespace| namespace["type"] != "pid");
-    refused(&own.ct(&["create", "ID"]), "a pid namespace of its own");
+        .retain(|namespace| namespace["type"] != "pid" && namespace["type"] != "mount");
+    for paths in ["maskedPaths", "readonlyPaths"] {
+        own.scene.config["linux"][paths].take();
+    }
+    refused(
+        &own.ct(&["create", "ID"]),
+        "a pid or mount namespace of its own",
+    );
     own.scene.config = before;
     // No limits.
     own.scene.config["linux"]["resources"]["pids"] = json!({ "limit": -1 });
@@ -472,7 +515,8 @@ fn podman_of_an_ordinary_user() {
         return;
     };
     let conf = "[containers]\ndefault_ulimits=[\"nofile=1024:1024\",\"nproc=4096:4096\"]\nnetns=\"none\"\n\
-        [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nlock_type=\"file\"\n";
+        [engine]\ncgroup_manager=\"cgroupfs\"\nevents_logger=\"file\"\nlock_type=\"file\"\n\
+        runtime_supports_nocgroup=[\"program\"]\n";
     std::fs::write(own.scene.path("containers.conf"), conf).unwrap();
     let (rootfs, archive) = (own.scene.path("rootfs"), own.scene.path("image.tar"));
     let mut tar = Command::new("tar");
@@ -525,8 +569,9 @@ fn podman_of_an_ordinary_user() {
     let run = ["run", "--rm", "scene:1", "sh", "-c", "id -u; exit 42"];
     let (code, said, error) = podman(&run);
     assert_eq!((code, said.as_str()), (Some(42), "0\n"), "{error}");
-    let nested = ["run", "--rm", "--uidmap", "0:0:1", "scene:1", "id", "-u"];
-    assert_eq!(ok(&nested), "0\n");
+    for option in ["--uidmap=0:0:1", "--pid=host", "--cgroups=disabled"] {
+        assert_eq!(ok(&["run", "--rm", option, "scene:1", "id", "-u"]), "0\n");
+    }
     let script = "echo out; exec sleep 1000";
     ok(&["run", "--detach", "--name=c", "scene:1", "sh", "-c", script]);
     wait_for("the log", || ok(&["logs", "c"]) == "out\n");

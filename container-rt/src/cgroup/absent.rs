@@ -1,46 +1,48 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
-//! A rootless container whose user may make no cgroup. It stays in its caller's, as runc and crun leave it: it can have
-//! no limits, and what finds its processes by the cgroup is refused. They all end with the first one, so it must have
-//! a process id namespace of its own.
+//! A container without a cgroup: its user may make none, or its caller wants none. It stays in its caller's, as runc and
+//! crun leave it: it can have no limits, and what takes a cgroup is refused. Its processes end with the first of their
+//! pid namespace; where that is not its own, they are found by the first one's mount namespace. What leaves that, or is
+//! left when the first has ended by itself, gets away, as under crun.
 //!
 //! libcgroups has no such mode. For rootless callers it passes over refusals, but only of v2: so the container's cgroup
 //! is said to be the one that we are in, and a v1 host's hierarchies are covered by a v2 one, in a mount namespace of
 //! our own.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::Value;
 
-use super::{Kind, MOUNT_ROOT, Prepared, is_unified_host, own_path};
+use super::{Kind, MOUNT_ROOT, Prepared, REMOVE_LIMIT, is_unified_host, own_path};
 use crate::bundle::wrong;
 use crate::error::{Context, Error, Result};
+use crate::process::ProcessFd;
+use crate::sys::Pid;
 
 const NO_TEXT: Option<&str> = None;
 
-/// Goes without a cgroup, or refuses what cannot be had without; `refusal` is why there is none.
-pub fn prepare(spec: &mut Spec, refusal: &Error) -> Result<Prepared> {
-    let reason = |what: &str| format!("{what}: {}", crate::error::one_line(refusal));
+/// Goes without a cgroup, or refuses what cannot be had without; `why` there is none.
+pub fn prepare(spec: &mut Spec, why: &str) -> Result<Prepared> {
     let Some(mut linux) = spec.linux().clone() else {
         return Err(wrong("linux", "is missing"));
     };
     let limits = serde_json::to_value(linux.resources()).unwrap_or_default();
     if let Some(name) = limit(&limits) {
-        let what = "this user may make no cgroup to limit it by";
-        return Err(wrong(&format!("linux.resources.{name}"), reason(what)));
+        let reason = format!("there is no cgroup to limit it by: {why}");
+        return Err(wrong(&format!("linux.resources.{name}"), reason));
     }
-    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    let own = |n: &oci_spec::runtime::LinuxNamespace| {
-        n.typ() == LinuxNamespaceType::Pid && n.path().is_none()
-    };
-    if !namespaces.iter().any(own) {
-        let what = "a pid namespace of its own must end the container's processes, as this user may make no cgroup";
-        return Err(wrong("linux.namespaces", reason(what)));
+    if !has_own_pids(spec) && !has_own(spec, LinuxNamespaceType::Mount) {
+        let what =
+            "a pid or mount namespace of its own must hold the container's processes together";
+        return Err(wrong("linux.namespaces", format!("{what}: {why}")));
     }
-    // The device list with the rest: nobody here can make a node.
+    // The device list with the rest: it, too, is a cgroup's.
     linux.set_resources(None);
     spec.set_linux(Some(linux));
     if !is_unified_host()? {
@@ -56,6 +58,82 @@ pub fn prepare(spec: &mut Spec, refusal: &Error) -> Result<Prepared> {
         joined: Vec::new(),
         _scope: None,
     })
+}
+
+fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+    let mut all = namespaces.into_iter().flatten();
+    all.any(|n| n.typ() == kind && n.path().is_none())
+}
+
+/// Whether all processes end with the container's first.
+pub(crate) fn has_own_pids(spec: &Spec) -> bool {
+    has_own(spec, LinuxNamespaceType::Pid)
+}
+
+/// The mount namespace of a container's processes, held, so that its number does not become another one's.
+pub(crate) struct Together {
+    /// As state.json keeps it.
+    pub(crate) number: u64,
+    _held: File,
+}
+
+impl Together {
+    /// That of a process.
+    pub(crate) fn of(init: Pid) -> Result<Self> {
+        let path = PathBuf::from(format!("/proc/{init}/ns/mnt"));
+        let held = File::open(&path).at("open", &path)?;
+        let number = held.metadata().at("look at", &path)?.ino();
+        Ok(Self {
+            number,
+            _held: held,
+        })
+    }
+
+    /// The processes in it. They may come and go meanwhile.
+    fn processes(&self) -> io::Result<Vec<ProcessFd>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            // Once it is open, the number cannot become another process's.
+            let process = ProcessFd::of_child(pid);
+            let namespace = fs::metadata(format!("/proc/{pid}/ns/mnt"));
+            if let (Ok(process), Ok(namespace)) = (process, namespace)
+                && namespace.ino() == self.number
+            {
+                found.push(process);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sends a signal to all. Answers whether there was any.
+    pub(crate) fn signal(&self, signal: i32) -> Result<bool> {
+        let all = self.processes();
+        let all = all.context(|| "look for processes in /proc".to_owned())?;
+        for process in &all {
+            // It may have ended meanwhile.
+            process.signal(signal).ok();
+        }
+        Ok(!all.is_empty())
+    }
+
+    /// Ends all.
+    pub(crate) fn end(&self) -> Result<()> {
+        let deadline = Instant::now() + REMOVE_LIMIT;
+        while self.signal(libc::SIGKILL)? {
+            if Instant::now() > deadline {
+                let reason = "processes without a cgroup have not ended after SIGKILL";
+                return Err(Error::Argument(reason.to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
 }
 
 /// The first setting that limits something, by its name; devices do not count.

@@ -536,7 +536,7 @@ pub fn all_processes(directories: &[PathBuf]) -> Result<BTreeSet<Pid>> {
 pub fn required<'a>(id: &str, directories: &'a [PathBuf]) -> Result<&'a [PathBuf]> {
     if directories.is_empty() {
         return Err(Error::Argument(format!(
-            "container {id} has no cgroup: the user who created it may make none"
+            "container {id} has no cgroup: its user may make none, or wanted none"
         )));
     }
     Ok(directories)
