@@ -20,7 +20,7 @@ use crate::apparmor;
 use crate::cgroup::Owner;
 use crate::create::{CgroupBy, Request};
 use crate::error::{Context, Error, Result};
-use crate::{filter, mknod, rootless};
+use crate::{filter, mknod, rdt, rootless};
 
 /// Below this every container without a `linux.cgroupsPath` gets its cgroup, under its id.
 const DEFAULT_CGROUP: &str = "/atoll-ct";
@@ -166,11 +166,6 @@ fn check(spec: &Spec) -> Result<()> {
             "linux.mountLabel",
             "SELinux",
         ),
-        (
-            linux.is_some_and(|linux| linux.intel_rdt().is_some()),
-            "linux.intelRdt",
-            "Intel RDT",
-        ),
     ];
     if let Some((_, field, what)) = refused.into_iter().find(|(asked, ..)| *asked) {
         return Err(wrong(
@@ -188,6 +183,7 @@ fn check(spec: &Spec) -> Result<()> {
         }
     }
     check_linux(spec)?;
+    rdt::check(spec)?;
     check_seccomp(spec)?;
     check_by_libcontainer(spec)
 }

@@ -37,8 +37,8 @@ use crate::log::Causes;
 use crate::process::ProcessId;
 use crate::state::{Directory, Saved, Status, now, write_atomically};
 use crate::{
-    copy_up, devices, filter, furnish, hooks, idmap, inherit, notify, own_dev, program, restore,
-    rootless, starting, sys, terminal, workdir,
+    copy_up, devices, filter, furnish, hooks, idmap, inherit, notify, own_dev, program, rdt,
+    restore, rootless, starting, sys, terminal, workdir,
 };
 
 /// What to create, as `atoll-ct create` and `run` take it.
@@ -139,6 +139,7 @@ fn create_in(
         cgroups: cgroup.directories.clone(),
         unit,
         mount_namespace: None,
+        rdt: None,
         mounts: Vec::new(),
         has_hooks: hooks::any_after_create(&bundle.spec),
     };
@@ -155,6 +156,7 @@ fn create_in(
         // The first error is the one to tell.
         cgroup.leave().ok();
         cgroup::dissolve(&saved.cgroups, saved.unit.as_deref()).ok();
+        saved.rdt.as_ref().map(|groups| groups.remove().ok());
     }
     result.map(|()| saved)
 }
@@ -475,6 +477,7 @@ fn finish(plan: &Plan<'_>, spec: &Spec, saved: &mut Saved, init: sys::Pid) -> Re
     if saved.cgroups.is_empty() && !cgroup::absent::has_own_pids(spec) {
         saved.mount_namespace = Some(cgroup::absent::Together::of(init)?.number);
     }
+    saved.rdt = rdt::assign(spec, &saved.id, init)?;
     if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
         cgroup::limits::apply_unknown(&saved.cgroups, resources)?;
         if let (Some(unit), pids) = (&saved.unit, *resources.pids()) {

@@ -30,7 +30,7 @@ use crate::process::{ExitStatus, ProcessFd};
 use crate::state::{Status, write_atomically};
 use crate::sys::{self, Fork};
 use crate::terminal::{self, Signals};
-use crate::{bundle, cgroup, filter, inherit, notify, program, rootless};
+use crate::{bundle, cgroup, filter, inherit, notify, program, rdt, rootless};
 
 /// What to execute and how, as `atoll-ct exec` takes it.
 #[derive(Debug, Default)]
@@ -444,6 +444,7 @@ fn clamp(size: u64) -> u16 {
     u16::try_from(size).unwrap_or(u16::MAX)
 }
 
+/// Joins the container's cgroups, and its groups of Intel RDT.
 fn join_cgroups(entry: &Entry<'_>) -> Result<()> {
     let saved = &entry.container.saved;
     let init = saved.init.map_or(0, |init| init.pid);
@@ -468,7 +469,8 @@ fn join_cgroups(entry: &Entry<'_>) -> Result<()> {
             }
         }
     }
-    cgroup::join(&directories, init)
+    cgroup::join(&directories, init)?;
+    saved.rdt.as_ref().map_or(Ok(()), rdt::Groups::join)
 }
 
 type System<'a> = &'a dyn libcontainer::syscall::Syscall;

@@ -2,6 +2,7 @@
 //! What `features` and `spec` print: the runtime-spec's "Features Structure" for this runtime, and a config.json
 //! to start from. Only what was built in is claimed; whether the host has it is another question.
 
+use atoll_container_rt::rdt;
 use serde_json::{Value, json};
 
 /// Capabilities of a container that asks for nothing special.
@@ -94,7 +95,7 @@ pub(crate) fn features() -> Value {
             },
             "apparmor": { "enabled": true },
             "selinux": { "enabled": false },
-            "intelRdt": { "enabled": false },
+            "intelRdt": { "enabled": rdt::is_there() },
             "mountExtensions": { "idmap": { "enabled": true } },
             "netDevices": { "enabled": true },
         },

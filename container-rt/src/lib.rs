@@ -22,12 +22,13 @@
 //! | [`events`] | statistics and out-of-memory kills | prints by itself; no such events |
 //! | [`run`], [`terminal`] | the foreground, by pidfd | absent there |
 //! | [`own_file`] | the program itself cannot be written to from a container | only `youki`'s, by a copy in memory |
+//! | [`rdt`] | shares of caches and memory bandwidth | called by its `youki` alone |
 //! | `starting` | what `start` is told by the init | its signal goes one way |
 //! | `apparmor` | whether the profile is loaded | found out in the middle, without its name |
 //! | [`rootless`] | an ordinary user's containers: host's devices, perhaps no cgroup | refusals passed over, on v2 alone |
 //! | `inherit`, `workdir` | inheritable capabilities; a missing `process.cwd` | order of the sets; refused there |
 //!
-//! Not here: SELinux, Intel RDT; asking for them is a one-line error.
+//! Not here: SELinux; asking for it is a one-line error.
 
 mod apparmor;
 pub mod bundle;
@@ -58,6 +59,7 @@ mod own_dev;
 pub mod own_file;
 pub mod process;
 mod program;
+pub mod rdt;
 pub mod restore;
 pub mod rootless;
 pub mod run;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::cgroup::absent::Together;
 use crate::error::{Context, Error, Result};
 use crate::state::{Directory, Saved, Status};
-use crate::{bundle, cgroup, hooks, idmap, starting, sys};
+use crate::{bundle, cgroup, hooks, idmap, rdt, starting, sys};
 
 /// How long a killed init may take to end: its memory is given back meanwhile.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -260,6 +260,10 @@ impl Container {
         }
         cgroup::dissolve(&self.saved.cgroups, self.saved.unit.as_deref())?;
         together.map_or(Ok(()), |together| together.end())?;
+        self.saved
+            .rdt
+            .as_ref()
+            .map_or(Ok(()), rdt::Groups::remove)?;
         for mount in self.saved.mounts.iter().rev() {
             idmap::detach(mount);
         }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup;
 use crate::error::{Context, Error, Result};
 use crate::process::ProcessId;
-use crate::rootless;
+use crate::{rdt, rootless};
 
 /// The saved form of a container. Fields are only ever added, as options.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -52,6 +52,9 @@ pub struct Saved {
     /// The init's mount namespace, where nothing else holds the processes together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mount_namespace: Option<u64>,
+    /// Its groups of Intel RDT.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdt: Option<rdt::Groups>,
     /// Mounts that exist only while the container is created.
     pub mounts: Vec<PathBuf>,
     /// Whether config.json has hooks to run at start or delete.

@@ -297,8 +297,34 @@ fn wrong_configurations() -> Vec<(&'static str, serde_json::Value, &'static str)
             json!("system_u:object_r:x:s0"),
             "linux.mountLabel: SELinux",
         ),
-        ("/linux/intelRdt", json!({}), "linux.intelRdt: Intel RDT"),
     ]
+}
+
+#[test]
+fn intel_rdt_is_refused_where_there_is_none() {
+    if !can_run() {
+        return;
+    }
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap();
+    if known.contains("resctrl") {
+        println!("ATOLL-SKIP: this host has resctrl");
+        return;
+    }
+    let mut scene = Scene::new(&["true"]);
+    scene.config["linux"]["intelRdt"] = json!({ "closID": "c", "l3CacheSchema": "L3:0=f" });
+    for words in [["create", "ID"], ["run", "ID"]] {
+        let refused = scene.ct(&words);
+        let reason = "linux.intelRdt: this host has no Intel RDT";
+        assert!(
+            refused.code == Some(1) && refused.stderr.contains(reason),
+            "{}",
+            refused.stderr
+        );
+        assert_eq!(scene.ct(&["list", "-q"]).ok(), "");
+    }
+    let features = scene.ct(&["features"]).ok();
+    let features: serde_json::Value = serde_json::from_str(&features).unwrap();
+    assert_eq!(features["linux"]["intelRdt"]["enabled"], false);
 }
 
 #[test]
