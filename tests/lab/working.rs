@@ -167,8 +167,27 @@ pub fn ask_to_move(from: &Host, to: &str, options: &str) -> String {
 /// A move that nothing disturbs; what the source says of it.
 #[track_caller]
 pub fn moves_to(from: &Host, to: &Host) -> Value {
+    moved([from, to], |ask| ask)
+}
+
+/// The same, but after its first round the guest goes on there, and the rest of its memory follows (post-copy).
+#[track_caller]
+pub fn moves_late_to(from: &Host, to: &Host) -> Value {
+    moved([from, to], |ask| LATE.replace("ASK", &ask))
+}
+
+/// Asks for the move, and says what ASK has said once it has seen post-copy.
+const LATE: &str = r#"cd /var/t; ctl() { /payload/bin/atoll-vmm ctl --api-socket api.sock "$@"; }
+ASK --when-late post-copy >moved 2>&1 & asked=$!
+seen() { until ctl migration 2>/dev/null | grep -q "$1"; do [ -d /proc/$asked ] || { cat moved; exit 1; }; sleep 0.1; done; }
+seen '"rounds": [1-9]'; ctl switch-migration >/dev/null; seen post-copy
+wait $asked && cat moved"#;
+
+/// A move that `script` asks for, by the command that it is given.
+#[track_caller]
+fn moved([from, to]: [&Host; 2], script: impl FnOnce(String) -> String) -> Value {
     let place = receive(to);
-    let ask = ask_to_move(from, &place, "");
+    let ask = script(ask_to_move(from, &place, ""));
     let asked = from.run(&ask, Duration::from_secs(MOVE_SECONDS.into()));
     let asked = asked.unwrap();
     let logs = || {
