@@ -385,6 +385,45 @@ fn an_unprivileged_container_makes_harmless_nodes() {
     );
 }
 
+/// The file system is mounted with quotas, and the container can name its device but not open it. Kernels without
+/// quotas say so.
+#[test]
+fn a_privileged_container_has_quotas() {
+    world::isolated("a_privileged_container_has_quotas", async || {
+        let Some(ground) = Ground::new().await else {
+            return;
+        };
+        let params = [
+            ("rootfs", "local:0.0625,quota=1"),
+            ("mp0", "local:0.0625,mp=/srv"),
+            ("memory", "64"),
+            ("unprivileged", "0"),
+        ];
+        assert_eq!(ground.create(&params).await.0, "OK");
+        let (status, _) = ground.act(Action::Start).await;
+        if status == "OK" {
+            let root = ground.sh("grep ' / ' /proc/mounts");
+            assert!(root.contains("usrjquota=aquota.user"), "{root}");
+            let device = root.split(' ').next().unwrap();
+            assert!(ground.sh(&format!("test -b {device} && echo block")) == "block\n");
+            let refused = ground.sh(&format!("cat {device}"));
+            assert!(refused.contains("Operation not permitted"), "{refused}");
+            let other = ground.sh("grep ' /srv ' /proc/mounts");
+            assert!(!other.contains("quota"), "{other}");
+            assert_eq!(ground.act(Action::Stop).await.0, "OK");
+        } else if status.contains("capset") {
+            println!(
+                "ATOLL-SKIP: no privileged containers here: this host's root lacks capabilities"
+            );
+        } else {
+            let reason = "rootfs: quota=1: this host's kernel has no quotas (module quota_v2)";
+            assert!(status.starts_with(reason), "{status}");
+        }
+        assert_eq!(ground.left(), "");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
 /// A volume that is made, mounted, written to, and taken out again.
 async fn volumes(ground: &Ground) {
     let applied = ground
@@ -401,6 +440,9 @@ async fn volumes(ground: &Ground) {
         .await
         .unwrap();
     assert_eq!(applied.pending, ["mp0"], "a change waits");
+    let plugged = ground.update(&[("mp8", "local:0.0625,mp=/a,quota=1")], &[]);
+    let refused = plugged.await.unwrap_err().to_string();
+    assert!(refused.starts_with("mp8: one with quota=1"), "{refused}");
     ground.update(&[], &["mp0"]).await.unwrap();
     assert!(ground.sh("cat /srv/data/file").contains("No such file"));
     assert!(!ground.left().contains("mp0"), "{}", ground.left());

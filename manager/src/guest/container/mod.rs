@@ -17,6 +17,7 @@ pub mod import;
 pub mod lxc;
 pub mod lxcfs;
 pub mod plug;
+pub mod quota;
 pub mod renew;
 pub mod restart;
 pub mod root;

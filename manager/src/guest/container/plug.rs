@@ -87,6 +87,13 @@ fn point(seat: &Seat, key: &str, value: &str) -> Result<Mount, Error> {
 }
 
 async fn plug(seat: &Seat, point: &Mount) -> Result<(), Error> {
+    if point.quota {
+        // It would lack the device by which its quotas are named.
+        return Err(Error::refused(format!(
+            "{}: one with quota=1 is not added to a container that runs: stop it first",
+            point.key
+        )));
+    }
     mount_point(seat, point).await?;
     let unprivileged = bundle::is_unprivileged(&seat.config()?);
     let entry = point.entry(&seat.run_folder(), unprivileged);

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::guest::container::bundle::Facts;
 use crate::guest::container::root::GuestRoot;
 use crate::guest::container::setup;
-use crate::guest::container::{Container, bundle, dhcp, image, mount_point, unmount_below};
+use crate::guest::container::{Container, bundle, dhcp, image, mount_point, quota, unmount_below};
 use crate::guest::{Guest, hook, start};
 use crate::network::cidr::Cidr;
 use crate::network::link;
@@ -60,7 +60,9 @@ async fn remove_folder(start: &mut Start, _: &TaskContext) -> Result<(), Error> 
 }
 
 async fn mount_volumes(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
-    for point in bundle::volumes(start.config()?)? {
+    let points = bundle::volumes(start.config()?)?;
+    quota::demand(start.config()?, &points).await?;
+    for point in points {
         mount_point(&start.seat, &point).await?;
     }
     Ok(())
@@ -132,7 +134,8 @@ fn halt_signal(root: &GuestRoot) -> &'static str {
 async fn write_bundle(start: &mut Start, task: &TaskContext) -> Result<(), Error> {
     let (config, folder) = (start.config()?, start.seat.run_folder());
     let site = &start.seat.site;
-    let facts = Facts::gather(config, &site.images, &site.settings.lxcfs_dir).await?;
+    let mut facts = Facts::gather(config, &site.images, &site.settings.lxcfs_dir).await?;
+    facts.quotas = quota::devices(&folder, &bundle::volumes(config)?);
     if facts.views.is_empty() {
         task.log(
             "lxcfs is not running, or hangs: /proc tells the host's memory, CPUs and load (install lxcfs)",

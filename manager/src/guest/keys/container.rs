@@ -284,7 +284,12 @@ macro_rules! volume_keys {
                 Param::new("size", Kind::Format(DISK_SIZE), "Size; the server sets it."),
                 Param::new("acl", Kind::Boolean, "Access lists; on unless it is 0."),
                 Param::new("mountoptions", Kind::Format(MOUNT_OPTION_LIST), "Mount options, divided by semicolons."),
-                Param::new("quota", Kind::Boolean, "Quotas inside. Without effect: kernels with cgroup v2 alone have none for containers."),
+                Param::new(
+                    "quota",
+                    Kind::Boolean,
+                    "Quotas of users and groups, which a privileged container sets by itself: quotacheck -cmug and quotaon \
+                     of the package quota, once.",
+                ),
                 Param::new("replicate", Kind::Boolean, "Include it in replication."),
                 Param::new("ro", Kind::Boolean, "Read-only."),
                 Param::new("shared", Kind::Boolean, "The volume is the same on all nodes."),

@@ -65,6 +65,8 @@ pub struct Facts {
     pub layers: Vec<PathBuf>,
     /// Files of lxcfs, which show the container its own limits.
     pub views: Vec<PathBuf>,
+    /// Devices of its file systems with quotas.
+    pub quotas: BTreeMap<PathBuf, HostDevice>,
 }
 
 impl Facts {
@@ -127,6 +129,12 @@ pub(super) fn all(config: &GuestConfig, facts: &Facts) -> Result<(Vec<Value>, Ve
     for (key, _) in config.family("dev[n]") {
         let value = config.properties(key)?.unwrap_or_default();
         let (node, rule) = node_and_rule(key, &value, facts)?;
+        nodes.push(node);
+        rules.push(rule);
+    }
+    for (path, device) in &facts.quotas {
+        // quotactl(2) wants its name. Who opens it has the file system below the kernel's feet: `m` does not let him.
+        let (node, rule) = device.node_and_rule(&path.to_string_lossy(), MODE, (0, 0), "m");
         nodes.push(node);
         rules.push(rule);
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Facts, is_unprivileged, views};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
-use crate::guest::container::image;
+use crate::guest::container::{image, quota};
 use crate::schema::Properties;
 
 /// One mount point of a container, its root included.
@@ -24,6 +24,8 @@ pub struct Mount {
     pub readonly: bool,
     /// Options of mount(8) for what is mounted on the host: `noatime`, `discard`, …
     pub options: Vec<String>,
+    /// It keeps account of what its users store, and their limits.
+    pub quota: bool,
 }
 
 /// What a mount point shows.
@@ -83,12 +85,18 @@ impl Mount {
             Some(_) => options.push("noacl".to_owned()),
             None => {}
         }
+        let readonly = value.is_set("ro");
+        let quota = value.is_set("quota") && !readonly;
+        if quota {
+            options.push(quota::OPTIONS.to_owned());
+        }
         Self {
             key: key.to_owned(),
             source: Source::new(value.get("volume").unwrap_or_default()),
             destination: value.get("mp").unwrap_or("/").to_owned(),
-            readonly: value.is_set("ro"),
+            readonly,
             options,
+            quota,
         }
     }
 

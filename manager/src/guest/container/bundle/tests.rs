@@ -94,6 +94,15 @@ fn mount_points_are_volumes_devices_or_folders() {
         "rootfs: local:1\nmp2: /dev/sdb1,mp=/data,mountoptions=noatime;discard,acl=0\n",
     ));
     assert_eq!(points.unwrap()[1].options, ["noatime", "discard", "noacl"]);
+    let with = volumes(&config(
+        "rootfs: local:1,quota=1\nmp0: local:2,mp=/a,quota=1,ro=1\n",
+    ))
+    .unwrap();
+    let journalled = "usrjquota=aquota.user,grpjquota=aquota.group,jqfmt=vfsv0";
+    assert_eq!(
+        (&*with[0].options, with[1].options.len()),
+        (&[journalled.to_owned()][..], 0)
+    );
 }
 
 #[test]
@@ -117,6 +126,17 @@ fn devices_and_features() {
             { "allow": true, "type": "c", "major": 10, "minor": 200, "access": "rm" },
         ])
     );
+    let mut facts = facts();
+    let of_loop = HostDevice {
+        kind: 'b',
+        major: 7,
+        minor: 3,
+    };
+    facts.quotas.insert("/dev/loop3".into(), of_loop);
+    let (nodes, rules) = devices::all(&config(""), &facts).unwrap();
+    assert_eq!(nodes[0]["path"], "/dev/loop3");
+    let named = json!({ "allow": true, "type": "b", "major": 7, "minor": 3, "access": "m" });
+    assert_eq!(rules[1..], [named], "it is not opened");
     assert!(
         mount(&bundle, "/sys")["options"]
             .to_string()
