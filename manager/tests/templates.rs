@@ -316,6 +316,9 @@ async fn a_wrong_file_is_refused_and_nothing_of_it_stays() {
     assert!(std::fs::read(&path).unwrap() == bytes(1));
 }
 
+/// Has GnuPG believe that it is that day.
+const FIRST_DAY: &[&str] = &["--faked-system-time", "20200101T120000"];
+
 /// A key that signs, in a folder of its own.
 struct Key {
     home: tempfile::TempDir,
@@ -324,6 +327,15 @@ struct Key {
 impl Key {
     /// Makes one; none, and a line that says so, where GnuPG is not installed.
     fn new() -> Option<Self> {
+        Self::with(&[], "never")
+    }
+
+    /// One that was made on the first day of 2020, for a day.
+    fn of_the_past() -> Option<Self> {
+        Self::with(FIRST_DAY, "1d")
+    }
+
+    fn with(how: &[&str], lasts: &str) -> Option<Self> {
         for program in ["gpg", "gpgv", "gpg-agent"] {
             if Command::new(program).arg("--version").output().is_err() {
                 println!("ATOLL-SKIP: no {program} here (apt-get install {program})");
@@ -334,13 +346,8 @@ impl Key {
             home: tempfile::tempdir().unwrap(),
         };
         let args = ["--passphrase", "", "--quick-generate-key"];
-        key.gpg(
-            &[
-                &args[..],
-                &["Test <test@a.example>", "ed25519", "sign", "never"],
-            ]
-            .concat(),
-        );
+        let whose = ["Test <test@a.example>", "ed25519", "sign", lasts];
+        key.gpg(&[how, &args, &whose].concat());
         Some(key)
     }
 
@@ -447,6 +454,15 @@ async fn an_index_counts_when_its_signature_is_good() {
     assert!(ground.refresh().await.0.starts_with("download failed"));
     assert_eq!(ground.listed().await, kept);
     assert_eq!(names(&ground.templates()), left);
+
+    let expired = Key::of_the_past().unwrap();
+    std::fs::write(&keyring, expired.gpg(&["--export"])).unwrap();
+    publish(&server, &evil, expired.sign(&evil, FIRST_DAY));
+    let (status, _) = ground.refresh().await;
+    let told = status.strip_prefix("index 'ours': it is signed by key ");
+    let told = told.is_some_and(|told| told.contains(", which has expired: put the renewed one"));
+    assert!(told && status.contains("ours.gpg"), "{status}");
+    assert_eq!(ground.listed().await, kept);
 
     publish(&server, &evil, key.sign(&evil, &[]));
     std::fs::write(&keyring, key.gpg(&["--armor", "--export"])).unwrap();

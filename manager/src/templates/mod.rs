@@ -32,8 +32,6 @@ use index::{Index, Template};
 const INDEX_BYTES_MAX: u64 = 64 << 20;
 /// Largest detached signature; one is less than a kilobyte.
 const SIGNATURE_BYTES_MAX: u64 = 1 << 20;
-/// What `gpgv` says, with the fingerprint, of a signature that is good and whose key is in the keyring.
-const VALID: &str = "[GNUPG:] VALIDSIG ";
 
 /// The indexes of a node; cheap to clone.
 #[derive(Debug, Clone)]
@@ -201,8 +199,8 @@ impl Source {
         index::parse(text, &self.url).map_err(wrong)
     }
 
-    /// Checks the signature; returns the fingerprint of the key that made it. As `gpgv` does, it trusts every key of
-    /// the keyring, also one that has expired.
+    /// Checks the signature; returns the fingerprint of the key that made it. Any key of the keyring may have, unless it
+    /// has expired or was revoked, which `gpgv` lets pass.
     async fn verify(&self, signature: &Path, index: &Path) -> Result<String, Error> {
         let keyring = self.keyring.display();
         let head = tokio::fs::read(&self.keyring).await;
@@ -226,11 +224,42 @@ impl Source {
                     false => Error::failed("the signature is not good", error),
                 }
             })?;
-        let valid = said.lines().find_map(|line| line.strip_prefix(VALID));
-        let signer = valid.and_then(|rest| rest.split(' ').next());
-        let signer = signer.ok_or_else(|| Error::refused("the signature is not good"))?;
-        Ok(signer.to_owned())
+        signer(&said).map_err(|reason| {
+            Error::Refused(format!(
+                "index '{}': {reason} (keyring {keyring})",
+                self.name
+            ))
+        })
     }
+}
+
+/// The key of a signature that counts, by what `gpgv` says: a verdict, then the fingerprint. GnuPG's `doc/DETAILS`.
+fn signer(said: &str) -> Result<String, String> {
+    const UNKNOWN: Option<&str> = Some("gpgv has not called good");
+    let mut refused = "the signature is not good".to_owned();
+    let mut flaw = UNKNOWN;
+    for line in said
+        .lines()
+        .filter_map(|line| line.strip_prefix("[GNUPG:] "))
+    {
+        let mut words = line.split(' ');
+        match words.next().unwrap_or_default() {
+            "NEWSIG" => flaw = UNKNOWN,
+            "GOODSIG" => flaw = None,
+            "EXPKEYSIG" => flaw = Some("has expired: put the renewed one in its place"),
+            "REVKEYSIG" => flaw = Some("was revoked: put its successor in its place"),
+            "EXPSIG" => flaw = Some("meant it until a date that has passed: fetch a newer index"),
+            "VALIDSIG" => {
+                let signer = words.next().unwrap_or_default();
+                match flaw {
+                    None => return Ok(signer.to_owned()),
+                    Some(flaw) => refused = format!("it is signed by key {signer}, which {flaw}"),
+                }
+            }
+            _ => {}
+        }
+    }
+    Err(refused)
 }
 
 /// A file's text; none when it does not exist.
@@ -260,4 +289,40 @@ fn unpack(from: &Path, to: &Path) -> Result<String, Error> {
     std::fs::write(to, &bytes)
         .map_err(|error| Error::failed(format!("cannot write {}", to.display()), error))?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_signature_that_counts_is_enough() {
+        let said = |verdict: &str, key: &str| {
+            format!("[GNUPG:] NEWSIG\n[GNUPG:] {verdict} 1 A\n[GNUPG:] VALIDSIG {key} 2026-11-28\n")
+        };
+        let (good, old) = (said("GOODSIG", "K1"), said("EXPKEYSIG", "K2"));
+        for both in [good.clone() + &old, old.clone() + &good] {
+            assert_eq!(signer(&both), Ok("K1".to_owned()));
+        }
+        for (verdict, reason) in [
+            ("EXPKEYSIG", "which has expired"),
+            ("REVKEYSIG", "which was revoked"),
+            ("EXPSIG", "a date that has passed"),
+            ("ANYTHING", "gpgv has not called good"),
+        ] {
+            let refused = signer(&said(verdict, "K3")).unwrap_err();
+            assert!(
+                refused.contains("K3") && refused.contains(reason),
+                "{refused}"
+            );
+        }
+        for nothing in [
+            "",
+            "[GNUPG:] BADSIG 1 A\n",
+            "[GNUPG:] GOODSIG 1 A\n",
+            "VALIDSIG K\n",
+        ] {
+            assert_eq!(signer(nothing), Err("the signature is not good".to_owned()));
+        }
+    }
 }
