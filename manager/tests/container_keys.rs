@@ -7,7 +7,7 @@
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -496,6 +496,23 @@ async fn folders(ground: &Ground) {
         std::fs::read_to_string(folder.join("file")).unwrap(),
         "shared\n"
     );
+    // A user of the host stands for root inside.
+    let owner = (Some(1000), Some(1001));
+    std::os::unix::fs::chown(&folder, owner.0, owner.1).unwrap();
+    let mapped = format!("{value},idmap=u:0:1000:1;g:0:1001:1");
+    ground.update(&[("mp1", &mapped)], &[]).await.unwrap();
+    assert_eq!(
+        ground.sh("stat -c %u:%g /shared /shared/file"),
+        "0:0\n65534:65534\n"
+    );
+    assert_eq!(
+        ground.sh("echo own > /shared/own; chown 7 /shared/own; stat -c %u:%g /shared/own"),
+        "7:0\n"
+    );
+    let made = std::fs::metadata(folder.join("own")).unwrap();
+    let base = 1_000_000 + (u32::from(ground.id) - 100) * 65_536;
+    assert_eq!((made.uid(), made.gid()), (base + 7, 1001));
+    ground.update(&[], &["mp1"]).await.unwrap();
 }
 
 /// A device of the host comes, with its owner and mode, changes, and goes.

@@ -95,8 +95,8 @@ async fn plug(seat: &Seat, point: &Mount) -> Result<(), Error> {
         )));
     }
     mount_point(seat, point).await?;
-    let unprivileged = bundle::is_unprivileged(&seat.config()?);
-    let entry = point.entry(&seat.run_folder(), unprivileged);
+    let maps = bundle::maps(seat.id, &seat.config()?)?;
+    let entry = point.entry(&seat.run_folder(), maps.as_ref())?;
     let result = change(seat, ["mounts", "add"], &json!([entry])).await;
     if result.is_err() {
         leave(seat, point).await?;

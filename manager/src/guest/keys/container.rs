@@ -7,6 +7,7 @@ use super::{Key, Plug, Right};
 use crate::access::Privilege::{
     VmConfigCpu, VmConfigDisk, VmConfigMemory, VmConfigNetwork, VmConfigOptions,
 };
+use crate::guest::container::bundle::owners;
 use crate::schema::format::{
     ADDRESS_LIST, DISK_SIZE, DNS_NAME, IPV4, IPV4_CONFIG, IPV6, IPV6_CONFIG, MAC, SEARCH_DOMAINS,
     VOLUME_ID,
@@ -301,7 +302,11 @@ macro_rules! volume_keys {
     };
 }
 
-const ROOTFS: Kind = volume_keys!();
+const ROOTFS: Kind = volume_keys!(Param::new(
+    "idmap",
+    Kind::Format(ROOT_ID_MAP),
+    "Ids on the disk: those of the container, `passthrough`, which they are anyway.",
+),);
 
 const MOUNT_POINT: Kind = volume_keys!(
     Param::new(
@@ -310,6 +315,13 @@ const MOUNT_POINT: Kind = volume_keys!(
         "Where it is mounted in the container."
     )
     .required(),
+    Param::new(
+        "idmap",
+        Kind::Format(ID_MAP),
+        "Ids of an unprivileged container and on the disk: `passthrough` for the same, as in a volume without it, or \
+         entries u:INSIDE:DISK:COUNT and g:INSIDE:DISK:COUNT, divided by semicolons. An id without an entry is where it \
+         would be without the map.",
+    ),
     Param::new("backup", Kind::Boolean, "Include it in backups."),
     Param::new("keepattrs", Kind::Boolean, "Without effect."),
 );
@@ -322,6 +334,25 @@ const MOUNT_PATH: Format = Format {
             return Ok(());
         }
         Err("value does not look like a valid mount point".to_owned())
+    },
+};
+
+const ID_MAP: Format = Format {
+    name: "pve-lxc-mp-idmap",
+    check: |text| match text {
+        owners::PASSTHROUGH => Ok(()),
+        text => owners::entries(text).map(drop),
+    },
+};
+
+const ROOT_ID_MAP: Format = Format {
+    name: "pve-lxc-root-idmap",
+    check: |text| match text {
+        owners::PASSTHROUGH => Ok(()),
+        _ => Err(
+            "the root has no entries of its own, only `passthrough`: give the folder a mount point"
+                .to_owned(),
+        ),
     },
 };
 

@@ -9,6 +9,7 @@
 mod devices;
 mod mounts;
 mod network;
+pub mod owners;
 mod seccomp;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use crate::id::GuestId;
 pub use devices::{Facts, HostDevice, device};
 pub use mounts::{Mount, Source, volumes};
 pub use network::{Link, cards, identity};
+use owners::{Maps, Span};
 
 /// Memory and swap when the config's values cannot be read, in MiB; its table has the same defaults.
 const MEMORY_MIB: u64 = 512;
@@ -123,11 +125,11 @@ pub fn bundle(
         "resources": resources,
     });
     let mut annotations = json!({});
-    if is_unprivileged(config) {
+    let maps = maps(id, config)?;
+    if let Some(maps) = &maps {
         namespaces.insert(0, "user");
-        let (uids, gids) = id_maps(id, config)?;
-        linux["uidMappings"] = uids;
-        linux["gidMappings"] = gids;
+        linux["uidMappings"] = maps.uids();
+        linux["gidMappings"] = maps.gids();
         annotations["dev.atoll.rootfs.idmap"] = json!("container");
     }
     let ttys = terminal::ttys(config);
@@ -140,12 +142,9 @@ pub fn bundle(
         false => "rootfs",
     };
     if is_image {
-        let layers: Vec<_> = facts
-            .layers
-            .iter()
-            .map(|path| path.to_string_lossy())
-            .collect();
-        annotations["dev.atoll.rootfs.lower"] = json!(layers.join(":"));
+        let layers = facts.layers.iter().map(|path| path.to_string_lossy());
+        let layers = layers.collect::<Vec<_>>().join(":");
+        annotations["dev.atoll.rootfs.lower"] = json!(layers);
         annotations["dev.atoll.rootfs.upper"] = json!(folder.join("rootfs").to_string_lossy());
     }
     linux["namespaces"] = namespaces
@@ -174,19 +173,41 @@ pub fn bundle(
         "root": { "path": rootfs, "readonly": root.is_set("ro") },
         "annotations": annotations,
         "process": process(config),
-        "mounts": mounts::all(config, folder, facts)?,
+        "mounts": mounts::all(config, folder, facts, maps.as_ref())?,
         "linux": linux,
     });
-    lxc::apply(&config.current.raw, id, bundle, facts)
+    let mut bundle = lxc::apply(&config.current.raw, id, bundle, facts)?;
+    if maps.is_none() {
+        bundle.notes.extend(idle_maps(config)?);
+    }
+    Ok(bundle)
 }
 
-/// The maps of user and group ids: the container's own range, or what its `lxc.idmap` lines say.
-fn id_maps(id: GuestId, config: &GuestConfig) -> Result<(Value, Value), Error> {
+/// Says that a privileged container's mount points have no maps: its ids are the host's.
+fn idle_maps(config: &GuestConfig) -> Result<Vec<String>, Error> {
+    let points = mounts::volumes(config)?.into_iter();
+    let mapped = points.filter(|point| point.idmap.is_some());
+    let note = |point: Mount| format!("{}: idmap: no effect in a privileged container", point.key);
+    Ok(mapped.map(note).collect())
+}
+
+/// The maps of an unprivileged container's ids: its own range, or what its `lxc.idmap` lines say.
+pub fn maps(id: GuestId, config: &GuestConfig) -> Result<Option<Maps>, Error> {
     if let Some(maps) = lxc::id_maps(&config.current.raw)? {
-        return Ok(maps);
+        return Ok(Some(maps));
     }
-    let range = json!([{ "containerID": 0, "hostID": idmap::base(id)?, "size": idmap::SIZE }]);
-    Ok((range.clone(), range))
+    if !is_unprivileged(config) {
+        return Ok(None);
+    }
+    let range = vec![Span {
+        from: 0,
+        to: idmap::base(id)?,
+        count: idmap::SIZE,
+    }];
+    Ok(Some(Maps {
+        users: range.clone(),
+        groups: range,
+    }))
 }
 
 /// Whether root in the container is nobody on the host.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::owners::{self, Maps};
 use super::{Facts, is_unprivileged, views};
 use crate::error::Error;
 use crate::guest::config::GuestConfig;
@@ -26,6 +27,8 @@ pub struct Mount {
     pub options: Vec<String>,
     /// It keeps account of what its users store, and their limits.
     pub quota: bool,
+    /// Its own map of ids, the key's value.
+    pub idmap: Option<String>,
 }
 
 /// What a mount point shows.
@@ -97,34 +100,50 @@ impl Mount {
             readonly,
             options,
             quota,
+            idmap: value.get("idmap").map(str::to_owned),
         }
     }
 
     /// What the runtime binds: the folder below `folder` where the volume is mounted, or the host's own. Volumes hold
-    /// the container's own ids and are mapped; what is the host's shows the host's.
-    pub fn entry(&self, folder: &Path, unprivileged: bool) -> Value {
+    /// the container's own ids and are mapped; what is the host's shows the host's, unless it has a map of its own.
+    /// `maps` are an unprivileged container's.
+    pub fn entry(&self, folder: &Path, maps: Option<&Maps>) -> Result<Value, Error> {
         let access = if self.readonly { "rro" } else { "rw" };
         let mut options = vec!["rbind", access];
-        let source = match &self.source {
-            Source::Folder(path) => path.clone(),
-            Source::Volume(_) | Source::Device(_) => {
-                if unprivileged {
-                    options.push("idmap");
-                }
-                folder.join(&self.key)
-            }
+        let (source, holds_own) = match &self.source {
+            Source::Folder(path) => (path.clone(), false),
+            Source::Volume(_) | Source::Device(_) => (folder.join(&self.key), true),
         };
-        json!({
+        let own = match (&self.idmap, maps) {
+            (Some(text), Some(maps)) if text != owners::PASSTHROUGH => {
+                let wrong = |reason| Error::refused(format!("{}: idmap: {reason}", self.key));
+                Some(maps.with(&owners::entries(text).map_err(wrong)?, holds_own))
+            }
+            _ => None,
+        };
+        if maps.is_some() && (holds_own || self.idmap.is_some()) {
+            options.push("idmap");
+        }
+        let mut entry = json!({
             "destination": self.destination,
             "type": "bind",
             "source": source.to_string_lossy(),
             "options": options,
-        })
+        });
+        if let Some(own) = own {
+            (entry["uidMappings"], entry["gidMappings"]) = (own.uids(), own.gids());
+        }
+        Ok(entry)
     }
 }
 
 /// Every mount of the bundle.
-pub(super) fn all(config: &GuestConfig, folder: &Path, facts: &Facts) -> Result<Value, Error> {
+pub(super) fn all(
+    config: &GuestConfig,
+    folder: &Path,
+    facts: &Facts,
+    maps: Option<&Maps>,
+) -> Result<Value, Error> {
     let features = config.properties("features")?.unwrap_or_default();
     let sys = match features.is_set("force_rw_sys") {
         true => "nosuid,noexec,nodev,rw",
@@ -145,9 +164,8 @@ pub(super) fn all(config: &GuestConfig, folder: &Path, facts: &Facts) -> Result<
     if config.get(image::KEY).is_none() {
         mounts.push(kernel("/run", "tmpfs", "nosuid,nodev,mode=755"));
     }
-    let unprivileged = is_unprivileged(config);
     for mount in volumes(config)?.iter().skip(1) {
-        mounts.push(mount.entry(folder, unprivileged));
+        mounts.push(mount.entry(folder, maps)?);
     }
     Ok(Value::Array(mounts))
 }

@@ -106,6 +106,44 @@ fn mount_points_are_volumes_devices_or_folders() {
 }
 
 #[test]
+fn mount_points_have_maps_of_their_own() {
+    let text = "mp0: local:1,mp=/a,idmap=u:1000:33:1\nmp1: /srv,mp=/b,idmap=passthrough\n\
+                mp2: /srv,mp=/c,idmap=g:0:50:2\n";
+    let bundle = built(&format!("unprivileged: 1\n{text}"));
+    let users = json!([
+        { "containerID": 0, "hostID": 1_065_536, "size": 33 },
+        { "containerID": 33, "hostID": 1_066_536, "size": 1 },
+        { "containerID": 34, "hostID": 1_065_570, "size": 966 },
+        { "containerID": 1001, "hostID": 1_066_537, "size": 64_535 },
+    ]);
+    assert_eq!(mount(&bundle, "/a")["uidMappings"], users);
+    let all = json!([{ "containerID": 0, "hostID": 1_065_536, "size": 65_536 }]);
+    assert_eq!(mount(&bundle, "/a")["gidMappings"], all);
+    let same = mount(&bundle, "/b");
+    assert_eq!(
+        (&same["options"][2], &same["uidMappings"]),
+        (&json!("idmap"), &Value::Null)
+    );
+    let groups = json!([
+        { "containerID": 50, "hostID": 1_065_536, "size": 2 },
+        { "containerID": 1_065_538, "hostID": 1_065_538, "size": 65_534 },
+    ]);
+    assert_eq!(
+        mount(&bundle, "/c")["gidMappings"],
+        groups,
+        "the host's ids besides"
+    );
+    let privileged = made(&format!("unprivileged: 0\n{text}")).unwrap();
+    assert_eq!(mount(&privileged.config, "/a")["uidMappings"], Value::Null);
+    assert_eq!(
+        mount(&privileged.config, "/b")["options"],
+        json!(["rbind", "rw"])
+    );
+    assert_eq!(privileged.notes.len(), 3);
+    assert!(privileged.notes[0].starts_with("mp0: idmap: no effect"));
+}
+
+#[test]
 fn devices_and_features() {
     let bundle = built(
         "unprivileged: 1\nfeatures: fuse=1,keyctl=1,force_rw_sys=1\n\

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::error::Error;
+use crate::guest::container::bundle::owners::{Maps, Span};
 use crate::guest::container::bundle::{Bundle, Facts};
 use crate::id::GuestId;
 use keys::Effect;
@@ -101,11 +102,11 @@ fn is_map(key: &str) -> bool {
 
 /// The id maps of `lxc.idmap` lines, users then groups; `None` without such a line. Only the last empty line counts,
 /// and what follows it.
-pub(super) fn id_maps(lines: &[(String, String)]) -> Result<Option<(Value, Value)>, Error> {
-    let mut maps = (Vec::new(), Vec::new());
+pub(super) fn id_maps(lines: &[(String, String)]) -> Result<Option<Maps>, Error> {
+    let mut maps = Maps::default();
     for (key, value) in lines.iter().filter(|(key, _)| is_map(key)) {
         if value.is_empty() {
-            maps = (Vec::new(), Vec::new());
+            maps = Maps::default();
             continue;
         }
         let words: Vec<&str> = value.split_whitespace().collect();
@@ -118,27 +119,27 @@ pub(super) fn id_maps(lines: &[(String, String)]) -> Result<Option<(Value, Value
             _ => None,
         };
         let list = match range.map(|(kind, _)| kind) {
-            Some("u") => vec![&mut maps.0],
-            Some("g") => vec![&mut maps.1],
-            Some("b") => vec![&mut maps.0, &mut maps.1],
+            Some("u") => vec![&mut maps.users],
+            Some("g") => vec![&mut maps.groups],
+            Some("b") => vec![&mut maps.users, &mut maps.groups],
             _ => Vec::new(),
         };
-        let Some((_, ((inside, outside), size))) = range.filter(|_| !list.is_empty()) else {
+        let Some((_, ((from, to), count))) = range.filter(|_| !list.is_empty()) else {
             return Err(wrong(key, value, "expected u, g or b, then three numbers"));
         };
-        if size == 0 || inside.checked_add(size).is_none() || outside.checked_add(size).is_none() {
+        if count == 0 || from.max(to).checked_add(count).is_none() {
             return Err(wrong(key, value, "the range is empty or too long"));
         }
         for list in list {
-            list.push(json!({ "containerID": inside, "hostID": outside, "size": size }));
+            list.push(Span { from, to, count });
         }
     }
-    match maps {
-        (uids, gids) if uids.is_empty() && gids.is_empty() => Ok(None),
-        (uids, gids) if uids.is_empty() || gids.is_empty() => Err(Error::refused(
+    match (maps.users.is_empty(), maps.groups.is_empty()) {
+        (true, true) => Ok(None),
+        (false, false) => Ok(Some(maps)),
+        _ => Err(Error::refused(
             "lxc.idmap: users and groups need a range each",
         )),
-        (uids, gids) => Ok(Some((json!(uids), json!(gids)))),
     }
 }
 
