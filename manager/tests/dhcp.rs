@@ -253,6 +253,74 @@ fn no_server_is_no_hindrance() {
     });
 }
 
+/// What a router announces reaches a container of an image without any program for it; DHCPv6 is refused by name.
+#[test]
+fn routers_announce_an_ipv6_address() {
+    world::isolated("routers_announce_an_ipv6_address", async || {
+        let Some(ground) = ground().await else { return };
+        let id = ground.id;
+        world::run(
+            "ip",
+            &["address", "add", "fd64::1/64", "dev", "vmbr0", "nodad"],
+        );
+        let _router = Router::start(ground.state.path());
+        let refused = CARD.replace("host-managed", "ip6=dhcp,host-managed");
+        set(&ground, &[("net0", &refused)], &[]).await;
+        let status = ground.act(id, Action::Start).await;
+        assert!(
+            status.starts_with("net0: the host has no client for ip6=dhcp"),
+            "{status}"
+        );
+        let auto = "name=eth0,bridge=vmbr0,ip6=auto,hwaddr=BC:24:11:00:00:07";
+        set(&ground, &[("net0", auto)], &[]).await;
+        assert_eq!(ground.act(id, Action::Start).await, "OK");
+        let deadline = Instant::now() + world::PATIENCE;
+        loop {
+            let interfaces = ground.node.guests().interfaces(id).await.unwrap();
+            let mut all = interfaces.into_iter().flat_map(|card| card.ipv6);
+            if all.any(|address| address == "fd64::be24:11ff:fe00:7/64") {
+                break;
+            }
+            assert!(Instant::now() < deadline, "no address");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert_eq!(ground.act(id, Action::Stop).await, "OK");
+        ground.node.network().teardown().await.unwrap();
+    });
+}
+
+/// A dnsmasq that only announces the bridge's prefix.
+struct Router(std::process::Child);
+
+impl Router {
+    fn start(folder: &std::path::Path) -> Self {
+        let leases = folder.join("router.leases");
+        let mut dnsmasq = std::process::Command::new("dnsmasq");
+        dnsmasq
+            .args([
+                "--keep-in-foreground",
+                "--conf-file=/dev/null",
+                "--port=0",
+                "--enable-ra",
+            ])
+            .args([
+                "--interface=vmbr0",
+                "--bind-interfaces",
+                "--dhcp-range=fd64::,ra-only",
+            ])
+            .arg("--pid-file=")
+            .arg(format!("--dhcp-leasefile={}", leases.display()));
+        Self(dnsmasq.spawn().unwrap())
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
 /// A card that comes to a container that was started without any brings its name server.
 async fn plugged_in_later(ground: &Ground) {
     create(ground, &[]).await;

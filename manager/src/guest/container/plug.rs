@@ -174,6 +174,7 @@ async fn exchange_card(
     let card = |value: &str| Link::new(key, &keys::properties(seat.kind, key, value)?);
     let former = former.map(card).transpose()?;
     let new = new.map(card).transpose()?;
+    new.iter().try_for_each(Link::demand)?;
     if let (Some(former), Some(new)) = (&former, &new)
         && former.inside == new.inside
         && former.asks_dhcp == new.asks_dhcp

@@ -159,6 +159,7 @@ async fn write_bundle(start: &mut Start, task: &TaskContext) -> Result<(), Error
 
 async fn create_links(start: &mut Start, _: &TaskContext) -> Result<(), Error> {
     for card in bundle::cards(start.config()?)? {
+        card.demand()?;
         link::create_veth(start.seat.id, card.index, &card.attachment).await?;
     }
     Ok(())

@@ -240,7 +240,8 @@ const NET: Kind = Kind::PropertyString {
         Param::new(
             "ip6",
             Kind::Format(IPV6_CONFIG),
-            "IPv6 address with prefix length, `auto`, `dhcp` or `manual`.",
+            "IPv6 address with prefix length, `auto`, `dhcp` or `manual`. `auto` is what routers announce, and needs no \
+             program in the container.",
         ),
         Param::new("gw6", Kind::Format(IPV6), "IPv6 gateway."),
         Param::new(

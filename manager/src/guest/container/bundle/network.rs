@@ -21,6 +21,8 @@ pub struct Link {
     pub inside: Inside,
     /// Whether the host asks for its IPv4 address by DHCP.
     pub asks_dhcp: bool,
+    /// Whether it is meant to ask for its IPv6 address, too, which it cannot.
+    asks_dhcp6: bool,
 }
 
 /// All cards, by number.
@@ -69,7 +71,20 @@ impl Link {
             attachment,
             inside,
             asks_dhcp: asks_dhcp(card),
+            asks_dhcp6: card.is_set("host-managed") && card.get("ip6") == Some("dhcp"),
         })
+    }
+
+    /// Refuses a card that this host cannot manage.
+    pub fn demand(&self) -> Result<(), Error> {
+        match self.asks_dhcp6 {
+            true => Err(Error::refused(format!(
+                "{}: the host has no client for ip6=dhcp: use ip6=auto, which the kernel does, or a fixed address, or leave \
+                 out host-managed if the container has a client",
+                self.attachment.card
+            ))),
+            false => Ok(()),
+        }
     }
 }
 
