@@ -67,13 +67,7 @@ pub fn value(image: &Image) -> String {
             .filter(|name| fits(name))
             .map(|name| format!("name={name}")),
     );
-    let ports = image
-        .run
-        .exposed_ports
-        .iter()
-        .flatten()
-        .map(|(port, _)| port.clone());
-    let ports = ports.collect::<Vec<_>>().join(";");
+    let ports = ports(image).join(";");
     items.extend(
         Some(ports)
             .filter(fits)
@@ -81,6 +75,12 @@ pub fn value(image: &Image) -> String {
     );
     let value = items.join(",");
     keys::find(GuestKind::Container, KEY).map_or(value.clone(), |row| row.normalize(&value))
+}
+
+/// What an image is meant to be reached at, `80/tcp`.
+fn ports(image: &Image) -> Vec<&str> {
+    let ports = image.run.exposed_ports.iter().flatten();
+    ports.map(|(port, _)| port.as_str()).collect()
 }
 
 /// Removes the images that no container of this node has any more, now or in a snapshot.
@@ -166,6 +166,13 @@ pub fn settings(image: &Image, layers: &[PathBuf]) -> Result<Settings, ImageErro
     for path in run.volumes.iter().flatten().map(|(path, _)| path) {
         settings.notes.push(format!(
             "{path} is meant to outlive the container: a mount point there (mp0, …) survives updates of the image"
+        ));
+    }
+    let ports = ports(image);
+    if !ports.is_empty() {
+        settings.notes.push(format!(
+            "it listens on {}, at the container's own address",
+            ports.join(", ")
         ));
     }
     if let Some(health) = &run.healthcheck {
@@ -328,6 +335,8 @@ mod tests {
             ]
         );
         assert!(settings.notes[0].contains("/data"));
+        let listens = "it listens on 443/tcp, 80/tcp, at the container's own address";
+        assert_eq!(settings.notes[1], listens);
         for member in ["WorkingDir", "User", "StopSignal"] {
             let text = String::from_utf8(text.to_vec()).unwrap();
             let text = text.replace(

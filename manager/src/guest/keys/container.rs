@@ -452,7 +452,7 @@ const IMAGE: Kind = Kind::PropertyString {
         Param::new(
             "ports",
             Kind::Text { length_max: 512 },
-            "What is meant to be reached from outside.",
+            "What it listens on, at the container's own address: `80/tcp`, divided by semicolons.",
         ),
     ],
     default_key: Some("digest"),
