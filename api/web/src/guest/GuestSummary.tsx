@@ -10,7 +10,7 @@ import { ChartPanel } from '../charts/LazyChart';
 import { chartData, joinLive } from '../charts/series';
 import { TimeframeControl } from '../charts/TimeframeControl';
 import { bytes, duration, fraction, percent, rate } from '../lib/format';
-import { KIND, healthText } from '../lib/guest';
+import { KIND, healthText, imageFacts } from '../lib/guest';
 import { Meter } from '../ui/Meter';
 import { Facts, Panel } from '../ui/Panel';
 import { StatusBadge } from '../ui/Status';
@@ -71,6 +71,7 @@ export function GuestSummary({ guest }: { guest: Guest }) {
               ['Node', guest.node],
               ['Uptime', duration(now?.uptime)],
               ...(now?.health ? ([['Health', healthText(now)]] as [string, string][]) : []),
+              ...imageFacts(config.data?.['image']),
               ...(guest.type === 'lxc' && config.data ? ([['Unprivileged', config.data['unprivileged'] ? 'yes' : 'no']] as [string, string][]) : []),
             ]}
           />

@@ -1,7 +1,7 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 import { expect, test } from 'vitest';
 
-import { healthText, taskTitle } from './guest';
+import { healthText, imageFacts, taskTitle } from './guest';
 
 test('health in words', () => {
   expect(healthText({ health: 'healthy' })).toBe('healthy');
@@ -14,4 +14,13 @@ test('health in words', () => {
 
 test('the task that ends a container which does not work', () => {
   expect(taskTitle('vzunhealthy', '101')).toBe('Container 101: end, since it does not work');
+});
+
+test('the image of a container', () => {
+  expect(imageFacts(undefined)).toEqual([]);
+  expect(imageFacts('sha256:00')).toEqual([['Image', 'sha256:00']]);
+  expect(imageFacts('sha256:00,name=example.org/app:1,ports=443/tcp;80/tcp')).toEqual([
+    ['Image', 'example.org/app:1'],
+    ['Ports', '443/tcp, 80/tcp'],
+  ]);
 });

@@ -18,6 +18,15 @@ export function healthText(status: Pick<GuestStatus, 'health' | 'health-failures
   return [status.health ?? '', failures ? `, ${times}` : '', message ? `: ${message}` : ''].join('');
 }
 
+/** The OCI image that a container's key `image` names, as rows of facts: what it is called, what it listens on. */
+export function imageFacts(value: unknown): [string, string][] {
+  if (typeof value !== 'string') return [];
+  const [digest = '', ...items] = value.split(',');
+  const item = (name: string) => items.find((text) => text.startsWith(`${name}=`))?.slice(name.length + 1);
+  const ports = item('ports')?.split(';').join(', ');
+  return [['Image', item('name') ?? digest], ...(ports ? ([['Ports', ports]] as [string, string][]) : [])];
+}
+
 /** Page of a resource, for links. */
 export function resourceLink(resource: Resource): string {
   switch (resource.type) {
