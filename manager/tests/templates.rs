@@ -16,7 +16,7 @@ use atoll_manager::storage::checksum::Checksum;
 use atoll_manager::storage::download::Download;
 use atoll_manager::storage::fetch::{self, Limits};
 use atoll_manager::storage::incoming::{Existing, Incoming};
-use atoll_manager::storage::name::Content;
+use atoll_manager::storage::name::{Content, VolumeName};
 use atoll_manager::task::{NewTask, TaskContext};
 use atoll_manager::{Node, Settings};
 use files::{Seen, Served, Server};
@@ -227,7 +227,7 @@ impl Ground {
             checksum,
             limits: LIMITS,
             storage: self.node.storage().open(&"local".parse().unwrap()).unwrap(),
-            volume: atoll_manager::storage::name::VolumeName::file(Content::Vztmpl, name).unwrap(),
+            volume: VolumeName::file(Content::Vztmpl, name).unwrap(),
         };
         self.task(async move |task: TaskContext| download.run(&task).await)
             .await
@@ -314,6 +314,119 @@ async fn a_wrong_file_is_refused_and_nothing_of_it_stays() {
     }
     assert_eq!(server.seen(), []);
     assert!(std::fs::read(&path).unwrap() == bytes(1));
+}
+
+/// What a download of a.tar.gz has left.
+const PART: [&str; 1] = [".a.tar.gz.part"];
+
+/// A file that breaks off until the task fails.
+fn broken() -> Served {
+    Served {
+        bytes: bytes(1),
+        validator: Some(TAG),
+        cuts: vec![CUT, 0, 0],
+        ..Served::default()
+    }
+}
+
+#[tokio::test]
+async fn the_next_task_goes_on_with_what_one_has_left() {
+    let (ground, server) = (Ground::new().await, Server::http());
+    let fails = async || {
+        server.put("/x", broken());
+        let (status, log) = ground.download(&server.url("/x"), "a.tar.gz", None).await;
+        assert!(status.starts_with("download"), "{status}");
+        assert!(log.contains("the next download goes on there"), "{log}");
+        assert_eq!(names(&ground.cache()), PART);
+        server.seen();
+    };
+    let succeeds = async |expected: u32| {
+        let (status, log) = ground.download(&server.url("/x"), "a.tar.gz", None).await;
+        assert_eq!(status, "OK", "{log}");
+        assert_eq!(names(&ground.cache()), ["a.tar.gz"]);
+        let path = ground.cache().join("a.tar.gz");
+        assert!(std::fs::read(&path).unwrap() == bytes(expected), "{log}");
+        std::fs::remove_file(path).unwrap();
+        (sent(&server.seen()), log)
+    };
+    fails().await;
+    let (sent, log) = succeeds(1).await;
+    assert_eq!(sent, [SIZE - CUT], "nothing came twice");
+    let left = format!("an earlier task has left {CUT} bytes of it");
+    assert!(log.contains(&left), "{log}");
+
+    // Another file has that name by now; a careless server sends its rest.
+    for is_careless in [false, true] {
+        fails().await;
+        let other = Served {
+            bytes: bytes(2),
+            validator: Some(OTHER_TAG),
+            is_careless,
+            ..Served::default()
+        };
+        server.put("/x", other);
+        let (sent, _) = succeeds(2).await;
+        assert_eq!(sent.last(), Some(&SIZE));
+    }
+
+    // Another URL is another file, and so is one that nothing is known of.
+    fails().await;
+    server.put_bytes("/y", bytes(2));
+    let (status, log) = ground.download(&server.url("/y"), "a.tar.gz", None).await;
+    assert!(status == "OK" && !log.contains("an earlier task"), "{log}");
+    std::fs::remove_file(ground.cache().join("a.tar.gz")).unwrap();
+    std::fs::write(ground.cache().join(PART[0]), "planted").unwrap();
+    server.put_bytes("/x", bytes(1));
+    server.seen();
+    let (sent, _) = succeeds(1).await;
+    assert_eq!(sent, [SIZE]);
+}
+
+/// A wrong one does not stay to be gone on with, nor does one that is old.
+#[tokio::test]
+async fn unfinished_files_do_not_stay_for_ever() {
+    let (ground, server) = (Ground::new().await, Server::http());
+    let url = server.url("/x");
+    let fails = async || {
+        server.put("/x", broken());
+        let (status, _) = ground.download(&url, "a.tar.gz", None).await;
+        assert!(status.starts_with("download"), "{status}");
+        assert_eq!(names(&ground.cache()), PART);
+    };
+    fails().await;
+    server.put_bytes("/x", bytes(1));
+    let wrong = Some(Checksum::new("sha512", &"0".repeat(128)).unwrap());
+    let (status, _) = ground.download(&url, "a.tar.gz", wrong).await;
+    assert!(status.starts_with("checksum mismatch"), "{status}");
+    assert_eq!(names(&ground.cache()), <[&str; 0]>::default());
+
+    fails().await;
+    let part = std::fs::File::open(ground.cache().join(PART[0])).unwrap();
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(8 * 24 * 3600);
+    part.set_modified(long_ago).unwrap();
+    server.put_bytes("/x", bytes(1));
+    let (status, _) = ground.download(&url, "b.tar.gz", None).await;
+    assert_eq!(status, "OK");
+    assert_eq!(names(&ground.cache()), ["b.tar.gz"]);
+}
+
+#[tokio::test]
+async fn two_tasks_do_not_write_into_one_file() {
+    let (ground, server) = (Ground::new().await, Server::http());
+    server.put_bytes("/x", bytes(1));
+    let storage = ground
+        .node
+        .storage()
+        .open(&"local".parse().unwrap())
+        .unwrap();
+    let volume = VolumeName::file(Content::Vztmpl, "a.tar.gz").unwrap();
+    let other = storage.receive_rest(&volume).await.unwrap();
+    let url = server.url("/x");
+    let (status, _) = ground.download(&url, "a.tar.gz", None).await;
+    assert_eq!(status, "another task is downloading 'vztmpl/a.tar.gz'");
+    drop(other);
+    assert_eq!(names(&ground.cache()), <[&str; 0]>::default());
+    assert_eq!(ground.download(&url, "a.tar.gz", None).await.0, "OK");
 }
 
 /// Has GnuPG believe that it is that day.

@@ -21,7 +21,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use atoll_disk::qcow2::{self, Qcow2Options};
 use atoll_disk::{Format, Source};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, ResolveFlags, Stat};
+use rustix::io::Errno;
 
 use crate::error::Error;
 use crate::id::GuestId;
@@ -52,6 +53,10 @@ pub const PLUGIN: Plugin = Plugin {
 const DEADLINE: Duration = Duration::from_secs(20);
 /// What folders of snapshots begin with, beside a guest's disks.
 const SNAPSHOT_PREFIX: &str = "snap-";
+/// Ending of an unfinished file's name, which begins with a dot.
+const PART: &str = ".part";
+/// How long it is kept for somebody to go on with it.
+const PART_AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Disks that one guest may have here.
 const DISKS_MAX: u32 = 1024;
 
@@ -270,6 +275,22 @@ impl Storage for Dir {
         })
         .await
     }
+
+    async fn receive_rest(&self, volume: &VolumeName) -> Result<Incoming, Error> {
+        let name = volume.clone();
+        let part = self.blocking(volume, move |dir| {
+            let parent = parent_of(&name);
+            let folder = dir.folder(&parent)?;
+            sweep_parts(&folder)?;
+            let temporary = format!(".{}{PART}", file_of(&name));
+            let parent = dir.path.join(parent);
+            let (path, destination) = (parent.join(&temporary), parent.join(file_of(&name)));
+            let part = lock_part(&folder, &temporary)?;
+            Ok(part.map(|part| Incoming::part(part.into(), path, destination)))
+        });
+        let busy = || Error::refused(format!("another task is downloading '{volume}'"));
+        part.await?.ok_or_else(busy)
+    }
 }
 
 impl Dir {
@@ -435,6 +456,44 @@ fn create(folder: &OwnedFd, file: &str) -> io::Result<OwnedFd> {
         flags,
         Mode::from_raw_mode(0o640),
     )
+}
+
+/// Opens an unfinished file, made when it is missing; none when somebody works on it.
+fn lock_part(folder: &OwnedFd, file: &str) -> io::Result<Option<OwnedFd>> {
+    loop {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
+        let mode = Mode::from_raw_mode(0o640);
+        let part = open_beneath(folder.as_fd(), Path::new(file), flags, mode)?;
+        let stat = regular_stat(&part)?;
+        match rustix::fs::flock(&part, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Ok(None),
+            locked => locked?,
+        }
+        // Whoever had the lock before may have given the file its name, or removed it.
+        match rustix::fs::statat(folder, file, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(now) if (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) => {
+                return Ok(Some(part));
+            }
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Removes unfinished files that nobody has gone on with for long.
+fn sweep_parts(folder: &OwnedFd) -> io::Result<()> {
+    let old = std::time::SystemTime::now() - PART_AGE_MAX;
+    for file in entries(folder, Path::new("."))? {
+        if !file.starts_with('.') || !file.ends_with(PART) {
+            continue;
+        }
+        let path = by_descriptor(folder).join(&file);
+        let changed = std::fs::symlink_metadata(path).and_then(|metadata| metadata.modified());
+        if changed.is_ok_and(|changed| changed < old) {
+            rustix::fs::unlinkat(folder, &file, AtFlags::empty())?;
+        }
+    }
+    Ok(())
 }
 
 fn exists(folder: &OwnedFd, volume: &VolumeName) -> bool {

@@ -1,6 +1,6 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! The work of a task that downloads one file into a storage: it appears under its name when it is whole and its
-//! checksum right, and nothing of it stays otherwise.
+//! checksum right. Nothing of a wrong one stays; the next task goes on with one that is not whole.
 
 use std::sync::Arc;
 
@@ -46,10 +46,17 @@ impl Download {
                 Err(error) => Err(error),
             };
         }
-        let incoming = self.storage.receive(&self.volume).await?;
+        let incoming = self.storage.receive_rest(&self.volume).await?;
         let log = |line: &str| task.log(line);
-        task.until_cancelled(fetch::fetch(&self.url, &incoming, self.limits, &log))
-            .await?;
+        let fetched = task.until_cancelled(fetch::fetch(&self.url, &incoming, self.limits, &log));
+        if let Err(error) = fetched.await {
+            if incoming.mark().is_some() {
+                task.log(
+                    "what has come of it is kept for a week, and the next download goes on there",
+                );
+            }
+            return Err(error);
+        }
         let path = incoming
             .commit(self.checksum.as_ref(), Existing::Refuse)
             .await?;

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! GET ──► 200: the whole ──► … broken ──► wait ──► GET, Range and If-Range ──┬─► 206: the rest
-//!                                                                            └─► 200: another file: from the beginning
+//!                                                             ▲              └─► 200: another file: from the beginning
+//! an earlier task's unfinished file, with a mark that fits ───┘
 //! ```
 
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncSeekExt, AsyncWriteExt};
 
 use crate::error::Error;
+use crate::oci::digest::Digest;
 use crate::storage::incoming::Incoming;
 
 /// Longest silence of the server.
@@ -109,6 +111,7 @@ pub async fn fetch(
         validator: None,
         told: Instant::now(),
     };
+    transfer.take_up().await?;
     let mut waits = limits.waits.iter();
     let mut furthest = 0;
     loop {
@@ -132,6 +135,8 @@ pub async fn fetch(
         ));
         tokio::time::sleep(*wait).await;
     }
+    // Whole: if it is not the right one, nobody shall go on with it.
+    incoming.clear_mark();
     log(&progress(transfer.received, Some(transfer.received)));
     Ok(transfer.received)
 }
@@ -165,6 +170,23 @@ struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
+    /// Goes on with what an earlier task has left of the same file, when the server can tell that it still is.
+    async fn take_up(&mut self) -> Result<(), Error> {
+        let mark = self.incoming.mark();
+        let mark = mark.and_then(|text| Mark::parse(&text, &self.url));
+        let size = self.file.seek(std::io::SeekFrom::End(0)).await;
+        let size = size.map_err(|error| write_failed(self.incoming, error))?;
+        let is_less = |whole: u64| size < whole;
+        let Some(mark) = mark.filter(|mark| size > 0 && mark.expected.is_none_or(is_less)) else {
+            return Ok(());
+        };
+        (self.log)(&format!("an earlier task has left {size} bytes of it"));
+        self.received = size;
+        self.expected = mark.expected;
+        self.validator = Some(mark.validator);
+        Ok(())
+    }
+
     /// One connection: asks for what is missing and takes what comes.
     async fn attempt(&mut self) -> Result<(), Stop> {
         let mut request = self.client.get(self.url.clone());
@@ -174,6 +196,11 @@ impl Transfer<'_> {
                 .header(IF_RANGE, value);
         }
         let answer = request.send().await;
+        let is_past =
+            |response: &reqwest::Response| response.status() == StatusCode::RANGE_NOT_SATISFIABLE;
+        if !self.begun && self.received > 0 && answer.as_ref().is_ok_and(is_past) {
+            return Err(self.other_part());
+        }
         let mut response = answer
             .and_then(reqwest::Response::error_for_status)
             .map_err(|error| self.stopped(error))?;
@@ -216,6 +243,7 @@ impl Transfer<'_> {
         {
             return Err(Stop::Final(too_large(self.limits)));
         }
+        self.incoming.clear_mark();
         let emptied = match self.file.rewind().await {
             Ok(_) => self.file.set_len(0).await,
             Err(error) => Err(error),
@@ -223,6 +251,13 @@ impl Transfer<'_> {
         emptied.map_err(|error| self.unwritten(error))?;
         self.received = 0;
         self.validator = validator(response.headers());
+        if let Some(validator) = &self.validator {
+            let mark = Mark {
+                validator: validator.clone(),
+                expected: self.expected,
+            };
+            self.incoming.set_mark(&mark.text(&self.url));
+        }
         self.begun = true;
         Ok(())
     }
@@ -239,14 +274,20 @@ impl Transfer<'_> {
             _ => false,
         };
         if fits {
+            self.begun = true;
             (self.log)(&format!("going on at byte {}", self.received));
             return Ok(());
         }
-        // Without a validator the next attempt asks for the whole.
+        Err(self.other_part())
+    }
+
+    /// Without a validator the next attempt asks for the whole.
+    fn other_part(&mut self) -> Stop {
         self.validator = None;
-        Err(Stop::Broken(Error::refused(
+        self.incoming.clear_mark();
+        Stop::Broken(Error::refused(
             "the server sent another part than the one that is missing",
-        )))
+        ))
     }
 
     fn stopped(&self, error: reqwest::Error) -> Stop {
@@ -260,6 +301,40 @@ impl Transfer<'_> {
 
     fn unwritten(&self, error: std::io::Error) -> Stop {
         Stop::Final(write_failed(self.incoming, error))
+    }
+}
+
+/// What an unfinished file says about where it comes from: the digest of the URL, which may have a password in it; the
+/// validator's name and value; the size of the whole, when told.
+struct Mark {
+    validator: (HeaderName, HeaderValue),
+    expected: Option<u64>,
+}
+
+impl Mark {
+    fn text(&self, url: &reqwest::Url) -> String {
+        let (name, value) = &self.validator;
+        let value = value.to_str().unwrap_or_default();
+        let expected = self.expected.map(|size| size.to_string());
+        let url = Digest::of(url.as_str().as_bytes());
+        format!("{url}\n{name}\n{value}\n{}", expected.unwrap_or_default())
+    }
+
+    /// None when it is another URL's.
+    fn parse(text: &str, url: &reqwest::Url) -> Option<Self> {
+        let mut lines = text.split('\n');
+        if lines.next()? != Digest::of(url.as_str().as_bytes()).to_string() {
+            return None;
+        }
+        let validator = (lines.next()?.parse().ok()?, lines.next()?.parse().ok()?);
+        let expected = match lines.next()? {
+            "" => None,
+            digits => Some(digits.parse().ok()?),
+        };
+        Some(Self {
+            validator,
+            expected,
+        })
     }
 }
 

@@ -135,6 +135,9 @@ pub trait Storage: Send + Sync {
 
     /// Prepares the arrival of a file; it appears under its name when [`Incoming::commit`] is called.
     async fn receive(&self, volume: &VolumeName) -> Result<Incoming, Error>;
+
+    /// The same for one that may have been begun: what has come of it before is in it. Only one at a time has it.
+    async fn receive_rest(&self, volume: &VolumeName) -> Result<Incoming, Error>;
 }
 
 /// A configured storage with its state, for listings.
