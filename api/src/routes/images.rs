@@ -16,7 +16,8 @@ use serde_json::json;
 
 use super::parameters::text;
 use super::serve;
-use super::volumes::{TO_SEE, authorize, storage_name};
+use super::storage::storage_name;
+use super::volumes::{TO_SEE, authorize};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
 

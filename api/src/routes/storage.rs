@@ -144,7 +144,8 @@ pub fn is_visible(caller: &Caller, storage: &str) -> bool {
     has.contains(Privilege::DatastoreAudit) || has.contains(Privilege::DatastoreAllocateSpace)
 }
 
-fn name(call: &Call) -> Result<StorageName, Error> {
+/// The storage of the path or of a parameter.
+pub fn storage_name(call: &Call) -> Result<StorageName, Error> {
     let name = call.values.required("storage");
     name.parse()
         .map_err(|_| Error::refused(format!("storage '{name}' does not exist")))
@@ -187,7 +188,7 @@ async fn list(call: Call) -> Result<Answer, Refusal> {
 
 async fn show(call: Call) -> Result<Answer, Refusal> {
     let storages = call.daemon.node.storage();
-    let section = storages.section(&name(&call)?)?;
+    let section = storages.section(&storage_name(&call)?)?;
     Ok(Answer::Data(config(storages, &section)?))
 }
 
@@ -195,7 +196,7 @@ async fn create(call: Call) -> Result<Answer, Refusal> {
     let kind = call.values.required("type");
     let section = Section {
         kind: kind.to_owned(),
-        name: name(&call)?,
+        name: storage_name(&call)?,
         keys: keys(&call),
     };
     call.daemon.node.storage().create(section).await?;
@@ -206,7 +207,7 @@ async fn create(call: Call) -> Result<Answer, Refusal> {
 
 async fn update(call: Call) -> Result<Answer, Refusal> {
     let storages = call.daemon.node.storage();
-    let name = name(&call)?;
+    let name = storage_name(&call)?;
     let change = configure::Change {
         set: keys(&call),
         delete: call.values.list("delete"),
@@ -220,7 +221,11 @@ async fn update(call: Call) -> Result<Answer, Refusal> {
 }
 
 async fn remove(call: Call) -> Result<Answer, Refusal> {
-    call.daemon.node.storage().remove(&name(&call)?).await?;
+    call.daemon
+        .node
+        .storage()
+        .remove(&storage_name(&call)?)
+        .await?;
     Ok(Answer::NULL)
 }
 
@@ -278,7 +283,7 @@ async fn statuses(call: Call) -> Result<Answer, Refusal> {
 
 async fn status(call: Call) -> Result<Answer, Refusal> {
     let storages = call.daemon.node.storage();
-    let section = storages.section(&name(&call)?)?;
+    let section = storages.section(&storage_name(&call)?)?;
     let mut row = status_row(&storages.status_of(section).await);
     if let Some(members) = row.as_object_mut() {
         members.retain(|name, _| name != "storage" && name != "used_fraction");

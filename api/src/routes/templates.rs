@@ -11,7 +11,8 @@ use atoll_manager::templates::index::Template;
 use serde_json::{Value, json};
 
 use super::parameters::text;
-use super::volumes::{start, storage_name};
+use super::storage::storage_name;
+use super::volumes::start;
 use super::{serve, texts};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};

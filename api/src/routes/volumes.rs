@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 
 use super::parameters::{FORMATS, VMID, text};
+use super::storage::storage_name;
 use super::{object, serve};
 use crate::answer::{Answer, Refusal};
 use crate::route::{Call, Returns, Route};
@@ -182,12 +183,6 @@ pub const ROUTES: &[Route] = &[
         ]),
     ])),
 ];
-
-pub fn storage_name(call: &Call) -> Result<StorageName, Error> {
-    let name = call.values.required("storage");
-    name.parse()
-        .map_err(|_| Error::refused(format!("storage '{name}' does not exist")))
-}
 
 /// The volume of the path; a name without a storage is on the storage of the path.
 fn volume(call: &Call) -> Result<VolumeId, Error> {
