@@ -1,16 +1,19 @@
 // Copyright the Atoll authors. SPDX-License-Identifier: Apache-2.0
 //! How fast a machine's memory goes to another process by TCP over loopback, by number of connections, beside what iperf3
 //! moves over as many. The guest is idle, so that all there is to do is to read its memory, send it and put it in place;
-//! both sides share this machine's CPUs, as iperf3's do. Without TLS, which iperf3 has not.
+//! both sides share this machine's CPUs, as iperf3's do. Without TLS, which iperf3 has not; and with it, which shows what that
+//! costs.
 
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::Bench;
 use crate::migration::{ctl, folder};
@@ -20,6 +23,8 @@ use crate::table::{Aim, Contestant, Figure, Row, compare};
 /// Turns: each is some seconds.
 const TURNS: usize = 7;
 const CONNECTIONS: [u32; 4] = [1, 2, 8, 64];
+/// Of the row with TLS.
+const TLS_CONNECTIONS: u32 = 8;
 /// Memory of the machine, and how much of it the guest has written to, from where: within one GiB, as the probe wants it. No
 /// page of that is zero, and no two are alike.
 const MEMORY_MIB: u64 = 1024;
@@ -34,73 +39,139 @@ const MIB: f64 = (1 << 20) as f64;
 
 /// The suite.
 pub fn rows(bench: &Bench) -> Vec<Row> {
-    let figure = |connections| Figure {
-        name: format!("migration_throughput_{connections}_connections"),
+    let figure = |name| Figure {
+        name: format!("migration_throughput_{name}"),
         unit: "MiB/s",
         aim: Aim::AtLeast("0.90"),
     };
     let programs = match Programs::find(bench) {
         Ok(programs) => programs,
-        Err(error) => return vec![Row::absent(&figure(1), "-", &error)],
+        Err(error) => {
+            return vec![Row::absent(
+                &figure("1_connections".to_owned()),
+                "-",
+                &error,
+            )];
+        }
     };
-    let turns = bench.runs.min(TURNS);
+    let (programs, turns) = (&programs, bench.runs.min(TURNS));
+    let ours = |name, connections, protection| Contestant {
+        name,
+        turns_max: usize::MAX,
+        take: Box::new(move || ours_mib_s(programs, connections, protection)),
+    };
+    let iperf = |connections| Contestant {
+        name: "iperf3",
+        turns_max: usize::MAX,
+        take: Box::new(move || iperf_mib_s(connections)),
+    };
     let row = |connections: u32| {
-        let ours = Contestant {
-            name: "ours",
-            turns_max: usize::MAX,
-            take: Box::new(|| ours_mib_s(&programs, connections)),
-        };
-        let iperf = Contestant {
-            name: "iperf3",
-            turns_max: usize::MAX,
-            take: Box::new(move || iperf_mib_s(connections)),
-        };
-        compare(&figure(connections), turns, ours, vec![iperf])
+        let figure = figure(format!("{connections}_connections"));
+        let ours = ours("ours", connections, Protection::None);
+        compare(&figure, turns, ours, vec![iperf(connections)])
     };
-    CONNECTIONS.into_iter().flat_map(row).collect()
+    let mut rows: Vec<_> = CONNECTIONS.into_iter().flat_map(row).collect();
+    let tls = figure(format!("{TLS_CONNECTIONS}_connections_tls"));
+    let bare = ours("ours without TLS", TLS_CONNECTIONS, Protection::None);
+    let ours = ours("ours", TLS_CONNECTIONS, Protection::Tls);
+    rows.extend(compare(
+        &tls,
+        turns,
+        ours,
+        vec![bare, iperf(TLS_CONNECTIONS)],
+    ));
+    rows
+}
+
+/// Who protects the machine on its way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protection {
+    None,
+    Tls,
 }
 
 /// What the source sent, by the time from the request until the machine goes on elsewhere.
-fn ours_mib_s(programs: &Programs, connections: u32) -> anyhow::Result<f64> {
+fn ours_mib_s(
+    programs: &Programs,
+    connections: u32,
+    protection: Protection,
+) -> anyhow::Result<f64> {
     let (from, to) = (folder()?, folder()?);
+    let authority = match protection {
+        Protection::None => None,
+        Protection::Tls => Some(Authority::new()?),
+    };
+    let _source = filled(programs, from.path())?;
     let mut command = Command::new(programs.vmm());
-    command.args([
-        "run",
-        "--api-socket",
-        "api",
-        "--console",
-        "stdio",
-        "--kernel",
-    ]);
-    command.arg(programs.kernel()).current_dir(from.path());
+    command.args(["receive", "--listen", "tcp:127.0.0.1:0"]);
+    match &authority {
+        None => command.arg("--insecure"),
+        Some(authority) => command.args(authority.options("target")),
+    };
+    command.args(["--log-file", "log"]).current_dir(to.path());
+    let _target = Running::of(command)?;
+    let place = listens_at(&to.path().join("log"))?;
+    let connections = connections.to_string();
+    let mut migrate = ["migrate", "--to", &place, "--connections", &connections]
+        .map(str::to_owned)
+        .to_vec();
+    migrate.extend(match &authority {
+        None => vec!["--insecure".to_owned(), "true".to_owned()],
+        Some(authority) => authority.options("source").to_vec(),
+    });
+    let migrate: Vec<_> = migrate.iter().map(String::as_str).collect();
+    let said: Value = serde_json::from_slice(&ctl(programs, from.path(), &migrate)?)?;
+    let number = |name: &str| said[name].as_f64().with_context(|| format!("no {name}"));
+    Ok(number("sent_bytes")? / MIB / (number("elapsed_ms")? / 1000.0))
+}
+
+/// A machine whose guest has filled its memory, and does nothing.
+fn filled(programs: &Programs, folder: &Path) -> anyhow::Result<Running> {
+    let mut command = Command::new(programs.vmm());
+    command.args(["run", "--api-socket", "api", "--console", "stdio"]);
+    command.arg("--kernel").arg(programs.kernel());
     command.args(["--memory", &MEMORY_MIB.to_string()]);
-    command.args([
-        "--cmdline",
-        &format!("stay load={FILLED_FROM_MIB},{FILLED_MIB}"),
-    ]);
+    let work = format!("stay load={FILLED_FROM_MIB},{FILLED_MIB}");
+    command.args(["--cmdline", &work]).current_dir(folder);
     let mut source = Prepared::from(command).start_to_type()?;
     let filled = format!("load {}\r\n", FILLED_MIB * 256);
     source.wait_within(filled.as_bytes(), PATIENCE)?;
     source.type_in(b"q")?;
     source.wait_within(b"load ended", PATIENCE)?;
-    let mut command = Command::new(programs.vmm());
-    command.args(["receive", "--listen", "tcp:127.0.0.1:0", "--insecure"]);
-    command.args(["--log-file", "log"]).current_dir(to.path());
-    let _target = Running::of(command)?;
-    let place = listens_at(&to.path().join("log"))?;
-    let connections = connections.to_string();
-    let migrate = [
-        "migrate",
-        "--to",
-        &place,
-        "--insecure",
-        "true",
-        "--connections",
-        &connections,
-    ];
-    let said: Value = serde_json::from_slice(&ctl(programs, from.path(), &migrate)?)?;
-    let number = |name: &str| said[name].as_f64().with_context(|| format!("no {name}"));
-    Ok(number("sent_bytes")? / MIB / (number("elapsed_ms")? / 1000.0))
+    Ok(source)
+}
+
+/// Certificates of one authority, and what it has signed for both sides.
+struct Authority(TempDir);
+
+impl Authority {
+    fn new() -> anyhow::Result<Self> {
+        let this = Self(folder()?);
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+        std::fs::write(this.path("ca"), issuer.pem())?;
+        for side in ["source", "target"] {
+            let key = KeyPair::generate()?;
+            let params = CertificateParams::new(vec!["127.0.0.1".to_owned()])?;
+            let certificate = params.signed_by(&key, &issuer)?;
+            std::fs::write(this.path(side), certificate.pem())?;
+            std::fs::write(this.path(&format!("{side}.key")), key.serialize_pem())?;
+        }
+        Ok(this)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The options that `side` needs.
+    fn options(&self, side: &str) -> [String; 6] {
+        let path = |name: &str| self.path(name).display().to_string();
+        let key = path(&format!("{side}.key"));
+        let [ca, cert, tls_key] = ["--tls-ca", "--tls-cert", "--tls-key"].map(str::to_owned);
+        [ca, path("ca"), cert, path(side), tls_key, key]
+    }
 }
 
 /// What the other side received.
