@@ -132,6 +132,36 @@ tc qdisc show dev veth100i1 | awk '/tbf|ingress/ {exit 1}'
 atoll set $node/lxc/100/config --delete net1
 ip link delete vmbr5"#;
 
+/// A bridge that is not VLAN-aware, and a switch behind its one port, on which the host has an address in VLAN 5, 10.7.0.1.
+/// Both guests get a card there; the daemon is killed meanwhile. Prints what there is for the VLAN, with its bridge: when
+/// both are connected, for the next daemon, and when the container's card is gone. The VM has its own until it ends.
+const PLAIN: &str = r#"
+devices() { ip -json link show group 8021 | jq -r '[.[] | select(.ifname) | "\(.ifname) \(.master // "-")"] | sort | join(" ")'; }
+ip link add vmbr6 type bridge
+ip link add eth7 type veth peer name switch
+ip link set eth7 master vmbr6
+ip link add link switch name switch.5 type vlan id 5
+ip address add 10.7.0.1/24 dev switch.5
+for link in vmbr6 eth7 switch switch.5; do ip link set $link up; done
+atoll set $node/lxc/100/config --net1 "name=lan,bridge=vmbr6,hwaddr=BC:24:11:00:06:00,ip=10.7.0.9/24,tag=5,rate=1"
+atoll set $node/qemu/101/config --net2 "virtio=BC:24:11:00:06:01,bridge=vmbr6,tag=5"
+for i in $(seq 30); do inside ping -I lan -c 1 -W 2 10.7.0.1 && break; done
+inside ping -I lan -c 1 -W 10 10.7.0.1
+tc qdisc show dev veth100i1 | grep tbf
+card='basename $(dirname $(grep -il bc:24:11:00:06:01 /sys/class/net/*/address))'
+card="for i in \$(seq 50); do card=\$($card) && break; sleep 0.2; done; ip address add 10.7.0.8/24 dev \$card"
+python3 /payload/lab/console.py $STATE/run/vm-101/serial.sock 120 \
+    "$card; ip link set \$card up; ping -c 5 -W 10 10.7.0.1"
+devices >&3
+atoll get $node/network --output json | jq -e '[.[].iface] | (index("vmbr6") and (index("vmbr6v5") or index("eth7.5") | not))'
+kill -9 $(jq .pid $STATE/run/atolld.json)
+LISTEN=0.0.0.0 BIN=/payload/bin GUEST=/payload/guest /payload/run/up.sh 3>&-
+devices >&3
+inside ping -I lan -c 1 -W 10 10.7.0.1
+atoll set $node/lxc/100/config --delete net1
+devices >&3
+ip link delete vmbr6"#;
+
 /// A card is in its VLAN and in no other, and keeps to its rate; both change while the guest runs.
 #[track_caller]
 fn cards_have_vlans_and_rates(host: &Host) {
@@ -139,6 +169,9 @@ fn cards_have_vlans_and_rates(host: &Host) {
     let aware = "vmbr0 0 vmbr5 1";
     assert_eq!(told, format!("{aware}\n5u\n1u 2 4094 4094\n5u\n5 7u 8 9"));
     on_node(host, &format!("{CARDS}{RATE}"), 120);
+    let told = on_node(host, &format!("{CARDS}{PLAIN}"), 400);
+    let there = "eth7.5 vmbr6v5 vmbr6v5 -";
+    assert_eq!(told, format!("{there}\n{there}\n{there}"));
 }
 
 /// A daemon with firmware, a disk image to import, and two discs. The image is not copied here: it is read-only.
