@@ -170,17 +170,19 @@ pub fn moves_to(from: &Host, to: &Host) -> Value {
     moved([from, to], |ask| ask)
 }
 
-/// The same, but after its first round the guest goes on there, and the rest of its memory follows (post-copy).
+/// The same, but the guest goes on there when half of its memory is there, and the rest follows (post-copy).
 #[track_caller]
 pub fn moves_late_to(from: &Host, to: &Host) -> Value {
-    moved([from, to], |ask| LATE.replace("ASK", &ask))
+    let info = moved([from, to], |ask| LATE.replace("ASK", &ask));
+    wait_for(to, "grep 'memory is all here' vmm.log", 60);
+    info
 }
 
-/// Asks for the move, and says what ASK has said once it has seen post-copy.
+/// Asks for the move, has it switch after 50 MB of the 110 that it takes, and says what ASK has said.
 const LATE: &str = r#"cd /var/t; ctl() { /payload/bin/atoll-vmm ctl --api-socket api.sock "$@"; }
 ASK --when-late post-copy >moved 2>&1 & asked=$!
-seen() { until ctl migration 2>/dev/null | grep -q "$1"; do [ -d /proc/$asked ] || { cat moved; exit 1; }; sleep 0.1; done; }
-seen '"rounds": [1-9]'; ctl switch-migration >/dev/null; seen post-copy
+until ctl migration 2>/dev/null | grep -Eq '"sent_bytes": ([5-9][0-9]{7}|[0-9]{9})'; do [ -d /proc/$asked ] || break; sleep 0.1; done
+ctl switch-migration >/dev/null
 wait $asked && cat moved"#;
 
 /// A move that `script` asks for, by the command that it is given.
