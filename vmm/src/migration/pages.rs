@@ -33,7 +33,7 @@ const END: u32 = 2;
 /// Words of a stripe: 2 MiB.
 const STRIPE_WORDS: usize = 8;
 /// Bytes of the pages that one header is about, at most.
-pub const RUN_BYTES_MAX: usize = WORD_PAGES * PAGE_BYTES;
+const RUN_BYTES_MAX: usize = WORD_PAGES * PAGE_BYTES;
 /// From this size on, bytes go between a socket and guest memory without a copy in between; smaller ones are gathered,
 /// so that a page here and a page there are not a system call each.
 const DIRECT_BYTES: usize = 4 * PAGE_BYTES;
@@ -419,7 +419,6 @@ mod tests {
     use super::*;
     use crate::board::MICRO;
     use crate::memory::{Backing, allocate};
-    use crate::migration::socket::Socket;
 
     #[test]
     fn rounds_over_several_connections_make_a_copy() {
@@ -497,7 +496,6 @@ mod tests {
         let (sent, pages, pace) = (AtomicU64::new(0), left(all(&ram)), Pace::new(None));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let near = Socket::from(near).by_reference();
                 let round = Round {
                     ram: &ram,
                     left: &pages,

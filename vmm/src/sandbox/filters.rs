@@ -290,23 +290,17 @@ const FETCH: &[Call] = MEMORY;
 /// Pages that may be written again.
 const SAVER: &[Call] = &[ioctl(&[nr(UFFD, 0x06)])]; // UFFDIO_WRITEPROTECT
 
-/// Pages by reference into a socket. The log of written pages, on and off: KVM's, and what the kernel writes for network
-/// cards.
-const MIGRATION: &[Call] = &[
-    call(libc::SYS_pipe2),
-    call(libc::SYS_vmsplice),
-    call(libc::SYS_splice),
-    ioctl(&[
-        nr(KVM, 0x03),   // KVM_CHECK_EXTENSION
-        nr(KVM, 0x42),   // KVM_GET_DIRTY_LOG
-        nr(KVM, 0x46),   // KVM_SET_USER_MEMORY_REGION
-        nr(KVM, 0xa3),   // KVM_ENABLE_CAP
-        nr(KVM, 0xc0),   // KVM_CLEAR_DIRTY_LOG
-        nr(VHOST, 0x00), // VHOST_SET_FEATURES, VHOST_GET_FEATURES
-        nr(VHOST, 0x04), // VHOST_SET_LOG_BASE
-        nr(VHOST, 0x11), // VHOST_SET_VRING_ADDR
-    ]),
-];
+/// The log of written pages, on and off: KVM's, and what the kernel writes for network cards.
+const MIGRATION: &[Call] = &[ioctl(&[
+    nr(KVM, 0x03),   // KVM_CHECK_EXTENSION
+    nr(KVM, 0x42),   // KVM_GET_DIRTY_LOG
+    nr(KVM, 0x46),   // KVM_SET_USER_MEMORY_REGION
+    nr(KVM, 0xa3),   // KVM_ENABLE_CAP
+    nr(KVM, 0xc0),   // KVM_CLEAR_DIRTY_LOG
+    nr(VHOST, 0x00), // VHOST_SET_FEATURES, VHOST_GET_FEATURES
+    nr(VHOST, 0x04), // VHOST_SET_LOG_BASE
+    nr(VHOST, 0x11), // VHOST_SET_VRING_ADDR
+])];
 
 /// The machine's life: everything of KVM, memory, terminal modes at the end. (It also grows images: `FILES`.)
 const OWNER: &[Call] = &[

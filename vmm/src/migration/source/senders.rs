@@ -68,7 +68,7 @@ impl Senders {
             let switch = progress.switch.clone();
             let (result, pace) = (result.clone(), progress.pace.clone());
             let body = move || {
-                let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream.by_reference());
+                let mut out = BufWriter::with_capacity(BUFFER_BYTES, stream);
                 for job in jobs {
                     let done = match job {
                         Job::End => pages::send_end(&mut out),
