@@ -193,11 +193,8 @@ fn check_linux(spec: &Spec) -> Result<()> {
         .linux()
         .as_ref()
         .ok_or_else(|| wrong("linux", "is missing"))?;
-    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
     let empty = |list: &Option<Vec<_>>| list.as_ref().is_none_or(Vec::is_empty);
-    if namespaces
-        .iter()
-        .any(|n| n.typ() == LinuxNamespaceType::User && n.path().is_none())
+    if has_own(spec, LinuxNamespaceType::User)
         && (empty(linux.uid_mappings()) || empty(linux.gid_mappings()))
     {
         let reason = "a new user namespace needs both";
@@ -404,14 +401,18 @@ fn close_devices(resources: &mut LinuxResources) {
     resources.set_devices(Some(list));
 }
 
+/// Whether the container gets a new namespace of a kind, not one that is there already.
+pub(crate) fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+    let mut all = namespaces.into_iter().flatten();
+    all.any(|n| n.typ() == kind && n.path().is_none())
+}
+
 /// The host ids of the container's root, when it has its own user namespace.
 pub fn owner(spec: &Spec) -> Option<Owner> {
     let linux = spec.linux().as_ref()?;
-    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    if !namespaces
-        .iter()
-        .any(|n| n.typ() == LinuxNamespaceType::User && n.path().is_none())
-    {
+    if !has_own(spec, LinuxNamespaceType::User) {
         return None;
     }
     let uids = linux.uid_mappings().as_deref()?.iter();

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespaceType, Spec};
 
-use crate::bundle::wrong;
+use crate::bundle::{has_own, wrong};
 use crate::error::{Context, Error, Result};
 use crate::lifecycle::Container;
 use crate::sys;
@@ -66,21 +66,12 @@ pub fn join_creator(container: &Container) -> Result<()> {
     };
     let path = PathBuf::from(format!("/proc/{}/ns/user", init.pid));
     let mut namespace = OwnedFd::from(fs::File::open(&path).at("open", &path)?);
-    if has_own_namespace(&container.spec()?) {
+    if has_own(&container.spec()?, LinuxNamespaceType::User) {
         namespace = sys::parent_namespace(namespace.as_fd()).at("find the parent of", &path)?;
     }
     setns(namespace, CloneFlags::CLONE_NEWUSER)
         .map_err(io::Error::from)
         .at("join the creator's side of", &path)
-}
-
-fn has_own_namespace(spec: &Spec) -> bool {
-    let linux = spec.linux().as_ref();
-    let mut all = linux
-        .and_then(|linux| linux.namespaces().as_deref())
-        .into_iter()
-        .flatten();
-    all.any(|n| n.typ() == LinuxNamespaceType::User && n.path().is_none())
 }
 
 /// In a namespace with the one id of its user a configuration may name that id as the host has it: who wrote it knew

@@ -20,7 +20,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::Value;
 
 use super::{Kind, MOUNT_ROOT, Prepared, REMOVE_LIMIT, is_unified_host, own_path};
-use crate::bundle::wrong;
+use crate::bundle::{has_own, wrong};
 use crate::error::{Context, Error, Result};
 use crate::process::ProcessFd;
 use crate::sys::Pid;
@@ -58,13 +58,6 @@ pub fn prepare(spec: &mut Spec, why: &str) -> Result<Prepared> {
         joined: Vec::new(),
         _scope: None,
     })
-}
-
-fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
-    let linux = spec.linux().as_ref();
-    let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
-    let mut all = namespaces.into_iter().flatten();
-    all.any(|n| n.typ() == kind && n.path().is_none())
 }
 
 /// Whether all processes end with the container's first.
