@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use registry::Registry;
-use scene::{Scene, can_run, criu, wait_for};
+use scene::{Scene, can_run, criu, processes_in, wait_for};
 
 struct Podman {
     scene: Scene,
@@ -117,13 +117,7 @@ fn without_cgroups() {
     assert_eq!(podman.run(&["exec", "c", "sh", "-c", "exit 3"]).0, Some(3));
     let namespace = std::fs::read_link(format!("/proc/{init}/ns/mnt")).unwrap();
     podman.ok(&["rm", "--force", "--time", "0", "c"]);
-    wait_for("the end of all", || {
-        let mut processes = std::fs::read_dir("/proc").unwrap().flatten();
-        !processes.any(|process| {
-            let own = std::fs::read_link(process.path().join("ns/mnt"));
-            own.is_ok_and(|own| own == namespace)
-        })
-    });
+    wait_for("the end of all", || processes_in("mnt", &namespace) == 0);
 }
 
 #[test]

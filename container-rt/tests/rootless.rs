@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use scene::unified::on_unified;
-use scene::{Ended, Scene, can_run, wait_for};
+use scene::{Ended, Scene, can_run, processes_in, wait_for};
 use serde_json::json;
 
 /// Nobody on any host: above what adduser gives, below ranges of containers.
@@ -263,13 +263,7 @@ fn all_processes_end_with_the_container() {
         };
         own.start();
         let namespace = std::fs::read_link(format!("/proc/{}/ns/pid", own.init())).unwrap();
-        let left = || {
-            let processes = std::fs::read_dir("/proc").unwrap().flatten();
-            let theirs = processes.filter(|p| {
-                std::fs::read_link(p.path().join("ns/pid")).is_ok_and(|n| n == namespace)
-            });
-            theirs.count()
-        };
+        let left = || processes_in("pid", &namespace);
         wait_for("its processes", || left() == 4);
         refused(&own.ct(&["kill", "--all", "ID", "TERM"]), "has no cgroup");
         own.ct(words).ok();
@@ -300,13 +294,7 @@ fn all_processes_end_in_the_hosts_pid_namespace() {
         own.start();
         let init = own.init();
         let namespace = std::fs::read_link(format!("/proc/{init}/ns/mnt")).unwrap();
-        let left = || {
-            let processes = std::fs::read_dir("/proc").unwrap().flatten();
-            let theirs = processes.filter(|p| {
-                std::fs::read_link(p.path().join("ns/mnt")).is_ok_and(|n| n == namespace)
-            });
-            theirs.count()
-        };
+        let left = || processes_in("mnt", &namespace);
         wait_for("its processes", || left() == 4);
         own.ct(words).ok();
         wait_for("their end", || left() == 0);

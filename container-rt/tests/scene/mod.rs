@@ -230,6 +230,14 @@ pub fn atoll_ct(directory: &Path, arguments: &[&str]) -> Ended {
     )
 }
 
+/// How many processes of the host are in a namespace: `kind` as in /proc/PID/ns, `namespace` as that link reads.
+pub fn processes_in(kind: &str, namespace: &Path) -> usize {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let link = |process: std::fs::DirEntry| process.path().join("ns").join(kind);
+    let own = processes.filter_map(|process| std::fs::read_link(link(process)).ok());
+    own.filter(|own| own == namespace).count()
+}
+
 /// Polls until `done`.
 #[track_caller]
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
